@@ -1,0 +1,158 @@
+"""Scenes: the embedded data set, generated, written to disk in COCO format.
+
+Ten classes told apart by shape and texture (colour tells nothing), 8 pixels to half the picture, with occlusion,
+distractors, uneven light, blur and noise. The same arguments give the same files with any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from fastkd.data.scenes_render import SCENE_KINDS, SceneStyle, render_scene
+
+GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
+SCENE_CLASSES = tuple(SCENE_KINDS)
+SPLITS = ("train", "val")
+STAMP = "scenes.json"
+JPEG_QUALITY = 93
+
+
+def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, list[dict]]:
+    """Draw, save and describe image `index` of a split: (width, height, annotations without ids)."""
+    folder, seed, split, index, style = task
+    picture, labels, masks = render_scene(np.random.default_rng([seed, split, index]), style)
+    Image.fromarray(picture).save(os.path.join(folder, f"{index:06d}.jpg"), quality=JPEG_QUALITY, subsampling=0)
+    categories = [kind[0] for kind in SCENE_KINDS.values()]
+    annotations = []
+    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if labels else []
+    for label, rle in zip(labels, encoded, strict=True):
+        annotations.append(
+            {
+                "category_id": categories[label],
+                "bbox": [float(v) for v in coco_mask.toBbox(rle)],
+                "area": float(coco_mask.area(rle)),
+                "segmentation": {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")},
+                "iscrowd": 0,
+            }
+        )
+    return picture.shape[1], picture.shape[0], annotations
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, separators=(",", ":")))
+    os.replace(partial, path)
+
+
+def _parameters(train: int, val: int, seed: int, style: SceneStyle) -> dict:
+    values = {"generator": "fastkd scenes", "version": GENERATOR_VERSION, "seed": seed, "train": train, "val": val}
+    return json.loads(json.dumps({**values, "style": dataclasses.asdict(style)}))
+
+
+def _stamp_agrees(root: Path, parameters: dict) -> bool:
+    try:
+        return json.loads((root / STAMP).read_text()) == parameters
+    except (OSError, ValueError):
+        return False
+
+
+def _clear(root: Path) -> None:
+    """Remove an earlier generation; refuse a folder holding anything that is not ours."""
+    entries = {entry.name for entry in root.iterdir()} if root.exists() else set()
+    foreign = entries - {*SPLITS, "annotations", STAMP}
+    if foreign or (entries and STAMP not in entries):
+        raise ValueError(
+            f"generate_scenes: root must be a new, empty or formerly generated folder, got {root} which holds "
+            f"{sorted(foreign or entries)[:3]}; choose another folder"
+        )
+    for name in (*SPLITS, "annotations"):
+        shutil.rmtree(root / name, ignore_errors=True)
+
+
+def _write_split(root: Path, split: str, count: int, parameters: dict, style: SceneStyle, results) -> None:
+    """Collect the drawn images in order and write the split's annotation file."""
+    images, annotations = [], []
+    for index, (width, height, found) in enumerate(results):
+        image_id = index + 1
+        images.append({"id": image_id, "file_name": f"{index:06d}.jpg", "width": width, "height": height})
+        for annotation in found:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    categories = [{"id": kind[0], "name": name, "supercategory": kind[1]} for name, kind in SCENE_KINDS.items()]
+    info = {"description": f"fastkd scenes, {split}: {count} generated images", **parameters}
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    _write_json(root / "annotations" / f"{split}.json", content)
+
+
+def generate_scenes(
+    root: str | os.PathLike,
+    *,
+    train: int = 4000,
+    val: int = 500,
+    seed: int = 0,
+    processes: int = 2,
+    progress=None,
+    **style,
+) -> Path:
+    """Write the scenes data set, unless it is there already with the same arguments.
+
+    Files: root/{train,val}/000000.jpg ..., root/annotations/{train,val}.json (COCO: boxes and run-length masks of the
+    visible part), root/scenes.json (the arguments). Image i of a split depends on (seed, split, i, style) only.
+
+    Args:
+        root: folder; new, empty, or written by this function before (then replaced when the arguments differ).
+        train, val: images of each split, >= 0.
+        seed: >= 0.
+        processes: drawing processes, >= 1; changes nothing but the time.
+        progress: called as progress(done, total) now and then, or None.
+        **style: difficulty, the fields of SceneStyle (noise, clutter, occlusion, min_visible, contrast, sizes ...).
+    Returns: root as a Path.
+    Raises: ValueError for bad arguments or a folder that holds something else.
+    """
+    for name, value, low in (("train", train, 0), ("val", val, 0), ("seed", seed, 0), ("processes", processes, 1)):
+        if not isinstance(value, int) or value < low:
+            raise ValueError(f"generate_scenes: {name} must be an int >= {low}, got {value!r}")
+    known = {item.name for item in dataclasses.fields(SceneStyle)}
+    if set(style) - known:
+        raise TypeError(f"generate_scenes: unknown arguments {sorted(set(style) - known)}; known: {sorted(known)}")
+    look = SceneStyle(**style)
+    root = Path(root)
+    parameters = _parameters(train, val, seed, look)
+    if _stamp_agrees(root, parameters):
+        return root
+    _clear(root)
+    (root / "annotations").mkdir(parents=True)
+    _write_json(root / STAMP, {"unfinished": True})  # marks the folder as ours; replaced when all is written
+    pool = None
+    if processes > 1:
+        method = "fork" if sys.platform == "linux" else "spawn"
+        pool = multiprocessing.get_context(method).Pool(processes)
+    try:
+        done = 0
+        for number, (split, count) in enumerate(zip(SPLITS, (train, val), strict=True)):
+            (root / split).mkdir()
+            tasks = [(str(root / split), seed, number, index, look) for index in range(count)]
+            results = pool.imap(_draw_image, tasks, chunksize=16) if pool else map(_draw_image, tasks)
+            collected = []
+            for result in results:
+                collected.append(result)
+                done += 1
+                if progress and (done % 50 == 0 or done == train + val):
+                    progress(done, train + val)
+            _write_split(root, split, count, parameters, look, collected)
+    finally:
+        if pool:
+            pool.terminate()
+            pool.join()
+    _write_json(root / STAMP, parameters)
+    return root
