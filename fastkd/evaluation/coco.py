@@ -1,0 +1,334 @@
+"""COCO box and mask metrics (AP at IoU 0.50:0.95, per size, per class) with pycocotools.
+
+Works in one process or in several: each process adds the images it has seen, `gather` exchanges them, and every process
+then holds the same results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as mask_codec
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distributed
+from fastkd.types import Batch, Detections
+
+SIZES = {"s": "small", "m": "medium", "l": "large"}
+_MASKS_AT_ONCE = 16
+
+
+class CocoEvaluator:
+    """Collects detections of a COCO-format dataset and measures them.
+
+    Args:
+        dataset: has `annotation_file` (path of the COCO JSON), `image_ids`, `class_names` and `category_ids`
+            (contiguous label -> category id of the file). Only its images and categories are measured.
+        max_detections: how many of an image's highest-scoring detections count, ascending; AP uses the last,
+            AR is given for each.
+
+    An image added twice counts once, the later replacing the earlier. Images never added count as missed.
+    """
+
+    def __init__(self, dataset, *, max_detections: tuple[int, ...] = (1, 10, 100)):
+        if not max_detections or list(max_detections) != sorted(set(max_detections)) or max_detections[0] < 1:
+            raise ValueError(
+                f"CocoEvaluator: max_detections must be ascending positive numbers, got {tuple(max_detections)}; "
+                "the usual choice is (1, 10, 100)"
+            )
+        self.annotation_file = Path(dataset.annotation_file)
+        self.image_ids = [int(i) for i in dataset.image_ids]
+        self.category_ids = [int(i) for i in dataset.category_ids]
+        self.class_names = _unique_names(dataset.class_names, self.category_ids)
+        self.max_detections = tuple(int(n) for n in max_detections)
+        self._known = set(self.image_ids)
+        self._images: dict[int, list[dict]] = {}
+        self._masks = False
+
+    def add(self, batch: Batch, detections: list[Detections]) -> None:
+        """Store what was found in the images of `batch`, scaled back to the original images.
+
+        Args:
+            batch: names the images (`image_ids`), their resized (`image_sizes`) and original sizes.
+            detections: one per image of the batch, boxes and masks in pixels of the resized image.
+        Raises: ValueError if counts disagree, an image is unknown, a label is out of range, or a number is not finite.
+        """
+        if not len(batch) == len(detections) == len(batch.image_ids):
+            raise ValueError(
+                f"CocoEvaluator.add: detections must have one entry per image, got {len(detections)} for "
+                f"{len(batch)} images and {len(batch.image_ids)} image ids; pass detect(...) of the whole batch"
+            )
+        resized = batch.image_sizes.tolist()
+        original = resized if batch.original_sizes is None else batch.original_sizes.tolist()
+        for image_id, found, size, target in zip(batch.image_ids, detections, resized, original):
+            if int(image_id) not in self._known:
+                raise ValueError(
+                    f"CocoEvaluator.add: image_ids must be images of {self.annotation_file}, got {image_id}; "
+                    "evaluate with the dataset the loader reads"
+                )
+            self._images[int(image_id)] = self._to_results(int(image_id), found, size, target)
+            self._masks = self._masks or found.masks is not None
+
+    def _to_results(self, image_id: int, found: Detections, size: list[int], target: list[int]) -> list[dict]:
+        boxes, scores = found.boxes.detach().float().cpu(), found.scores.detach().float().cpu()
+        labels = found.labels.cpu().tolist()
+        if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+            raise ValueError(
+                f"CocoEvaluator.add: boxes and scores must be finite, got NaN or infinity in image {image_id}; "
+                "the weights have probably diverged"
+            )
+        if labels and not 0 <= min(labels) <= max(labels) < len(self.category_ids):
+            raise ValueError(
+                f"CocoEvaluator.add: labels must be in [0, {len(self.category_ids)}), got {min(labels)}..{max(labels)} "
+                f"in image {image_id}; the detector has another number of classes than the dataset"
+            )
+        rows = scale_boxes(boxes, size, target).double()
+        rows[:, 2:] -= rows[:, :2]  # xyxy -> xywh
+        results = [
+            {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
+            for label, box, score in zip(labels, rows.tolist(), scores.double().tolist())
+        ]
+        if found.masks is not None:
+            for result, code in zip(results, encode_masks(found.masks, target)):
+                result["segmentation"] = code
+        return results
+
+    def gather(self) -> None:
+        """Exchange what every process has added, so that all hold everything. All ranks call it, also those without images."""
+        if not is_distributed():
+            return
+        mine = {"masks": self._masks, "images": [[i, found] for i, found in self._images.items()]}
+        for theirs in all_gather_json(mine):
+            self._masks = self._masks or theirs["masks"]
+            self._images.update({image_id: found for image_id, found in theirs["images"]})
+
+    def results(self) -> list[dict]:
+        """Detections in the COCO result format (image_id, category_id, bbox xywh, score, segmentation RLE), by image id."""
+        return [result for image_id in sorted(self._images) for result in self._images[image_id]]
+
+    def compute(self) -> dict[str, dict]:
+        """Metrics of everything added (and gathered).
+
+        Returns: {"bbox": metrics} and, if the detections carry masks, {"segm": metrics}. Metrics are AP, AP50, AP75, APs,
+            APm, APl, AR1.. AR100, ARs, ARm, ARl, images, instances, and per_class: {name: {AP, ..., instances}}.
+            Percentages or None; safe for JSON.
+        """
+        truth = load_ground_truth(self.annotation_file, self.image_ids, self.category_ids, masks=self._masks)
+        found = self.results()
+        metrics = {"bbox": self._measure(truth, found, "bbox")}
+        if self._masks:
+            metrics["segm"] = self._measure(truth, found, "segm")
+        return metrics
+
+    def _measure(self, truth: COCO, found: list[dict], iou_type: str) -> dict[str, Any]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            runner = COCOeval(truth, _as_coco(truth, found, iou_type), iou_type)
+            runner.params.imgIds = self.image_ids
+            runner.params.catIds = self.category_ids
+            runner.params.maxDets = list(self.max_detections)
+            runner.evaluate()
+            runner.accumulate()
+        order = np.searchsorted(runner.params.catIds, self.category_ids)  # pycocotools sorts the category ids
+        precision = runner.eval["precision"][:, :, order]  # [T, R, K, A, M]
+        recall = runner.eval["recall"][:, order]  # [T, K, A, M]
+        metrics = _summarize(precision, recall, runner.params.iouThrs, self.max_detections)
+        counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
+        metrics["images"] = len(self._known)
+        metrics["instances"] = counts.total()
+        metrics["per_class"] = {
+            name: {
+                **_summarize(
+                    precision[:, :, k : k + 1], recall[:, k : k + 1], runner.params.iouThrs, self.max_detections
+                ),
+                "instances": counts[category],
+            }
+            for k, (name, category) in enumerate(zip(self.class_names, self.category_ids))
+        }
+        return metrics
+
+
+def _unique_names(names: list[str], category_ids: list[int]) -> list[str]:
+    """Names usable as keys: a name that several categories share gets its category id appended."""
+    names = [str(name) for name in names]
+    return [f"{n} ({c})" if names.count(n) > 1 else n for n, c in zip(names, category_ids)]
+
+
+def _summarize(precision: np.ndarray, recall: np.ndarray, thresholds: np.ndarray, max_detections) -> dict[str, Any]:
+    """The usual means of pycocotools' tables, as percentages; entries of -1 mean no ground truth."""
+
+    def mean(values: np.ndarray) -> float | None:
+        values = values[values > -1]
+        return float(values.mean() * 100) if values.size else None
+
+    at50, at75 = (int(np.argmin(np.abs(thresholds - t))) for t in (0.5, 0.75))
+    metrics = {
+        "AP": mean(precision[:, :, :, 0, -1]),
+        "AP50": mean(precision[at50, :, :, 0, -1]),
+        "AP75": mean(precision[at75, :, :, 0, -1]),
+    }
+    metrics |= {f"AP{letter}": mean(precision[:, :, :, 1 + a, -1]) for a, letter in enumerate(SIZES)}
+    metrics |= {f"AR{limit}": mean(recall[:, :, 0, m]) for m, limit in enumerate(max_detections)}
+    metrics |= {f"AR{letter}": mean(recall[:, :, 1 + a, -1]) for a, letter in enumerate(SIZES)}
+    return metrics
+
+
+def scale_boxes(boxes: Tensor, size: list[int], target: list[int]) -> Tensor:
+    """Boxes [D, 4] xyxy of an image of `size` (h, w) in pixels of the same image at `target` (h, w), clipped to it."""
+    (height, width), (target_height, target_width) = size, target
+    scale = boxes.new_tensor([target_width / width, target_height / height] * 2)
+    limit = boxes.new_tensor([target_width, target_height] * 2)
+    return (boxes * scale).clamp(min=0).minimum(limit)
+
+
+def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
+    """COCO run-length codes of masks [D, h, w] bool after resizing (bilinear, at least one half) to `target` (h, w)."""
+    codes = []
+    for chunk in masks.split(_MASKS_AT_ONCE):
+        if list(chunk.shape[-2:]) != list(target):
+            soft = F.interpolate(chunk[:, None].float(), size=tuple(target), mode="bilinear", align_corners=False)
+            chunk = soft[:, 0] >= 0.5
+        planes = np.asfortranarray(chunk.cpu().numpy().transpose(1, 2, 0), dtype=np.uint8)  # [h, w, D]
+        codes += [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in mask_codec.encode(planes)]
+    return codes
+
+
+def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
+    """The annotations of the given images and categories, as pycocotools wants them.
+
+    Annotations whose box is not finite or has no area are left out, as in training; a missing `area` is the box's and a
+    missing `iscrowd` is 0. Annotations get new ids from 1 (pycocotools takes a match with id 0 for no match).
+
+    Raises: ValueError if masks are wanted and an annotation has none.
+    """
+    with open(annotation_file, encoding="utf-8") as file:
+        content = json.load(file)
+    images, categories = set(image_ids), set(category_ids)
+    kept = []
+    for annotation in content.get("annotations", []):
+        if annotation.get("image_id") not in images or annotation.get("category_id") not in categories:
+            continue
+        box = _valid_box(annotation.get("bbox"))
+        if box is None:
+            continue
+        entry = {
+            "id": len(kept) + 1,
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "bbox": box,
+            "area": _valid_area(annotation.get("area"), box),
+            "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+        }
+        if masks:
+            if not annotation.get("segmentation"):
+                raise ValueError(
+                    f"CocoEvaluator: segmentation must be given for mask metrics, got none in annotation "
+                    f"{annotation.get('id')} of {annotation_file}; add masks or evaluate a detector without masks"
+                )
+            entry["segmentation"] = annotation["segmentation"]
+        kept.append(entry)
+    truth = COCO()
+    truth.dataset = {
+        "images": [image for image in content["images"] if image["id"] in images],
+        "categories": [category for category in content["categories"] if category["id"] in categories],
+        "annotations": kept,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def _valid_box(box: Any) -> list[float] | None:
+    """The box as four floats, or None if it is not a finite box with an area."""
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+        return None
+    return [float(value) for value in box] if box[2] > 0 and box[3] > 0 else None
+
+
+def _valid_area(area: Any, box: list[float]) -> float:
+    """The annotated area (it decides the object's size class), or the box's where none is given."""
+    usable = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
+    return float(area) if usable else box[2] * box[3]
+
+
+def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:
+    """Detections as a COCO object. Built by hand because COCO.loadRes fails without detections."""
+    annotations = []
+    for number, result in enumerate(found, start=1):
+        area = result["bbox"][2] * result["bbox"][3]
+        if iou_type == "segm":
+            area = float(mask_codec.area(result["segmentation"]))
+        annotations.append({**result, "id": number, "iscrowd": 0, "area": area})
+    coco = COCO()
+    coco.dataset = {**truth.dataset, "annotations": annotations}
+    coco.createIndex()
+    return coco
+
+
+def evaluate(
+    detector,
+    loader,
+    evaluator: CocoEvaluator,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, dict]:
+    """Run a detector over a loader and measure it; all ranks call it and all get the metrics.
+
+    Args:
+        detector: has `features(images)` and `detect(pyramid, batch)`; put in eval mode meanwhile and restored after.
+        loader: yields Batch; the evaluator receives every image of it.
+        evaluator: a fresh CocoEvaluator; afterwards it holds the detections of all processes.
+        device: where the detector is.
+        dtype: autocast to this type (torch.bfloat16), or None for the detector's own precision.
+        progress: show a bar with rate and time left (on rank 0).
+    Returns: `CocoEvaluator.compute()` of all ranks' images.
+    """
+    device = torch.device(device)
+    first = not is_distributed() or torch.distributed.get_rank() == 0
+    training = detector.training
+    detector.eval()
+    try:
+        with torch.inference_mode(), _progress(loader, progress and first) as batches:
+            for batch in batches:
+                batch = batch.to(device)
+                with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                    detections = detector.detect(detector.features(batch.images), batch)
+                evaluator.add(batch, detections)
+    finally:
+        detector.train(training)
+    evaluator.gather()
+    return broadcast_json(evaluator.compute() if first else None)
+
+
+@contextlib.contextmanager
+def _progress(loader, shown: bool):
+    """The loader's batches, with a progress bar of images where shown."""
+    if not shown:
+        yield loader
+        return
+    from fastkd.evaluation.tables import progress_bar
+
+    with progress_bar(unit="images") as bar:
+        total = len(loader.dataset) if hasattr(loader, "dataset") else None
+        task = bar.add_task("evaluate", total=total)
+
+        def batches():
+            for batch in loader:
+                yield batch
+                bar.advance(task, len(batch))
+
+        yield batches()

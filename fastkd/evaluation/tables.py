@@ -1,0 +1,89 @@
+"""COCO metrics as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+KINDS = {"bbox": "boxes", "segm": "masks"}
+_SIZE_ROWS = {"s": "small (< 32 x 32 px)", "m": "medium", "l": "large (> 96 x 96 px)"}
+
+
+def number(value: float | None) -> str:
+    """A percentage with one decimal; "-" where there was nothing to measure."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _table(title: str, first: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def summary_table(metrics: dict[str, dict]) -> Table:
+    """One row for boxes, one for masks: AP, AP50, AP75 and the most permissive average recall."""
+    table = _table("COCO metrics, %", "", ["AP", "AP50", "AP75", "AR", "images", "instances"])
+    for kind, values in metrics.items():
+        cells = [number(values[name]) for name in ("AP", "AP50", "AP75", _last_recall(values))]
+        table.add_row(KINDS.get(kind, kind), *cells, str(values["images"]), str(values["instances"]))
+    return table
+
+
+def size_table(metrics: dict[str, dict]) -> Table:
+    """AP and AR by the size of the object in the original image; "-" where no object has the size."""
+    kinds = list(metrics)
+    table = _table("by object size, %", "size", [f"{name} {KINDS[kind]}" for kind in kinds for name in ("AP", "AR")])
+    for letter, label in _SIZE_ROWS.items():
+        table.add_row(label, *(number(metrics[kind][f"{name}{letter}"]) for kind in kinds for name in ("AP", "AR")))
+    return table
+
+
+def class_table(metrics: dict[str, dict]) -> Table:
+    """AP of every class; "-" where the dataset has no object of the class."""
+    kinds = list(metrics)
+    names = ("AP", "AP50", "APs", "APm", "APl")
+    table = _table("by class, %", "class", ["instances"] + [f"{n} {KINDS[kind]}" for kind in kinds for n in names])
+    for label, values in metrics[kinds[0]]["per_class"].items():
+        cells = [number(metrics[kind]["per_class"][label][name]) for kind in kinds for name in names]
+        table.add_row(Text(label), str(values["instances"]), *cells)  # Text: a class may be called "[bold]"
+    return table
+
+
+def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> None:
+    """The summary, the sizes and the classes."""
+    console = console or Console()
+    for table in (summary_table(metrics), size_table(metrics), class_table(metrics)):
+        console.print(table)
+
+
+def _last_recall(values: dict[str, Any]) -> str:
+    return [name for name in values if name[:2] == "AR" and name[2:].isdigit()][-1]
+
+
+class RateColumn(ProgressColumn):
+    """How many units a second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task) -> Text:
+        return Text(f"{task.speed or 0:.1f} {self.unit}/s", style="progress.data.speed")
+
+
+def progress_bar(unit: str) -> Progress:
+    """A rich progress bar with counts, rate and time left, on stderr so that stdout stays clean for results."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(unit),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
