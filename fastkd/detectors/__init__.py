@@ -1,0 +1,19 @@
+"""Detectors on torchvision's parts behind one protocol: features, loss, detect, parts."""
+
+from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.protocol import Detector
+from fastkd.detectors.retinanet import RetinaNet
+
+__all__ = ["Detector", "DetectorConfig", "RetinaNet", "build_detector"]
+
+_DETECTORS = {"retinanet": RetinaNet}
+
+
+def build_detector(config: DetectorConfig) -> Detector:
+    """The detector that `config` describes, with random weights.
+
+    Raises: TypeError if config is not a DetectorConfig.
+    """
+    if not isinstance(config, DetectorConfig):
+        raise TypeError(f"build_detector: config must be a DetectorConfig, got {type(config).__name__}")
+    return _DETECTORS[config.detector](config)

@@ -1,0 +1,172 @@
+"""What a detector is made of: one frozen dataclass for all four kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+DETECTORS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+NORMS = ("frozen_bn", "bn", "gn")
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+
+_POSITIVE_INTEGERS = (
+    "num_classes",
+    "channels",
+    "head_convs",
+    "detections_per_image",
+    "candidates_per_level",
+    "rpn_pre_nms_train",
+    "rpn_pre_nms_test",
+    "rpn_post_nms_train",
+    "rpn_post_nms_test",
+    "rpn_samples",
+    "roi_samples",
+    "roi_canonical_size",
+    "box_head_channels",
+    "mask_head_channels",
+)
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """A detector: its kind, its size, its anchors and its thresholds. Defaults are torchvision's.
+
+    Args:
+        detector: "retinanet", "fcos", "faster_rcnn" or "mask_rcnn".
+        num_classes: object classes, without background, >= 1.
+        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
+        width: scales every width of the ResNet (0.5: 32, 64, 128, 256 instead of 64 .. 512), rounded to multiples of 8.
+        channels: channels of every pyramid level and of the dense heads.
+        norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn" or "gn" (32 groups).
+        frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
+        anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8 for
+            two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between anchor_base / 2 and
+            anchor_base strides from the location (None: 8).
+        anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for two-stage.
+        anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
+        head_convs: convolutions in each tower of a dense head.
+        score_threshold: detections at or below this score are dropped.
+        nms_threshold: of two detections of a class that overlap more than this (IoU) the weaker is dropped.
+        detections_per_image: most detections of one image.
+        candidates_per_level: dense detectors: most detections of one level that enter non-maximum suppression.
+        rpn_pre_nms_train, rpn_pre_nms_test: proposals of one level and image that enter non-maximum suppression.
+        rpn_post_nms_train, rpn_post_nms_test: proposals of one image that leave it.
+        rpn_samples: anchors of one image in the proposal loss, at most half of them positive.
+        roi_samples: proposals of one image in the box loss.
+        roi_positive_fraction: largest share of positives among them.
+        roi_canonical_size: side in pixels of the proposals that are pooled from P4 (half as large: P3, ...).
+        box_head_channels: width of the two fully connected layers on pooled boxes.
+        mask_head_channels: width of the four convolutions on pooled masks.
+    """
+
+    detector: str = "retinanet"
+    num_classes: int = 80
+    backbone: str = "resnet50"
+    width: float = 1.0
+    channels: int = 256
+    norm: str = "frozen_bn"
+    frozen_stages: int = 0
+    anchor_base: float | None = None
+    anchor_scales: tuple[float, ...] | None = None
+    anchor_ratios: tuple[float, ...] | None = None
+    head_convs: int = 4
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+    candidates_per_level: int = 1000
+    rpn_pre_nms_train: int = 2000
+    rpn_pre_nms_test: int = 1000
+    rpn_post_nms_train: int = 2000
+    rpn_post_nms_test: int = 1000
+    rpn_samples: int = 256
+    roi_samples: int = 512
+    roi_positive_fraction: float = 0.25
+    roi_canonical_size: int = 224
+    box_head_channels: int = 1024
+    mask_head_channels: int = 256
+
+    def __post_init__(self) -> None:
+        for name, choices in (("detector", DETECTORS), ("backbone", BACKBONES), ("norm", NORMS)):
+            _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
+        for name in _POSITIVE_INTEGERS:
+            _check(_is_integer(getattr(self, name), 1), name, "an integer >= 1", getattr(self, name))
+        _check(_is_integer(self.frozen_stages, 0) and self.frozen_stages <= 5, "frozen_stages", "0 .. 5", self.frozen_stages)
+        _check(_is_number(self.width) and 0 < self.width <= 8, "width", "a number in (0, 8]", self.width)
+        for name in ("score_threshold", "nms_threshold", "roi_positive_fraction"):
+            value = getattr(self, name)
+            _check(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
+        if self.anchor_base is not None:
+            _check(_is_number(self.anchor_base) and self.anchor_base > 0, "anchor_base", "positive or None", self.anchor_base)
+        for name in ("anchor_scales", "anchor_ratios"):
+            self._check_factors(name)
+        if self.detector == "fcos":
+            _check(self.channels % 32 == 0, "channels", "a multiple of 32 for fcos (32 groups in its head)", self.channels)
+            for name in ("anchor_scales", "anchor_ratios"):
+                _check(getattr(self, name) is None, name, "None for fcos, which has no anchors", getattr(self, name))
+
+    def _check_factors(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        good = isinstance(value, (tuple, list)) and len(value) > 0 and all(_is_number(v) and v > 0 for v in value)
+        _check(good, name, "None or a non-empty tuple of positive numbers", value)
+        object.__setattr__(self, name, tuple(value))
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether the pyramid is P2 .. P6 and regions are proposed first."""
+        return self.detector in TWO_STAGE
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from one cell to the next, level by level."""
+        return (4, 8, 16, 32, 64) if self.two_stage else (8, 16, 32, 64, 128)
+
+    def anchor_sizes(self) -> list[tuple[int, ...]]:
+        """Sides in pixels of the square anchors, a tuple for each level, rounded down as torchvision does."""
+        if self.detector == "retinanet":
+            base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+        else:
+            base, scales = 8, (1.0,)
+        base = self.anchor_base if self.anchor_base is not None else base
+        scales = self.anchor_scales if self.anchor_scales is not None else scales
+        return [tuple(max(1, int(base * stride * scale)) for scale in scales) for stride in self.strides]
+
+    def aspect_ratios(self) -> tuple[float, ...]:
+        """Height / width of the anchors."""
+        if self.detector == "fcos":
+            return (1.0,)
+        return self.anchor_ratios if self.anchor_ratios is not None else (0.5, 1.0, 2.0)
+
+    def to_dict(self) -> dict:
+        """The fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DetectorConfig:
+        """The inverse of `to_dict`.
+
+        Raises: ValueError for an unknown field or an invalid value.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"DetectorConfig.from_dict: values must be a mapping, got {type(values).__name__}")
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"DetectorConfig.from_dict: unknown fields {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+
+def _is_integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(good: bool, name: str, wanted: str, value) -> None:
+    if not good:
+        raise ValueError(f"DetectorConfig: {name} must be {wanted}, got {value!r}")

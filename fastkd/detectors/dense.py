@@ -1,0 +1,93 @@
+"""What RetinaNet and FCOS share: anchors of a pyramid, and detections from the outputs of their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import batched_nms
+
+from fastkd.detectors.config import DetectorConfig
+from fastkd.types import Batch, Detections
+
+
+class PyramidAnchors:
+    """Anchors of whole pyramids by torchvision's AnchorGenerator, the last few grids remembered.
+
+    The distance between cells is the level's stride. torchvision's models take padded size // cells instead, which is
+    the same where the padded size is a multiple of the coarsest stride and elsewhere moves an image's anchors with
+    the size of its neighbours.
+    """
+
+    def __init__(self, sizes: list[tuple[int, ...]], ratios: tuple[float, ...], strides: tuple[int, ...]):
+        self.generator = AnchorGenerator(tuple(sizes), (tuple(ratios),) * len(sizes))
+        self.strides = strides
+        self._known: dict[tuple, list[Tensor]] = {}
+
+    @property
+    def cells(self) -> list[Tensor]:
+        """L tensors [A, 4]: the anchors of the cell at the origin."""
+        return [anchors.clone() for anchors in self.generator.cell_anchors]
+
+    @property
+    def per_cell(self) -> int:
+        """Anchors of one cell."""
+        return len(self.generator.cell_anchors[0])
+
+    def __call__(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """L tensors [H_l * W_l * A, 4] float32 on the pyramid's device, cells in row order."""
+        key = (pyramid[0].device, *(tuple(level.shape[-2:]) for level in pyramid))
+        if key not in self._known:
+            if len(self._known) >= 8:
+                self._known.pop(next(iter(self._known)))
+            self.generator.set_cell_anchors(torch.float32, pyramid[0].device)
+            grids = [list(level.shape[-2:]) for level in pyramid]
+            self._known[key] = self.generator.grid_anchors(grids, [[stride, stride] for stride in self.strides])
+        return self._known[key]
+
+
+def image_limits(batch: Batch) -> Tensor:
+    """[B, 1, 4] float32 (width, height, width, height) of the images before padding."""
+    return batch.image_sizes.flip(1).repeat(1, 2)[:, None].to(batch.images.device, torch.float32)
+
+
+def clip_boxes(boxes: Tensor, batch: Batch) -> Tensor:
+    """Boxes [B, N, 4] with every corner moved into its image."""
+    return torch.minimum(boxes.clamp(min=0), image_limits(batch))
+
+
+@torch.no_grad()
+def dense_detections(
+    scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
+) -> list[Detections]:
+    """The best boxes of every level, clipped, after non-maximum suppression class by class.
+
+    Args:
+        scores: L tensors [B, N_l, num_classes] float32.
+        decode: (level, index [B, M]) -> boxes [B, M, 4] of these anchors of the level.
+    """
+    kept_scores, kept_labels, kept_boxes = [], [], []
+    for level, level_scores in enumerate(scores):
+        flat = level_scores.flatten(1)
+        flat = flat.masked_fill(~(flat > config.score_threshold), -1.0)  # also drops NaN
+        best, index = flat.topk(min(config.candidates_per_level, flat.shape[1]), dim=1)
+        used = max(1, int((best > 0).sum(1).max()))  # the other columns are empty in every image
+        best, index = best[:, :used], index[:, :used]
+        kept_scores.append(best)
+        kept_labels.append(index % level_scores.shape[-1])
+        kept_boxes.append(decode(level, index // level_scores.shape[-1]))
+    boxes = clip_boxes(torch.cat(kept_boxes, 1), batch)
+    return suppress(boxes, torch.cat(kept_scores, 1), torch.cat(kept_labels, 1), config)
+
+
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Detections]:
+    """Non-maximum suppression of boxes [B, N, 4], scores and labels [B, N]; a negative score marks an empty place."""
+    found = []
+    for image_boxes, image_scores, image_labels in zip(boxes, scores, labels, strict=True):
+        used = (image_scores > 0).nonzero()[:, 0]
+        image_boxes, image_scores, image_labels = image_boxes[used], image_scores[used], image_labels[used]
+        keep = batched_nms(image_boxes, image_scores, image_labels, config.nms_threshold)[: config.detections_per_image]
+        found.append(Detections(image_boxes[keep], image_scores[keep], image_labels[keep]))
+    return found

@@ -1,0 +1,71 @@
+"""What the rest of fastkd knows of a detector: four methods and a few plain facts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from fastkd.detectors.config import DetectorConfig
+from fastkd.types import Batch, Detections
+
+
+class Detector(nn.Module):
+    """A detector on a feature pyramid. Distillers and the trainer use only what is written here.
+
+    Its parts are the registered modules `backbone`, `neck` and `head`, so state-dict keys start with these names.
+    `loss` and `detect` do the same in train and in eval mode (apart from normalisation layers).
+    """
+
+    def __init__(self, config: DetectorConfig, backbone: nn.Module, neck: nn.Module, head: nn.Module):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+
+    @property
+    def num_classes(self) -> int:
+        """Object classes, without background."""
+        return self.config.num_classes
+
+    @property
+    def channels(self) -> int:
+        """Channels of every pyramid level."""
+        return self.config.channels
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from one cell to the next, level by level."""
+        return self.config.strides
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The pyramid of a batch.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+        Returns: L tensors [B, channels, H_l, W_l], H_l = ceil(H / stride), finest first.
+        """
+        return self.neck(self.backbone(images))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules to freeze or to inherit, by name."""
+        return {"backbone": self.backbone, "neck": self.neck, "head": self.head}
+
+    @abstractmethod
+    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The detection losses of a pyramid, scalars in float32 by name; their sum is what trains the detector.
+
+        Averaged over processes with equally many images each, their gradients are those of one process on all images.
+        """
+
+    @abstractmethod
+    def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
+        """What is seen in each image, without gradient, strongest first, in pixels of the resized image."""
+
+    @abstractmethod
+    def imitation_anchors(self) -> list[Tensor]:
+        """The boxes a cell answers for: L tensors [A, 4] xyxy around the origin.
+
+        Those of cell (y, x) of a level lie at (x, y, x, y) * stride from them.
+        """

@@ -1,0 +1,76 @@
+"""RetinaNet with torchvision's head, assignments and losses, computed for the whole batch at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.dense import PyramidAnchors, dense_detections
+from fastkd.detectors.protocol import Detector
+from fastkd.detectors.targets import BETWEEN, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, match_anchors
+from fastkd.types import Batch, Detections
+
+
+class RetinaNet(Detector):
+    """RetinaNet: focal classification and L1 box regression of anchors on P3 .. P7.
+
+    An anchor is positive from IoU 0.5, background below 0.4, and left out between; the best anchors of a box are always
+    positive. Losses are divided by the positives of each image, then averaged over the images.
+    Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's RetinaNet.
+    """
+
+    def __init__(self, config: DetectorConfig):
+        anchors = PyramidAnchors(config.anchor_sizes(), config.aspect_ratios(), config.strides)
+        head = RetinaNetHead(config.channels, anchors.per_cell, config.num_classes)
+        for tower in (head.classification_head, head.regression_head):
+            tower.conv = tower.conv[: config.head_convs]
+        super().__init__(config, *build_backbone_and_neck(config), head)
+        self.anchors = anchors
+        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+
+    def imitation_anchors(self) -> list[Tensor]:
+        return self.anchors.cells
+
+    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        outputs = self.head(pyramid)
+        with in_full_precision(pyramid[0]):
+            return self._losses(outputs["cls_logits"].float(), outputs["bbox_regression"].float(), pyramid, batch)
+
+    def _losses(self, logits: Tensor, deltas: Tensor, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        anchors, truth = torch.cat(self.anchors(pyramid)), PaddedBoxes.of(batch)
+        matched = match_anchors(truth, anchors, 0.4, 0.5, keep_best=True)  # [B, A]
+        positive = matched >= 0
+        share = 1.0 / (positive.sum(1).clamp(min=1) * len(batch))  # [B]
+        counted = matched != BETWEEN
+        ignored = inside_ignored(batch, anchors)
+        if ignored is not None:
+            counted &= positive | ~ignored
+        image, anchor = positive.nonzero().unbind(1)
+        row = matched[image, anchor]
+        label = truth.labels[image, row]
+        target = self.box_coder.encode_single(truth.boxes[image, row], anchors[anchor])
+        error = (deltas[image, anchor] - target).abs().sum(1)
+        return {
+            "classification": focal_loss(logits, counted * share[:, None], image, anchor, label),
+            "box_regression": (error * share[image]).sum(),
+        }
+
+    @torch.no_grad()
+    def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
+        outputs = self.head(pyramid)
+        anchors = self.anchors(pyramid)
+        sizes = [len(level) for level in anchors]
+        with in_full_precision(pyramid[0]):
+            scores = outputs["cls_logits"].float().sigmoid().split(sizes, dim=1)
+            deltas = outputs["bbox_regression"].float().split(sizes, dim=1)
+
+            def decode(level: int, index: Tensor) -> Tensor:
+                chosen = deltas[level].gather(1, index[..., None].expand(-1, -1, 4))
+                boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[level][index.flatten()])
+                return boxes.view(*index.shape, 4)
+
+            return dense_detections(list(scores), decode, batch, self.config)
