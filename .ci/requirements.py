@@ -1,0 +1,15 @@
+"""Prints what the project needs, read from pyproject.toml: build system, run time and the extras named as arguments."""
+
+import sys
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)
+wanted = project["build-system"]["requires"] + project["project"]["dependencies"]
+for extra in sys.argv[1:]:
+    wanted += project["project"]["optional-dependencies"][extra]
+print("\n".join(dict.fromkeys(wanted)))

@@ -1,0 +1,58 @@
+# Everything needed is set up in .venv by the first target that needs it; only python3 (with venv), a C++ compiler and make
+# have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
+#   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
+#   make test     build, the CMake build, all tests
+#   make study    the evidence: seeds x methods (hours, resumable)
+#   make build    the virtual environment with the compiled package;   make lint;   make clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test study build cmake lint test-install sanitize clean
+
+build: $(STAMPS)/built
+
+$(STAMPS)/created:
+	$(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10) and 'fastkd needs Python >= 3.10; set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
+	$(PIP) install --upgrade pip
+	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
+	$(BIN)/python .ci/requirements.py test onnx lint > $(STAMPS)/requirements.txt
+	$(PIP) install -r $(STAMPS)/requirements.txt
+	touch $@
+
+$(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+cmake: $(STAMPS)/cmake
+
+$(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES)
+	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(CMAKE) --build build/cmake --parallel 2
+	touch $@
+
+test: build cmake
+	$(BIN)/python -m pytest
+
+demo: build
+	$(BIN)/fastkd demo
+
+study: build
+	$(BIN)/python -m benchmarks.study
+
+lint: $(STAMPS)/dependencies
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info fastkd/_cpu*.so .pytest_cache .ruff_cache .benchmarks
+	rm -f $(STAMPS)/built $(STAMPS)/cmake

@@ -1,0 +1,56 @@
+// Which instruction set runs, and the op that tells Python: fastkd::cpu_capability() -> str.
+#include "capability.h"
+
+#if FASTKD_GENERIC_PASS
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+namespace fastkd {
+namespace {
+
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+Capability detect() {
+#if FASTKD_X86_CAPABILITIES
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? Capability::avx512 : avx2 ? Capability::avx2 : Capability::generic;
+#else
+  return Capability::generic;
+#endif
+}
+
+std::string cpu_capability_name() {
+  return kNames[static_cast<int>(cpu_capability())];
+}
+
+}  // namespace
+
+Capability cpu_capability() {
+  static const Capability best = detect();
+  const char* wanted = std::getenv("FASTKD_CPU_CAPABILITY");  // read at every call, so that a test can run every path
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int number = 0; number < 3; ++number) {
+    if (std::string(wanted) != kNames[number]) continue;
+    STD_TORCH_CHECK(number <= static_cast<int>(best), "FASTKD_CPU_CAPABILITY: this CPU or build has no ", wanted, ", its best is ",
+                    kNames[static_cast<int>(best)], "; unset the variable to use that");
+    return static_cast<Capability>(number);
+  }
+  STD_TORCH_CHECK(false, "FASTKD_CPU_CAPABILITY must be generic, avx2 or avx512, got ", wanted, "; unset it to use the best this CPU has");
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
+  library.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, library) {
+  library.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
+}
+
+}  // namespace fastkd
+#endif

@@ -1,0 +1,59 @@
+// The instruction sets a kernel is compiled for, and which one runs.
+//
+// The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512). A source keeps its kernels
+// between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes: only they may use the
+// instruction set, and no inline function of the standard library compiled for AVX-512 can replace a generic one at link time.
+// It hands them out as a table, `kernels<FASTKD_CAPABILITY>()`; registration and allocation are compiled in the generic pass alone.
+#pragma once
+
+#ifndef FASTKD_CAPABILITY
+#error "FASTKD_CAPABILITY must be 0 (generic), 1 (AVX2) or 2 (AVX-512); setup.py and CMakeLists.txt define it"
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTKD_X86_CAPABILITIES 1
+#else
+#define FASTKD_X86_CAPABILITIES 0  // one generic version: the compiler's baseline
+#endif
+
+#define FASTKD_GENERIC_PASS (FASTKD_CAPABILITY == 0)
+#define FASTKD_COMPILES_KERNELS (FASTKD_CAPABILITY == 0 || FASTKD_X86_CAPABILITIES)
+
+#if FASTKD_CAPABILITY == 2 && FASTKD_X86_CAPABILITIES
+#define FASTKD_KERNELS_BEGIN \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
+#define FASTKD_KERNELS_END _Pragma("GCC pop_options")
+#elif FASTKD_CAPABILITY == 1 && FASTKD_X86_CAPABILITIES
+#define FASTKD_KERNELS_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define FASTKD_KERNELS_END _Pragma("GCC pop_options")
+#else
+#define FASTKD_KERNELS_BEGIN
+#define FASTKD_KERNELS_END
+#endif
+
+namespace fastkd {
+
+enum class Capability : int { generic = 0, avx2 = 1, avx512 = 2 };
+
+// The capability in use: FASTKD_CPU_CAPABILITY (generic, avx2, avx512) where it is set, else the best this CPU has.
+// Throws where the variable names none, or one that this CPU or this build lacks.
+Capability cpu_capability();
+
+// Specialised by an op's source in each pass: template <> const Table& kernels<Table, FASTKD_CAPABILITY>().
+template <class Table, int capability>
+const Table& kernels();
+
+// The table of the capability in use.
+template <class Table>
+const Table& active_kernels() {
+#if FASTKD_X86_CAPABILITIES
+  switch (cpu_capability()) {
+    case Capability::avx512: return kernels<Table, 2>();
+    case Capability::avx2: return kernels<Table, 1>();
+    case Capability::generic: break;
+  }
+#endif
+  return kernels<Table, 0>();
+}
+
+}  // namespace fastkd

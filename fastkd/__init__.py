@@ -1,0 +1,3 @@
+"""fastkd: knowledge distillation of object detectors."""
+
+__version__ = "0.1.0"
