@@ -1,0 +1,29 @@
+"""Common to all tests: uninitialised memory is poisoned, algorithms are deterministic, the number of threads is fixed."""
+
+import os
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN (largest value for integers), so that a cell nobody wrote cannot pass for a zero."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_threads_and_seed():
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
