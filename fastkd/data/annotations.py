@@ -1,0 +1,314 @@
+"""Reading a COCO annotation file into flat arrays, with every entry checked.
+
+What is wrong with the file as a whole (no JSON, no categories, wrong types of the lists) is an error. What is wrong with a
+single image or box is left out, counted and logged, or an error when strict.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastkd.data.images import MAX_PIXELS, ImageFolder
+from fastkd.data.segmentation import Segmentations, SegmentationWriter
+
+log = logging.getLogger("fastkd.data")
+
+SHOWN = 3  # examples of each reason that are logged one by one
+MIN_SIDE = 0.01  # pixels; a box of less inside the image has no usable logarithm of its size
+
+
+class Problems:
+    """Counts what is left out, by reason; with strict, raises instead.
+
+    Args:
+        source: file named in messages.
+        strict: raise ValueError at the first problem.
+    """
+
+    def __init__(self, source: str, strict: bool):
+        self.source = source
+        self.strict = strict
+        self.counts: Counter[str] = Counter()
+
+    def report(self, reason: str, what: str) -> None:
+        """One thing is wrong: `what` names the image or annotation id and what was found."""
+        message = f"CocoDataset: {self.source}: {what}"
+        if self.strict:
+            raise ValueError(f"{message}; correct the file, or pass strict=False to leave it out")
+        self.counts[reason] += 1
+        if self.counts[reason] <= SHOWN:
+            log.warning("%s; left out", message)
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} x {reason}" for reason, count in sorted(self.counts.items()))
+
+
+class _Bad(ValueError):
+    """One entry is bad: short reason (counted), explanation."""
+
+    def __init__(self, reason: str, explanation: str):
+        super().__init__(explanation)
+        self.reason = reason
+
+
+@dataclass
+class AnnotationArrays:
+    """A checked annotation file. n images, K boxes ordered by image, in the order of the file within an image.
+
+    category_ids [C] and class_names [C] by label; image_ids [n] int64; sizes [n, 2] int32 (width, height); name_bytes
+    uint8 and name_ends [n + 1] int64 (file names, UTF-8); starts [n + 1] int64 into the boxes; boxes [K, 4] float32
+    xyxy clipped to the image; labels [K] int32; crowd [K] bool; annotation_ids [K] int64.
+    """
+
+    category_ids: list[int]
+    class_names: list[str]
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    name_bytes: np.ndarray
+    name_ends: np.ndarray
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    annotation_ids: np.ndarray
+    segmentations: Segmentations | None
+    clipped: int
+
+    def keep_images(self, rows: np.ndarray) -> AnnotationArrays:
+        """The same with only these images, ascending."""
+        counts = np.diff(self.starts)[rows]
+        boxes = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in rows] or [np.zeros(0, np.int64)])
+        names = [self.name_bytes[self.name_ends[i] : self.name_ends[i + 1]] for i in rows]
+        return AnnotationArrays(
+            self.category_ids,
+            self.class_names,
+            self.image_ids[rows],
+            self.sizes[rows],
+            np.concatenate(names) if names else self.name_bytes[:0],
+            np.concatenate([[0], np.cumsum([len(name) for name in names], dtype=np.int64)]).astype(np.int64),
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.boxes[boxes],
+            self.labels[boxes],
+            self.crowd[boxes],
+            self.annotation_ids[boxes],
+            None if self.segmentations is None else self.segmentations.take(boxes),
+            self.clipped,
+        )
+
+
+def _load_json(path: str) -> dict:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"CocoDataset: annotation_file must be an existing file, got {path!r}; "
+            "`fastkd data scenes` writes the embedded data set"
+        )
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"CocoDataset: annotation_file must be a COCO JSON file, got {path!r} which is not JSON "
+            f"({type(error).__name__}: {error}); it may be truncated"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"CocoDataset: {path}: the file must hold an object, got a {type(content).__name__}")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            found = f"a {type(content[key]).__name__}" if key in content else "nothing"
+            raise ValueError(f"CocoDataset: {path}: {key!r} must be a list, got {found}; see the COCO data format")
+    return content
+
+
+def _is_id(value) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63  # a bool is no id
+
+
+def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]:
+    """Ids and names in ascending order of the ids: the label of a class is its place there."""
+    names: dict[int, str] = {}
+    for place, item in enumerate(categories):
+        if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("name"), str):
+            raise ValueError(
+                f"CocoDataset: {path}: category number {place} must have an integer 'id' and a text 'name', got {item!r:.80}"
+            )
+        if item["id"] in names:
+            raise ValueError(f"CocoDataset: {path}: category id {item['id']} must be unique, got it twice")
+        names[item["id"]] = item["name"]
+    if not names:
+        raise ValueError(f"CocoDataset: {path}: 'categories' must name at least one class, got none")
+    ids = sorted(names)
+    return ids, [names[i] for i in ids]
+
+
+def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> None:
+    if not isinstance(item, dict) or not _is_id(item.get("id")):
+        raise _Bad("malformed image entry", f"it must be an object with an integer 'id', got {item!r:.80}")
+    if item["id"] in known:
+        raise _Bad("duplicate image id", "its id must be unique, got it twice")
+    width, height, name = item.get("width"), item.get("height"), item.get("file_name")
+    if not isinstance(name, str):
+        raise _Bad("malformed image entry", f"file_name must be text, got {name!r:.80}")
+    if type(width) is not int or type(height) is not int or width < 1 or height < 1:
+        raise _Bad("malformed image entry", f"width and height must be integers >= 1, got {width!r:.40}, {height!r:.40}")
+    if width * height > max_pixels:
+        raise _Bad("image too large", f"{width} x {height} pixels are more than the limit of {max_pixels}")
+    problem = folder.problem(name)
+    if problem:
+        raise _Bad(problem[0], f"file_name {name!r:.200}: {problem[1]}")
+
+
+def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Problems):
+    """Usable images: {id: index}, (width, height) and names as flat arrays, ids of the images left out."""
+    known: dict[int, int] = {}
+    left_out: set[int] = set()
+    sizes, name_ends, name_bytes = array("i"), array("q", [0]), bytearray()
+    for place, item in enumerate(items):
+        try:
+            _check_image(item, known, folder, max_pixels)
+        except _Bad as bad:
+            has_id = isinstance(item, dict) and _is_id(item.get("id"))
+            if has_id and item["id"] not in known:
+                left_out.add(item["id"])
+            problems.report(bad.reason, f"image {item['id']}: {bad}" if has_id else f"image number {place}: {bad}")
+            continue
+        known[item["id"]] = len(known)
+        sizes.extend((item["width"], item["height"]))
+        name_bytes += item["file_name"].encode("utf-8", "surrogatepass")
+        name_ends.append(len(name_bytes))
+    size_array = np.array(sizes, np.int32).reshape(-1, 2)
+    return known, left_out, size_array, np.frombuffer(bytes(name_bytes), np.uint8), np.array(name_ends, np.int64)
+
+
+def _check_box(bbox, width: int, height: int) -> tuple[float, float, float, float, bool]:
+    """xyxy clipped to the image, and whether that moved it by more than a pixel. Raises: _Bad."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
+        raise _Bad("malformed box", f"bbox must be 4 numbers [x, y, width, height], got {bbox!r:.80}")
+    try:
+        x, y, w, h = (float(v) for v in bbox)
+    except OverflowError:
+        raise _Bad("box not finite", f"bbox must be finite, got {bbox!r:.80}") from None
+    if not math.isfinite(x + y + w + h):
+        raise _Bad("box not finite", f"bbox must be finite, got {bbox}")
+    if w <= 0 or h <= 0:
+        raise _Bad("box of no size", f"bbox must have a positive width and height, got {bbox}")
+    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
+        if x2 <= x1 or y2 <= y1:
+            raise _Bad("box outside the image", f"bbox must overlap the image of {width} x {height} pixels, got {bbox}")
+        raise _Bad("box of no size", f"bbox must be at least {MIN_SIDE} pixels wide and high, got {bbox}")
+    moved = x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
+    return x1, y1, x2, y2, moved
+
+
+class _BoxReader:
+    """Checks annotations one by one and collects them as flat arrays."""
+
+    def __init__(self, images: dict[int, int], left_out: set[int], sizes: np.ndarray, category_ids: list[int], masks: bool):
+        self.images, self.left_out, self.sizes = images, left_out, sizes.tolist()
+        self.labels_of = {category: label for label, category in enumerate(category_ids)}
+        self.seen: set[int] = set()
+        self.owner, self.labels, self.crowd, self.ids = array("q"), array("i"), array("b"), array("q")
+        self.boxes = array("f")
+        self.masks = SegmentationWriter() if masks else None
+        self.clipped = 0
+
+    def add(self, item) -> None:
+        """Append one annotation. Raises: _Bad, with nothing appended."""
+        if not isinstance(item, dict) or not _is_id(item.get("id")):
+            raise _Bad("malformed annotation", f"it must be an object with an integer 'id', got {item!r:.80}")
+        if item["id"] in self.seen:
+            raise _Bad("duplicate annotation id", "its id must be unique, got it twice")
+        image_id, category, crowd = item.get("image_id"), item.get("category_id"), item.get("iscrowd", 0)
+        if type(image_id) is not int or image_id not in self.images:
+            if type(image_id) is int and image_id in self.left_out:
+                raise _Bad("box of an image left out", f"image {image_id} was left out")
+            raise _Bad("unknown image id", f"image_id must be an image of the file, got {image_id!r:.40}")
+        if type(category) is not int or category not in self.labels_of:
+            raise _Bad("unknown category id", f"category_id must be a category of the file, got {category!r:.40}")
+        if type(crowd) not in (int, bool) or crowd not in (0, 1):
+            raise _Bad("malformed annotation", f"iscrowd must be 0 or 1, got {crowd!r:.40}")
+        index = self.images[image_id]
+        width, height = self.sizes[index]
+        *box, moved = _check_box(item.get("bbox"), width, height)
+        mask = self._check_mask(item, crowd, width, height) if self.masks is not None else None
+        self.seen.add(item["id"])
+        self.clipped += moved
+        self.boxes.extend(box)
+        self.owner.append(index)
+        self.labels.append(self.labels_of[category])
+        self.crowd.append(int(crowd))
+        self.ids.append(item["id"])
+        if self.masks is not None:
+            self.masks.add(mask)
+
+    def _check_mask(self, item: dict, crowd, width: int, height: int):
+        segmentation = item.get("segmentation")
+        if crowd and not segmentation:
+            return None  # a region to ignore needs no mask
+        try:
+            return self.masks.check(segmentation, height, width)
+        except ValueError as error:
+            raise _Bad("bad segmentation", f"segmentation: {error}") from None
+
+
+def read_annotations(
+    path: str, folder: ImageFolder, *, strict: bool, with_masks: bool, max_pixels: int = MAX_PIXELS
+) -> tuple[AnnotationArrays, Problems]:
+    """Read and check a COCO annotation file.
+
+    Args:
+        path: the JSON file.
+        folder: where its images must be.
+        strict: any bad image or box is an error rather than left out.
+        with_masks: read segmentations; then an object without a good one is bad.
+        max_pixels: larger images are bad.
+    Returns: the arrays and what was left out.
+    Raises: FileNotFoundError, ValueError.
+    """
+    content = _load_json(path)
+    category_ids, class_names = _read_categories(path, content["categories"])
+    problems = Problems(path, strict)
+    images, left_out, sizes, name_bytes, name_ends = _read_images(content["images"], folder, max_pixels, problems)
+    if not images:
+        found = f"{len(content['images'])} images, left out: {problems.summary()}" if content["images"] else "no image"
+        raise ValueError(f"CocoDataset: {path}: the file must list at least one usable image, got {found}")
+    reader = _BoxReader(images, left_out, sizes, category_ids, with_masks)
+    for place, item in enumerate(content["annotations"]):
+        try:
+            reader.add(item)
+        except _Bad as bad:
+            has_id = isinstance(item, dict) and _is_id(item.get("id"))
+            problems.report(bad.reason, f"annotation {item['id']}: {bad}" if has_id else f"annotation number {place}: {bad}")
+    if content["annotations"] and not reader.ids:
+        raise ValueError(
+            f"CocoDataset: {path}: at least one annotation must be usable, got {len(content['annotations'])} of which all "
+            f"were left out: {problems.summary()}; are image_dir and the file of the same data set?"
+        )
+    del content
+    owner = np.array(reader.owner, np.int64)
+    order = np.argsort(owner, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(images)))]).astype(np.int64)
+    arrays = AnnotationArrays(
+        category_ids,
+        class_names,
+        np.fromiter(images, np.int64, len(images)),
+        sizes,
+        name_bytes,
+        name_ends,
+        starts,
+        np.array(reader.boxes, np.float32).reshape(-1, 4)[order],
+        np.array(reader.labels, np.int32)[order],
+        np.array(reader.crowd, bool)[order],
+        np.array(reader.ids, np.int64)[order],
+        reader.masks.finish().take(order) if reader.masks is not None else None,
+        reader.clipped,
+    )
+    return arrays, problems

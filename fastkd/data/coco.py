@@ -1,0 +1,176 @@
+"""A COCO-format data set held in flat arrays, so that loader workers share it and do not grow with its size."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastkd.data.annotations import log, read_annotations
+from fastkd.data.images import MAX_PIXELS, ImageFolder, read_image
+
+
+@dataclass
+class Sample:
+    """One image and its ground truth, sizes as on disk.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        boxes: [k, 4] float32 xyxy of the objects.
+        labels: [k] int64.
+        ignore_boxes: [i, 4] float32 xyxy of the crowd regions.
+        masks: [k, H, W] bool, or None without masks.
+        image_id: id in the annotation file.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore_boxes: np.ndarray
+    masks: np.ndarray | None
+    image_id: int
+
+
+class CocoDataset:
+    """Images, boxes and masks of a COCO annotation file.
+
+    Category ids may be sparse; label c is the c-th smallest id. Crowd annotations are regions to ignore, not objects.
+    Bad images and boxes (see fastkd.data.annotations) are left out and counted in `skipped`, or raise with strict.
+
+    Args:
+        annotation_file: COCO JSON.
+        image_dir: folder of the images; no file name may lead out of it.
+        strict: raise ValueError naming the file and the id at the first bad image or box; also makes the loaders
+            raise at an image that cannot be decoded instead of counting and replacing it.
+        with_masks: read the segmentations; an object without a good one is then bad.
+        keep_empty: keep images without objects (they teach the background).
+        max_pixels: a larger image is bad.
+    Raises: FileNotFoundError if file or folder is missing; ValueError if the file is malformed or nothing is usable.
+
+    Attributes: num_classes, class_names, category_ids (by label), image_ids [n], sizes [n, 2] (width, height),
+        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image).
+    """
+
+    def __init__(
+        self,
+        annotation_file: str | os.PathLike,
+        image_dir: str | os.PathLike,
+        *,
+        strict: bool = False,
+        with_masks: bool = False,
+        keep_empty: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.annotation_file = os.fspath(annotation_file)
+        self.image_dir = os.fspath(image_dir)
+        self.strict = strict
+        self.with_masks = with_masks
+        self.max_pixels = max_pixels
+        arrays, problems = read_annotations(
+            self.annotation_file, ImageFolder(image_dir), strict=strict, with_masks=with_masks, max_pixels=max_pixels
+        )
+        if not keep_empty:
+            objects = np.concatenate([[0], np.cumsum(~arrays.crowd)])[arrays.starts]
+            rows = np.flatnonzero(np.diff(objects) > 0)
+            if not rows.size:
+                raise ValueError(
+                    f"CocoDataset: {self.annotation_file}: at least one image must have an object, got none; "
+                    "pass keep_empty=True to use images without"
+                )
+            arrays = arrays.keep_images(rows)
+        self._arrays = arrays
+        self.skipped: dict[str, int] = dict(problems.counts)
+        self.clipped = arrays.clipped
+        if self.skipped:
+            log.warning("CocoDataset: %s: left out %s", self.annotation_file, problems.summary())
+        if self.clipped:
+            log.info("CocoDataset: %s: clipped %d boxes to their images", self.annotation_file, self.clipped)
+
+    def __len__(self) -> int:
+        return len(self._arrays.image_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"CocoDataset({self.annotation_file}: {len(self)} images, {len(self._arrays.labels)} boxes, "
+            f"{self.num_classes} classes)"
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._arrays.category_ids)
+
+    @property
+    def class_names(self) -> list[str]:
+        """By label."""
+        return list(self._arrays.class_names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Id in the annotation file, by label."""
+        return list(self._arrays.category_ids)
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """[n] int64, in the order of the file."""
+        return self._arrays.image_ids
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[n, 2] int32 (width, height) of the image files."""
+        return self._arrays.sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        a = self._arrays
+        held = [a.image_ids, a.sizes, a.name_bytes, a.name_ends, a.starts, a.boxes, a.labels, a.crowd, a.annotation_ids]
+        if a.segmentations is not None:
+            held += list(vars(a.segmentations).values())
+        return sum(item.nbytes for item in held)
+
+    def file_name(self, index: int) -> str:
+        """Name of an image file, relative to image_dir."""
+        start, end = self._arrays.name_ends[index : index + 2]
+        return self._arrays.name_bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
+
+    def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All objects (crowds excluded): boxes [K, 4] xyxy, labels [K], index of the image of each [K]."""
+        rows = ~self._arrays.crowd
+        owner = np.repeat(np.arange(len(self)), np.diff(self._arrays.starts))
+        return self._arrays.boxes[rows], self._arrays.labels[rows], owner[rows]
+
+    def targets(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ground truth of an image: boxes [k, 4] xyxy, labels [k] int64, ignore boxes [i, 4], pixels of the file."""
+        span = slice(self._arrays.starts[index], self._arrays.starts[index + 1])
+        crowd = self._arrays.crowd[span]
+        boxes = self._arrays.boxes[span]
+        return boxes[~crowd], self._arrays.labels[span][~crowd].astype(np.int64), boxes[crowd]
+
+    def masks(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Masks of the objects of an image, in the order of `targets`, drawn at `size` (height, width), default the file's.
+
+        Returns: [k, height, width] bool.
+        Raises: ValueError if the data set was opened without masks.
+        """
+        store = self._arrays.segmentations
+        if store is None:
+            raise ValueError("CocoDataset.masks: with_masks must be True, got False; open the data set with_masks=True")
+        width, height = (int(v) for v in self._arrays.sizes[index])
+        size = (height, width) if size is None else tuple(size)
+        start, end = self._arrays.starts[index], self._arrays.starts[index + 1]
+        rows = start + np.flatnonzero(~self._arrays.crowd[start:end])
+        masks = [store.decode(row, height, width, size) for row in rows]
+        return np.stack(masks) if masks else np.zeros((0, *size), bool)
+
+    def read_image(self, index: int) -> np.ndarray:
+        """Pixels of an image: [H, W, 3] uint8 RGB. Raises: BadImageError naming the file."""
+        width, height = (int(v) for v in self._arrays.sizes[index])
+        path = os.path.join(self.image_dir, self.file_name(index))
+        return read_image(path, (width, height), self.max_pixels)
+
+    def load(self, index: int) -> Sample:
+        """Image and ground truth as on disk. Raises: BadImageError naming the file."""
+        boxes, labels, ignore = self.targets(index)
+        masks = self.masks(index) if self.with_masks else None
+        return Sample(self.read_image(index), boxes, labels, ignore, masks, int(self._arrays.image_ids[index]))

@@ -1,0 +1,83 @@
+"""Geometry and normalisation of training images. What is random comes from a generator that the caller passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0..255
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What happens to one image: resized to (height, width) pixels, then mirrored left to right if flip."""
+
+    height: int
+    width: int
+    flip: bool
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """Bilinear with antialiasing (torchvision's default). [H, W, 3] uint8 to [height, width, 3] uint8."""
+        if image.shape[:2] != (self.height, self.width):
+            resized = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BILINEAR)
+            image = np.asarray(resized)
+        return image[:, ::-1] if self.flip else image
+
+    def boxes(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """[k, 4] float32 xyxy of an image of `size` (width, height) before."""
+        scale = np.array([self.width / size[0], self.height / size[1]] * 2)
+        boxes = (boxes * scale).astype(np.float32)
+        if self.flip:
+            boxes[:, [0, 2]] = self.width - boxes[:, [2, 0]]
+        return boxes
+
+    def masks(self, masks: np.ndarray) -> np.ndarray:
+        """[k, height, width] bool, already drawn at the new size."""
+        return masks[:, :, ::-1] if self.flip else masks
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Multi-scale resize and horizontal flip.
+
+    Args:
+        short_sides: lengths of the shorter side to draw from, pixels; empty keeps images at their size.
+        max_side: the longer side never exceeds it (the scale then follows from it), pixels; None for no limit.
+        flip: probability of mirroring left to right, in [0, 1].
+    """
+
+    short_sides: tuple[int, ...] = ()
+    max_side: int | None = None
+    flip: float = 0.5
+
+    def __post_init__(self):
+        object.__setattr__(self, "short_sides", tuple(self.short_sides))
+        if any(type(side) is not int or side < 1 for side in self.short_sides):
+            raise ValueError(f"Augmentation: short_sides must be integers >= 1, got {self.short_sides}")
+        if self.max_side is not None and (type(self.max_side) is not int or self.max_side < 1):
+            raise ValueError(f"Augmentation: max_side must be an integer >= 1 or None, got {self.max_side!r}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"Augmentation: flip must be a probability in [0, 1], got {self.flip!r}")
+
+    def draw(self, rng: np.random.Generator, width: int, height: int) -> Geometry:
+        """The geometry of an image of that size; always two draws from rng."""
+        choice, mirror = rng.random(2)
+        short = self.short_sides[int(choice * len(self.short_sides))] if self.short_sides else None
+        return Geometry(*resized_size(width, height, short, self.max_side), bool(mirror < self.flip))
+
+
+def resized_size(width: int, height: int, short_side: int | None, max_side: int | None) -> tuple[int, int]:
+    """(height, width) after scaling the shorter side to short_side (None: as it is), the longer at most max_side."""
+    scale = 1.0 if short_side is None else short_side / min(width, height)
+    if max_side is not None:
+        scale = min(scale, max_side / max(width, height))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def normalise(image: np.ndarray, out: np.ndarray) -> None:
+    """out = (image - mean) / std of ImageNet. image [H, W, 3] uint8, out [H, W, 3] float32."""
+    np.subtract(image, np.array(IMAGENET_MEAN, np.float32), out=out, dtype=np.float32)
+    out *= 1 / np.array(IMAGENET_STD, np.float32)
