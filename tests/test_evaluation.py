@@ -186,19 +186,21 @@ def test_crowds_are_neither_right_nor_wrong(tmp_path):
         {"bbox": [float("nan"), 0, 4, 5]},
         {"bbox": [1, 2, 3]},
         {"bbox": None},
+        {"bbox": [200, 0, 9, 9]},
+        {"bbox": [0, 0, 9, 9], "id": 0},
         {"bbox": [0, 0, 9, 9], "category_id": 55},
         {"bbox": [0, 0, 9, 9], "image_id": 55},
     ],
     ids=str,
 )
 def test_unusable_annotations_are_left_out(tmp_path, broken):
-    entry = {"id": 3, "image_id": 5, "category_id": 7} | broken
+    entry = {"id": 33, "image_id": 5, "category_id": 7} | broken
     values = measure(write_dataset(tmp_path, annotations=[entry]), {i: detections(o) for i, o in TRUTH.items()})["bbox"]
     assert values["AP"] == pytest.approx(100) and values["instances"] == 7
 
 
 def test_area_and_crowd_flag_may_be_missing(tmp_path):
-    entry = {"id": 3, "image_id": 8, "category_id": 13, "bbox": [0, 0, 100, 100]}
+    entry = {"id": 33, "image_id": 8, "category_id": 13, "bbox": [0, 0, 100, 100]}
     values = measure(write_dataset(tmp_path, annotations=[entry]), {8: detections([(2, entry["bbox"])])})["bbox"]
     assert values["per_class"]["emu"]["APl"] == pytest.approx(100)
 
@@ -246,6 +248,35 @@ def test_encode_masks_round_trip_of_many():
 def test_mask_metrics_need_masks(tmp_path):
     with pytest.raises(ValueError, match="segmentation must be given"):
         measure(write_dataset(tmp_path), {5: detections(TRUTH[5], masks=box_masks(TRUTH[5], 200))})
+
+
+@pytest.mark.parametrize(
+    "segmentation", [None, [], [[1, 2, 3, 4]], {"size": [9, 9], "counts": [81]}, "circle", 5], ids=str
+)
+def test_objects_without_a_usable_mask_are_left_out(tmp_path, segmentation):
+    entry = {"id": 33, "image_id": 8, "category_id": 13, "bbox": [0, 0, 50, 50], "segmentation": segmentation}
+    found = {i: detections(o, masks=box_masks(o, 200)) for i, o in TRUTH.items()}
+    values = measure(write_dataset(tmp_path, masks=True, annotations=[entry]), found)["segm"]
+    assert values["AP"] == pytest.approx(100) and values["instances"] == 7
+
+
+def test_a_crowd_without_a_mask_is_its_box(tmp_path):
+    crowd = {"id": 77, "image_id": 8, "category_id": 7, "bbox": [0, 0, 150, 150], "area": 22500, "iscrowd": 1}
+    found = {i: detections(o, masks=box_masks(o, 200)) for i, o in TRUTH.items()}
+    inside = [(0, [10, 10, 20, 20])]
+    found[8] = detections(inside, scores=[0.99], masks=box_masks(inside, 200))
+    assert measure(write_dataset(tmp_path, masks=True, annotations=[crowd]), found)["segm"]["AP"] == pytest.approx(100)
+
+
+def test_uncompressed_run_lengths(tmp_path):
+    counts = [0, 200 * 100, 200 * 100]  # the left half, column by column
+    entry = {"id": 33, "image_id": 8, "category_id": 13, "bbox": [0, 0, 100, 200]}
+    entry["segmentation"] = {"size": [200, 200], "counts": counts}
+    found = [(2, [0, 0, 100, 200])]
+    metrics = measure(
+        write_dataset(tmp_path, {8: []}, annotations=[entry]), {8: detections(found, masks=box_masks(found, 200))}
+    )
+    assert metrics["segm"]["AP"] == pytest.approx(100)
 
 
 def test_bad_detections_are_refused(tmp_path):
@@ -301,32 +332,29 @@ def test_evaluate_runs_a_detector_and_restores_its_mode(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # the progress bar goes to stderr
 
 
-def _evaluate_rank(rank, folder, split):
+SPLITS = [([100, 42], [5, 8]), ([], [100, 5, 42, 8]), ([100, 5, 8], [42, 100])]
+
+
+def _evaluate_rank(rank, folder, dataset):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    dataset = write_dataset_once(folder)
-    evaluator = CocoEvaluator(dataset)
-    loader = [batch_of([image_id]) for image_id in split[rank]]
-    metrics = evaluate(FakeDetector(), loader, evaluator, progress=False)
-    (folder / f"rank{rank}.json").write_text(json.dumps([metrics, evaluator.results()]))
+    outcomes = []
+    for split in SPLITS:
+        evaluator = CocoEvaluator(dataset)
+        loader = [batch_of([image_id]) for image_id in split[rank]]
+        outcomes.append([evaluate(FakeDetector(), loader, evaluator, progress=False), evaluator.results()])
+    (folder / f"rank{rank}.json").write_text(json.dumps(outcomes))
     torch.distributed.destroy_process_group()
 
 
-def write_dataset_once(folder):
-    return SimpleNamespace(
-        annotation_file=folder / "truth.json", image_ids=list(TRUTH), class_names=NAMES, category_ids=CATEGORIES
-    )
-
-
-@pytest.mark.parametrize("split", [([100, 42], [5, 8]), ([], [100, 5, 42, 8]), ([100, 5, 8], [42, 100])], ids=str)
-def test_two_processes_equal_one(tmp_path, split):
+def test_two_processes_equal_one(tmp_path):
     """Also when one process has no images, or both have seen the same one."""
     dataset = write_dataset(tmp_path, masks=True)
     evaluator = CocoEvaluator(dataset)
     metrics = evaluate(FakeDetector(), [batch_of(TRUTH)], evaluator, progress=False)
     expected = json.loads(json.dumps([metrics, evaluator.results()]))
-    mp.spawn(_evaluate_rank, args=(tmp_path, split), nprocs=2)
+    mp.spawn(_evaluate_rank, args=(tmp_path, dataset), nprocs=2)
     for rank in range(2):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == expected
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [expected] * len(SPLITS)
 
 
 def test_tables_show_a_dash_where_nothing_was_measured(tmp_path):

@@ -1,15 +1,13 @@
 """COCO box and mask metrics (AP at IoU 0.50:0.95, per size, per class) with pycocotools.
 
-Works in one process or in several: each process adds the images it has seen, `gather` exchanges them, and every process
-then holds the same results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
+Works in one process or in several: each adds the images it has seen, `gather` exchanges them, and then all hold the same
+results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distributed
+from fastkd.evaluation.truth import load_ground_truth
 from fastkd.types import Batch, Detections
 
 SIZES = {"s": "small", "m": "medium", "l": "large"}
@@ -105,7 +104,7 @@ class CocoEvaluator:
         return results
 
     def gather(self) -> None:
-        """Exchange what every process has added, so that all hold everything. All ranks call it, also those without images."""
+        """Give every process what all have added. All ranks call it, also those without images."""
         if not is_distributed():
             return
         mine = {"masks": self._masks, "images": [[i, found] for i, found in self._images.items()]}
@@ -114,14 +113,14 @@ class CocoEvaluator:
             self._images.update({image_id: found for image_id, found in theirs["images"]})
 
     def results(self) -> list[dict]:
-        """Detections in the COCO result format (image_id, category_id, bbox xywh, score, segmentation RLE), by image id."""
+        """Detections in COCO's result format (image_id, category_id, bbox, score, segmentation), by image id."""
         return [result for image_id in sorted(self._images) for result in self._images[image_id]]
 
     def compute(self) -> dict[str, dict]:
         """Metrics of everything added (and gathered).
 
-        Returns: {"bbox": metrics} and, if the detections carry masks, {"segm": metrics}. Metrics are AP, AP50, AP75, APs,
-            APm, APl, AR1.. AR100, ARs, ARm, ARl, images, instances, and per_class: {name: {AP, ..., instances}}.
+        Returns: {"bbox": metrics} and, if the detections carry masks, {"segm": metrics}. Metrics are AP, AP50, AP75,
+            APs, APm, APl, AR1.. AR100, ARs, ARm, ARl, images, instances, and per_class: {name: {AP, ..., instances}}.
             Percentages or None; safe for JSON.
         """
         truth = load_ground_truth(self.annotation_file, self.image_ids, self.category_ids, masks=self._masks)
@@ -201,66 +200,6 @@ def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
         planes = np.asfortranarray(chunk.cpu().numpy().transpose(1, 2, 0), dtype=np.uint8)  # [h, w, D]
         codes += [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in mask_codec.encode(planes)]
     return codes
-
-
-def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
-    """The annotations of the given images and categories, as pycocotools wants them.
-
-    Annotations whose box is not finite or has no area are left out, as in training; a missing `area` is the box's and a
-    missing `iscrowd` is 0. Annotations get new ids from 1 (pycocotools takes a match with id 0 for no match).
-
-    Raises: ValueError if masks are wanted and an annotation has none.
-    """
-    with open(annotation_file, encoding="utf-8") as file:
-        content = json.load(file)
-    images, categories = set(image_ids), set(category_ids)
-    kept = []
-    for annotation in content.get("annotations", []):
-        if annotation.get("image_id") not in images or annotation.get("category_id") not in categories:
-            continue
-        box = _valid_box(annotation.get("bbox"))
-        if box is None:
-            continue
-        entry = {
-            "id": len(kept) + 1,
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            "bbox": box,
-            "area": _valid_area(annotation.get("area"), box),
-            "iscrowd": int(bool(annotation.get("iscrowd", 0))),
-        }
-        if masks:
-            if not annotation.get("segmentation"):
-                raise ValueError(
-                    f"CocoEvaluator: segmentation must be given for mask metrics, got none in annotation "
-                    f"{annotation.get('id')} of {annotation_file}; add masks or evaluate a detector without masks"
-                )
-            entry["segmentation"] = annotation["segmentation"]
-        kept.append(entry)
-    truth = COCO()
-    truth.dataset = {
-        "images": [image for image in content["images"] if image["id"] in images],
-        "categories": [category for category in content["categories"] if category["id"] in categories],
-        "annotations": kept,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
-
-
-def _valid_box(box: Any) -> list[float] | None:
-    """The box as four floats, or None if it is not a finite box with an area."""
-    if not isinstance(box, list) or len(box) != 4:
-        return None
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
-        return None
-    return [float(value) for value in box] if box[2] > 0 and box[3] > 0 else None
-
-
-def _valid_area(area: Any, box: list[float]) -> float:
-    """The annotated area (it decides the object's size class), or the box's where none is given."""
-    usable = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
-    return float(area) if usable else box[2] * box[3]
 
 
 def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:

@@ -1,0 +1,45 @@
+"""Weight files that come with fastkd, verified before use.
+
+SHA256SUMS lists them in the format of `sha256sum`: one "<hex digest>  <file name>" a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def checksums(folder: Path = FOLDER) -> dict[str, str]:
+    """File name -> SHA-256 of every asset, as SHA256SUMS says; empty where there is no such file."""
+    path = folder / "SHA256SUMS"
+    if not path.is_file():
+        return {}
+    sums = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        if line.strip():
+            digest, name = line.split(maxsplit=1)
+            sums[name.lstrip("*")] = digest.lower()
+    return sums
+
+
+def asset(name: str, folder: Path = FOLDER) -> Path:
+    """The path of a weight file that ships with fastkd, once its SHA-256 is found right.
+
+    Raises: ValueError if there is no asset of that name, its file is missing or its content is not what was shipped.
+    """
+    sums = checksums(folder)
+    if name not in sums:
+        known = ", ".join(sorted(sums)) or "none"
+        raise ValueError(f"asset: name must be one of the shipped files ({known}), got {name!r}")
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"asset: {path} must exist, got no such file; install fastkd again")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sums[name]:
+        raise ValueError(
+            f"asset: {path} must have SHA-256 {sums[name][:12]}.., got {digest[:12]}..; the file is "
+            "damaged or incomplete, install fastkd again (in a git clone: git checkout -- fastkd/assets)"
+        )
+    return path

@@ -1,0 +1,100 @@
+"""Ground truth for pycocotools from an annotation file that nobody vouches for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as mask_codec
+from pycocotools.coco import COCO
+
+
+def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
+    """The annotations of the given images and categories, as pycocotools wants them.
+
+    What a data set leaves out is left out here: repeated ids, boxes that are not finite, have no area or lie outside
+    the image, and with `masks` objects without a usable segmentation (a crowd then has its box for a mask). A missing
+    `area` is the box's, a missing `iscrowd` 0. Annotations get new ids from 1: pycocotools takes a match with id 0 for
+    no match.
+
+    Raises: ValueError if masks are wanted and no annotation has one.
+    """
+    with open(annotation_file, encoding="utf-8") as file:
+        content = json.load(file)
+    wanted, categories = set(image_ids), set(category_ids)
+    images: dict[int, dict] = {}
+    for image in content["images"]:
+        if isinstance(image, dict) and image.get("id") in wanted:
+            images.setdefault(image["id"], {key: image[key] for key in ("id", "width", "height")})
+    kept, seen, without = [], set(), 0
+    for annotation in content["annotations"]:
+        if not isinstance(annotation, dict) or annotation.get("id") in seen:
+            continue
+        image, category = images.get(annotation.get("image_id")), annotation.get("category_id")
+        box = _valid_box(annotation.get("bbox"), image) if image and category in categories else None
+        if box is None:
+            continue
+        seen.add(annotation.get("id"))
+        entry = {"image_id": image["id"], "category_id": category, "bbox": box}
+        entry |= {"area": _valid_area(annotation.get("area"), box), "iscrowd": int(bool(annotation.get("iscrowd", 0)))}
+        if masks:
+            code = _mask_code(annotation.get("segmentation"), image)
+            if code is None and not entry["iscrowd"]:
+                without += 1
+                continue
+            entry["segmentation"] = code or _box_code(box, image)
+        kept.append({"id": len(kept) + 1, **entry})
+    if without and not kept:
+        raise ValueError(
+            f"CocoEvaluator: segmentation must be given for mask metrics, got no usable one in {annotation_file}; "
+            "add masks, or evaluate a detector without masks"
+        )
+    truth = COCO()
+    names = [category for category in content["categories"] if category["id"] in categories]
+    truth.dataset = {"images": list(images.values()), "categories": names, "annotations": kept}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def _valid_box(box: Any, image: dict) -> list[float] | None:
+    """The box (xywh) as four floats, or None if it is not finite, has no area or does not meet the image."""
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+        return None
+    x, y, width, height = (float(value) for value in box)
+    meets = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
+    return [x, y, width, height] if width > 0 and height > 0 and meets else None
+
+
+def _box_code(box: list[float], image: dict) -> dict:
+    """The inside of a box (xywh) as a run-length code."""
+    x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    return mask_codec.frPyObjects([[x1, y1, x2, y1, x2, y2, x1, y2]], image["height"], image["width"])[0]
+
+
+def _mask_code(segmentation: Any, image: dict) -> dict | None:
+    """Polygons or run lengths of an annotation as a run-length code; None if they are missing or malformed."""
+    height, width = image["height"], image["width"]
+    try:
+        if isinstance(segmentation, dict):
+            if list(segmentation["size"]) != [height, width]:
+                return None
+            if isinstance(segmentation["counts"], list):
+                return mask_codec.frPyObjects(segmentation, height, width)
+            return segmentation
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        return mask_codec.merge(mask_codec.frPyObjects(polygons, height, width)) if polygons else None
+    except Exception:  # pycocotools raises nearly anything on malformed input
+        return None
+
+
+def _valid_area(area: Any, box: list[float]) -> float:
+    """The annotated area (it decides the object's size class), or the box's where none is given."""
+    usable = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
+    return float(area) if usable else box[2] * box[3]
