@@ -1,7 +1,7 @@
 """Reading a COCO annotation file into flat arrays, with every entry checked.
 
-What is wrong with the file as a whole (no JSON, no categories, wrong types of the lists) is an error. What is wrong with a
-single image or box is left out, counted and logged, or an error when strict.
+What is wrong with the file as a whole (no JSON, no categories, wrong types of the lists) is an error. A single bad
+image or box is left out, counted and logged, or an error when strict.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]
     for place, item in enumerate(categories):
         if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("name"), str):
             raise ValueError(
-                f"CocoDataset: {path}: category number {place} must have an integer 'id' and a text 'name', got {item!r:.80}"
+                f"CocoDataset: {path}: category number {place} must have an integer 'id' and a text 'name', "
+                f"got {item!r:.80}"
             )
         if item["id"] in names:
             raise ValueError(f"CocoDataset: {path}: category id {item['id']} must be unique, got it twice")
@@ -157,7 +158,7 @@ def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> Non
     if not isinstance(name, str):
         raise _Bad("malformed image entry", f"file_name must be text, got {name!r:.80}")
     if type(width) is not int or type(height) is not int or width < 1 or height < 1:
-        raise _Bad("malformed image entry", f"width and height must be integers >= 1, got {width!r:.40}, {height!r:.40}")
+        raise _Bad("malformed image entry", f"width and height must be integers >= 1, got {width!r:.9}, {height!r:.9}")
     if width * height > max_pixels:
         raise _Bad("image too large", f"{width} x {height} pixels are more than the limit of {max_pixels}")
     problem = folder.problem(name)
@@ -177,7 +178,8 @@ def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Pr
             has_id = isinstance(item, dict) and _is_id(item.get("id"))
             if has_id and item["id"] not in known:
                 left_out.add(item["id"])
-            problems.report(bad.reason, f"image {item['id']}: {bad}" if has_id else f"image number {place}: {bad}")
+            which = item["id"] if has_id else f"number {place}"
+            problems.report(bad.reason, f"image {which}: {bad}")
             continue
         known[item["id"]] = len(known)
         sizes.extend((item["width"], item["height"]))
@@ -211,7 +213,7 @@ def _check_box(bbox, width: int, height: int) -> tuple[float, float, float, floa
 class _BoxReader:
     """Checks annotations one by one and collects them as flat arrays."""
 
-    def __init__(self, images: dict[int, int], left_out: set[int], sizes: np.ndarray, category_ids: list[int], masks: bool):
+    def __init__(self, images: dict[int, int], left_out: set[int], sizes: np.ndarray, category_ids: list[int], masks):
         self.images, self.left_out, self.sizes = images, left_out, sizes.tolist()
         self.labels_of = {category: label for label, category in enumerate(category_ids)}
         self.seen: set[int] = set()
@@ -286,11 +288,12 @@ def read_annotations(
             reader.add(item)
         except _Bad as bad:
             has_id = isinstance(item, dict) and _is_id(item.get("id"))
-            problems.report(bad.reason, f"annotation {item['id']}: {bad}" if has_id else f"annotation number {place}: {bad}")
+            which = item["id"] if has_id else f"number {place}"
+            problems.report(bad.reason, f"annotation {which}: {bad}")
     if content["annotations"] and not reader.ids:
         raise ValueError(
-            f"CocoDataset: {path}: at least one annotation must be usable, got {len(content['annotations'])} of which all "
-            f"were left out: {problems.summary()}; are image_dir and the file of the same data set?"
+            f"CocoDataset: {path}: at least one annotation must be usable, got {len(content['annotations'])} of which "
+            f"all were left out: {problems.summary()}; are image_dir and the file of the same data set?"
         )
     del content
     owner = np.array(reader.owner, np.int64)

@@ -148,7 +148,7 @@ class CocoDataset:
         return boxes[~crowd], self._arrays.labels[span][~crowd].astype(np.int64), boxes[crowd]
 
     def masks(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Masks of the objects of an image, in the order of `targets`, drawn at `size` (height, width), default the file's.
+        """Masks of the objects of an image, in the order of `targets`, at `size` (height, width) or the file's.
 
         Returns: [k, height, width] bool.
         Raises: ValueError if the data set was opened without masks.

@@ -83,24 +83,21 @@ def read_image(path: str, expected_size: tuple[int, int], max_pixels: int = MAX_
         expected_size: (width, height) the annotation states.
         max_pixels: largest width * height accepted; checked on the header, before anything is decoded.
     Returns: [H, W, 3] uint8 RGB, read-only.
-    Raises: BadImageError if missing, no regular file, not an image, too large, truncated, or of another size than stated.
+    Raises: BadImageError if missing, no regular file, no image, too large, truncated, or of another size than stated.
     """
     try:
-        with open(path, "rb", opener=_open_regular) as file:
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadImageError(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}")
-                if image.size != tuple(expected_size):
-                    raise BadImageError(
-                        f"it has {image.width} x {image.height} pixels, the annotation says "
-                        f"{expected_size[0]} x {expected_size[1]}"
-                    )
-                if image.mode not in MODES:
-                    raise BadImageError(f"pixel format {image.mode} is not 8 bits a channel")
-                return np.asarray(image.convert("RGB"))
+        with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            found = f"{image.width} x {image.height} pixels"
+            if image.width * image.height > max_pixels:
+                raise BadImageError(f"{found} are more than the limit of {max_pixels}")
+            if image.size != tuple(expected_size):
+                raise BadImageError(f"it has {found}, the annotation says {expected_size[0]} x {expected_size[1]}")
+            if image.mode not in MODES:
+                raise BadImageError(f"pixel format {image.mode} is not 8 bits a channel")
+            return np.asarray(image.convert("RGB"))
     except BadImageError as error:
         raise BadImageError(f"image {path}: {error}") from None
-    except Exception as error:  # decoders raise nearly anything on hostile files: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # decoders raise nearly anything on hostile files: OSError, SyntaxError, struct.error
         raise BadImageError(f"image {path}: cannot be read, {type(error).__name__}: {error}") from error
 
 

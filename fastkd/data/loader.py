@@ -39,7 +39,7 @@ def collate(dataset: CocoDataset, items: list[tuple[int, np.ndarray, Geometry, i
     boxes, labels, ignored, masks = [], [], [], []
     for b, (index, image, geometry, _) in enumerate(items):
         size = (image.shape[1], image.shape[0])
-        normalise(geometry.image(image), images[b, : geometry.height, : geometry.width])
+        normalise(geometry.image(image), images[b])
         found, classes, crowd = dataset.targets(index)
         boxes.append(geometry.boxes(found, size))
         labels.append(classes)
@@ -101,11 +101,10 @@ def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) ->
 class TrainBatches(Dataset):
     """Item `step` is the batch of that step on this rank, with the bad images met (image id, message)."""
 
-    def __init__(self, dataset, augmentation: Augmentation, *, batch_size, seed, world_size, rank, divisor, grouping, channels_last):
+    def __init__(self, dataset, augmentation, *, batch_size, seed, own, divisor, grouping, channels_last):
         self.dataset, self.augmentation = dataset, augmentation
         self.batch_size, self.seed, self.divisor, self.channels_last = batch_size, seed, divisor, channels_last
-        share = batch_size // world_size
-        self.own = slice(rank * share, (rank + 1) * share)
+        self.own = own  # positions of this rank in the global batch
         aspect = dataset.sizes[:, 0] / dataset.sizes[:, 1]
         self.groups = np.digitize(aspect, ASPECT_EDGES).astype(np.int8) if grouping else np.zeros(len(dataset), np.int8)
         self.steps_per_epoch = len(epoch_batches(self.groups, batch_size, seed, 0))
@@ -128,7 +127,7 @@ class TrainBatches(Dataset):
             plans.append(self.augmentation.draw(rng, *self.dataset.sizes[index].tolist()))
         padded = _padded_size([(plan.height, plan.width) for plan in plans], self.divisor)
         items, bad = [], []
-        for position in range(*self.own.indices(self.batch_size)):
+        for position in self.own:
             index, image = self._good_image(indices[position], bad)
             plan = plans[position]
             if index != indices[position]:  # a replacement draws what the original would have drawn
@@ -143,7 +142,7 @@ class TrainBatches(Dataset):
         return batch, bad
 
     def _good_image(self, index: int, bad: list[tuple[int, str]]) -> tuple[int, np.ndarray]:
-        """The image, or the next one in the data set that can be decoded. Raises: BadImageError if strict or none can."""
+        """The image, or the next one of the data set that can be read. Raises: BadImageError if strict or none can."""
         for candidate in range(index, index + len(self.dataset)):
             candidate %= len(self.dataset)
             try:
@@ -152,7 +151,7 @@ class TrainBatches(Dataset):
                 if self.dataset.strict:
                     raise
                 bad.append((int(self.dataset.image_ids[candidate]), str(error)))
-        raise BadImageError(f"CocoDataset: {self.dataset.image_dir}: no image of the data set can be read; last: {bad[-1][1]}")
+        raise BadImageError(f"CocoDataset: {self.dataset.image_dir}: no image can be read; the last: {bad[-1][1]}")
 
 
 class EvalBatches(Dataset):
@@ -274,8 +273,8 @@ def build_train_loader(
 ) -> BatchLoader:
     """Batches of steps start_step .. total_steps - 1, one Batch a step.
 
-    The batch of a step depends on (data set, seed, step, sizes and flip) only: not on start_step or workers. Rank r of w
-    gets images r * batch_size / w .. of the global batch, padded as the whole batch would be.
+    The batch of a step depends on data set, seed, step, sizes and flip only: not on start_step or workers. Rank r of w
+    gets images r * batch_size / w ... of the global batch, padded as the whole batch would be.
 
     An image that cannot be decoded raises BadImageError if the data set is strict; else the next image of the data set
     takes its place, which is logged and counted in `bad_images`, so that all ranks keep equal steps (only then may the
@@ -303,18 +302,19 @@ def build_train_loader(
     _check_rank(name, rank, world_size)
     if batch_size % world_size:
         raise ValueError(f"{name}: batch_size must be a multiple of world_size {world_size}, got {batch_size}")
+    share = batch_size // world_size
     batches = TrainBatches(
         dataset,
         Augmentation(tuple(short_sides), max_side, flip),
         batch_size=batch_size,
         seed=seed,
-        world_size=world_size,
-        rank=rank,
+        own=range(rank * share, (rank + 1) * share),
         divisor=divisor,
         grouping=aspect_grouping,
         channels_last=channels_last,
     )
-    return BatchLoader(batches, range(min(start_step, total_steps), total_steps), workers=workers, pin_memory=pin_memory)
+    steps = range(min(start_step, total_steps), total_steps)
+    return BatchLoader(batches, steps, workers=workers, pin_memory=pin_memory)
 
 
 def build_eval_loader(
@@ -330,7 +330,7 @@ def build_eval_loader(
     channels_last: bool = True,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """Every image once, in batches of like shape; batch k goes to rank k % world_size, so ranks may differ by one batch.
+    """Every image once, in batches of like shape; batch k goes to rank k % world_size: ranks may differ by one batch.
 
     An image that cannot be decoded raises BadImageError if the data set is strict; else it is left out, logged and
     counted in `bad_images`.

@@ -153,7 +153,7 @@ def _outline(item_shape: str, centre, radii, angle: float, width: int, height: i
 
 
 def _object_side(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> float:
-    """Side of an object, pixels: most 14..64 (at 128 px), a tail of smaller ones, a few up to half the picture's area."""
+    """Side of an object, pixels: most 14..64 (at 128 px), a tail of smaller ones, a few up to half the picture."""
     unit = math.sqrt(width * height) / 128
     draw = rng.random()
     if draw < 0.10:
@@ -167,7 +167,7 @@ def _object_side(rng: np.random.Generator, style: SceneStyle, width: int, height
 
 
 def _place(rng, style: SceneStyle, width: int, height: int, side: float, placed: list[tuple[float, float, float]]):
-    """Centre of a new object: against an earlier one (occlusion) or away from all where a few tries find such a place."""
+    """Centre of a new object: against an earlier one (occlusion), or away from all where a few tries find a place."""
     if placed and rng.random() < style.occlusion:
         x, y, other = placed[int(rng.integers(len(placed)))]
         angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.5) * (side + other)
@@ -272,7 +272,7 @@ def _texture(rng: np.random.Generator, item: _Item) -> np.ndarray | None:
 
 
 def _colours(rng: np.random.Generator, style: SceneStyle, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours of an item, neither telling its class: the first set off from the ground, the second from the first."""
+    """Two colours of an item, neither telling its class: one set off from the ground, the other from the first."""
     pair = []
     start = ground
     for low, high in ((30.0, 110.0), (50.0, 120.0)):

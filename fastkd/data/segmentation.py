@@ -156,7 +156,8 @@ class Segmentations:
                 polygons.append(points.ravel().tolist())
             return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
         if self.kind[row] == RUNS:
-            mask = coco_mask.decode({"size": [height, width], "counts": self.run_bytes[start:end].tobytes()}).astype(bool)
+            runs = {"size": [height, width], "counts": self.run_bytes[start:end].tobytes()}
+            mask = coco_mask.decode(runs).astype(bool)
             if size == (height, width):
                 return mask
             y = ((np.arange(size[0]) + 0.5) * (height / size[0])).astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,14 @@ class Geometry:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """Bilinear with antialiasing (torchvision's default). [H, W, 3] uint8 to [height, width, 3] uint8."""
-        if image.shape[:2] != (self.height, self.width):
-            resized = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BILINEAR)
-            image = np.asarray(resized)
-        return image[:, ::-1] if self.flip else image
+        if image.shape[:2] == (self.height, self.width) and not self.flip:
+            return image
+        picture = Image.fromarray(image)
+        if picture.size != (self.width, self.height):
+            picture = picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        if self.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(picture)
 
     def boxes(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """[k, 4] float32 xyxy of an image of `size` (width, height) before."""
@@ -77,7 +82,23 @@ def resized_size(width: int, height: int, short_side: int | None, max_side: int 
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+@functools.lru_cache(maxsize=64)
+def _row(width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of one image row: whole rows at once are several times faster than triples."""
+    std = np.array(IMAGENET_STD, np.float64)
+    factor, offset = 1 / std, np.array(IMAGENET_MEAN, np.float64) / std
+    return np.tile(factor, width).astype(np.float32), np.tile(offset, width).astype(np.float32)
+
+
 def normalise(image: np.ndarray, out: np.ndarray) -> None:
-    """out = (image - mean) / std of ImageNet. image [H, W, 3] uint8, out [H, W, 3] float32."""
-    np.subtract(image, np.array(IMAGENET_MEAN, np.float32), out=out, dtype=np.float32)
-    out *= 1 / np.array(IMAGENET_STD, np.float32)
+    """out = (image - mean) / std of ImageNet in the top left corner, the rest is left as it is.
+
+    Args:
+        image: [h, w, 3] uint8.
+        out: [H, W, 3] float32, contiguous, H >= h, W >= w.
+    """
+    height, width, _ = image.shape
+    factor, offset = _row(width)
+    part = out.reshape(out.shape[0], -1)[:height, : 3 * width]
+    np.multiply(image.reshape(height, -1), factor, out=part)
+    part -= offset
