@@ -1,0 +1,163 @@
+"""ICD: instances query a frozen teacher's features, and where they look the student imitates (Kang et al., NeurIPS 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distillers.icd_decoder import DecoderLayer, Positions, project_levels, xavier_linear
+from fastkd.distillers.icd_queries import Queries, QueryEncoder, draw_queries, mlp
+from fastkd.ops import value_mimic
+from fastkd.ops.checks import check_levels, check_same_sizes
+from fastkd.ops.normalizer import global_mean
+from fastkd.types import Batch, ClassPriors
+
+
+def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
+    """Identification and localisation loss of the auxiliary task (methods 1.3).
+
+    identification = binary cross-entropy of output 0 with "is real", averaged over valid queries;
+    localisation = sum over left, top, right, bottom of |sigmoid(output) - distance from the anchor to that side| / the box's
+    width or height (at least 1e-7), all normalised by the image, averaged over real queries.
+
+    Args:
+        outputs: [B, N, 5]; receives gradients.
+        queries: the queries they belong to.
+    Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
+    """
+    outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+    counts = global_mean(torch.stack([queries.valid.sum(), queries.real.sum()]))
+    logits, sides = outputs[..., 0], outputs[..., 1:].sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, queries.real.to(logits), reduction="none")
+    identification = torch.where(queries.valid, entropy, 0.0).sum() / counts[0]
+    low, high = queries.boxes.to(sides).split(2, dim=2)
+    anchors = queries.anchors.to(sides)
+    targets = torch.cat([anchors - low, high - anchors], dim=2)  # left, top, right, bottom
+    extent = (targets[..., :2] + targets[..., 2:]).clamp(min=1e-7).repeat(1, 1, 2)
+    error = torch.where(queries.real, ((sides - targets).abs() / extent).sum(dim=2), 0.0)
+    return identification, error.sum() / torch.where(counts[1] > 0, counts[1], 1.0)
+
+
+class ICD(nn.Module):
+    """Instance-conditional distillation.
+
+    Args:
+        num_classes: at least 1, as many as the priors have.
+        priors: measured from the training set in use; saved with the module.
+        channels: of the student's pyramid and of queries and values, divisible by heads.
+        teacher_channels: of the teacher's pyramid; None = as the student's.
+        heads: of the decoder's attention.
+        layers: of the decoder; the auxiliary losses of the layers add up, the distillation losses are averaged.
+        rho: fake queries per real one.
+        max_queries: most queries of an image (300; published for two-stage detectors: 100).
+        weight: lambda of the distillation loss (8; published for two-stage detectors: 3).
+        temperature: of the attention that weights the distillation loss.
+    Source: methods.md section 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        priors: ClassPriors,
+        channels: int = 256,
+        *,
+        teacher_channels: int | None = None,
+        heads: int = 8,
+        layers: int = 1,
+        rho: float = 5,
+        max_queries: int = 300,
+        weight: float = 8.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        if num_classes < 1 or priors.num_classes != num_classes:
+            raise ValueError(f"ICD: num_classes must be at least 1 and that of the priors ({priors.num_classes}), "
+                             f"got {num_classes}; measure the priors on the same data")
+        if heads < 1 or channels < 1 or channels % heads:
+            raise ValueError(f"ICD: channels must be divisible by heads, got {channels} and {heads}; change one of them")
+        for name, value, lowest in (("layers", layers, 1), ("max_queries", max_queries, 1), ("rho", rho, 0), ("weight", weight, 0)):
+            if value < lowest:
+                raise ValueError(f"ICD: {name} must be at least {lowest}, got {value}; raise it")
+        if temperature <= 0:
+            raise ValueError(f"ICD: temperature must be > 0, got {temperature}; 1 is the published value")
+        self.channels = channels
+        self.teacher_channels = channels if teacher_channels is None else teacher_channels
+        self.rho, self.max_queries, self.weight, self.temperature = rho, max_queries, weight, temperature
+        for name in ("frequency", "mean", "std"):
+            self.register_buffer(f"prior_{name}", getattr(priors, name).clone())
+        self.encoder = QueryEncoder(num_classes, channels)
+        self.decoder = nn.ModuleList(DecoderLayer(channels, self.teacher_channels, heads) for _ in range(layers))
+        self.auxiliary = mlp(channels, channels, channels, 5)
+        self.student_values = nn.ModuleList(xavier_linear(channels, channels) for _ in range(layers))
+
+    def forward(
+        self,
+        student_pyramid: Sequence[Tensor],
+        teacher_pyramid: Sequence[Tensor],
+        batch: Batch,
+        *,
+        detach_student: bool = False,
+    ) -> dict[str, Tensor]:
+        """The losses of a batch: auxiliary ones that train encoder and decoder, and the one the student learns from.
+
+        Args:
+            student_pyramid: L tensors [B, channels, H_l, W_l]; receive gradients.
+            teacher_pyramid: L tensors [B, teacher_channels, H_l, W_l]; frozen.
+            batch: images, boxes, labels, seeds.
+            detach_student: no gradient into the student's features (its projections still learn).
+        Returns: {"icd_identification", "icd_localisation", "icd_distill"}: float scalars.
+        Raises: ValueError or TypeError if pyramids or batch do not fit.
+        """
+        self._check_teacher(teacher_pyramid)
+        check_levels("ICD", "student_pyramid", student_pyramid, channels=self.channels)
+        check_same_sizes("ICD", "student_pyramid", student_pyramid, "teacher_pyramid", teacher_pyramid)
+        student = [level.detach() if detach_student else level for level in student_pyramid]
+        queries = self.queries(batch)
+        chosen = queries.real[:, : queries.most_real]
+        identification = localisation = distill = 0.0
+        for projection, (decoded, attention) in zip(
+            self.student_values, self._decode(queries, teacher_pyramid, batch), strict=True
+        ):
+            losses = auxiliary_losses(self.auxiliary(decoded), queries)
+            identification, localisation = identification + losses[0], localisation + losses[1]
+            mass = attention.mass(chosen, self.temperature)
+            targets = [level.detach() for level in attention.values]
+            distill = distill + value_mimic(project_levels(projection, student), targets, mass).mean()
+        return {
+            "icd_identification": identification,
+            "icd_localisation": localisation,
+            "icd_distill": self.weight * distill / len(self.decoder),
+        }
+
+    def queries(self, batch: Batch) -> Queries:
+        """The batch's real queries and the fakes its seeds draw."""
+        priors = (self.prior_frequency, self.prior_mean, self.prior_std)
+        return draw_queries(batch, *priors, rho=self.rho, max_queries=self.max_queries)
+
+    @torch.no_grad()
+    def attention(self, teacher_pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """The last layer's attention maps of the real queries, in the order of batch.boxes: L tensors [K, G, H_l, W_l].
+
+        Over all levels together a map sums to 1.
+        """
+        self._check_teacher(teacher_pyramid)
+        queries = self.queries(batch)
+        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch)
+        place = queries.real_slots % queries.real.shape[1]
+        return attention.maps(batch.image_index, place)
+
+    def _decode(self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch):
+        """Yields each layer's decoded queries and attention."""
+        levels = [level.detach() for level in teacher_pyramid]
+        sizes = [tuple(level.shape[2:]) for level in levels]
+        positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes)
+        decoded = self.encoder(queries)
+        for layer in self.decoder:
+            decoded, attention = layer(decoded, levels, positions)
+            yield decoded, attention
+
+    def _check_teacher(self, pyramid: Sequence[Tensor]) -> None:
+        check_levels("ICD", "teacher_pyramid", pyramid, channels=self.teacher_channels)

@@ -1,0 +1,166 @@
+"""ICD's queries: real boxes and drawn fakes, described so that the decoder must look for them (methods 1.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.types import Batch
+
+AXIS_FEATURES = 128
+SCALE_BINS = 5
+DESCRIPTOR_EXTRA = 2 * AXIS_FEATURES + 2 * SCALE_BINS
+
+
+@dataclass
+class Queries:
+    """Queries of a batch, padded to the longest image; in every image the real ones come first, in the batch's order.
+
+    Args:
+        boxes: [B, N, 4] xyxy, divided by the image's size.
+        labels: [B, N] int64.
+        anchors: [B, N, 2] (x, y), divided by the image's size.
+        pixels: [B, N, 2] (width, height) of the boxes in pixels of that image.
+        real: [B, N] bool.
+        valid: [B, N] bool, False in the padding.
+        real_slots: [K] int64, image * N + place of the batch's boxes.
+        most_real: the most real queries of an image.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    anchors: Tensor
+    pixels: Tensor
+    real: Tensor
+    valid: Tensor
+    real_slots: Tensor
+    most_real: int
+
+
+def query_count(count: int, rho: float, max_queries: int) -> int:
+    """Queries of an image with `count` boxes: min(max(1, floor(count * (1 + rho))), max(max_queries, count))."""
+    return min(max(1, math.floor(count * (1 + rho))), max(max_queries, count))
+
+
+def _random_numbers(batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+    """Uniforms [sum of totals, 5] and normals [sum of totals, 2], those of image b from a generator seeded with seeds[b]."""
+    uniform, normal = [], []
+    for seed, total in zip(batch.seeds, totals, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand(total, 5, generator=generator))
+        normal.append(torch.randn(total, 2, generator=generator))
+    device = batch.boxes.device
+    return torch.cat(uniform).to(device, non_blocking=True), torch.cat(normal).to(device, non_blocking=True)
+
+
+def _fake_boxes(uniform: Tensor, normal: Tensor, frequency: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [..., 4] and labels [...] from the priors; the first three uniforms are the class and the centre."""
+    cumulative = frequency.cumsum(0)
+    labels = torch.searchsorted(cumulative / cumulative[-1], uniform[..., 0].to(cumulative), right=True)
+    size = mean[labels] + std[labels] * normal.clamp(-2, 2).to(std)
+    size = size.clamp(0.002, 0.7).to(uniform)
+    centre = 0.03 + 0.94 * uniform[..., 1:3]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1), labels
+
+
+def draw_queries(
+    batch: Batch, frequency: Tensor, mean: Tensor, std: Tensor, *, rho: float = 5.0, max_queries: int = 300
+) -> Queries:
+    """Real boxes and fakes of every image, with jittered anchor points.
+
+    Args:
+        batch: boxes, labels and seeds; an image's draws depend on its seed and number of boxes only.
+        frequency, mean, std: [num_classes], [num_classes, 2], [num_classes, 2], see ClassPriors; on the batch's device.
+        rho: fakes per real box.
+        max_queries: M, most queries of an image with fewer boxes than that.
+    Returns: Queries with N the most of any image; an image without boxes has one fake query.
+    Raises: ValueError if the batch's counts or seeds do not fit its images.
+    """
+    counts, images, boxes = batch.counts, len(batch), batch.boxes
+    if len(batch.seeds) != images:
+        raise ValueError(f"ICD: batch.seeds must be {images} ints, one for each image, got {len(batch.seeds)}; "
+                         "the loader fills them")
+    if sum(counts) != boxes.shape[0] or len(counts) != images:
+        raise ValueError(f"ICD: batch.counts must add up to the {boxes.shape[0]} boxes of {images} images, got {counts}; "
+                         "pass the boxes of each image")
+    totals = [query_count(count, rho, max_queries) for count in counts]
+    longest = max(totals)
+    slots, real_slots = (
+        torch.tensor([b * longest + n for b, number in enumerate(numbers) for n in range(number)], dtype=torch.int64)
+        .to(boxes.device, non_blocking=True)
+        for numbers in (totals, counts)
+    )
+    uniform, normal = (
+        draws.new_zeros(images * longest, draws.shape[1]).index_copy(0, slots, draws)
+        for draws in _random_numbers(batch, totals)
+    )
+    flags = torch.zeros(images * longest, dtype=torch.bool, device=boxes.device)
+    sides = batch.image_sizes.to(boxes.device, torch.float32).flip(1).repeat(1, 2)  # [B, 4] = (w, h, w, h)
+    xyxy, labels = _fake_boxes(uniform, normal, frequency, mean, std)
+    xyxy = xyxy.index_copy(0, real_slots, boxes.float() / sides.index_select(0, batch.image_index))
+    size = xyxy[:, 2:] - xyxy[:, :2]
+    anchors = (xyxy[:, :2] + xyxy[:, 2:]) / 2 + (uniform[:, 3:] - 0.5) * 0.6 * size
+    shape = (images, longest)
+    return Queries(
+        boxes=xyxy.unflatten(0, shape),
+        labels=labels.index_copy(0, real_slots, batch.labels).unflatten(0, shape),
+        anchors=anchors.unflatten(0, shape),
+        pixels=size.unflatten(0, shape) * sides[:, None, :2],
+        real=flags.index_fill(0, real_slots, True).unflatten(0, shape),
+        valid=flags.index_fill(0, slots, True).unflatten(0, shape),
+        real_slots=real_slots,
+        most_real=max(counts),
+    )
+
+
+def sine_frequencies(device: torch.device) -> Tensor:
+    """[64]: 1 / 10000^(2 * floor(k / 2) / 128) for k = 0, 2, .. 126."""
+    return 10000 ** -(torch.arange(0, AXIS_FEATURES, 2, device=device, dtype=torch.float32) / AXIS_FEATURES)
+
+
+def anchor_embedding(anchors: Tensor) -> Tensor:
+    """[..., 2] -> [..., 256]: for x and then y, 64 sines and 64 cosines of 2 pi coordinate * frequency."""
+    angle = 2 * math.pi * anchors.float()[..., None] * sine_frequencies(anchors.device)  # [..., 2, 64]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def scale_indicator(pixels: Tensor) -> Tensor:
+    """[..., 2] -> [..., 10]: for w and then h, one-hot over 5 of floor(clamp(log(size) * 1.44 - 5, 0, 4))."""
+    scale = (pixels.float().log() * 1.44 - 5).clamp(0, SCALE_BINS - 1).floor()
+    bins = torch.arange(SCALE_BINS, device=pixels.device)
+    return (scale[..., None] == bins).float().flatten(-2)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class QueryEncoder(nn.Module):
+    """Descriptor [one-hot class | anchor embedding | scale indicator] -> query, by three linears with ReLU between.
+
+    Args:
+        num_classes: entries of the one-hot.
+        channels: of the query and between the linears.
+    """
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.layers = mlp(num_classes + DESCRIPTOR_EXTRA, channels, channels, channels)
+
+    def describe(self, queries: Queries) -> Tensor:
+        """[B, N, num_classes + 266]."""
+        one_hot = queries.labels[..., None] == torch.arange(self.num_classes, device=queries.labels.device)
+        parts = [one_hot.float(), anchor_embedding(queries.anchors), scale_indicator(queries.pixels)]
+        return torch.cat(parts, dim=-1)
+
+    def forward(self, queries: Queries) -> Tensor:
+        """[B, N, channels]."""
+        return self.layers(self.describe(queries))

@@ -1,0 +1,323 @@
+"""LGD: the student is taught by features that a small network makes of its own and the labels (Zhang et al., AAAI 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
+from fastkd.ops.checks import check_levels
+from fastkd.types import Batch
+
+MASK_SIZE = 7
+ADAPTER_QUERIES = ("appearance", "label", "appearance_only", "label_only")
+
+
+@dataclass
+class Objects:
+    """What LGD encodes: every box of the batch, then the stand-ins (context objects, or unit boxes of images without boxes).
+
+    Args:
+        boxes: [K, 4] xyxy pixels of the padded batch.
+        labels: [K] int64, -1 = no class.
+        image_index: [K] int64 in [0, B).
+        slots: [K] int64, image * longest + place within the image.
+        valid: [B, longest] bool, False in the padding.
+        painted: how many of the objects are painted: all but the context objects.
+        masks: [K, H, W] bool, or None where boxes say what is covered.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_index: Tensor
+    slots: Tensor
+    valid: Tensor
+    painted: int
+    masks: Tensor | None = None
+
+    def pad(self, values: Tensor) -> Tensor:
+        """[..., K, D] -> [..., B, longest, D], zeros in the padding."""
+        flat = values.new_zeros(*values.shape[:-2], self.valid.numel(), values.shape[-1])
+        return flat.index_copy(-2, self.slots, values).unflatten(-2, self.valid.shape)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """[..., B, longest, D] -> [..., K, D]."""
+        return values.flatten(-3, -2).index_select(-2, self.slots)
+
+
+def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
+    """The objects of a batch: its boxes and, behind them, one context object an image (the box of the image, no class), or
+    without context one unit box (0, 0, 1, 1) with no class for each image without boxes.
+
+    A stand-in's mask holds the pixels whose centre its box contains.
+    """
+    device, counts = batch.boxes.device, batch.counts
+    if sum(counts) != batch.boxes.shape[0] or len(counts) != len(batch):
+        raise ValueError(f"LGD: batch.counts must add up to the {batch.boxes.shape[0]} boxes of {len(batch)} images, "
+                         f"got {counts}; pass the boxes of each image")
+    if use_masks and batch.masks is None:
+        raise ValueError("LGD: batch.masks must be given with use_masks, got None; load the data with masks")
+    owners = list(range(len(batch))) if context else [image for image, count in enumerate(counts) if count == 0]
+    longest = max(count + (image in owners) for image, count in enumerate(counts))
+    places = [image * longest + place for image, count in enumerate(counts) for place in range(count)]
+    places += [image * longest + counts[image] for image in owners]
+    slots = torch.tensor(places, dtype=torch.int64).to(device)
+    image_index = slots // longest
+    owner = image_index[batch.boxes.shape[0] :]
+    corner = torch.ones(len(owners), 2, device=device)
+    if context:
+        corner = batch.image_sizes.to(corner).index_select(0, owner).flip(1)  # (w, h)
+    stand_in = torch.cat([torch.zeros_like(corner), corner], dim=1)
+    masks = None
+    if use_masks:
+        y, x = (torch.arange(side, device=device) + 0.5 for side in batch.padded_size)
+        inside = (y < corner[:, 1:])[:, :, None] & (x < corner[:, :1])[:, None, :]
+        masks = torch.cat([batch.masks, inside])
+    return Objects(
+        boxes=torch.cat([batch.boxes.float(), stand_in]),
+        labels=torch.cat([batch.labels, batch.labels.new_full((len(owners),), -1)]),
+        image_index=image_index,
+        slots=slots,
+        valid=torch.zeros(len(batch) * longest, dtype=torch.bool, device=device)
+        .index_fill(0, slots, True)
+        .unflatten(0, (len(batch), longest)),
+        painted=batch.boxes.shape[0] if context else len(places),
+        masks=masks,
+    )
+
+
+def describe(objects: Objects, num_classes: int, padded_size: tuple[int, int]) -> Tensor:
+    """Descriptors [K, 4 + num_classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7, mapped to [-1, 1]."""
+    height, width = padded_size
+    box = objects.boxes / objects.boxes.new_tensor([width, height, width, height])
+    one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
+    parts = [box, one_hot.to(box.dtype)]
+    if objects.masks is not None:
+        index = torch.arange(objects.boxes.shape[0], device=box.device, dtype=box.dtype)[:, None]
+        crop = roi_align(objects.masks[:, None].to(box.dtype), torch.cat([index, objects.boxes], 1), MASK_SIZE, aligned=True)
+        parts.append((crop >= 0.5).to(box.dtype).flatten(1))
+    return torch.cat(parts, dim=1) * 2 - 1
+
+
+class LinearNorm(nn.Module):
+    """Linear, LayerNorm without affine, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return F.relu(F.layer_norm(x, x.shape[-1:]))
+
+
+class TransformNet(nn.Module):
+    """A size x size matrix made of each vector and applied to it: x -> x T(x), without an identity added."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        widths = (size, 64, 128, 1024, 512, 256)
+        self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)))
+        self.matrix = nn.Linear(256, size * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, size] -> [K, size]."""
+        matrix = self.matrix(self.layers(x)).unflatten(1, (x.shape[1], x.shape[1]))
+        return (x[:, None].to(matrix.dtype) @ matrix)[:, 0]
+
+
+class LabelEncoder(nn.Module):
+    """A PointNet over the objects of one image: descriptors -> label embeddings (methods 2.1).
+
+    Args:
+        descriptor: entries of a descriptor.
+        channels: of a label embedding.
+    """
+
+    def __init__(self, descriptor: int, channels: int):
+        super().__init__()
+        self.input_transform = TransformNet(descriptor)
+        self.local = LinearNorm(descriptor, 64)
+        self.local_transform = TransformNet(64)
+        self.expand = nn.Sequential(LinearNorm(64, 128), LinearNorm(128, 1024))
+        self.embed = LinearNorm(64 + 1024, channels)
+
+    def forward(self, descriptors: Tensor, objects: Objects) -> Tensor:
+        """[K, descriptor] -> [K, channels]; the global feature is the maximum over the objects of the same image."""
+        local = self.local_transform(self.local(self.input_transform(descriptors)))  # [K, 64]
+        features = self.expand(local)  # [K, 1024], at least 0, as the padding is
+        highest = objects.pad(features).amax(dim=1)  # [B, 1024]
+        return self.embed(torch.cat([local, highest.index_select(0, objects.image_index)], dim=1))
+
+
+class AppearanceEncoder(nn.Module):
+    """conv3x3, GroupNorm with 1 group, ReLU, mean over each object's cells (methods 2.2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, pyramid: Sequence[Tensor], objects: Objects, padded_size: tuple[int, int]) -> Tensor:
+        """L tensors [B, C, H_l, W_l] -> appearance embeddings [L, K, C]."""
+        levels = [self.conv(level) for level in pyramid]
+        if objects.masks is None:
+            return norm_relu_box_pool(levels, objects.boxes, objects.image_index, padded_size)
+        levels = [F.relu(F.group_norm(level, 1)) for level in levels]
+        return mask_pool(levels, objects.masks, objects.image_index)
+
+
+class RelationAdapter(nn.Module):
+    """Attention among the objects of an image (methods 2.3).
+
+    Args:
+        channels: of label and appearance embeddings.
+        heads: of the attention.
+        query: "appearance" (asks the labels), "label" (ask the appearance), "appearance_only", "label_only" (ask themselves).
+    """
+
+    def __init__(self, channels: int, heads: int, query: str = "appearance"):
+        super().__init__()
+        self.query = query
+        self.label = None if query == "appearance_only" else LinearNorm(channels, channels)
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
+
+    def forward(self, labels: Tensor | None, appearance: Tensor | None, objects: Objects, levels: int) -> Tensor:
+        """Label embeddings [K, C] and appearance embeddings [L, K, C] (None where unused) -> [L, K, C]."""
+        images, longest = objects.valid.shape
+        if labels is not None:
+            labels = objects.pad(self.label(labels))  # [B, N, C]
+        if appearance is not None:
+            appearance = objects.pad(appearance)  # [L, B, N, C]
+        if self.query == "appearance":  # the levels ask the same keys: one call with L * N queries an image
+            query = appearance.transpose(0, 1).flatten(1, 2)
+            answer = self._attend(query, labels, objects.valid).unflatten(1, (levels, longest)).transpose(0, 1)
+        elif self.query == "label_only":
+            answer = self._attend(labels, labels, objects.valid).expand(levels, -1, -1, -1)
+        else:
+            key = appearance.flatten(0, 1)  # [L * B, N, C]
+            query = key if self.query == "appearance_only" else labels.repeat(levels, 1, 1)
+            answer = self._attend(query, key, objects.valid.repeat(levels, 1)).unflatten(0, (levels, images))
+        return objects.unpad(answer)
+
+    def _attend(self, query: Tensor, key: Tensor, valid: Tensor) -> Tensor:
+        return self.attention(query, key, key, key_padding_mask=~valid, need_weights=False)[0]
+
+
+class KnowledgeMapper(nn.Module):
+    """Objects back to a pyramid: paint, convolve, add the context, refine (methods 2.4)."""
+
+    def __init__(self, channels: int, context: bool):
+        super().__init__()
+        self.object = nn.Linear(channels, channels)
+        self.context = nn.Linear(channels, channels) if context else None
+        self.paint = nn.Conv2d(channels, channels, 3, padding=1)
+        self.refine = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+
+    def forward(
+        self, related: Tensor, objects: Objects, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """A [L, K, C] -> the instructive pyramid, L tensors [B, C, H_l, W_l]."""
+        levels = self._painted(self.object(related[:, : objects.painted]), objects, padded_size, level_sizes)
+        if self.context is not None:
+            context = self.context(related[:, objects.painted :])  # [L, B, C]
+            levels = [level + shared[:, :, None, None] for level, shared in zip(levels, context, strict=True)]
+        return [self._refined(F.relu(level)) for level in levels]
+
+    def _painted(self, embeddings, objects, padded_size, level_sizes) -> list[Tensor]:
+        index, batch_size = objects.image_index[: objects.painted], objects.valid.shape[0]
+        if objects.masks is None:
+            boxes, conv = objects.boxes[: objects.painted], self.paint
+            return box_paint_conv3x3(
+                embeddings, conv.weight, conv.bias, boxes, index, padded_size, batch_size, level_sizes
+            )
+        painted = mask_paint(embeddings, objects.masks[: objects.painted], index, batch_size, level_sizes)
+        return [self.paint(level) for level in painted]
+
+    def _refined(self, level: Tensor) -> Tensor:
+        first, second, last = self.refine
+        level = F.relu(F.group_norm(first(level), 1))
+        level = F.relu(F.group_norm(second(level), 1))
+        return F.group_norm(last(level), 1)
+
+
+class LGD(nn.Module):
+    """Label-guided self-distillation: labels and the student's own features make an instructive pyramid the student imitates.
+
+    Args:
+        num_classes: at least 1.
+        channels: of the pyramid and of every embedding, divisible by heads.
+        heads: of the relation adapter's attention.
+        context: one more object an image, the whole image without a class (published: dense detectors).
+        detach_appearance: the appearance encoder sends no gradient into the student (published: two-stage detectors).
+        use_masks: instance masks instead of boxes say what an object covers; needs batch.masks.
+        adapter_query: which side asks in the relation adapter, see `RelationAdapter`.
+    Source: methods.md section 2.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int = 256,
+        *,
+        heads: int = 8,
+        context: bool = True,
+        detach_appearance: bool = False,
+        use_masks: bool = False,
+        adapter_query: str = "appearance",
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"LGD: num_classes must be at least 1, got {num_classes}; count the classes of the data")
+        if heads < 1 or channels < 1 or channels % heads:
+            raise ValueError(f"LGD: channels must be divisible by heads, got {channels} and {heads}; change one of them")
+        if adapter_query not in ADAPTER_QUERIES:
+            raise ValueError(f"LGD: adapter_query must be one of {ADAPTER_QUERIES}, got {adapter_query!r}; choose one")
+        self.num_classes, self.channels, self.context = num_classes, channels, context
+        self.detach_appearance, self.use_masks = detach_appearance, use_masks
+        descriptor = 4 + num_classes + (MASK_SIZE**2 if use_masks else 0)
+        self.labels = None if adapter_query == "appearance_only" else LabelEncoder(descriptor, channels)
+        self.appearance = None if adapter_query == "label_only" else AppearanceEncoder(channels)
+        self.relation = RelationAdapter(channels, heads, adapter_query)
+        self.mapper = KnowledgeMapper(channels, context)
+        self.student_adapter = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(
+        self, pyramid: Sequence[Tensor], batch: Batch, *, detach_student: bool = False
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The distillation loss and the instructive pyramid, on which the caller takes the detector's own loss.
+
+        Args:
+            pyramid: L tensors [B, channels, H_l, W_l] of the student; receive gradients.
+            batch: images, boxes, labels, and masks where use_masks.
+            detach_student: the distillation loss sends no gradient into the student (its adapter still learns).
+        Returns: {"lgd_distill": float scalar} and L tensors like pyramid.
+        Raises: ValueError or TypeError if pyramid or batch do not fit.
+        """
+        check_levels("LGD", "pyramid", pyramid, channels=self.channels)
+        instructive = self.instruct(pyramid, batch)
+        student = [self.student_adapter(level.detach() if detach_student else level) for level in pyramid]
+        loss = instance_norm_mse(student, [level.detach() for level in instructive])
+        return {"lgd_distill": loss}, instructive
+
+    def instruct(self, pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """The instructive pyramid: L tensors like pyramid."""
+        objects = gather_objects(batch, context=self.context, use_masks=self.use_masks)
+        labels = appearance = None
+        if self.labels is not None:
+            labels = self.labels(describe(objects, self.num_classes, batch.padded_size), objects)
+        if self.appearance is not None:
+            levels = [level.detach() if self.detach_appearance else level for level in pyramid]
+            appearance = self.appearance(levels, objects, batch.padded_size)
+        related = self.relation(labels, appearance, objects, len(pyramid))
+        return self.mapper(related, objects, batch.padded_size, [tuple(level.shape[2:]) for level in pyramid])

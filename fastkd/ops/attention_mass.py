@@ -1,0 +1,82 @@
+"""attention_mass: how much the chosen queries attend to each cell (ICD, methods 1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.checks import check_tensor
+from fastkd.ops.coverage import full_precision, widen
+from fastkd.ops.instance_attention import attention_logits_reference, check_attention
+
+
+@torch.no_grad()
+def attention_mass_reference(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+    chosen: Tensor,
+    logsumexp: Tensor | None = None,
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Plain torch of `attention_mass`."""
+    with full_precision(queries):
+        logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias) / temperature
+        if logsumexp is None:
+            logsumexp = logits.logsumexp(dim=3)
+        probability = (logits - widen(logsumexp)[..., None]).exp()  # [B, G, N, S]
+        mass = torch.where(chosen[:, None, :, None], probability, 0.0).sum(dim=2)  # [B, G, S]
+        parts = mass.split([level.shape[2] * level.shape[3] for level in levels], dim=2)
+        return [part.unflatten(2, tuple(level.shape[2:])) for part, level in zip(parts, levels, strict=True)]
+
+
+def attention_mass(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+    chosen: Tensor,
+    logsumexp: Tensor | None = None,
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Sum over the chosen queries of their attention probabilities, per head and cell.
+
+    M[l][b, g, y, x] = sum over n with chosen[b, n] of softmax over s of (logits[b, g, n] / temperature); logits as in
+    `instance_attention`.
+
+    Args:
+        queries, levels, key_weight, row_bias, column_bias: as for `instance_attention`; none receives a gradient.
+        chosen: [B, N] bool.
+        logsumexp: [B, G, N] that `instance_attention` returned for the same arguments, or None to compute it here;
+            must be None at any temperature but 1.
+        temperature: > 0.
+    Returns: L tensors [B, G, H_l, W_l], float32 (float64 of float64).
+    Raises: ValueError or TypeError if shapes or dtypes disagree.
+    Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
+    """
+    op = "attention_mass"
+    check_attention(op, queries, levels, key_weight, row_bias, column_bias)
+    check_tensor(op, "chosen", chosen, "[B, N]", 2, floating=False)
+    batch, heads, count, _ = queries.shape
+    if chosen.dtype != torch.bool:
+        raise TypeError(f"{op}: chosen must be bool, got {chosen.dtype}; call .bool()")
+    if tuple(chosen.shape) != (batch, count):
+        raise ValueError(f"{op}: chosen must be [{batch}, {count}], got {list(chosen.shape)}; one flag for each query")
+    if temperature <= 0:
+        raise ValueError(f"{op}: temperature must be > 0, got {temperature}; 1 is the published value")
+    if logsumexp is not None:
+        check_tensor(op, "logsumexp", logsumexp, "[B, G, N]", 3)
+        if tuple(logsumexp.shape) != (batch, heads, count):
+            raise ValueError(f"{op}: logsumexp must be [{batch}, {heads}, {count}], got {list(logsumexp.shape)}; "
+                             "pass what instance_attention returned for these queries")
+        if temperature != 1:
+            raise ValueError(f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
+                             "instance_attention's is that of temperature 1")
+    return attention_mass_reference(
+        queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature
+    )

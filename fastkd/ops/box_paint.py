@@ -1,0 +1,55 @@
+"""box_paint: the adjoint of a box sum, embeddings painted on the cells each box covers (LGD, methods 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastkd.ops.checks import check_boxes, check_device, check_embeddings, check_size
+from fastkd.ops.coverage import box_cover, paint_cover
+
+
+def box_paint_reference(
+    embeddings: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    image_size: tuple[int, int],
+    batch_size: int,
+    level_sizes: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Plain torch of `box_paint`."""
+    return [
+        paint_cover(embedding, box_cover(boxes, image_size, size), image_index, batch_size)
+        for embedding, size in zip(embeddings.unbind(0), level_sizes, strict=True)
+    ]
+
+
+def box_paint(
+    embeddings: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    image_size: tuple[int, int],
+    batch_size: int,
+    level_sizes: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Pyramid whose cells sum the embeddings of the boxes that cover them.
+
+    out[l][b, :, y, x] = sum over k with image_index[k] = b and (y, x) covered by box k (as in `box_pool`) of embeddings[l, k].
+
+    Args:
+        embeddings: [L, K, C], floating point; receives gradients.
+        boxes: [K, 4] xyxy in pixels of the padded batch, clamped to [0, W - 1] x [0, H - 1]; no gradient.
+        image_index: [K] int64 in [0, batch_size).
+        image_size: (H, W) of the padded batch, pixels.
+        batch_size: B.
+        level_sizes: L pairs (H_l, W_l).
+    Returns: L tensors [B, C, H_l, W_l], dtype of embeddings, channels-last.
+    Raises: ValueError or TypeError if shapes, dtypes or devices disagree.
+    Source: LGD (Zhang et al., AAAI 2022), intra-object knowledge mapper.
+    """
+    check_boxes("box_paint", boxes, image_index)
+    check_size("box_paint", "image_size", image_size)
+    check_embeddings("box_paint", embeddings, boxes.shape[0], level_sizes)
+    check_device("box_paint", "boxes", boxes, "embeddings", embeddings)
+    return box_paint_reference(embeddings, boxes, image_index, image_size, batch_size, level_sizes)

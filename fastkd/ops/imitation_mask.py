@@ -1,0 +1,94 @@
+"""imitation_mask: the cells near objects where the student imitates the teacher (FGFI, methods 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.checks import check_boxes, check_size, check_tensor
+
+
+def _cell_anchors(anchors: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """[H_l * W_l * A, 4]: the anchors of every cell, row by row."""
+    y = torch.arange(size[0], device=anchors.device, dtype=anchors.dtype) * stride[0]
+    x = torch.arange(size[1], device=anchors.device, dtype=anchors.dtype) * stride[1]
+    shift = torch.stack([x.expand(size[0], -1), y[:, None].expand(-1, size[1])] * 2, dim=-1)  # [H_l, W_l, 4]
+    return (shift[:, :, None] + anchors).flatten(0, 2)
+
+
+def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """[K, M] intersection over union of xyxy boxes; 0 for boxes without area."""
+    low = torch.maximum(boxes[:, None, :2], anchors[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], anchors[:, 2:])
+    inter = (high - low).clamp(min=0).prod(dim=2)
+    area_boxes, area_anchors = ((side[:, 2:] - side[:, :2]).prod(dim=1) for side in (boxes, anchors))
+    return inter / (area_boxes[:, None] + area_anchors - inter).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def imitation_mask_reference(
+    boxes: Tensor,
+    image_index: Tensor,
+    anchors: Sequence[Tensor],
+    strides: Sequence[tuple[int, int]],
+    batch_size: int,
+    level_sizes: Sequence[tuple[int, int]],
+    psi: float = 0.5,
+) -> list[Tensor]:
+    """Plain torch of `imitation_mask`, with the whole IoU matrix."""
+    if boxes.shape[0] == 0:
+        return [boxes.new_zeros(batch_size, *size, dtype=torch.bool) for size in level_sizes]
+    boxes = boxes.float()
+    overlaps = [
+        _pairwise_iou(boxes, _cell_anchors(base.float(), stride, size)).unflatten(1, (size[0] * size[1], -1)).amax(dim=2)
+        for base, stride, size in zip(anchors, strides, level_sizes, strict=True)
+    ]  # L x [K, S_l], the best anchor of each cell
+    threshold = psi * torch.stack([overlap.amax(dim=1) for overlap in overlaps]).amax(dim=0)  # [K]
+    masks = []
+    for overlap, size in zip(overlaps, level_sizes, strict=True):
+        votes = overlap.new_zeros(batch_size, overlap.shape[1])
+        votes = votes.index_add(0, image_index, (overlap > threshold[:, None]).to(votes.dtype))
+        masks.append((votes > 0).unflatten(1, tuple(size)))
+    return masks
+
+
+def imitation_mask(
+    boxes: Tensor,
+    image_index: Tensor,
+    anchors: Sequence[Tensor],
+    strides: Sequence[tuple[int, int]],
+    batch_size: int,
+    level_sizes: Sequence[tuple[int, int]],
+    psi: float = 0.5,
+) -> list[Tensor]:
+    """Cells with an anchor whose IoU with some box exceeds psi times that box's best IoU with any anchor of any level.
+
+    Args:
+        boxes: [K, 4] xyxy in pixels of the padded batch.
+        image_index: [K] int64 in [0, batch_size).
+        anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; cell (y, x) has them moved by
+            (x * stride_x, y * stride_y), outside the image too.
+        strides: L pairs (stride_y, stride_x), pixels.
+        batch_size: B.
+        level_sizes: L pairs (H_l, W_l).
+        psi: share of the best IoU, in [0, 1].
+    Returns: L tensors [B, H_l, W_l] bool; nothing receives a gradient.
+    Raises: ValueError or TypeError if shapes or dtypes disagree.
+    Source: FGFI (Wang et al., CVPR 2019), section 3.1.
+    """
+    op = "imitation_mask"
+    check_boxes(op, boxes, image_index)
+    if not len(anchors) == len(strides) == len(level_sizes):
+        raise ValueError(f"{op}: anchors, strides and level_sizes must have one entry a level, got {len(anchors)}, "
+                         f"{len(strides)} and {len(level_sizes)}; pass all three for the same levels")
+    for index, (base, stride, size) in enumerate(zip(anchors, strides, level_sizes, strict=True)):
+        check_tensor(op, f"anchors[{index}]", base, "[A, 4]", 2)
+        if base.shape[0] < 1 or base.shape[1] != 4:
+            raise ValueError(f"{op}: anchors[{index}] must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors")
+        check_size(op, f"strides[{index}]", stride)
+        check_size(op, f"level_sizes[{index}]", size)
+    if not 0 <= psi <= 1:
+        raise ValueError(f"{op}: psi must be in [0, 1], got {psi}; 0.5 is the published value")
+    return imitation_mask_reference(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)

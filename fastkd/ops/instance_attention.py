@@ -1,0 +1,124 @@
+"""instance_attention: a few queries attend to a whole pyramid (ICD's decoder, methods 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.checks import check_levels, check_same_sizes, check_tensor
+from fastkd.ops.coverage import full_precision, widen
+
+
+def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
+    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
+    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
+
+
+def attention_logits_reference(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+) -> Tensor:
+    """Logits [B, G, N, S] of `instance_attention`: q . (W_k x) + row bias + column bias, levels in a row.
+
+    q . (W_k x) = (W_k^T q) . x: the projection moves to the queries where that takes fewer multiplications.
+    """
+    batch, heads, count, depth = queries.shape
+    cells = flatten_pyramid([level.detach() for level in levels])  # [B, C, S]
+    channels = cells.shape[1]
+    weight = widen(key_weight).unflatten(0, (heads, depth))  # [G, d, C]
+    if heads * count * channels < heads * depth * (channels + count):
+        absorbed = torch.einsum("bgnd,gdc->bgnc", widen(queries), weight)
+        logits = (absorbed.flatten(1, 2) @ cells).unflatten(1, (heads, count))
+    else:
+        keys = (weight.flatten(0, 1) @ cells).unflatten(1, (heads, depth))  # [B, G, d, S]
+        logits = widen(queries) @ keys
+    bias = [
+        (widen(row)[..., :, None] + widen(column)[..., None, :]).flatten(3)
+        for row, column in zip(row_bias, column_bias, strict=True)
+    ]
+    return logits + torch.cat(bias, dim=3)
+
+
+def instance_attention_reference(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Plain torch of `instance_attention`."""
+    with full_precision(queries):
+        logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias)
+        value = flatten_pyramid(values).unflatten(1, (queries.shape[1], -1))  # [B, G, d_v, S]
+        output = logits.softmax(dim=3) @ value.transpose(2, 3)
+        return output.to(queries.dtype), logits.detach().logsumexp(dim=3)
+
+
+def check_attention(
+    op: str,
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+) -> None:
+    """Raise unless queries, pyramid, key projection and bias tables fit each other."""
+    check_tensor(op, "queries", queries, "[B, G, N, d]", 4)
+    check_levels(op, "levels", levels)
+    check_tensor(op, "key_weight", key_weight, "[G * d, C]", 2)
+    batch, heads, count, depth = queries.shape
+    if levels[0].shape[0] != batch:
+        raise ValueError(f"{op}: levels must hold the {batch} images of the queries, got {levels[0].shape[0]}; "
+                         "pass queries and pyramid of the same images")
+    if tuple(key_weight.shape) != (heads * depth, levels[0].shape[1]):
+        raise ValueError(f"{op}: key_weight must be [{heads * depth}, {levels[0].shape[1]}], got {list(key_weight.shape)}; "
+                         "it projects the levels' channels to all heads")
+    for name, tables, axis in (("row_bias", row_bias, 2), ("column_bias", column_bias, 3)):
+        if len(tables) != len(levels):
+            raise ValueError(f"{op}: {name} must hold {len(levels)} tables, got {len(tables)}; pass one for each level")
+        for index, (table, level) in enumerate(zip(tables, levels, strict=True)):
+            check_tensor(op, f"{name}[{index}]", table, "[B, G, N, side]", 4)
+            expected = (batch, heads, count, level.shape[axis])
+            if tuple(table.shape) != expected:
+                raise ValueError(f"{op}: {name}[{index}] must be {list(expected)}, got {list(table.shape)}; "
+                                 "it holds one number for each query and each row or column of the level")
+
+
+def instance_attention(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Multi-head attention of N queries over all cells of all levels.
+
+    logits[b, g, n, s] = queries[b, g, n] . (W_k x_s)_g + row_bias[l][b, g, n, y] + column_bias[l][b, g, n, x], s = (l, y, x);
+    output = softmax over s of the logits, times the values. A bias of -inf leaves a row or a column out; some cell must remain.
+
+    Args:
+        queries: [B, G, N, d], floating point, already scaled by 1 / sqrt(d); receives gradients.
+        levels: L tensors [B, C, H_l, W_l]: what the keys are projected from; frozen, receive no gradient.
+        key_weight: [G * d, C], head by head; receives gradients.
+        row_bias: L tensors [B, G, N, H_l]; receive gradients.
+        column_bias: L tensors [B, G, N, W_l]; receive gradients.
+        values: L tensors [B, G * d_v, H_l, W_l], head by head; receive gradients.
+    Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 of float64),
+        without gradient.
+    Raises: ValueError or TypeError if shapes or dtypes disagree.
+    Source: ICD (Kang et al., NeurIPS 2021), section 3.2.
+    """
+    check_attention("instance_attention", queries, levels, key_weight, row_bias, column_bias)
+    check_levels("instance_attention", "values", values)
+    check_same_sizes("instance_attention", "values", values, "levels", levels)
+    if values[0].shape[1] % queries.shape[1]:
+        raise ValueError(f"instance_attention: values must have a multiple of {queries.shape[1]} channels (heads), "
+                         f"got {values[0].shape[1]}; project to heads * depth channels")
+    return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)

@@ -1,0 +1,29 @@
+"""What a loss divides by when its batch is split over processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@torch.no_grad()
+def global_mean(count: Tensor) -> Tensor:
+    """Average of a count over the processes of a distributed run; the count itself without one.
+
+    A loss that divides its own sum by this number, its gradients then averaged over the processes (as DDP does), has the
+    gradients of one process on the whole batch: (1/R) sum_r s_r / ((1/R) sum_r n_r) = sum_r s_r / sum_r n_r.
+
+    Args:
+        count: any shape, integer or floating point; every process calls with the same shape.
+    Returns: float32 (float64 stays), same shape and device, no gradient.
+    Raises: TypeError if count is no tensor.
+    """
+    if not isinstance(count, Tensor):
+        raise TypeError(f"global_mean: count must be a tensor, got {type(count).__name__}; wrap it in torch.tensor")
+    mean = count.detach().to(torch.float64 if count.dtype == torch.float64 else torch.float32)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        mean = mean.clone()
+        dist.all_reduce(mean)
+        mean = mean / dist.get_world_size()
+    return mean
