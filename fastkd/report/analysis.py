@@ -1,0 +1,161 @@
+"""Why a detector is wrong: every detection right, wrong class, poorly placed, duplicate or background; every box found or missed.
+
+Plain numpy on one image at a time; boxes are xyxy in pixels of the image file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+RIGHT, WRONG_CLASS, POOR_LOCALISATION, DUPLICATE, BACKGROUND, IGNORED = range(6)
+KINDS = ("right", "wrong class", "poor localisation", "duplicate", "background", "ignored")
+ERROR_KINDS = (WRONG_CLASS, POOR_LOCALISATION, DUPLICATE, BACKGROUND)
+KIND_MEANING = {
+    WRONG_CLASS: "overlaps an object well (IoU of at least 0.5) but names another class",
+    POOR_LOCALISATION: "names the class of an object it overlaps only partly (IoU between 0.1 and 0.5)",
+    DUPLICATE: "a second detection of an object that a higher-scoring one has already found",
+    BACKGROUND: "overlaps no object of its class, and none of another class well",
+}
+SIZES = ("small", "medium", "large")
+SIZE_LIMITS = (32.0**2, 96.0**2)  # COCO's, in square pixels of the image file
+
+
+@dataclass
+class Truth:
+    """The ground truth of one image: boxes [K, 4], labels [K], and crowd regions [I, 4], which are neither right nor wrong."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore_boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+
+
+@dataclass
+class Found:
+    """The detections of one image in order of falling score: boxes [D, 4], scores [D], labels [D]."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Verdict:
+    """kinds [D] of the detections (RIGHT ... IGNORED), partner [D] (the box each is judged against, -1: none), and
+    found_score [K]: the score at which each box was found, -1 where it was missed at any score."""
+
+    kinds: np.ndarray
+    partner: np.ndarray
+    found_score: np.ndarray
+
+
+def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union of every pair: [N, 4] and [M, 4] xyxy -> [N, M]; 0 for boxes without area."""
+    intersection = _intersection(first, second)
+    union = _area(first)[:, None] + _area(second)[None] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def judge(truth: Truth, found: Found) -> Verdict:
+    """Says of every detection of an image what it is, matching in order of falling score as COCO does at IoU 0.5.
+
+    A detection takes the unmatched box of its class with the highest IoU >= 0.5 and is right. Else it is a duplicate
+    (such a box exists but is taken), ignored (more than half of it lies in a crowd region), of the wrong class
+    (IoU >= 0.5 with a box of another class), poorly placed (IoU >= 0.1 with a box of its class), or background.
+    """
+    iou = box_iou(found.boxes, truth.boxes)
+    covered = _intersection(found.boxes, truth.ignore_boxes) / np.maximum(_area(found.boxes), 1e-9)[:, None]
+    kinds = np.full(len(found.scores), BACKGROUND)
+    partner = np.full(len(found.scores), -1)
+    found_score = np.full(len(truth.labels), -1.0)
+    for d in range(len(found.scores)):
+        same = truth.labels == found.labels[d]
+        kinds[d], partner[d] = _judge_one(iou[d], same, found_score >= 0, covered[d])
+        if kinds[d] == RIGHT:
+            found_score[partner[d]] = found.scores[d]
+    return Verdict(kinds, partner, found_score)
+
+
+def _judge_one(iou, same, taken, covered) -> tuple[int, int]:
+    free = np.where(same & ~taken, iou, 0.0)
+    own = np.where(same, iou, 0.0)
+    other = np.where(same, 0.0, iou)
+    if free.max(initial=0.0) >= 0.5:
+        return RIGHT, int(free.argmax())
+    if own.max(initial=0.0) >= 0.5:
+        return DUPLICATE, int(own.argmax())
+    if covered.max(initial=0.0) > 0.5:
+        return IGNORED, -1
+    if other.max(initial=0.0) >= 0.5:
+        return WRONG_CLASS, int(other.argmax())
+    if own.max(initial=0.0) >= 0.1:
+        return POOR_LOCALISATION, int(own.argmax())
+    return BACKGROUND, -1
+
+
+def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> float:
+    """The score threshold with the best F1 = 2 right / (detections + boxes) over all images; 0.5 where nothing is right.
+
+    Scores of two detectors are not on one scale, so each is looked at where it does best.
+    """
+    scores = np.concatenate([found.scores for found in founds]) if founds else np.zeros(0)
+    kinds = np.concatenate([verdict.kinds for verdict in verdicts]) if verdicts else np.zeros(0, dtype=int)
+    scores, kinds = scores[kinds != IGNORED], kinds[kinds != IGNORED]
+    if not (kinds == RIGHT).any():
+        return 0.5
+    order = np.argsort(-scores, kind="stable")
+    right = np.cumsum(kinds[order] == RIGHT)
+    f1 = 2 * right / (np.arange(1, len(order) + 1) + boxes)
+    last_of_its_score = np.append(np.diff(scores[order]) != 0, True)
+    return float(scores[order][np.where(last_of_its_score, f1, -1.0).argmax()])
+
+
+def size_index(boxes: np.ndarray) -> np.ndarray:
+    """0, 1, 2 = COCO's small, medium, large, by the area of the box in pixels of the image file: [K, 4] -> [K]."""
+    return np.searchsorted(SIZE_LIMITS, _area(boxes), side="right")
+
+
+def miss_reason(box: int, truth: Truth, found: Found, verdict: Verdict, threshold: float) -> str:
+    """Why box number `box` counts as missed at `threshold`."""
+    if verdict.found_score[box] >= 0:
+        return f"found, but only with score {verdict.found_score[box]:.2f}"
+    iou = box_iou(found.boxes, truth.boxes[box : box + 1])[:, 0]
+    above = found.scores >= threshold
+    same = found.labels == truth.labels[box]
+    if (above & ~same & (iou >= 0.5)).any():
+        return "taken for another class"
+    if (above & same & (iou >= 0.1)).any():
+        return "box poorly placed"
+    if (above & (iou >= 0.1)).any():
+        return "only an overlapping detection of another class"
+    return "nothing there"
+
+
+def error_counts(verdicts: list[Verdict], founds: list[Found], threshold: float) -> dict[int, int]:
+    """How many detections of score >= threshold are of each kind, {kind: count}, right ones and ignored ones included."""
+    counts = {kind: 0 for kind in range(len(KINDS))}
+    for verdict, found in zip(verdicts, founds):
+        for kind in verdict.kinds[found.scores >= threshold]:
+            counts[int(kind)] += 1
+    return counts
+
+
+def miss_counts(verdicts: list[Verdict], truths: list[Truth], threshold: float) -> dict[str, tuple[int, int]]:
+    """{size: (missed boxes, boxes)} at a score threshold."""
+    missed, total = np.zeros(3, dtype=int), np.zeros(3, dtype=int)
+    for verdict, truth in zip(verdicts, truths):
+        sizes = size_index(truth.boxes)
+        total += np.bincount(sizes, minlength=3)
+        missed += np.bincount(sizes[verdict.found_score < threshold], minlength=3)
+    return {size: (int(missed[i]), int(total[i])) for i, size in enumerate(SIZES)}
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return np.clip(boxes[:, 2] - boxes[:, 0], 0, None) * np.clip(boxes[:, 3] - boxes[:, 1], 0, None)
+
+
+def _intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(axis=2)

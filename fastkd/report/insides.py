@@ -1,0 +1,161 @@
+"""The sections about what the networks see: ICD's attention, and LGD's instructive features beside the student's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.report import pictures, plots
+from fastkd.report.html import PictureBook, Section, clean, escape, note, paragraph
+from fastkd.report.mistakes import Images
+from fastkd.report.networks import Networks, load_networks
+from fastkd.report.pictures import Mark
+from fastkd.report.runs import Run
+
+ATTENTION_IMAGES, INSTANCES_PER_IMAGE = 4, 2
+FEATURE_IMAGES = 3
+
+
+def sections(runs: list[Run], images: Images, chosen: list[int], device: str, book: PictureBook) -> list[Section]:
+    """A section for each method that has something to show; a run whose networks cannot be loaded gets a note."""
+    attention, features = Section("Where the teacher looks (ICD)"), Section("What the labels teach (LGD)")
+    for run in runs:
+        if run.method not in ("icd", "lgd"):
+            continue
+        section, show = (attention, _show_attention) if run.method == "icd" else (features, _show_features)
+        try:
+            loaded = load_networks(run, device)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            section.add(note([f"{run.name}: nothing to show, {_reason(error)}"]))
+            continue
+        show(section, run, loaded, images, chosen, book)
+    return [attention, features]
+
+
+def _reason(error: Exception) -> str:
+    return clean(f"{type(error).__name__}: {error}", 300)
+
+
+@torch.no_grad()
+def _show_attention(section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook) -> None:
+    if not section.parts:
+        section.add(
+            paragraph(
+                "ICD asks the frozen teacher about each object (its class, size and rough place), and the decoder answers with "
+                "attention over the teacher\u2019s features; the student then imitates the teacher mostly where that attention lies. "
+                "Each row is one object: first the image with the object framed, then the attention of each head, bright where the "
+                "head looks, all heads of an object on one colour scale. Under each head\u2019s number stands the pyramid level that gets "
+                "most of its attention. Heads that settle on different parts (a rim, the inside, the context) have learned something; "
+                "eight equal, even maps have not."
+            )
+        )
+    section.add(f"<h3>{escape(run.name)}</h3>")
+    figures = []
+    for image_id in chosen[:ATTENTION_IMAGES]:
+        batch, picture = loaded.batch(images.source, image_id)
+        maps = loaded.distiller.attention(loaded.teacher.features(batch.images), batch)
+        maps = [level.float().cpu() for level in maps]
+        for instance in _instances(batch.boxes):
+            heads, shares = attention_over_image([level[instance] for level in maps], batch.padded_size)
+            label = images.name(int(batch.labels[instance]))
+            titles = [label, *(f"head {head} \u00b7 {loaded.level_name(level)} {share:.0%}" for head, (level, share) in enumerate(shares, 1))]
+            box = batch.boxes[instance].tolist()
+            png = pictures.attention_strip(picture, box, heads[:, : picture.shape[0], : picture.shape[1]], titles)
+            width, height = box[2] - box[0], box[3] - box[1]
+            caption = f"<b>{escape(label)}</b> of {width:.0f} x {height:.0f} px in image {image_id}"
+            figures.append(book.figure(png, f"{run.name}_attention_{image_id}_{instance}", f"ICD attention, image {image_id}", caption))
+    section.add(*(figures or [note(["The chosen images hold no boxes."])]))
+
+
+def _instances(boxes: Tensor) -> list[int]:
+    """The largest box and the one in the middle by area: a scene's main object and a typical one."""
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).cpu()
+    order = areas.argsort(descending=True, stable=True).tolist()
+    return list(dict.fromkeys(order[:1] + order[len(order) // 2 : len(order) // 2 + 1]))[:INSTANCES_PER_IMAGE]
+
+
+def attention_over_image(levels: list[Tensor], size: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, float]]]:
+    """The attention of one instance as a density over the padded image, all levels together.
+
+    Args:
+        levels: L tensors [G, H_l, W_l], summing to 1 over levels and cells for each head.
+        size: (H, W) of the padded image.
+    Returns: ([G, H, W] that sums to about 1 for each head, and for each head (level with most of it, its share)).
+    """
+    total = torch.zeros(levels[0].shape[0], *size)
+    for level in levels:
+        cells = level.shape[-2] * level.shape[-1]
+        density = F.interpolate(level[None], size=size, mode="bilinear", align_corners=False)[0]
+        total += density * (cells / (size[0] * size[1]))
+    shares = torch.stack([level.sum(dim=(-2, -1)) for level in levels])  # [L, G]
+    share, best = shares.max(dim=0)
+    return total.numpy(), list(zip(best.tolist(), share.tolist()))
+
+
+@torch.no_grad()
+def _show_features(section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook) -> None:
+    if not section.parts:
+        section.add(
+            paragraph(
+                "LGD builds instructive features from the labels and the student\u2019s own features, and the student learns to produce "
+                "them without the labels. A row is a pyramid level. <b>Strength</b> is the root mean square over the channels after "
+                "each channel has been normalised over the image, as in LGD\u2019s loss: how much a place stands out. "
+                "<b>Component</b> is the first principal component of both maps together. Maps in a pair share their colour scale "
+                "(its ends are printed below). Look for instructive maps that stand out on the objects, and for the student "
+                "following them."
+            )
+        )
+    section.add(f"<h3>{escape(run.name)}</h3>")
+    for image_id in chosen[:FEATURE_IMAGES]:
+        batch, picture = loaded.batch(images.source, image_id)
+        student = loaded.student.features(batch.images)
+        _, instructive = loaded.distiller(student, batch)
+        rows, names = [], []
+        for level, (own, taught) in enumerate(zip(student, instructive)):
+            own, taught = (_valid(maps, batch) for maps in (own, taught))
+            if own.shape[-2] * own.shape[-1] < 4:
+                continue  # a map of a few cells has no pattern to compare
+            framed = _framed(picture, batch.boxes.tolist())
+            rows.append([framed, *feature_maps(own, taught)])
+            names.append(loaded.level_name(level))
+        if not rows:
+            section.add(note([f"Image {image_id} is too small for its feature maps to show anything."]))
+            continue
+        columns = ["image", "student: strength", "instructive: strength", "student: component", "instructive: component"]
+        png = plots.feature_grid(columns, names, rows, [[1, 2], [3, 4]])
+        caption = f"Image {image_id}: the student\u2019s features and LGD\u2019s instructive features, level by level."
+        section.add(book.figure(png, f"{run.name}_features_{image_id}", f"LGD features, image {image_id}", caption))
+    if not chosen:
+        section.add(note(["There are no images with boxes to show."]))
+
+
+def feature_maps(student: Tensor, instructive: Tensor) -> list[np.ndarray]:
+    """Strength and first common component of two maps [C, h, w]: student's and instructive strength, student's and instructive component."""
+    first, second = _normalised(student), _normalised(instructive)
+    strengths = [maps.square().mean(dim=0).sqrt() for maps in (first, second)]
+    cells = torch.cat([first.flatten(1), second.flatten(1)], dim=1).T  # [2 h w, C]
+    _, _, directions = torch.linalg.svd(cells - cells.mean(dim=0), full_matrices=False)
+    direction = directions[0] * directions[0][directions[0].abs().argmax()].sign()
+    components = [torch.einsum("chw,c->hw", maps, direction) for maps in (first, second)]
+    return [maps.numpy() for maps in (*strengths, *components)]
+
+
+def _normalised(maps: Tensor) -> Tensor:
+    maps = maps.detach().double().cpu()
+    centred = maps - maps.mean(dim=(1, 2), keepdim=True)
+    return centred / (centred.square().mean(dim=(1, 2), keepdim=True) + 1e-5).sqrt()
+
+
+def _valid(maps: Tensor, batch) -> Tensor:
+    """The cells of the only image of the batch, without those of the padding."""
+    (height, width), (padded_height, padded_width) = batch.image_sizes[0].tolist(), batch.padded_size
+    rows = -(-height * maps.shape[-2] // padded_height)
+    columns = -(-width * maps.shape[-1] // padded_width)
+    return maps[0, :, :rows, :columns]
+
+
+def _framed(picture: np.ndarray, boxes) -> np.ndarray:
+    marks = [Mark(tuple(box), pictures.TRUTH_COLOUR) for box in boxes]
+    return pictures.framed(picture, marks, longest_side=260)

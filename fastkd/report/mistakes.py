@@ -1,0 +1,234 @@
+"""The sections about single images: detections beside ground truth, worst false positives, misses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastkd.report import analysis, pictures, plots
+from fastkd.report.analysis import DUPLICATE, ERROR_KINDS, IGNORED, KIND_MEANING, KINDS, RIGHT, SIZES, Found, Truth, Verdict
+from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded, grid, key, note, paragraph, table
+from fastkd.report.pictures import MISSED_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
+from fastkd.report.runs import Run
+
+CROPS_PER_KIND = 4
+CROPS_PER_SIZE = 4
+
+
+@dataclass
+class Judged:
+    """A run's detections on the validation images with the verdict on each, and its own score threshold."""
+
+    run: Run
+    found: dict[int, Found]
+    verdicts: dict[int, Verdict]
+    threshold: float
+
+
+@dataclass
+class Images:
+    """Validation images of a report: where they come from, their ground truth, and the runs judged against it."""
+
+    source: object
+    truths: dict[int, Truth]
+    judged: list[Judged] = field(default_factory=list)
+
+    def name(self, label: int) -> str:
+        """The name of a class."""
+        return clean(self.source.class_names[label], 30)
+
+
+def judge_runs(source, runs: list[Run]) -> Images:
+    """Judges every run that has detections. Args: source: a ValidationSet (or anything with its methods)."""
+    images = Images(source, {image_id: source.truth(image_id) for image_id in source.image_ids})
+    boxes = sum(len(truth.labels) for truth in images.truths.values())
+    for run in runs:
+        if run.detections is None:
+            continue
+        found = source.found(run)
+        verdicts = {image_id: analysis.judge(truth, found[image_id]) for image_id, truth in images.truths.items()}
+        threshold = analysis.best_threshold(list(verdicts.values()), [found[image_id] for image_id in verdicts], boxes)
+        images.judged.append(Judged(run, found, verdicts, threshold))
+    return images
+
+
+def choose_images(images: Images, count: int) -> list[int]:
+    """`count` images at even steps from the easiest to the hardest for the first run that is no teacher; none without boxes.
+
+    Taking them by rank keeps anyone from picking flattering ones, and shows both ends.
+    """
+    candidates = [image_id for image_id, truth in images.truths.items() if len(truth.labels)]
+    if not candidates or not images.judged or count < 1:
+        return candidates[:count]
+    judged = next((item for item in images.judged if not item.run.is_teacher), images.judged[0])
+
+    def share_right(image_id: int) -> float:
+        kinds = judged.verdicts[image_id].kinds[judged.found[image_id].scores >= judged.threshold]
+        right = (kinds == RIGHT).sum()
+        return 2 * right / max(1, (kinds != IGNORED).sum() + len(images.truths[image_id].labels))
+
+    ranked = sorted(candidates, key=lambda image_id: (-share_right(image_id), image_id))
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
+    return [ranked[place] for place in places]
+
+
+def detections_section(images: Images, chosen: list[int], book: PictureBook) -> Section:
+    """The same images for every run, ground truth first."""
+    section = Section("Detections beside the ground truth")
+    if not chosen:
+        section.add(note(["No validation image has a box, so there is nothing to show."]))
+        return section
+    section.add(
+        paragraph(
+            "Every run on the same images, taken at even steps from the easiest to the hardest image of the first student. Each run is "
+            "shown above its own score threshold (the one with its best F1), since scores of two detectors are not on one scale. "
+            + " &nbsp; ".join(
+                (
+                    key(TRUTH_COLOUR, "ground truth"),
+                    key(RIGHT_COLOUR, "right: class and place (IoU at least 0.5)"),
+                    key(WRONG_COLOUR, "false positive"),
+                    key(MISSED_COLOUR, "missed object", dashed=True),
+                )
+            )
+        )
+    )
+    for image_id in chosen:
+        picture, truth = images.source.image(image_id), images.truths[image_id]
+        marks = [Mark(tuple(box), TRUTH_COLOUR, images.name(label)) for box, label in zip(truth.boxes, truth.labels)]
+        png = pictures.annotated(picture, marks)
+        figures = [book.figure(png, f"truth_{image_id}", f"Ground truth of image {image_id}", f"<b>ground truth</b>, {len(marks)} objects")]
+        for judged in images.judged:
+            figures.append(_run_figure(images, judged, image_id, picture, book))
+        section.add(f"<h3>Image {image_id}</h3>", grid(figures, 240))
+    return section
+
+
+def _run_figure(images: Images, judged: Judged, image_id: int, picture: np.ndarray, book: PictureBook) -> str:
+    found, verdict, truth = judged.found[image_id], judged.verdicts[image_id], images.truths[image_id]
+    missed = np.flatnonzero(verdict.found_score < judged.threshold)
+    marks = [Mark(tuple(truth.boxes[k]), MISSED_COLOUR, dashed=True) for k in missed]
+    right = wrong = 0
+    for d in np.flatnonzero(found.scores >= judged.threshold):
+        if verdict.kinds[d] == IGNORED:
+            continue
+        is_right = verdict.kinds[d] == RIGHT
+        right, wrong = right + int(is_right), wrong + int(not is_right)
+        colour = RIGHT_COLOUR if is_right else WRONG_COLOUR
+        marks.append(Mark(tuple(found.boxes[d]), colour, f"{images.name(found.labels[d])} {found.scores[d]:.2f}"))
+    caption = f"<b>{escape(judged.run.name, 40)}</b>: {right} right, {wrong} false, {len(missed)} missed (score from {judged.threshold:.2f})"
+    alt = f"Detections of {judged.run.name} in image {image_id}"
+    return book.figure(pictures.annotated(picture, marks), f"{judged.run.name}_{image_id}", alt, caption)
+
+
+def false_positives_section(images: Images, book: PictureBook) -> Section:
+    """How many false positives of which kind, and the worst ones."""
+    section = Section("Worst false positives")
+    meanings = "; ".join(f"<b>{KINDS[kind]}</b> {KIND_MEANING[kind]}" for kind in ERROR_KINDS)
+    section.add(paragraph(f"A false positive is of one of four kinds: {meanings}. Counted above each run\u2019s own score threshold."))
+    names = [judged.run.name for judged in images.judged]
+    counts = [analysis.error_counts(*_lists(judged), judged.threshold) for judged in images.judged]
+    per_image = {KINDS[kind]: [count[kind] / max(1, len(images.truths)) for count in counts] for kind in ERROR_KINDS}
+    picture = plots.error_bars(names, per_image, "false positives an image")
+    section.add(book.figure(picture, "false_positives", "False positives an image by kind", "Shorter is better, at a comparable number found."))
+    for judged in images.judged:
+        figures = [_false_positive(images, judged, *place, book) for kind in ERROR_KINDS for place in _worst(judged, kind)]
+        legend = paragraph(
+            "The highest-scoring false positives of each kind. "
+            + key(WRONG_COLOUR, "the detection")
+            + " &nbsp; "
+            + key(TRUTH_COLOUR, "the objects around it")
+        )
+        content = legend + grid(figures, 150) if figures else note([f"{judged.run.name} has no false positives."])
+        section.add(folded(f"{clean(judged.run.name, 60)}: the worst of each kind", content))
+    return section
+
+
+def _lists(judged: Judged) -> tuple[list[Verdict], list[Found]]:
+    return list(judged.verdicts.values()), [judged.found[image_id] for image_id in judged.verdicts]
+
+
+def _worst(judged: Judged, kind: int) -> list[tuple[int, int]]:
+    """(image id, detection) of the highest scores of a kind, at most one an image."""
+    best = []
+    for image_id, verdict in judged.verdicts.items():
+        places = np.flatnonzero(verdict.kinds == kind)
+        if len(places):
+            best.append((-float(judged.found[image_id].scores[places[0]]), image_id, int(places[0])))
+    return [(image_id, place) for _, image_id, place in sorted(best)[:CROPS_PER_KIND]]
+
+
+def _false_positive(images: Images, judged: Judged, image_id: int, place: int, book: PictureBook) -> str:
+    found, verdict, truth = judged.found[image_id], judged.verdicts[image_id], images.truths[image_id]
+    kind, partner, box = int(verdict.kinds[place]), int(verdict.partner[place]), found.boxes[place]
+    marks = [Mark(tuple(other), TRUTH_COLOUR) for other in truth.boxes] + [Mark(tuple(box), WRONG_COLOUR)]
+    text = f"<b>{KINDS[kind]}</b><br>{escape(images.name(found.labels[place]))} {found.scores[place]:.2f}"
+    if partner >= 0:
+        iou = analysis.box_iou(box[None], truth.boxes[partner : partner + 1])[0, 0]
+        word = "again" if kind == DUPLICATE else "truth:"
+        text += f"<br>{word} {escape(images.name(truth.labels[partner]))}, IoU {iou:.2f}"
+    text += f'<br><span class="soft">image {image_id}</span>'
+    png = pictures.crop(images.source.image(image_id), marks, box)
+    return book.figure(png, f"fp_{judged.run.name}_{KINDS[kind]}_{image_id}", f"False positive in image {image_id}", text)
+
+
+def misses_section(images: Images, book: PictureBook) -> Section:
+    """How many objects of each size are missed, and some of them."""
+    section = Section("Misses")
+    section.add(
+        paragraph(
+            "An object is missed when no detection of its class overlaps it with an IoU of at least 0.5 above the run\u2019s threshold. "
+            "Sizes are COCO\u2019s: small is under 32 x 32 pixels of the image file, large over 96 x 96."
+        ),
+        _miss_table(images),
+    )
+    for judged in images.judged:
+        figures = [_miss(images, judged, image_id, box, book) for size in range(3) for image_id, box in _missed(images, judged, size)]
+        legend = paragraph(
+            "The largest missed objects of each size, at most one an image. "
+            + key(MISSED_COLOUR, "the missed object", dashed=True)
+            + " &nbsp; "
+            + key(WRONG_COLOUR, "detections above the threshold")
+        )
+        content = legend + grid(figures, 150) if figures else note([f"{judged.run.name} misses nothing."])
+        section.add(folded(f"{clean(judged.run.name, 60)}: missed objects", content))
+    return section
+
+
+def _miss_table(images: Images) -> str:
+    rows, totals = [], {}
+    for judged in images.judged:
+        counts = analysis.miss_counts(list(judged.verdicts.values()), list(images.truths.values()), judged.threshold)
+        totals = {size: total for size, (_, total) in counts.items()}
+        cells = [Cell(f"{100 * missed / total:.0f} %" if total else "\u2013") for missed, total in counts.values()]
+        missed, total = (sum(values) for values in zip(*counts.values()))
+        rows.append([judged.run.name, f"{judged.threshold:.2f}", *cells, f"{100 * missed / max(1, total):.0f} %"])
+    header = ["run", "threshold", *(f"{size} ({totals.get(size, 0):,})" for size in SIZES), f"all ({sum(totals.values()):,})"]
+    return table([header[0], header[1], *(f"missed {text}" for text in header[2:])], rows)
+
+
+def _missed(images: Images, judged: Judged, size: int) -> list[tuple[int, int]]:
+    candidates = []
+    for image_id, verdict in judged.verdicts.items():
+        truth = images.truths[image_id]
+        if not len(truth.labels):
+            continue
+        areas = (truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(axis=1)
+        areas = np.where((verdict.found_score < judged.threshold) & (analysis.size_index(truth.boxes) == size), areas, -1)
+        if areas.max() >= 0:
+            candidates.append((-float(areas.max()), image_id, int(areas.argmax())))
+    return [(image_id, box) for _, image_id, box in sorted(candidates)[:CROPS_PER_SIZE]]
+
+
+def _miss(images: Images, judged: Judged, image_id: int, box: int, book: PictureBook) -> str:
+    found, truth, verdict = judged.found[image_id], images.truths[image_id], judged.verdicts[image_id]
+    frame = truth.boxes[box]
+    marks = [Mark(tuple(other), WRONG_COLOUR) for other in found.boxes[found.scores >= judged.threshold]]
+    marks.append(Mark(tuple(frame), MISSED_COLOUR, dashed=True))
+    size = SIZES[int(analysis.size_index(frame[None])[0])]
+    width, height = frame[2:] - frame[:2]
+    reason = analysis.miss_reason(box, truth, found, verdict, judged.threshold)
+    text = f"<b>{escape(images.name(truth.labels[box]))}</b>, {size} ({width:.0f} x {height:.0f} px)<br>{escape(reason)}"
+    text += f'<br><span class="soft">image {image_id}</span>'
+    png = pictures.crop(images.source.image(image_id), marks, frame)
+    return book.figure(png, f"miss_{judged.run.name}_{image_id}", f"Missed object in image {image_id}", text)

@@ -1,0 +1,208 @@
+"""Reads run directories for the report. A missing or broken file becomes a note that names it, never a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METHOD_NAMES = {"lgd": "LGD", "icd": "ICD", "fgfi": "FGFI"}
+
+
+@dataclass
+class Run:
+    """What a run directory holds, as far as it could be read.
+
+    Args:
+        path: the run directory.
+        name: shown in every table and picture; unique among the runs of a report.
+        recipe, metrics, ledger: the JSON files of those names, {} where there is none.
+        log: the records of log.jsonl in order.
+        detections: COCO results of detections.json, or None where there is none.
+        notes: what is missing or malformed, one sentence each.
+    """
+
+    path: Path
+    name: str
+    recipe: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    ledger: dict = field(default_factory=dict)
+    log: list[dict] = field(default_factory=list)
+    detections: list[dict] | None = None
+    notes: list[str] = field(default_factory=list)
+    is_teacher: bool = False
+
+    @property
+    def method(self) -> str | None:
+        """"lgd", "icd", "fgfi", or None for a detector trained alone."""
+        method = self.recipe.get("method")
+        if not isinstance(method, dict):
+            return None
+        kind = str(method.get("type", "")).removesuffix("Config").lower()
+        return kind or None
+
+    @property
+    def inherits(self) -> bool:
+        """True where the student's neck and head started from the teacher's."""
+        return bool(self.recipe.get("inherit"))
+
+    @property
+    def role(self) -> str:
+        """What the run is for, in a few words."""
+        if self.is_teacher:
+            return "teacher"
+        if self.method is None:
+            return "control: baseline + inheriting" if self.inherits else "baseline"
+        return METHOD_NAMES.get(self.method, self.method) + (" + inheriting" if self.inherits else "")
+
+    @property
+    def detector(self) -> dict:
+        """The detector's configuration, {} where unknown."""
+        detector = self.recipe.get("detector")
+        return detector if isinstance(detector, dict) else {}
+
+    def score(self, *keys: str) -> float | None:
+        """The number under metrics[keys...]; None where it is absent, not a number, or COCO's -1 ("no such boxes")."""
+        value = self.metrics
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                return None
+            value = value[key]
+        return number(value, minimum=0.0)
+
+
+def number(value, minimum: float = -math.inf) -> float | None:
+    """`value` as a finite float of at least `minimum`, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) and value >= minimum else None
+
+
+def load_run(path: Path, name: str | None = None) -> Run:
+    """Reads one run directory. Args: path: the directory; name: its name in the report. Returns: Run.
+
+    Raises: ValueError if `path` is not a directory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"write_report: run_dirs must be folders written by `fastkd train`, got {path}; check the path")
+    run = Run(path, name or path.name)
+    run.recipe = _read_json(run, "recipe.json", dict) or {}
+    run.metrics = _read_json(run, "metrics.json", dict) or {}
+    run.ledger = _read_json(run, "ledger.json", dict) or {}
+    detections = _read_json(run, "detections.json", list)
+    run.detections = None if detections is None else _valid_results(run, detections)
+    run.log = _read_log(run)
+    return run
+
+
+def load_runs(run_dirs) -> list[Run]:
+    """Reads several run directories, names them uniquely, and marks the run that is the others' teacher."""
+    paths = [Path(path) for path in run_dirs]
+    if not paths:
+        raise ValueError("write_report: run_dirs must name at least one run directory, got none; pass the folders that `fastkd train` wrote")
+    names = [path.resolve().name for path in paths]
+    runs = []
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            name = f"{path.resolve().parent.name}/{name}"
+        runs.append(load_run(path, name))
+    teachers = {_folder_of(run.recipe.get("teacher")) for run in runs} - {None}
+    for run in runs:
+        run.is_teacher = run.path.resolve() in teachers or (
+            run.method is None and not run.inherits and "teacher" in f"{run.recipe.get('name', '')} {run.name}".lower()
+        )
+    return runs
+
+
+def baseline_of(run: Run, runs: list[Run], inherits: bool = False) -> Run | None:
+    """The undistilled run with the same detector and seed (with `inherits`: the one that starts from the teacher's head).
+
+    Returns None for a teacher, for the baseline itself and where no such run was given.
+    """
+    if run.is_teacher or (run.method is None and run.inherits == inherits):
+        return None
+    for other in runs:
+        plain = other.method is None and not other.is_teacher and other.inherits == inherits
+        if plain and other is not run and _comparable(other) == _comparable(run):
+            return other
+    return None
+
+
+def difference_in_conditions(run: Run, other: Run) -> list[str]:
+    """Names of the settings in which two runs are not equal, and in which they should be for their AP to be compared."""
+    names = []
+    for key in ("data", "schedule", "optimizer", "backbone_weights"):
+        if _settings(run.recipe.get(key)) != _settings(other.recipe.get(key)):
+            names.append(key.replace("_", " "))
+    if "schedule" not in names and run.metrics.get("steps") != other.metrics.get("steps"):
+        names.append("steps")
+    return names
+
+
+def _settings(value):
+    # the number of loader processes changes the speed, never the batches
+    return {k: v for k, v in value.items() if k not in ("workers", "val_batch_size")} if isinstance(value, dict) else value
+
+
+def _comparable(run: Run) -> tuple:
+    return json.dumps(run.detector, sort_keys=True), run.recipe.get("seed", run.metrics.get("seed"))
+
+
+def _folder_of(teacher) -> Path | None:
+    return Path(teacher).resolve().parent if isinstance(teacher, str) and teacher else None
+
+
+def _read_json(run: Run, file_name: str, kind: type):
+    file = run.path / file_name
+    if not file.is_file():
+        run.notes.append(f"{file_name} is missing.")
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        run.notes.append(f"{file_name} could not be read: {error}.")
+        return None
+    if not isinstance(value, kind):
+        run.notes.append(f"{file_name} must hold a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}.")
+        return None
+    return value
+
+
+def _read_log(run: Run) -> list[dict]:
+    file = run.path / "log.jsonl"
+    if not file.is_file():
+        run.notes.append("log.jsonl is missing.")
+        return []
+    records, broken = [], 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                broken += 1
+    if broken:
+        run.notes.append(f"log.jsonl has {broken} line(s) that are not JSON objects; they are left out.")
+    return records
+
+
+def _valid_results(run: Run, results: list) -> list[dict]:
+    kept = [item for item in results if _is_result(item)]
+    if len(kept) < len(results):
+        run.notes.append(f"detections.json has {len(results) - len(kept)} entries that are not COCO results; they are left out.")
+    return kept
+
+
+def _is_result(item) -> bool:
+    if not isinstance(item, dict) or number(item.get("score")) is None:
+        return False
+    box = item.get("bbox")
+    box_is_fine = isinstance(box, list) and len(box) == 4 and all(number(value) is not None for value in box)
+    return box_is_fine and isinstance(item.get("image_id"), int) and isinstance(item.get("category_id"), int)

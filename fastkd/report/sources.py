@@ -1,0 +1,87 @@
+"""What the pictures need besides the run directories: validation images with their boxes, and the trained networks.
+
+The only file of the report that knows other parts of the library, so that tables and plots work on the JSON files alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastkd.data.coco import CocoDataset
+from fastkd.data.images import BadImageError
+from fastkd.report.analysis import Found, Truth
+from fastkd.report.html import clean
+from fastkd.report.runs import Run
+
+
+class ValidationSet:
+    """The validation images of a run: pictures and ground truth in pixels of the image files, by COCO image id.
+
+    Args: annotation_file, image_dir: as in the run's recipe.
+    Raises: FileNotFoundError or ValueError where the files are missing or malformed.
+    """
+
+    def __init__(self, annotation_file: Path, image_dir: Path):
+        self.dataset = CocoDataset(annotation_file, image_dir)
+        self.class_names = [str(name) for name in self.dataset.class_names]
+        self.image_ids = [int(image_id) for image_id in self.dataset.image_ids]
+        self.unreadable: list[str] = []
+        self._position = {image_id: position for position, image_id in enumerate(self.image_ids)}
+        self._label = {int(category): label for label, category in enumerate(self.dataset.category_ids)}
+
+    def image(self, image_id: int) -> np.ndarray:
+        """The picture, uint8 [H, W, 3]; plain grey where the file cannot be read (named in `unreadable`)."""
+        position = self._position[image_id]
+        try:
+            return self.dataset.read_image(position)
+        except BadImageError as error:
+            if str(error) not in self.unreadable:
+                self.unreadable.append(str(error))
+            width, height = self.dataset.sizes[position]
+            return np.full((int(height), int(width), 3), 128, dtype=np.uint8)
+
+    def file_name(self, image_id: int) -> str:
+        """Name of the image file, relative to its folder."""
+        return self.dataset.file_name(self._position[image_id])
+
+    def truth(self, image_id: int) -> Truth:
+        """Boxes, labels and crowd regions of one image."""
+        return Truth(*self.dataset.targets(self._position[image_id]))
+
+    def found(self, run: Run) -> dict[int, Found]:
+        """The run's detections by image id, every image having an entry; results for unknown images or classes are dropped."""
+        rows: dict[int, list[tuple]] = {image_id: [] for image_id in self.image_ids}
+        for result in run.detections or []:
+            label = self._label.get(result["category_id"])
+            if label is not None and result["image_id"] in rows:
+                x, y, width, height = result["bbox"]
+                rows[result["image_id"]].append((result["score"], label, x, y, x + width, y + height))
+        return {image_id: _to_found(items) for image_id, items in rows.items()}
+
+
+def _to_found(rows: list[tuple]) -> Found:
+    table = np.array(sorted(rows, key=lambda row: -row[0]), dtype=np.float64).reshape(-1, 6)
+    return Found(boxes=table[:, 2:], scores=table[:, 0], labels=table[:, 1].astype(np.int64))
+
+
+def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
+    """The validation set of the first run whose files can be read, or None and the reasons. Runs on other data get a note."""
+    problems, source, used = [], None, None
+    for run in runs:
+        data = run.recipe.get("data")
+        if not isinstance(data, dict):
+            problems.append(f"{run.name}: recipe.json names no data.")
+            continue
+        root = Path(str(data.get("root", "")))
+        files = (root / str(data.get("val_annotations", "")), root / str(data.get("val_images", "")))
+        if source is None:
+            try:
+                source, used = ValidationSet(*files), files
+            except (OSError, ValueError) as error:
+                problems.append(f"{run.name}: {clean(error, 300)}")
+        elif [file.resolve() for file in files] != [file.resolve() for file in used]:
+            run.notes.append(f"it was measured on {files[0]}, the pictures are of {used[0]}: it is left out of them.")
+            run.detections = None
+    return source, " ".join(dict.fromkeys(problems))
