@@ -1,0 +1,37 @@
+"""Training: recipes, the trainer, checkpoints, the cost ledger."""
+
+from fastkd.training.config import (
+    DataConfig,
+    FGFIConfig,
+    ICDConfig,
+    LGDConfig,
+    OptimizerConfig,
+    Recipe,
+    RuntimeConfig,
+    Schedule,
+)
+from fastkd.training.finish import RunResult
+from fastkd.training.recipes import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
+from fastkd.training.trainer import NonFiniteLossError, train
+
+__all__ = [
+    "DataConfig",
+    "FGFIConfig",
+    "FrozenTeacher",
+    "ICDConfig",
+    "LGDConfig",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "Recipe",
+    "RunResult",
+    "RuntimeConfig",
+    "Schedule",
+    "StepModule",
+    "all_recipes",
+    "get_recipe",
+    "parse_cli",
+    "recipe_names",
+    "sum_losses",
+    "train",
+]

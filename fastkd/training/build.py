@@ -1,0 +1,183 @@
+"""From a recipe to data sets, student, method and teacher, with every check that can be made before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.data import CocoDataset, measure_priors
+from fastkd.detectors import Detector, build_detector, inherit, load_backbone_weights, load_detector
+from fastkd.distillers import FGFI, ICD, LGD
+from fastkd.evaluation.coco import load_ground_truth
+from fastkd.training.checkpoint import sha256_of
+from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, Recipe
+from fastkd.training.step import FrozenTeacher, StepModule
+from fastkd.types import ClassPriors
+
+log = logging.getLogger("fastkd.training")
+
+
+@dataclass
+class Built:
+    """Everything a trainer trains with.
+
+    Args:
+        recipe: resolved against the data.
+        train_set, val_set: the data.
+        module: student, method and teacher.
+        priors: of the training set, for ICD; else None.
+        notes: what was loaded and inherited, for metrics.json.
+        teacher_sha256: of the teacher's file, None without.
+    """
+
+    recipe: Recipe
+    train_set: CocoDataset
+    val_set: CocoDataset
+    module: StepModule
+    priors: ClassPriors | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    teacher_sha256: str | None = None
+
+
+def open_data(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+    """Training and validation set of a recipe.
+
+    Raises: FileNotFoundError or ValueError if a file is missing or malformed, or the two disagree about the classes.
+    """
+    data, root = recipe.data, Path(recipe.data.root)
+    train_set = CocoDataset(
+        root / data.train_annotations, root / data.train_images, strict=data.strict, with_masks=recipe.with_masks
+    )
+    val_set = CocoDataset(root / data.val_annotations, root / data.val_images, strict=data.strict)
+    if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
+        raise ValueError(
+            f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
+            f"{val_set.class_names} against {train_set.class_names}; use files with one category table"
+        )
+    # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
+    load_ground_truth(val_set.annotation_file, val_set.image_ids.tolist(), val_set.category_ids, masks=recipe.with_masks)
+    return train_set, val_set
+
+
+def resolve(recipe: Recipe, train_set: CocoDataset) -> Recipe:
+    """The recipe with the number of classes of the data.
+
+    Raises: ValueError if they differ and `data.match_classes` is False.
+    """
+    have, want = recipe.detector.num_classes, train_set.num_classes
+    if have == want:
+        return recipe
+    if not recipe.data.match_classes:
+        raise ValueError(
+            f"train: detector.num_classes must be {want}, the categories of {train_set.annotation_file}, got {have}; "
+            f"pass --detector.num-classes {want}"
+        )
+    log.info("detector.num_classes: %d instead of %d, from %s", want, have, train_set.annotation_file)
+    return dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, num_classes=want))
+
+
+def load_teacher(recipe: Recipe, class_names: list[str]) -> Detector:
+    """The teacher of a recipe, checked against student and data.
+
+    Raises: FileNotFoundError or ValueError if the file is missing or broken, or its classes or pyramid do not fit.
+    """
+    path, student = Path(recipe.teacher), recipe.detector
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"train: teacher must be a detector file, got {path}, which does not exist; train one first "
+            "(e.g. `fastkd train scenes-teacher`) or pass --teacher PATH/student.safetensors"
+        )
+    teacher, teacher_names = load_detector(path)
+    if teacher.num_classes != student.num_classes:
+        raise ValueError(
+            f"train: teacher must know the {student.num_classes} classes of the data, got {teacher.num_classes} in {path}; "
+            "train a teacher on this data"
+        )
+    if list(teacher_names) != list(class_names):
+        raise ValueError(
+            f"train: teacher's class names must be those of the data in the same order, got {list(teacher_names)} in {path} "
+            f"against {list(class_names)}; train a teacher on this data"
+        )
+    if tuple(teacher.strides) != tuple(student.strides):
+        raise ValueError(
+            f"train: teacher's pyramid must have the student's strides {tuple(student.strides)}, got "
+            f"{tuple(teacher.strides)} in {path}; use a teacher of the same kind of detector"
+        )
+    return teacher
+
+
+def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None) -> LGD | ICD | FGFI | None:
+    """The method of a recipe with fresh weights, drawn from the global generator."""
+    method, detector = recipe.method, recipe.detector
+    if isinstance(method, LGDConfig):
+        return LGD(
+            detector.num_classes,
+            detector.channels,
+            heads=method.heads,
+            context=method.context,
+            detach_appearance=method.detach_appearance,
+            use_masks=method.use_masks,
+            adapter_query=method.adapter_query,
+        )
+    if isinstance(method, ICDConfig):
+        return ICD(
+            detector.num_classes,
+            priors,
+            detector.channels,
+            teacher_channels=teacher.channels,
+            heads=method.heads,
+            layers=method.layers,
+            rho=method.rho,
+            max_queries=method.max_queries,
+            weight=method.weight,
+            temperature=method.temperature,
+        )
+    if isinstance(method, FGFIConfig):
+        return FGFI(detector.channels, teacher_channels=teacher.channels, psi=method.psi, weight=method.weight)
+    return None
+
+
+def build(recipe: Recipe) -> Built:
+    """Everything of a run. The student's initial weights depend on seed and detector alone, not on the method."""
+    train_set, val_set = open_data(recipe)
+    recipe = resolve(recipe, train_set)
+    notes: dict[str, Any] = {
+        "data": {
+            "train_images": len(train_set),
+            "val_images": len(val_set),
+            "train_skipped": train_set.skipped,
+            "val_skipped": val_set.skipped,
+        }
+    }
+    teacher = load_teacher(recipe, train_set.class_names) if recipe.teacher is not None else None
+    torch.manual_seed(recipe.seed)
+    student = build_detector(recipe.detector)
+    if recipe.backbone_weights is not None:
+        if not Path(recipe.backbone_weights).is_file():
+            raise FileNotFoundError(
+                f"train: backbone_weights must be a file, got {recipe.backbone_weights}, which does not exist; put "
+                f"torchvision's {recipe.detector.backbone} weights there or pass --backbone-weights PATH"
+            )
+        notes["backbone_weights"] = str(load_backbone_weights(student, recipe.backbone_weights))
+    if recipe.inherit:
+        notes["inherited"] = str(inherit(student, teacher))
+    for name in ("backbone_weights", "inherited"):
+        if name in notes:
+            log.info("%s: %s", name, notes[name])
+    priors = measure_priors(train_set) if isinstance(recipe.method, ICDConfig) else None
+    torch.manual_seed(recipe.seed + 1)
+    distiller = build_distiller(recipe, teacher, priors)
+    needs_teacher = isinstance(recipe.method, (ICDConfig, FGFIConfig))
+    module = StepModule(
+        student,
+        distiller,
+        FrozenTeacher(teacher) if needs_teacher else None,
+        torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None,
+    )
+    digest = sha256_of(Path(recipe.teacher)) if recipe.teacher is not None else None
+    return Built(recipe, train_set, val_set, module, priors, notes, digest)

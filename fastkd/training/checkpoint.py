@@ -1,0 +1,176 @@
+"""Checkpoints: folders of safetensors and JSON with checksums, written whole or not at all.
+
+    checkpoints/step_0000600/model.safetensors  optimizer.safetensors  state.json  checksums.json
+
+A folder is filled under a temporary name, flushed to disk and renamed, so a crash leaves the old ones untouched.
+Nothing is ever unpickled. A checkpoint whose checksums do not agree is set aside as corrupt_step_* and the one before
+it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"step_(\d{7,})")
+
+
+class CheckpointError(RuntimeError):
+    """No usable checkpoint where there should be one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Args:
+        step: finished optimiser steps.
+        model: state dict of the StepModule.
+        optimizer: tensors of all optimisers.
+        state: everything else, JSON types.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(_plain(tensors), temporary, metadata=metadata)
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+    """Writes a checkpoint and removes all but the last `keep_last`.
+
+    Raises: FloatingPointError for weights that are not finite: they would only be resumed into the same failure.
+    """
+    broken = [name for name, t in checkpoint.model.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise FloatingPointError(
+            f"train: weights must be finite to be saved, got NaN or infinity in {broken[:5]} after step "
+            f"{checkpoint.step}; lower the learning rate or clip gradients; earlier checkpoints are kept"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".part_*"):
+        shutil.rmtree(stale)
+    temporary = folder / f".part_step_{checkpoint.step:07d}"
+    temporary.mkdir()
+    save_tensors(temporary / "model.safetensors", checkpoint.model)
+    save_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
+    write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state})
+    write_json(temporary / "checksums.json", {name: sha256_of(temporary / name) for name in _FILES})
+    final = folder / f"step_{checkpoint.step:07d}"
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _flush(folder)
+    for old in list_checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by rising step, good or not."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError saying what is wrong with a checkpoint, if anything."""
+    try:
+        checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: checksums.json cannot be read ({error})") from error
+    for name in _FILES:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if not isinstance(checksums, dict) or sha256_of(path / name) != checksums.get(name):
+            raise CheckpointError(f"{path}: {name} does not have the recorded SHA-256")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint after verifying it."""
+    verify(path)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    step = state.pop("step")
+    return Checkpoint(step, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies; None where there is none at all.
+
+    Damaged ones newer than it are set aside with a warning that names the fault.
+
+    Raises: CheckpointError if there are checkpoints and none is good.
+    """
+    found = list_checkpoints(folder)
+    faults = []
+    for path in reversed(found):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        for fault, bad in zip(faults, reversed(found)):
+            aside = bad.with_name(f"corrupt_{bad.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(bad, aside)
+            warnings.warn(f"resume: {fault}; set aside as {aside.name}, going back to {path.name}", stacklevel=2)
+        return path
+    if faults:
+        raise CheckpointError(
+            "resume: no checkpoint is intact: " + "; ".join(faults) + "; delete the run directory to start again"
+        )
+    return None

@@ -1,0 +1,396 @@
+"""What a training run is made of: frozen dataclasses, validated when they are built, that go to JSON and back.
+
+Every length of time but `Schedule.steps` is a fraction of the run, so that a shorter or longer run keeps its shape:
+`--schedule.steps 100` moves the warm-up, the learning rate drops and the distillation phases along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastkd.detectors import DetectorConfig
+
+
+def _require(condition: bool, name: str, must: str, got: object, remedy: str = "") -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def _require_fraction(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images and annotations are and how images enter the network.
+
+    Args:
+        root: folder of the data set; the four paths below are relative to it (absolute ones are taken as they are).
+        train_annotations: COCO annotation file to train on.
+        train_images: folder of its images.
+        val_annotations: COCO annotation file to evaluate on.
+        val_images: folder of its images.
+        short_sides: lengths of the short side, pixels; each training image draws one.
+        val_short_side: length of the short side in evaluation, pixels.
+        max_side: longest side after resizing, pixels.
+        flip: flip half of the training images horizontally.
+        divisor: batches are padded to a multiple of this, pixels.
+        aspect_grouping: put images of like aspect ratio into one batch (less padding).
+        match_classes: take the number of classes from the training annotations; False makes a difference an error.
+        strict: treat a bad box or image as an error instead of a counted skip.
+        val_batch_size: images of one evaluation batch of one process.
+        workers: loader processes of each rank; changes the speed, never the batches.
+    """
+
+    root: str = "data/scenes"
+    train_annotations: str = "annotations/train.json"
+    train_images: str = "train"
+    val_annotations: str = "annotations/val.json"
+    val_images: str = "val"
+    short_sides: tuple[int, ...] = (128,)
+    val_short_side: int = 128
+    max_side: int = 256
+    flip: bool = True
+    divisor: int = 32
+    aspect_grouping: bool = True
+    match_classes: bool = True
+    strict: bool = False
+    val_batch_size: int = 16
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        _require(len(self.short_sides) > 0, "DataConfig: short_sides", "one or more lengths", self.short_sides)
+        for side in (*self.short_sides, self.val_short_side):
+            _require(1 <= side <= self.max_side, "DataConfig: short_sides", f"in [1, max_side = {self.max_side}]", side)
+        _require(self.divisor >= 1, "DataConfig: divisor", "at least 1", self.divisor)
+        _require(self.val_batch_size >= 1, "DataConfig: val_batch_size", "at least 1", self.val_batch_size)
+        _require(self.workers >= 0, "DataConfig: workers", "0 or more", self.workers)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser with its learning rate over the run.
+
+    Args:
+        kind: "sgd" or "adamw".
+        learning_rate: the rate after warm-up, for the whole batch.
+        momentum: of SGD.
+        weight_decay: of SGD (in the gradient) or AdamW (decoupled).
+        decay_norm_and_bias: whether weight decay touches biases and normalisation parameters (all of one dimension).
+        clip_norm: largest norm of this optimiser's gradients together; None does not clip.
+        decay: "multistep" multiplies the rate by `gamma` at each milestone; "cosine" lets it fall to 0 at the end.
+        milestones: fractions of the run, ascending.
+        gamma: factor at a milestone.
+        warmup: fraction of the run over which the rate rises linearly.
+        warmup_factor: where the warm-up starts, as a factor of the rate.
+    """
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = False
+    clip_norm: float | None = None
+    decay: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[float, ...] = (6 / 9, 8 / 9)
+    gamma: float = 0.1
+    warmup: float = 1 / 90
+    warmup_factor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("sgd", "adamw"), "OptimizerConfig: kind", "'sgd' or 'adamw'", self.kind)
+        _require(self.decay in ("multistep", "cosine"), "OptimizerConfig: decay", "'multistep' or 'cosine'", self.decay)
+        _require(self.learning_rate > 0, "OptimizerConfig: learning_rate", "positive", self.learning_rate)
+        _require(0 <= self.momentum < 1, "OptimizerConfig: momentum", "in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, "OptimizerConfig: weight_decay", "0 or more", self.weight_decay)
+        _require(0 < self.gamma <= 1, "OptimizerConfig: gamma", "in (0, 1]", self.gamma)
+        _require(0 < self.warmup_factor <= 1, "OptimizerConfig: warmup_factor", "in (0, 1]", self.warmup_factor)
+        clip = self.clip_norm
+        _require(clip is None or clip > 0, "OptimizerConfig: clip_norm", "positive or None", clip)
+        _require_fraction(self, "warmup")
+        ordered = sorted(set(self.milestones))
+        _require(
+            list(self.milestones) == ordered and all(0 < m <= 1 for m in ordered),
+            "OptimizerConfig: milestones",
+            "ascending fractions of the run in (0, 1]",
+            self.milestones,
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train and on how many images at a time.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images of one step over all processes and accumulated parts.
+        accumulate: parts a step's images are taken in, one after the other, to save memory.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            _require(getattr(self, name) >= 1, f"Schedule: {name}", "at least 1", getattr(self, name))
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "Schedule: batch_size",
+            f"a multiple of accumulate = {self.accumulate}",
+            self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run is carried out. Only `precision`, `channels_last` and `deterministic` can change its numbers.
+
+    Args:
+        precision: "bfloat16" runs under autocast, "float32" does not.
+        channels_last: images and weights in channels-last memory order.
+        deterministic: ask torch for deterministic kernels on the GPU, so that resuming there is bit-exact too.
+        log_every: steps between two lines of log.jsonl.
+        checkpoint_every: steps between two checkpoints.
+        keep_last: checkpoints kept.
+        eval_every: steps between two evaluations; 0 evaluates at the end only.
+        ledger_pairs: pairs of steps timed for the cost ledger, student alone and with the method; 0 leaves it out.
+    """
+
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    channels_last: bool = True
+    deterministic: bool = False
+    log_every: int = 20
+    checkpoint_every: int = 200
+    keep_last: int = 2
+    eval_every: int = 0
+    ledger_pairs: int = 4
+
+    def __post_init__(self) -> None:
+        known = self.precision in ("float32", "bfloat16")
+        _require(known, "RuntimeConfig: precision", "'float32' or 'bfloat16'", self.precision)
+        for name in ("log_every", "checkpoint_every", "keep_last"):
+            _require(getattr(self, name) >= 1, f"RuntimeConfig: {name}", "at least 1", getattr(self, name))
+        for name in ("eval_every", "ledger_pairs"):
+            _require(getattr(self, name) >= 0, f"RuntimeConfig: {name}", "0 or more", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class LGDConfig:
+    """Label-guided self-distillation: no teacher; the labels make the instructive features.
+
+    Args:
+        heads: attention heads of the relation adapter.
+        context: add the whole image as an object without class.
+        detach_appearance: keep the gradient of the appearance encoder from the student (two-stage detectors).
+        use_masks: pool and paint with instance masks instead of boxes, and describe them to the label encoder.
+        adapter_query: which embeddings ask and which answer in the relation adapter.
+        detach_fraction: first part of the run in which the distillation loss does not reach the student.
+        freeze_fraction: first part in which the backbone below the FPN gets no update; only if it is pretrained.
+        final_fraction: last part of the run without distillation.
+    """
+
+    heads: int = 8
+    context: bool = True
+    detach_appearance: bool = False
+    use_masks: bool = False
+    adapter_query: Literal["appearance", "label", "appearance_only", "label_only"] = "appearance"
+    detach_fraction: float = 30 / 180
+    freeze_fraction: float = 20 / 180
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
+        _require_fraction(self, "detach_fraction", "freeze_fraction", "final_fraction")
+
+
+@dataclass(frozen=True)
+class ICDConfig:
+    """Instance-conditional distillation: a decoder asks a frozen teacher where each instance is seen.
+
+    Args:
+        heads: attention heads of the decoder.
+        layers: decoder layers.
+        rho: fake queries for each real one.
+        max_queries: most queries of an image (unless it has more boxes).
+        weight: of the distillation loss: 8 dense, 3 two-stage.
+        temperature: of the attention that weighs the distillation loss.
+        detach_fraction: first part of the run in which the distillation loss does not reach the student.
+        final_fraction: last part of the run without distillation.
+    """
+
+    heads: int = 8
+    layers: int = 1
+    rho: int = 5
+    max_queries: int = 300
+    weight: float = 8.0
+    temperature: float = 1.0
+    detach_fraction: float = 1 / 90
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "layers", "max_queries"):
+            _require(getattr(self, name) >= 1, f"ICDConfig: {name}", "at least 1", getattr(self, name))
+        _require(self.rho >= 0, "ICDConfig: rho", "0 or more", self.rho)
+        _require(self.weight >= 0, "ICDConfig: weight", "0 or more", self.weight)
+        _require(self.temperature > 0, "ICDConfig: temperature", "positive", self.temperature)
+        _require_fraction(self, "detach_fraction", "final_fraction")
+
+
+@dataclass(frozen=True)
+class FGFIConfig:
+    """Fine-grained feature imitation: the student's features imitate the teacher's near objects.
+
+    Args:
+        psi: share of the largest IoU an anchor must exceed for its cell to imitate.
+        weight: of the imitation loss.
+        warmup_fraction: first part of the run without imitation.
+        final_fraction: last part of the run without imitation.
+    """
+
+    psi: float = 0.5
+    weight: float = 0.01
+    warmup_fraction: float = 1 / 90
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.psi <= 1, "FGFIConfig: psi", "in [0, 1]", self.psi)
+        _require(self.weight >= 0, "FGFIConfig: weight", "0 or more", self.weight)
+        _require_fraction(self, "warmup_fraction", "final_fraction")
+
+
+MethodConfig = LGDConfig | ICDConfig | FGFIConfig
+METHOD_KINDS: dict[str, type] = {"lgd": LGDConfig, "icd": ICDConfig, "fgfi": FGFIConfig}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a run.
+
+    Args:
+        name: of the recipe; also the default name of the run directory.
+        detector: the student.
+        data: images, annotations and augmentation.
+        method: distillation method; None trains the detector alone.
+        teacher: file of a trained detector (fastkd's student.safetensors), for ICD, FGFI and inheriting.
+        inherit: start neck and head from the teacher's where names and shapes agree.
+        backbone_weights: file of pretrained backbone weights (torchvision names); None starts at random.
+        optimizer: of the student, and of the method where `method_optimizer` is None.
+        method_optimizer: of the method's own parameters.
+        schedule: steps and batch size.
+        runtime: precision, logging, checkpoints.
+        seed: of initial weights, data order and everything drawn during training.
+    """
+
+    name: str
+    detector: DetectorConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    method: LGDConfig | ICDConfig | FGFIConfig | None = None
+    teacher: str | None = None
+    inherit: bool = False
+    backbone_weights: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    method_optimizer: OptimizerConfig | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
+        needs = "ICD" if isinstance(self.method, ICDConfig) else "FGFI" if isinstance(self.method, FGFIConfig) else None
+        needs = needs or ("inherit" if self.inherit else None)
+        if needs and self.teacher is None:
+            raise ValueError(f"Recipe: {needs} must have a teacher, got None; pass --teacher PATH/student.safetensors")
+        if self.teacher is not None and needs is None:
+            raise ValueError(
+                f"Recipe: teacher must be None where neither the method nor inherit uses it, got {self.teacher!r}; "
+                "pass --inherit or choose an ICD or FGFI recipe"
+            )
+        if self.method_optimizer is not None and self.method is None:
+            raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
+        masks = isinstance(self.method, LGDConfig) and self.method.use_masks
+        if masks and self.detector.detector != "mask_rcnn":
+            raise ValueError(
+                f"Recipe: method.use_masks must be False for {self.detector.detector}, got True; "
+                "only mask_rcnn loads masks"
+            )
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether training and evaluation need instance masks."""
+        return self.detector.detector == "mask_rcnn"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON types; a method says which one it is under "kind"."""
+        return _encode(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Recipe:
+        """The recipe `to_dict` wrote; unknown and missing fields raise with their name."""
+        return _decode(Recipe, values, "recipe")
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        tag = [("kind", name) for name, kind in METHOD_KINDS.items() if isinstance(value, kind)]
+        return dict(tag) | {item.name: _encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(annotation: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(typing.get_args(annotation), value, where)
+    if dataclasses.is_dataclass(annotation):
+        return _decode_dataclass(annotation, value, where)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), where, "a list", value)
+        arguments = typing.get_args(annotation)
+        items = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
+        _require(len(items) == len(value), where, f"a list of {len(items)}", value)
+        return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, value)))
+    if origin is Literal:
+        _require(value in typing.get_args(annotation), where, f"one of {typing.get_args(annotation)}", value)
+        return value
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(annotation, type):
+        right = isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool)
+        _require(right, where, annotation.__name__, value)
+    return value
+
+
+def _decode_union(choices: tuple, value: Any, where: str) -> Any:
+    if value is None:
+        _require(type(None) in choices, where, "given", value)
+        return None
+    present = [choice for choice in choices if choice is not type(None)]
+    if set(present) == set(METHOD_KINDS.values()):
+        known = isinstance(value, dict) and value.get("kind") in METHOD_KINDS
+        _require(known, where, f"a method, kind one of {list(METHOD_KINDS)}", value)
+        return _decode(METHOD_KINDS[value["kind"]], {key: item for key, item in value.items() if key != "kind"}, where)
+    for choice in present[:-1]:
+        try:
+            return _decode(choice, value, where)
+        except ValueError:
+            continue
+    return _decode(present[-1], value, where)
+
+
+def _decode_dataclass(kind: type, values: Any, where: str) -> Any:
+    _require(isinstance(values, dict), where, "an object", values)
+    hints = typing.get_type_hints(kind)
+    names = [item.name for item in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(names))
+    _require(not unknown, where, f"made of the fields of {kind.__name__}", unknown, "written by another version?")
+    missing = sorted(set(names) - set(values))
+    _require(not missing, where, f"complete, with {missing}", sorted(values), "written by another version?")
+    return kind(**{name: _decode(hints[name], values[name], f"{where}.{name}") for name in names})

@@ -1,0 +1,155 @@
+"""What a run tells while it trains: a progress bar, TensorBoard scalars, one JSON line per interval."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Interval:
+    """Sums of scalars since the last log line, kept on their device: nobody waits for them until they are read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's scalars. Phases may add other names than before; a name's mean is over all steps."""
+        self.steps += 1
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def state(self) -> dict[str, Any]:
+        """The sums as JSON numbers, exactly."""
+        return {"steps": self.steps, "sums": {name: value.item() for name, value in self.sums.items()}}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """What `state` gave."""
+        self.steps = state["steps"]
+        self.sums = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in state["sums"].items()}
+
+    def take(self) -> dict[str, float]:
+        """The means, and starts again."""
+        names = list(self.sums)
+        means = (torch.stack([self.sums[n] for n in names]) / max(self.steps, 1)).tolist() if names else []
+        self.steps, self.sums = 0, {}
+        return dict(zip(names, means))
+
+
+class RunLog:
+    """log.jsonl and TensorBoard of a run.
+
+    Args:
+        run_dir: the run directory.
+        start_step: finished steps; records beyond it (of a run that died before saving) are dropped.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int):
+        self.path = run_dir / "log.jsonl"
+        if self.path.is_file():
+            self._drop_after(start_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
+
+        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None)
+
+    def _drop_after(self, step: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line, from a crash in the middle of writing
+        temporary = self.path.with_name(".log.jsonl.part")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line; its numbers, also nested ones, become TensorBoard scalars."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in _scalars(record):
+            if name != "step":
+                self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self.file.close()
+        self.writer.close()
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            found.append((prefix + key, float(value)))
+    return found
+
+
+class RunProgress:
+    """A bar with rate, time left and loss on a terminal; a line per log interval elsewhere; nothing when not shown.
+
+    Args:
+        name: of the run.
+        steps: of the whole run.
+        start_step: finished steps.
+        console: where to write.
+        shown: False for all ranks but the first.
+    """
+
+    def __init__(self, name: str, steps: int, start_step: int, console: Console, shown: bool):
+        self.name, self.steps, self.console, self.shown = name, steps, console, shown
+        self.bar: Progress | None = None
+        if shown and console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"),
+                console=console, refresh_per_second=2, speed_estimate_period=60.0,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task(name, total=steps, completed=start_step, rate="", loss="")
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.advance(self.task)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Shows a log record."""
+        loss, rate = f"loss {record['loss']:.3f}", f"{record['images_per_second']:.1f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.task, loss=loss, rate=rate)
+        elif self.shown:
+            left = (self.steps - record["step"]) * record["seconds_per_step"]
+            self.console.print(
+                f"{self.name}  step {record['step']}/{self.steps}  {loss}  {rate}  {left:.0f} s left", highlight=False
+            )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Room for another bar."""
+        if self.bar is not None:
+            self.bar.stop()
+        yield
+        if self.bar is not None:
+            self.bar.start()
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

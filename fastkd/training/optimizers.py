@@ -1,0 +1,92 @@
+"""The optimisers of a run: which parameters they own, their rates, and their state as named tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.training.config import OptimizerConfig, Recipe
+from fastkd.training.schedule import learning_rate
+
+
+class NamedOptimizer:
+    """A torch optimiser with the names of its parameters, so that its state can be stored as plain tensors.
+
+    Args:
+        name: "student" or "method"; prefix of its log entries.
+        config: kind, rate and decay.
+        parameters: name -> parameter, also those that get no gradient in some phases.
+    """
+
+    def __init__(self, name: str, config: OptimizerConfig, parameters: dict[str, nn.Parameter]):
+        self.name = name
+        self.config = config
+        self.parameters = parameters
+        plain = [p for p in parameters.values() if p.ndim <= 1 and not config.decay_norm_and_bias]
+        kept = {id(p) for p in plain}
+        groups = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
+        groups += [{"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        if config.kind == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def set_rate(self, step: int, steps: int) -> float:
+        """Sets and returns the learning rate of a step."""
+        rate = learning_rate(self.config, step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def step(self) -> Tensor:
+        """Clips, updates, drops the gradients; returns the norm before clipping, left on the device."""
+        present = [p for p in self.parameters.values() if p.grad is not None]
+        limit = self.config.clip_norm
+        with torch.no_grad():
+            norm = nn.utils.get_total_norm([p.grad for p in present])
+            if limit is not None and present:
+                nn.utils.clip_grads_with_norm_(present, limit, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state, "<name>/<parameter>/<entry>" -> tensor."""
+        return {
+            f"{self.name}/{parameter_name}/{entry}": value
+            for parameter_name, parameter in self.parameters.items()
+            for entry, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `tensors` gave; entries of other optimisers are left alone.
+
+        Raises: ValueError for a parameter this optimiser does not own.
+        """
+        for key, value in tensors.items():
+            owner, parameter_name, entry = key.split("/")
+            if owner != self.name:
+                continue
+            if parameter_name not in self.parameters:
+                raise ValueError(f"resume: optimizer state must be of the model's parameters, got {parameter_name}")
+            parameter = self.parameters[parameter_name]
+            if entry != "step":  # torch keeps the step count on the CPU, the rest like the parameter
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            self.optimizer.state[parameter][entry] = value
+
+
+def build_optimizers(recipe: Recipe, module: nn.Module) -> list[NamedOptimizer]:
+    """The optimisers of a StepModule: one, or two where the method has its own. All parameters that train are owned."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    method = {name: p for name, p in named.items() if name.startswith("distiller.")}
+    if recipe.method_optimizer is None or not method:
+        return [NamedOptimizer("student", recipe.optimizer, named)]
+    student = {name: p for name, p in named.items() if name not in method}
+    return [
+        NamedOptimizer("student", recipe.optimizer, student),
+        NamedOptimizer("method", recipe.method_optimizer, method),
+    ]

@@ -1,0 +1,63 @@
+"""SIGTERM and Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Interrupted(Exception):
+    """A signal arrived where there is nothing left to save. Args: signum: the signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopSignals:
+    """Remembers that SIGTERM or SIGINT arrived. Use as a context manager around training.
+
+    Handlers are installed in the main thread only (Python allows no other); elsewhere nothing is caught. Loader
+    processes ignore both signals, so they outlive a Ctrl-C that reaches the whole terminal.
+
+    Attributes:
+        received: number of the signal, 0 if none came.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._raise = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: object) -> None:
+        again, self.received = self.received, signum
+        if again:
+            raise KeyboardInterrupt
+        if self._raise:
+            raise Interrupted(signum)
+
+    @contextlib.contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """A block with nothing to save: a signal raises Interrupted at once, also one that came before."""
+        self._raise = True
+        try:
+            if self.received:
+                raise Interrupted(self.received)
+            yield
+        finally:
+            self._raise = False

@@ -1,0 +1,116 @@
+"""One training step as a module: detector and method in, weighted losses by name out. DDP wraps it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.detectors import Detector
+from fastkd.distillers import FGFI, ICD, LGD
+from fastkd.training.schedule import Phase
+from fastkd.types import Batch
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """What is differentiated: the sum of all losses, in float32."""
+    return torch.stack([value.float() for value in losses.values()]).sum()
+
+
+class FrozenTeacher:
+    """A trained detector that only answers: eval mode, no gradient, in nobody's parameters or checkpoint.
+
+    Not an nn.Module, so whoever holds one does not register it.
+
+    Args:
+        detector: put in eval mode, its parameters cut from autograd.
+    """
+
+    def __init__(self, detector: Detector):
+        self.detector = detector.eval().requires_grad_(False)
+
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
+        """Itself, moved."""
+        self.detector.to(device=device, memory_format=memory_format)
+        return self
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """The teacher's pyramid of a batch, without gradient, in the precision of the surrounding autocast."""
+        with torch.no_grad():
+            return self.detector.features(images)
+
+
+class StepModule(nn.Module):
+    """The losses of a step.
+
+    Args:
+        detector: the student.
+        distiller: LGD, ICD, FGFI or None.
+        teacher: for ICD and FGFI; held, not registered.
+        dtype: autocast to this type, or None for float32.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        distiller: LGD | ICD | FGFI | None = None,
+        teacher: FrozenTeacher | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if isinstance(distiller, (ICD, FGFI)) and teacher is None:
+            raise ValueError(f"StepModule: teacher must be given for {type(distiller).__name__}, got None")
+        self.detector = detector
+        self.distiller = distiller
+        self.teacher = teacher
+        self.dtype = dtype
+        if isinstance(distiller, FGFI):
+            for level, anchors in enumerate(detector.imitation_anchors()):
+                self.register_buffer(f"anchors{level}", anchors.clone(), persistent=False)
+
+    def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """The weighted losses of a batch; their sum is what trains.
+
+        Args:
+            batch: on the module's device.
+            phase: which parts run.
+        Returns: {name: float scalar}; the detector's, and those of the method where `phase.distill`.
+        """
+        kind = batch.images.device.type
+        with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            pyramid = self.detector.features(batch.images)
+            losses = dict(self.detector.loss(pyramid, batch))
+            if self.distiller is not None and phase.distill:
+                losses.update(self._distill(pyramid, batch, phase))
+        return losses
+
+    def _distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        if isinstance(self.distiller, LGD):
+            losses, instructive = self.distiller(pyramid, batch, detach_student=phase.detach_student)
+            supervision = self.detector.loss(instructive, batch)
+            return dict(losses) | {f"instructive_{name}": value for name, value in supervision.items()}
+        teacher_pyramid = self.teacher.pyramid(batch.images)
+        if isinstance(self.distiller, ICD):
+            return self.distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student)
+        anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
+        return self.distiller(pyramid, teacher_pyramid, batch, anchors)
+
+    def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
+        """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.
+
+        Args:
+            phase: the phase.
+            trainable: names of the parameters that train at all (a detector may have frozen stages of its own).
+        """
+        self.train()
+        changed = False
+        for name, parameter in self.named_parameters():
+            wanted = name in trainable
+            if name.startswith("distiller."):
+                wanted = wanted and phase.distill
+            elif name.startswith("detector.backbone."):
+                wanted = wanted and phase.train_backbone
+            changed = changed or parameter.requires_grad != wanted
+            parameter.requires_grad_(wanted)
+        if not phase.train_backbone:
+            self.detector.parts()["backbone"].eval()  # batch statistics stay as they are, too
+        return changed

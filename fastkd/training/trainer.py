@@ -1,0 +1,344 @@
+"""The training loop: `train(recipe, run_dir)` trains, measures the cost, evaluates and writes a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.data import build_train_loader
+from fastkd.training import ledger as cost
+from fastkd.training.build import Built, build
+from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from fastkd.training.config import Recipe
+from fastkd.training.distributed import Processes, processes
+from fastkd.training.finish import Evaluation, RunResult, finish_run
+from fastkd.training.logging import Interval, RunLog, RunProgress
+from fastkd.training.optimizers import build_optimizers
+from fastkd.training.run_directory import RunDirectoryError, finished_metrics, open_run_directory
+from fastkd.training.schedule import Phase, phase_at
+from fastkd.training.signals import Interrupted, StopSignals
+from fastkd.training.step import sum_losses
+from fastkd.types import Batch
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became NaN or infinite. The weights were not updated with it; the last checkpoint is good."""
+
+
+def train(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    console: Console | None = None,
+    command: str | None = None,
+) -> RunResult:
+    """Trains a recipe into a run directory. Under torchrun every process calls it.
+
+    SIGTERM and Ctrl-C finish the step, save a checkpoint and return a result with status "interrupted" (exit code 143
+    or 130); a second one leaves at once.
+
+    Args:
+        recipe: what to train.
+        run_dir: new or empty, unless resuming.
+        resume: continue the run in `run_dir` bit for bit; starts it if nothing is there, does nothing if it is finished.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        console: where progress and tables go; None is standard error.
+        command: recorded in metrics.json; None records this program's arguments.
+    Returns: status, metrics and exit code.
+    Raises: RunDirectoryError for a directory of another run; CheckpointError where no checkpoint is intact;
+        NonFiniteLossError; FileNotFoundError and ValueError for data, weights or a teacher that do not fit, all before
+        the first step.
+    """
+    run_dir, console = Path(run_dir), console or Console(stderr=True)
+    with processes(device) as group, StopSignals() as stop:
+        if not resume and run_dir.is_dir() and any(run_dir.iterdir()) and group.first:
+            open_run_directory(run_dir, recipe, resume=False)  # refuses before reading the data
+        metrics = group.first_does(lambda: finished_metrics(run_dir, recipe) if resume else None)
+        if metrics is not None:
+            if group.first:
+                console.print(f"{recipe.name}: {run_dir} is finished, nothing to do")
+            return RunResult("already finished", metrics, run_dir, 0)
+        built = build(recipe)
+        group.first_does(lambda: open_run_directory(run_dir, built.recipe, resume=resume))
+        with _settings(built.recipe):
+            return Trainer(built, run_dir, group, stop, console, command).run()
+
+
+@contextlib.contextmanager
+def _settings(recipe: Recipe) -> Iterator[None]:
+    """Deterministic kernels where the recipe asks for them, restored afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(recipe.runtime.deterministic or before[0])
+    torch.backends.cudnn.benchmark = not recipe.runtime.deterministic and len(recipe.data.short_sides) == 1
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's global generator for a step: nothing of its state outlives the step, so none is saved."""
+    return (seed * 1_000_003 + step) * 4099 + rank
+
+
+class Trainer:
+    """The state of a run in progress.
+
+    Args:
+        built: data, student, method, teacher.
+        run_dir: opened for this run.
+        group: the processes.
+        stop: set when the user wants to leave.
+        console: where progress goes.
+        command: recorded with the run.
+    """
+
+    def __init__(
+        self, built: Built, run_dir: Path, group: Processes, stop: StopSignals, console: Console, command: str | None
+    ):
+        self.built, self.recipe, self.run_dir = built, built.recipe, run_dir
+        self.group, self.stop, self.console, self.command = group, stop, console, command
+        share = self.recipe.schedule.batch_size // self.recipe.schedule.accumulate
+        if share % group.world_size:
+            raise ValueError(
+                f"train: schedule.batch_size / accumulate must be a multiple of the {group.world_size} processes, "
+                f"got {share}; change --schedule.batch-size or the number of processes"
+            )
+        self.layout = torch.channels_last if self.recipe.runtime.channels_last else torch.contiguous_format
+        self.module = built.module.to(device=group.device, memory_format=self.layout)
+        if self.module.teacher is not None:
+            self.module.teacher.to(group.device, self.layout)
+        self.trainable = frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
+        self.optimizers = build_optimizers(self.recipe, self.module)
+        self.evaluation = Evaluation(built, group)
+        self.step = 0
+        self.seconds = 0.0
+        self.ledger: dict[str, Any] | None = None
+        self.interval = Interval()
+        self.phase: Phase | None = None
+        self.wrapped: torch.nn.Module | None = None
+
+    def run(self) -> RunResult:
+        """Trains to the end or to a stop signal."""
+        self._restore()
+        if self.step < self.recipe.schedule.steps and not self._train():
+            return RunResult.interrupted(self.run_dir, self.stop_signal)
+        try:
+            with self.stop.leaving_at_once():
+                return finish_run(self)
+        except Interrupted as signal:
+            return RunResult.interrupted(self.run_dir, signal.signum)
+
+    def _restore(self) -> None:
+        path = self.group.first_does(lambda: latest_checkpoint(self.run_dir / "checkpoints"))
+        if path is None:
+            return
+        checkpoint = load_checkpoint(path)
+        state = checkpoint.state
+        if state["teacher_sha256"] != self.built.teacher_sha256:
+            raise RunDirectoryError(
+                f"resume: teacher must be the file the run began with, got another content in {self.recipe.teacher}; "
+                "restore it or choose another --run-dir"
+            )
+        if state["data"] != self._data_state():
+            raise RunDirectoryError(
+                f"resume: data must be what the run began with ({state['data']}), got {self._data_state()}; "
+                "restore it or choose another --run-dir"
+            )
+        self.module.load_state_dict(checkpoint.model)
+        for optimizer in self.optimizers:
+            optimizer.load_tensors(checkpoint.optimizer)
+        self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
+        self.interval.load_state(state["interval"], self.group.device)
+        if self.group.first:
+            self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
+
+    def _data_state(self) -> dict[str, Any]:
+        data = self.built.train_set
+        return {"images": len(data), "class_names": list(data.class_names)}
+
+    def _train(self) -> bool:
+        """Steps until the end; False if a signal stopped it. The last step is always saved."""
+        recipe, schedule, runtime = self.recipe, self.recipe.schedule, self.recipe.runtime
+        log = RunLog(self.run_dir, self.step) if self.group.first else None
+        self.progress = RunProgress(recipe.name, schedule.steps, self.step, self.console, self.group.first)
+        batches = iter(self._loader())
+        recent: deque[list[Batch]] = deque(maxlen=max(1, runtime.ledger_pairs))
+        ledger_step = min(schedule.steps - 1, max(10, schedule.steps // 10))
+        begin, waited, since = time.perf_counter(), 0.0, self.step
+        try:
+            while self.step < schedule.steps:
+                fetch = time.perf_counter()
+                parts = [next(batches) for _ in range(schedule.accumulate)]
+                waited += time.perf_counter() - fetch
+                stopped = self._take_step(parts)
+                recent.append(parts)
+                self.progress.advance()
+                if self.step % runtime.log_every == 0 or self.step == schedule.steps:
+                    now = time.perf_counter()
+                    self._log(log, now - begin, waited, self.step - since)
+                    self.seconds += now - begin
+                    begin, waited, since = time.perf_counter(), 0.0, self.step
+                last = stopped or self.step == schedule.steps
+                evaluate = runtime.eval_every and self.step % runtime.eval_every == 0 and not last
+                measure = runtime.ledger_pairs and self.ledger is None and self.step >= ledger_step and not stopped
+                if last or evaluate or measure or self.step % runtime.checkpoint_every == 0:
+                    self.seconds += time.perf_counter() - begin
+                    if measure:
+                        self._measure_cost(list(recent))
+                    if last or evaluate or self.step % runtime.checkpoint_every == 0:
+                        self._save()
+                    if evaluate:
+                        self._evaluate(log)
+                    begin, waited, since = time.perf_counter(), 0.0, self.step
+                if stopped:
+                    self.stop_signal = stopped
+                    return False
+        except Interrupted as signal:  # during an evaluation, after saving
+            self.stop_signal = signal.signum
+            return False
+        finally:
+            self.progress.close()
+            self.wrapped = None
+            if log is not None:
+                log.close()
+        return True
+
+    def _loader(self):
+        data, schedule = self.recipe.data, self.recipe.schedule
+        return build_train_loader(
+            self.built.train_set,
+            batch_size=schedule.batch_size // schedule.accumulate,
+            total_steps=schedule.steps * schedule.accumulate,
+            seed=self.recipe.seed,
+            start_step=self.step * schedule.accumulate,
+            world_size=self.group.world_size,
+            rank=self.group.rank,
+            workers=data.workers,
+            short_sides=data.short_sides,
+            max_side=data.max_side,
+            flip=0.5 if data.flip else 0.0,
+            divisor=data.divisor,
+            aspect_grouping=data.aspect_grouping,
+            channels_last=self.recipe.runtime.channels_last,
+            pin_memory=self.group.device.type == "cuda",
+        )
+
+    def _enter(self, phase: Phase) -> None:
+        """Gradients, modes and DDP of a phase."""
+        changed = self.module.apply_phase(phase, self.trainable)
+        if changed or self.wrapped is None:
+            self.wrapped = None  # the old one's gradient hooks go before new ones come
+            self.wrapped = self.group.wrap(self.module)
+        self.phase = phase
+
+    def _take_step(self, parts: list[Batch]) -> int:
+        """Forward, backward and update; returns the signal on which all processes agree to stop, or 0."""
+        phase = phase_at(self.recipe, self.step)
+        if phase != self.phase:
+            self._enter(phase)
+        torch.manual_seed(step_seed(self.recipe.seed, self.step, self.group.rank))
+        rates = {o.name: o.set_rate(self.step, self.recipe.schedule.steps) for o in self.optimizers}
+        stopped, sums = 0, {}
+        for number, batch in enumerate(parts, start=1):
+            batch = batch.to(self.group.device, non_blocking=True, memory_format=self.layout)
+            waits = number < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
+            with self.wrapped.no_sync() if waits else contextlib.nullcontext():
+                losses = self.wrapped(batch, phase)
+                total = sum_losses(losses)
+                stopped = max(stopped, self._check(total, losses, batch))
+                (total / len(parts)).backward()
+            for name, value in {"loss": total, **losses}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
+        norms = {f"grad_norm/{o.name}": o.step() for o in self.optimizers}
+        self.step += 1
+        self.rates = rates
+        self.interval.add({**sums, **norms})
+        return stopped
+
+    def _check(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> int:
+        """One agreement of all processes a step: is any loss non-finite, has anybody been told to stop?
+
+        Raises: NonFiniteLossError in every process, before any of them updates its weights.
+        """
+        bad = not torch.isfinite(total.detach()).item()
+        bad, stopped = self.group.agree([float(bad), float(self.stop.received)])
+        if not bad:
+            return int(stopped)
+        own = {name: value.item() for name, value in losses.items()}
+        found = self.group.gather((own, list(batch.image_ids)))
+        names = sorted({n for values, _ in found for n, v in values.items() if not torch.isfinite(torch.tensor(v))})
+        faulty = [ids for values, ids in found if not all(torch.isfinite(torch.tensor(list(values.values()))))]
+        raise NonFiniteLossError(
+            f"train: losses must be finite, got NaN or infinity at step {self.step + 1} in {names or ['the sum']} "
+            f"(values {[values for values, _ in found]}), image ids {[i for ids in faulty for i in ids]} "
+            f"(whole batch: {[i for _, ids in found for i in ids]}); the weights were not updated: lower the learning "
+            "rate, clip gradients or look at these images"
+        )
+
+    def _log(self, log: RunLog | None, seconds: float, waited: float, steps: int) -> None:
+        means = self.interval.take()
+        means = dict(zip(means, self.group.mean(torch.tensor(list(means.values()), dtype=torch.float64)).tolist()))
+        if log is None:
+            return
+        record = {
+            "step": self.step,
+            "loss": means.pop("loss"),
+            "losses": {name: value for name, value in means.items() if not name.startswith("grad_norm/")},
+            "lr": self.rates,
+            "grad_norm": {n.removeprefix("grad_norm/"): v for n, v in means.items() if n.startswith("grad_norm/")},
+            "images_per_second": self.recipe.schedule.batch_size * steps / seconds,
+            "seconds_per_step": seconds / steps,
+            "data_wait": waited / seconds,
+        }
+        log.write(record)
+        self.progress.report(record)
+
+    def _save(self) -> None:
+        """A checkpoint of this step; the other processes wait for it."""
+        state = {
+            "seconds": self.seconds,
+            "interval": self._shared_interval(),
+            "ledger": self.ledger,
+            "teacher_sha256": self.built.teacher_sha256,
+            "data": self._data_state(),
+            "processes": self.group.world_size,
+            "torch": torch.__version__,
+        }
+        optimizer = {name: tensor for each in self.optimizers for name, tensor in each.tensors().items()}
+        checkpoint = Checkpoint(self.step, self.module.state_dict(), optimizer, state)
+        folder, keep = self.run_dir / "checkpoints", self.recipe.runtime.keep_last
+        self.group.first_does(lambda: str(save_checkpoint(folder, checkpoint, keep)))
+
+    def _shared_interval(self) -> dict[str, Any]:
+        state = self.interval.state()
+        names, values = list(state["sums"]), list(state["sums"].values())
+        means = self.group.mean(torch.tensor(values, dtype=torch.float64)).tolist()
+        return {"steps": state["steps"], "sums": dict(zip(names, means))}
+
+    def _measure_cost(self, batches: list[list[Batch]]) -> None:
+        measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
+        self.ledger = self.group.broadcast(measured)
+        self.group.first_does(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, self.ledger)))
+
+    def _evaluate(self, log: RunLog | None) -> None:
+        with self.progress.paused(), self.stop.leaving_at_once():
+            metrics, _ = self.evaluation.run(self.module.detector, progress=self.console.is_terminal)
+        self.phase = None  # the detector's modes were changed meanwhile
+        if log is not None:
+            record = {"step": self.step}
+            for kind, values in metrics.items():
+                record[kind] = {name: value for name, value in values.items() if name != "per_class"}
+            log.write(record)
