@@ -1,7 +1,7 @@
 """Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so.
 
-Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512; see csrc/capability.h)
-and the sets are told apart at run time, so one library serves every x86-64 machine, every Python and every torch >= 2.10.
+Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512; csrc/capability.h) and
+the sets are told apart at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
 
 Environment: MAX_JOBS (parallel compilers; default: by cores and free memory), FASTKD_CUDA (see `check_cuda_request`),
 CXXFLAGS (appended by setuptools).
@@ -26,8 +26,8 @@ COMPILE_ARGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",
-    "-Wextra",
     "-Wno-psabi",
+    f"-fmacro-prefix-map={ROOT}/=",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
 ]
 MEMORY_PER_JOB = 1.5 * 2**30

@@ -1,4 +1,4 @@
-"""Common to all tests: uninitialised memory is poisoned, algorithms are deterministic, the number of threads is fixed."""
+"""Common to all tests: poisoned uninitialised memory, deterministic algorithms, a fixed number of threads."""
 
 import os
 

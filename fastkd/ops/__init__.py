@@ -9,28 +9,12 @@ from fastkd.ops.box_paint_conv3x3 import box_paint_conv3x3, box_paint_conv3x3_re
 from fastkd.ops.box_pool import box_pool, box_pool_reference
 from fastkd.ops.imitation_mask import imitation_mask, imitation_mask_reference
 from fastkd.ops.instance_attention import instance_attention, instance_attention_reference
+from fastkd.ops.instance_norm_mse import instance_norm_mse, instance_norm_mse_reference
 from fastkd.ops.mask_paint import mask_paint, mask_paint_reference
 from fastkd.ops.mask_pool import mask_pool, mask_pool_reference
 from fastkd.ops.masked_mse import masked_mse, masked_mse_reference
 from fastkd.ops.norm_relu_box_pool import norm_relu_box_pool, norm_relu_box_pool_reference
 from fastkd.ops.value_mimic import value_mimic, value_mimic_reference
-
-try:
-    from fastkd.ops.instance_norm_mse import instance_norm_mse, instance_norm_mse_reference
-except ImportError:  # until the compiled op lands
-
-    def instance_norm_mse_reference(student, teacher, eps=1e-5):
-        """Mean squared error between InstanceNorm(student) and InstanceNorm(teacher) over all elements of all levels."""
-
-        def norm(level):
-            level = (level.float() if level.dtype.itemsize < 4 else level).flatten(2)
-            centred = level - level.mean(dim=2, keepdim=True)
-            return centred * (centred.square().mean(dim=2, keepdim=True) + eps).rsqrt()
-
-        total = sum((norm(s) - norm(t)).square().sum() for s, t in zip(student, teacher, strict=True))
-        return total / sum(level.numel() for level in student)
-
-    instance_norm_mse = instance_norm_mse_reference
 
 __all__ = [
     "attention_mass",

@@ -8,38 +8,35 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import _library
+from fastkd.ops.checks import check_levels
+from fastkd.ops.coverage import full_precision, widen
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = 8  # numbers the forward kernel keeps for each row
 
 
 def _normalise(level: Tensor, eps: float) -> Tensor:
-    if level.dtype in (torch.bfloat16, torch.float16):
-        level = level.float()
+    level = widen(level)
     centred = level - level.mean((2, 3), keepdim=True)
     return centred * (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
 
-def instance_norm_mse_reference(
-    student_levels: Sequence[Tensor], teacher_levels: Sequence[Tensor], eps: float = 1e-5
-) -> Tensor:
+def instance_norm_mse_reference(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
     """The specification of `instance_norm_mse`, in plain torch, without checks."""
-    total, count = 0.0, 0
-    for student, teacher in zip(student_levels, teacher_levels):
-        total = total + (_normalise(student, eps) - _normalise(teacher, eps)).square().sum()
-        count += student.numel()
-    return total / max(count, 1)
+    with full_precision(student[0]):
+        total = sum((_normalise(s, eps) - _normalise(t, eps)).square().sum() for s, t in zip(student, teacher))
+        return total / max(sum(level.numel() for level in student), 1)
 
 
-def instance_norm_mse(student_levels: Sequence[Tensor], teacher_levels: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
+def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
     """Mean squared error between two pyramids, every channel of every image and level normalised first.
 
     loss = mean over all elements of all levels of (IN(student) - IN(teacher))^2, IN(x) = (x - mean) / sqrt(var + eps) over the
     cells of a channel, var without Bessel's correction; so a level of one cell is 0. No elements at all give 0.
 
     Args:
-        student_levels: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
-        teacher_levels: the same shapes, dtype and device; receive gradients (detach them to distil). Under autocast student
+        student: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
+        teacher: the same shapes, dtype and device; receive gradients (detach it to distil). Under autocast student
             and teacher may differ in dtype: the narrower is widened.
         eps: added to the variance, >= 0.
     Returns: scalar; float32 for half types (they accumulate in float32), else the dtype of the levels.
@@ -47,51 +44,36 @@ def instance_norm_mse(student_levels: Sequence[Tensor], teacher_levels: Sequence
         double backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
-    student_levels, teacher_levels = list(student_levels), list(teacher_levels)
-    _check(student_levels, teacher_levels, eps)
-    if student_levels[0].device.type == "cpu" and _library.has_kernel("instance_norm_mse"):
-        return torch.ops.fastkd.instance_norm_mse(student_levels, teacher_levels, eps)[0]
-    return instance_norm_mse_reference(student_levels, teacher_levels, eps)
+    _check(student, teacher, eps)
+    if student[0].device.type == "cpu" and _library.has_kernel("instance_norm_mse"):
+        return torch.ops.fastkd.instance_norm_mse(list(student), list(teacher), float(eps))[0]
+    return instance_norm_mse_reference(student, teacher, eps)
 
 
-def _check(student_levels: list[Tensor], teacher_levels: list[Tensor], eps: float) -> None:
-    if not student_levels or len(student_levels) != len(teacher_levels):
+def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> None:
+    op = "instance_norm_mse"
+    check_levels(op, "student", student)
+    check_levels(op, "teacher", teacher)
+    if [level.shape for level in student] != [level.shape for level in teacher]:
+        shapes = [[list(level.shape) for level in levels] for levels in (student, teacher)]
         raise ValueError(
-            "instance_norm_mse: student_levels and teacher_levels must have the same number of levels, at least one, got "
-            f"{len(student_levels)} and {len(teacher_levels)}; pass the pyramids of the same levels"
+            f"{op}: teacher must be {shapes[0]} as the student, got {shapes[1]}; adapt the channels, or take the same strides"
         )
-    if not eps >= 0:
-        raise ValueError(f"instance_norm_mse: eps must be >= 0, got {eps}; 1e-5 is usual")
-    for name, levels in (("student_levels", student_levels), ("teacher_levels", teacher_levels)):
-        for level in levels:
-            if not isinstance(level, Tensor):
-                raise TypeError(f"instance_norm_mse: {name} must be tensors, got {type(level).__name__}; pass a list of L tensors")
-            if level.dim() != 4:
-                raise ValueError(
-                    f"instance_norm_mse: {name} must be [B, C, H, W], got {list(level.shape)}; add the missing dimensions"
-                )
-            if level.dtype not in _FLOATS or level.dtype != levels[0].dtype:
-                raise ValueError(
-                    f"instance_norm_mse: {name} must be of one dtype, float32, float64, bfloat16 or float16, got {level.dtype} "
-                    f"beside {levels[0].dtype}; convert them with .to(dtype)"
-                )
-            if level.device != student_levels[0].device:
-                raise ValueError(
-                    f"instance_norm_mse: {name} must be on {student_levels[0].device} like the first student level, got "
-                    f"{level.device}; move them with .to(device)"
-                )
-    for index, (student, teacher) in enumerate(zip(student_levels, teacher_levels)):
-        if student.shape != teacher.shape:
+    if teacher[0].device != student[0].device:
+        raise ValueError(
+            f"{op}: teacher must be on {student[0].device} as the student, got {teacher[0].device}; move them to one device"
+        )
+    for name, levels in (("student", student), ("teacher", teacher)):
+        if levels[0].dtype not in _FLOATS:
             raise ValueError(
-                f"instance_norm_mse: teacher_levels[{index}] must be {list(student.shape)} like the student's, got "
-                f"{list(teacher.shape)}; adapt the channels or choose the same strides"
+                f"{op}: {name} must be float32, float64, bfloat16 or float16, got {levels[0].dtype}; convert it with .float()"
             )
-    student, teacher = student_levels[0], teacher_levels[0]
-    if student.dtype != teacher.dtype and not torch.is_autocast_enabled(student.device.type):
+    if teacher[0].dtype != student[0].dtype and not torch.is_autocast_enabled(student[0].device.type):
         raise ValueError(
-            f"instance_norm_mse: teacher_levels must be {student.dtype} like the student's, got {teacher.dtype}; convert one of "
-            "them with .to(dtype), or use autocast"
+            f"{op}: teacher must be {student[0].dtype} as the student, got {teacher[0].dtype}; convert one of them, or use autocast"
         )
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}; 1e-5 is usual")
 
 
 def _dense_like(level: Tensor) -> Tensor:
@@ -145,7 +127,7 @@ def _backward(ctx, grad_loss: Tensor | None, grad_moments: None):
 def _double_backward(ctx, *grads):
     raise RuntimeError(
         "instance_norm_mse: double backward is not available in the compiled kernel; use "
-        "fastkd.ops.instance_norm_mse.instance_norm_mse_reference, which is plain torch"
+        "fastkd.ops.instance_norm_mse_reference, which is plain torch"
     )
 
 
