@@ -1,12 +1,14 @@
 """Detectors on torchvision's parts behind one protocol: features, loss, detect, parts."""
 
 from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.fcos import FCOS
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
+from fastkd.detectors.two_stage import TwoStage
 
-__all__ = ["Detector", "DetectorConfig", "RetinaNet", "build_detector"]
+__all__ = ["FCOS", "Detector", "DetectorConfig", "RetinaNet", "TwoStage", "build_detector"]
 
-_DETECTORS = {"retinanet": RetinaNet}
+_DETECTORS = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": TwoStage, "mask_rcnn": TwoStage}
 
 
 def build_detector(config: DetectorConfig) -> Detector:

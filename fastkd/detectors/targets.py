@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastkd.ops.normalizer import global_mean
 from fastkd.types import Batch
 
 BELOW, BETWEEN = -1, -2  # what torchvision's Matcher writes for "background" and "neither"
@@ -95,25 +97,55 @@ def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
     return torch.zeros(len(batch), anchors.shape[-2], device=anchors.device).index_add_(0, image, hits) > 0
 
 
+class _NegativeFocal(torch.autograd.Function):
+    """Focal loss of every logit as a negative, 0.75 p^2 softplus(x), summed over classes: [B, A, C] -> [B, A].
+
+    The gradient, 0.75 (2 p^2 (1 - p) softplus(x) + p^3), is the only tensor kept, and log1p is made of the vectorised
+    exp and log (torch's log1p on a CPU is not): three times as fast as autograd on the formula.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        p = logits.sigmoid()
+        e = logits.abs().neg_().exp_()
+        u = 1 + e
+        log1p = torch.where(u == 1, e, u.log() * e / (u - 1))  # Kahan: exact to rounding for small e
+        softplus = log1p.add_(logits.clamp(min=0))
+        squared = p.square()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(((1 - p) * softplus).mul_(2).add_(p).mul_(squared).mul_(0.75))
+        return squared.mul_(softplus).sum(-1).mul_(0.75)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return slope * grad[..., None]
+
+
 def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
     """Weighted sum of the sigmoid focal loss (alpha 0.25, gamma 2), without a tensor of one-hot targets.
 
     Every entry is first counted as a negative, then the few positive ones are corrected.
 
     Args:
-        logits: [B, A, C] float32.
+        logits: [B, A, C] float32; receives a gradient (once).
         weight: [B, A] of each anchor's entries; 0 leaves the anchor out.
         image, anchor, label: [P] int64, the positive entries.
     Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's sigmoid_focal_loss.
     """
-    total = (_negative(logits).sum(-1) * weight).sum()
+    total = (_NegativeFocal.apply(logits) * weight).sum()
     positive = logits[image, anchor, label]
     hit = 0.25 * (-positive).sigmoid().square() * F.softplus(-positive)
-    return total + ((hit - _negative(positive)) * weight[image, anchor]).sum()
+    miss = 0.75 * positive.sigmoid().square() * F.softplus(positive)
+    return total + ((hit - miss) * weight[image, anchor]).sum()
 
 
-def _negative(logits: Tensor) -> Tensor:
-    return 0.75 * logits.sigmoid().square() * F.softplus(logits)
+def shared_count(count: Tensor) -> Tensor:
+    """max(1, count over all processes) / processes: dividing by it makes averaged gradients those of one process."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    return global_mean(count.float()).clamp(min=1 / world)
 
 
 def in_full_precision(tensor: Tensor) -> torch.autocast:

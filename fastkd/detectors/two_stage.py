@@ -1,0 +1,58 @@
+"""Faster and Mask R-CNN on P2 .. P6."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.protocol import Detector
+from fastkd.detectors.roi import RegionHeads
+from fastkd.detectors.rpn import RegionProposals
+from fastkd.detectors.sampling import image_generators
+from fastkd.detectors.targets import PaddedBoxes, in_full_precision
+from fastkd.types import Batch, Detections
+
+
+class TwoStageHead(nn.Module):
+    """Both stages under torchvision's names: rpn and roi_heads."""
+
+    def __init__(self, config: DetectorConfig):
+        super().__init__()
+        self.rpn = RegionProposals(config)
+        self.roi_heads = RegionHeads(config)
+
+
+class TwoStage(Detector):
+    """Faster R-CNN, and Mask R-CNN where the configuration says so: proposals, then a head on what is pooled from them.
+
+    What is sampled for the losses of image b comes from batch.seeds[b]; a second call of `loss` with the same batch samples
+    the same anchors, and the same proposals as far as they are the same.
+    """
+
+    def __init__(self, config: DetectorConfig):
+        super().__init__(config, *build_backbone_and_neck(config), TwoStageHead(config))
+
+    def imitation_anchors(self) -> list[Tensor]:
+        return self.head.rpn.anchors.cells
+
+    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        if self.config.detector == "mask_rcnn" and batch.masks is None:
+            raise ValueError("loss: batch.masks must be [K, H, W] for mask_rcnn, got None; load the data with masks")
+        config, rpn = self.config, self.head.rpn
+        generators = image_generators(batch)
+        outputs = rpn(pyramid)
+        with in_full_precision(pyramid[0]):
+            truth = PaddedBoxes.of(batch)
+            losses = rpn.loss(outputs, truth, batch, generators)
+            proposals = rpn.proposals(outputs, batch, pre_nms=config.rpn_pre_nms_train, post_nms=config.rpn_post_nms_train)
+        return losses | self.head.roi_heads.loss(pyramid, proposals, truth, batch, generators)
+
+    @torch.no_grad()
+    def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
+        config, rpn = self.config, self.head.rpn
+        outputs = rpn(pyramid)
+        with in_full_precision(pyramid[0]):
+            proposals = rpn.proposals(outputs, batch, pre_nms=config.rpn_pre_nms_test, post_nms=config.rpn_post_nms_test)
+        return self.head.roi_heads.detect(pyramid, proposals, batch)
