@@ -163,4 +163,4 @@ class QueryEncoder(nn.Module):
 
     def forward(self, queries: Queries) -> Tensor:
         """[B, N, channels]."""
-        return self.layers(self.describe(queries))
+        return self.layers(self.describe(queries).to(self.layers[0].weight.dtype))

@@ -91,16 +91,18 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
     )
 
 
-def describe(objects: Objects, num_classes: int, padded_size: tuple[int, int]) -> Tensor:
+def describe(
+    objects: Objects, num_classes: int, padded_size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Descriptors [K, 4 + num_classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7, mapped to [-1, 1]."""
     height, width = padded_size
-    box = objects.boxes / objects.boxes.new_tensor([width, height, width, height])
+    box = objects.boxes.to(dtype) / torch.tensor([width, height, width, height], dtype=dtype).to(objects.boxes.device)
     one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
     parts = [box, one_hot.to(box.dtype)]
     if objects.masks is not None:
-        index = torch.arange(objects.boxes.shape[0], device=box.device, dtype=box.dtype)[:, None]
-        crop = roi_align(objects.masks[:, None].to(box.dtype), torch.cat([index, objects.boxes], 1), MASK_SIZE, aligned=True)
-        parts.append((crop >= 0.5).to(box.dtype).flatten(1))
+        index = torch.arange(objects.boxes.shape[0], device=box.device, dtype=objects.boxes.dtype)[:, None]
+        crop = roi_align(objects.masks[:, None].float(), torch.cat([index, objects.boxes], 1), MASK_SIZE, aligned=True)
+        parts.append((crop >= 0.5).to(dtype).flatten(1))
     return torch.cat(parts, dim=1) * 2 - 1
 
 
@@ -315,7 +317,8 @@ class LGD(nn.Module):
         objects = gather_objects(batch, context=self.context, use_masks=self.use_masks)
         labels = appearance = None
         if self.labels is not None:
-            labels = self.labels(describe(objects, self.num_classes, batch.padded_size), objects)
+            dtype = self.labels.local.linear.weight.dtype
+            labels = self.labels(describe(objects, self.num_classes, batch.padded_size, dtype), objects)
         if self.appearance is not None:
             levels = [level.detach() if self.detach_appearance else level for level in pyramid]
             appearance = self.appearance(levels, objects, batch.padded_size)
