@@ -1,21 +1,31 @@
 """Detectors on torchvision's parts behind one protocol: features, loss, detect, parts."""
 
+from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.fcos import FCOS
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
 from fastkd.detectors.two_stage import TwoStage
+from fastkd.detectors.weights import (
+    MatchReport,
+    check_teacher,
+    inherit,
+    load_backbone_weights,
+    load_detector,
+    save_detector,
+)
 
-__all__ = ["FCOS", "Detector", "DetectorConfig", "RetinaNet", "TwoStage", "build_detector"]
-
-_DETECTORS = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": TwoStage, "mask_rcnn": TwoStage}
-
-
-def build_detector(config: DetectorConfig) -> Detector:
-    """The detector that `config` describes, with random weights.
-
-    Raises: TypeError if config is not a DetectorConfig.
-    """
-    if not isinstance(config, DetectorConfig):
-        raise TypeError(f"build_detector: config must be a DetectorConfig, got {type(config).__name__}")
-    return _DETECTORS[config.detector](config)
+__all__ = [
+    "FCOS",
+    "Detector",
+    "DetectorConfig",
+    "MatchReport",
+    "RetinaNet",
+    "TwoStage",
+    "build_detector",
+    "check_teacher",
+    "inherit",
+    "load_backbone_weights",
+    "load_detector",
+    "save_detector",
+]

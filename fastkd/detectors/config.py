@@ -37,14 +37,15 @@ class DetectorConfig:
         detector: "retinanet", "fcos", "faster_rcnn" or "mask_rcnn".
         num_classes: object classes, without background, >= 1.
         backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
-        width: scales every width of the ResNet (0.5: 32, 64, 128, 256 instead of 64 .. 512), rounded to multiples of 8.
+        width: scales every width of the ResNet (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8.
         channels: channels of every pyramid level and of the dense heads.
         norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn" or "gn" (32 groups).
         frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
-        anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8 for
-            two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between anchor_base / 2 and
-            anchor_base strides from the location (None: 8).
-        anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for two-stage.
+        anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
+            for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
+            anchor_base / 2 and anchor_base strides from the location (None: 8).
+        anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for
+            two-stage.
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
         head_convs: convolutions in each tower of a dense head.
         score_threshold: detections at or below this score are dropped.
@@ -92,17 +93,29 @@ class DetectorConfig:
             _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
         for name in _POSITIVE_INTEGERS:
             _check(_is_integer(getattr(self, name), 1), name, "an integer >= 1", getattr(self, name))
-        _check(_is_integer(self.frozen_stages, 0) and self.frozen_stages <= 5, "frozen_stages", "0 .. 5", self.frozen_stages)
+        _check(
+            _is_integer(self.frozen_stages, 0) and self.frozen_stages <= 5,
+            "frozen_stages",
+            "0 .. 5",
+            self.frozen_stages,
+        )
         _check(_is_number(self.width) and 0 < self.width <= 8, "width", "a number in (0, 8]", self.width)
         for name in ("score_threshold", "nms_threshold", "roi_positive_fraction"):
             value = getattr(self, name)
             _check(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
         if self.anchor_base is not None:
-            _check(_is_number(self.anchor_base) and self.anchor_base > 0, "anchor_base", "positive or None", self.anchor_base)
+            _check(
+                _is_number(self.anchor_base) and self.anchor_base > 0,
+                "anchor_base",
+                "positive or None",
+                self.anchor_base,
+            )
         for name in ("anchor_scales", "anchor_ratios"):
             self._check_factors(name)
         if self.detector == "fcos":
-            _check(self.channels % 32 == 0, "channels", "a multiple of 32 for fcos (32 groups in its head)", self.channels)
+            _check(
+                self.channels % 32 == 0, "channels", "a multiple of 32 for fcos (32 groups in its head)", self.channels
+            )
             for name in ("anchor_scales", "anchor_ratios"):
                 _check(getattr(self, name) is None, name, "None for fcos, which has no anchors", getattr(self, name))
 
@@ -142,7 +155,9 @@ class DetectorConfig:
 
     def to_dict(self) -> dict:
         """The fields as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> DetectorConfig:

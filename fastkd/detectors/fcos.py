@@ -72,9 +72,7 @@ class FCOS(Detector):
         )  # positive locations lie strictly inside their box
         logit = outputs["bbox_ctrness"][image, place, 0]
         return {
-            "classification": focal_loss(
-                outputs["cls_logits"], counted.float(), image, place, truth.labels[image, row]
-            )
+            "classification": focal_loss(outputs["cls_logits"], counted.float(), image, place, truth.labels[image, row])
             / count,
             "box_regression": generalized_box_iou_loss(predicted, boxes, reduction="sum") / count,
             "centerness": F.binary_cross_entropy_with_logits(logit, centerness, reduction="sum") / count,

@@ -31,7 +31,7 @@ MASKS_AT_ONCE = 16  # pasted masks held as float32 images
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's multi-scale RoI align on P2 .. P5 at their fixed strides, not at strides inferred from the first batch.
+    """torchvision's multi-scale RoI align on P2 .. P5 at their fixed strides, not inferred from the first batch.
 
     Args:
         size: side of the pooled maps.
@@ -49,7 +49,10 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
 
 
 class Sample(NamedTuple):
-    """Proposals in the box loss, image after image: boxes [R, 4], labels [R] (0 = background), row in the image's truth [R]."""
+    """Proposals in the box loss, image after image.
+
+    boxes [R, 4], image [R], labels [R] (0 = background), row [R] of the box in its image's truth.
+    """
 
     boxes: Tensor
     image: Tensor
@@ -89,7 +92,9 @@ class RegionHeads(nn.Module):
         """{"roi_classification", "roi_box"} and, for Mask R-CNN, "roi_mask"; image b draws from generators[b]."""
         with in_full_precision(pyramid[0]):
             sample = self.sample(proposals, truth, batch, generators)
-        losses = self._box_losses(*self._boxes(pyramid, self._by_image(sample.boxes, sample.image, batch)), sample, truth)
+        losses = self._box_losses(
+            *self._boxes(pyramid, self._by_image(sample.boxes, sample.image, batch)), sample, truth
+        )
         if self.config.detector == "mask_rcnn":
             losses["roi_mask"] = self._mask_loss(pyramid, sample, truth, batch)
         return losses
@@ -99,7 +104,10 @@ class RegionHeads(nn.Module):
         self, proposals: list[Tensor], truth: PaddedBoxes, batch: Batch, generators: list[torch.Generator]
     ) -> Sample:
         """The proposals, with the true boxes added to them, that enter the loss."""
-        pools = [torch.cat([own, boxes[valid]]) for own, boxes, valid in zip(proposals, truth.boxes, truth.valid, strict=True)]
+        pools = [
+            torch.cat([own, boxes[valid]])
+            for own, boxes, valid in zip(proposals, truth.boxes, truth.valid, strict=True)
+        ]
         counts = [len(pool) for pool in pools]
         boxes = nn.utils.rnn.pad_sequence(pools, batch_first=True)  # [B, P, 4]
         matched = match_anchors(truth, boxes, 0.5, 0.5, keep_best=False)

@@ -32,8 +32,8 @@ class RPNOutputs(NamedTuple):
 class RegionProposals(nn.Module):
     """torchvision's RPN, its matching, sampling and loss computed for the whole batch at once.
 
-    Positive from IoU 0.7 or as the best anchor of a box, background below 0.3; a sample of each image, at most half of it
-    positive; binary cross-entropy and smooth L1 (beta 1/9), both divided by the sampled anchors.
+    Positive from IoU 0.7 or as the best anchor of a box, background below 0.3; a sample of each image, at most half of
+    it positive; binary cross-entropy and smooth L1 (beta 1/9), both divided by the sampled anchors.
     Source: Faster R-CNN (Ren et al., 2015), as torchvision's RegionProposalNetwork.
     """
 
@@ -70,7 +70,11 @@ class RegionProposals(nn.Module):
             scores.append(best)
             boxes.append(decoded.view(*index.shape, 4))
             levels.append(torch.full_like(index, level))
-        boxes, scores, levels = clip_boxes(torch.cat(boxes, 1), batch), torch.cat(scores, 1).sigmoid(), torch.cat(levels, 1)
+        boxes, scores, levels = (
+            clip_boxes(torch.cat(boxes, 1), batch),
+            torch.cat(scores, 1).sigmoid(),
+            torch.cat(levels, 1),
+        )
         good = ((boxes[..., 2:] - boxes[..., :2]) >= SMALLEST_SIDE).all(-1)  # also drops NaN
         found = []
         for row in range(len(batch)):

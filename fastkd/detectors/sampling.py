@@ -9,7 +9,7 @@ from fastkd.types import Batch
 
 
 def image_generators(batch: Batch) -> list[torch.Generator]:
-    """One CPU generator an image, from batch.seeds, so that an image draws the same whatever its neighbours and process.
+    """One CPU generator an image, from batch.seeds: an image draws the same whatever its neighbours and process.
 
     A batch without seeds draws them from torch's global generator.
 
@@ -22,7 +22,7 @@ def image_generators(batch: Batch) -> list[torch.Generator]:
 
 
 def draw_keys(generators: list[torch.Generator], counts: list[int], device: torch.device) -> Tensor:
-    """Random sorting keys [B, max count] in [0, 1), image b's first counts[b] drawn from its generator, 2 in the padding."""
+    """Sorting keys [B, max count]: image b's first counts[b] in [0, 1) from its generator, 2 in the padding."""
     keys = torch.full((len(counts), max(counts)), 2.0)
     for row, generator, count in zip(keys, generators, counts, strict=True):
         row[:count] = torch.rand(count, generator=generator)
@@ -30,7 +30,7 @@ def draw_keys(generators: list[torch.Generator], counts: list[int], device: torc
 
 
 def sample_balanced(labels: Tensor, keys: Tensor, size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Up to `size` entries of each image, at most that fraction of them positive, negatives filling up; no loop over images.
+    """Up to `size` entries of each image, at most that fraction of them positive, negatives filling up.
 
     The rule of torchvision's BalancedPositiveNegativeSampler; the entries with the smallest keys are taken.
 

@@ -17,7 +17,7 @@ MAX_PAIRS = 1 << 24  # (anchor, box) pairs compared at a time: 64 MiB a float32 
 
 
 class PaddedBoxes(NamedTuple):
-    """Ground truth padded to the batch's largest count (at least one row): boxes [B, K, 4], labels [B, K], valid [B, K]."""
+    """Ground truth padded to the batch's largest count, at least one row: boxes [B, K, 4], labels, valid [B, K]."""
 
     boxes: Tensor
     labels: Tensor
@@ -43,7 +43,7 @@ class PaddedBoxes(NamedTuple):
 
 
 def pair_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Intersection over union of boxes [B, K, 4] with anchors [A, 4] or [B, A, 4]: [B, K, A], as torchvision's box_iou."""
+    """Intersection over union of boxes [B, K, 4] with anchors [A, 4] or [B, A, 4]: [B, K, A], as torchvision's."""
     x1, y1, x2, y2 = (side[..., None] for side in boxes.unbind(-1))  # [B, K, 1]
     ax1, ay1, ax2, ay2 = (side.unsqueeze(-2) for side in anchors.unbind(-1))  # [(B,) 1, A]
     width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
@@ -56,8 +56,8 @@ def match_anchors(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, 
     """torchvision's Matcher for a whole batch.
 
     An anchor takes the box of highest IoU if that is at least `high`; below `low` it is background, else neither. With
-    `keep_best` the anchors that come closest to some box (ties included) take their own best box whatever the IoU; unlike
-    torchvision's, a box that touches no anchor claims none (there it claims every anchor with IoU 0).
+    `keep_best` the anchors that come closest to some box (ties included) take their own best box whatever the IoU;
+    unlike torchvision's, a box that touches no anchor claims none (there it claims every anchor with IoU 0).
 
     Args:
         truth: ground truth of B images.
@@ -85,7 +85,7 @@ def _match(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, keep_be
 
 
 def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
-    """Anchors [A, 4] or [B, A, 4] of which more than half lies in one ignore region: [B, A] bool, None if there is none."""
+    """Anchors [A, 4] or [B, A, 4] more than half inside one ignore region: [B, A] bool, None without regions."""
     if len(batch.ignore_boxes) == 0:
         return None
     regions, image = batch.ignore_boxes.to(anchors), batch.ignore_index

@@ -27,8 +27,8 @@ class TwoStageHead(nn.Module):
 class TwoStage(Detector):
     """Faster R-CNN, and Mask R-CNN where the configuration says so: proposals, then a head on what is pooled from them.
 
-    What is sampled for the losses of image b comes from batch.seeds[b]; a second call of `loss` with the same batch samples
-    the same anchors, and the same proposals as far as they are the same.
+    What is sampled for the losses of image b comes from batch.seeds[b]; a second call of `loss` with the same batch
+    samples the same anchors, and the same proposals as far as they are the same.
     """
 
     def __init__(self, config: DetectorConfig):
@@ -46,7 +46,9 @@ class TwoStage(Detector):
         with in_full_precision(pyramid[0]):
             truth = PaddedBoxes.of(batch)
             losses = rpn.loss(outputs, truth, batch, generators)
-            proposals = rpn.proposals(outputs, batch, pre_nms=config.rpn_pre_nms_train, post_nms=config.rpn_post_nms_train)
+            proposals = rpn.proposals(
+                outputs, batch, pre_nms=config.rpn_pre_nms_train, post_nms=config.rpn_post_nms_train
+            )
         return losses | self.head.roi_heads.loss(pyramid, proposals, truth, batch, generators)
 
     @torch.no_grad()
@@ -54,5 +56,7 @@ class TwoStage(Detector):
         config, rpn = self.config, self.head.rpn
         outputs = rpn(pyramid)
         with in_full_precision(pyramid[0]):
-            proposals = rpn.proposals(outputs, batch, pre_nms=config.rpn_pre_nms_test, post_nms=config.rpn_post_nms_test)
+            proposals = rpn.proposals(
+                outputs, batch, pre_nms=config.rpn_pre_nms_test, post_nms=config.rpn_post_nms_test
+            )
         return self.head.roi_heads.detect(pyramid, proposals, batch)

@@ -1,0 +1,21 @@
+"""From a configuration to a detector."""
+
+from __future__ import annotations
+
+from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.fcos import FCOS
+from fastkd.detectors.protocol import Detector
+from fastkd.detectors.retinanet import RetinaNet
+from fastkd.detectors.two_stage import TwoStage
+
+_DETECTORS = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": TwoStage, "mask_rcnn": TwoStage}
+
+
+def build_detector(config: DetectorConfig) -> Detector:
+    """The detector that `config` describes, with random weights from torch's global generator.
+
+    Raises: TypeError if config is not a DetectorConfig.
+    """
+    if not isinstance(config, DetectorConfig):
+        raise TypeError(f"build_detector: config must be a DetectorConfig, got {type(config).__name__}")
+    return _DETECTORS[config.detector](config)
