@@ -59,18 +59,15 @@ class ScaledResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        stages = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
-        self._frozen = [id(module) for stage in stages[:frozen_stages] for module in stage]
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return [module for module in self.children() if id(module) in self._frozen]
+        stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+        self.frozen = tuple(name for stage in stages[:frozen_stages] for name in stage)
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> ScaledResNet:
         super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
+        for name in self.frozen:
+            self.get_submodule(name).eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
