@@ -1,22 +1,31 @@
-"""The trained detector for use elsewhere: one safetensors file, and an ONNX graph checked against torch.
+"""The trained detector for use elsewhere: ONNX graphs checked against torch, and a description of how to read them.
 
-The graph is `images -> pyramid and raw head outputs`: everything with weights, nothing that depends on the data
-(decoding boxes, suppression), which each runtime has its own fast form of. The JSON beside it says how to read it.
+A graph holds everything with weights and nothing that depends on the data (decoding boxes, suppression, pooling
+regions), of which each runtime has its own fast form:
+
+    model.onnx          images -> pyramid and raw outputs of the head (two-stage: of the proposal network)
+    model-regions.onnx  two-stage: pooled regions -> class logits and box deltas
+    model-masks.onnx    Mask R-CNN: pooled regions -> mask logits
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of the largest value of an output; float32 graphs agree to about 1e-5
+REGIONS_TRIED = 5
 
 
 @dataclass(frozen=True)
@@ -25,21 +34,23 @@ class OnnxReport:
 
     Args:
         path: the ONNX file.
-        outputs: output name -> shape for the example image batch.
-        difference: largest absolute difference of any output to torch's, on the shapes tried.
-        relative_difference: the same divided by the largest absolute value of that output, the largest over outputs.
-        shapes: image batches tried, (B, 3, H, W).
+        inputs: input name -> shape of the example.
+        outputs: output name -> shape for that example.
+        difference: largest absolute difference of any output to torch's, over the inputs tried.
+        relative_difference: likewise, divided by the largest absolute value of the output.
+        tried: shapes of the inputs that were compared.
     """
 
     path: Path
+    inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     difference: float
     relative_difference: float
-    shapes: list[tuple[int, ...]]
+    tried: list[tuple[int, ...]]
 
 
 class RawOutputs(nn.Module):
-    """images [B, 3, H, W] -> (P levels ..., raw head outputs ...) of a detector, as a flat tuple."""
+    """images [B, 3, H, W] -> (pyramid levels ..., raw head outputs ...) of a detector, as a flat tuple."""
 
     def __init__(self, detector):
         super().__init__()
@@ -52,18 +63,39 @@ class RawOutputs(nn.Module):
 
 def raw_head_outputs(detector, pyramid: list[Tensor]) -> list[tuple[str, Tensor]]:
     """What the head's convolutions say of a pyramid, by name; of a two-stage detector its proposal network's."""
-    rpn = getattr(detector.head, "rpn", None)
-    if rpn is None:
+    if not detector.config.two_stage:
         return list(detector.head(pyramid).items())
-    objectness, deltas = getattr(rpn, "head", rpn)(pyramid)
-    named = [(f"objectness_{i}", level) for i, level in enumerate(objectness)]
-    return named + [(f"proposal_deltas_{i}", level) for i, level in enumerate(deltas)]
+    objectness, deltas = detector.head.rpn.head(pyramid)
+    levels = level_names(detector)
+    named = [(f"objectness_{level}", tensor) for level, tensor in zip(levels, objectness)]
+    return named + [(f"proposal_deltas_{level}", tensor) for level, tensor in zip(levels, deltas)]
 
 
-def output_names(detector, pyramid: list[Tensor]) -> list[str]:
-    """Names of the outputs of RawOutputs: pyramid levels by their stride (p3 has stride 8), then the head's."""
-    levels = [f"p{stride.bit_length() - 1}" for stride in detector.strides]
-    return levels + [name for name, _ in raw_head_outputs(detector, pyramid)]
+def level_names(detector) -> list[str]:
+    """p3 is the level of stride 8, p4 that of 16 ..."""
+    return [f"p{stride.bit_length() - 1}" for stride in detector.strides]
+
+
+class RegionOutputs(nn.Module):
+    """Pooled regions [R, C, 7, 7] -> (class logits [R, K + 1], 0 is background; box deltas [R, 4 * (K + 1)])."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.box_predictor(self.box_head(regions))
+
+
+class MaskOutputs(nn.Module):
+    """Pooled regions [R, C, 14, 14] -> mask logits [R, K + 1, 28, 28]."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.mask_head, self.mask_predictor = heads.mask_head, heads.mask_predictor
+
+    def forward(self, regions: Tensor) -> Tensor:
+        return self.mask_predictor(self.mask_head(regions))
 
 
 def require_onnx() -> None:
@@ -71,109 +103,170 @@ def require_onnx() -> None:
     missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"export: ONNX must have {', '.join(ONNX_MODULES)}, got no {', '.join(missing)}; "
+            f"export: ONNX must have the packages {', '.join(ONNX_MODULES)}, got no {', '.join(missing)}; "
             "pip install 'fastkd[onnx]', or leave ONNX out with --no-onnx"
         )
 
 
-def export_onnx(detector, path: Path, *, size: tuple[int, int], batch: int = 1, dynamic: bool = True) -> OnnxReport:
-    """Write images -> pyramid and raw head outputs as ONNX, and compare it with torch in onnxruntime.
+def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool = True) -> list[OnnxReport]:
+    """Write a detector's graphs as ONNX and compare each with torch in onnxruntime.
 
     Args:
-        detector: on the CPU or elsewhere; left as it was.
-        path: of the .onnx file.
+        detector: anywhere, in any mode; left as it was. The graphs are float32.
+        folder: gets model.onnx (and model-regions.onnx, model-masks.onnx).
         size: (H, W) of the example image, multiples of the coarsest stride.
-        batch: images in the example.
-        dynamic: let other batch sizes, heights and widths (multiples of the coarsest stride) through the graph.
-    Returns: OnnxReport.
-    Raises: ValueError if packages are missing, the size does not fit, or the graph's numbers are not torch's.
+        dynamic: let any batch size, height and width (multiples of the coarsest stride) through model.onnx; otherwise
+            it takes exactly one image of `size`.
+    Returns: a report for each graph.
+    Raises: ValueError if packages are missing, the size does not fit, or a graph's numbers are not torch's; a file that
+        disagrees is not left behind.
     """
     require_onnx()
     coarsest = max(detector.strides)
-    if any(side <= 0 or side % coarsest for side in size) or batch < 1:
+    if any(side <= 0 or side % coarsest for side in size):
         raise ValueError(
-            f"export_onnx: size must be multiples of {coarsest} (the coarsest stride) and batch at least 1, "
-            f"got {size[0]} x {size[1]} and {batch}"
+            f"export_onnx: size must be positive multiples of {coarsest}, the coarsest stride, got {size[0]} x {size[1]}"
         )
     training, parameter = detector.training, next(detector.parameters())
     device, dtype = parameter.device, parameter.dtype
+    folder.mkdir(parents=True, exist_ok=True)
     detector.eval().to("cpu", torch.float32)
     try:
-        return _export_and_check(detector, path, size, batch, dynamic, coarsest)
+        return [_images_graph(detector, folder / "model.onnx", size, dynamic), *_region_graphs(detector, folder)]
     finally:
         detector.to(device, dtype).train(training)
 
 
-def _export_and_check(detector, path, size, batch, dynamic, coarsest) -> OnnxReport:
-    module = RawOutputs(detector).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, *size, generator=generator)
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool) -> OnnxReport:
+    coarsest = max(detector.strides)
+    # torch.export takes a batch of one for a constant, so a dynamic graph is traced with two images
+    examples = [_random(2 if dynamic else 1, 3, *size)]
+    if dynamic:
+        examples.append(_random(1, 3, size[0] + coarsest, size[1] + 2 * coarsest))
     with torch.no_grad():
-        names = output_names(detector, detector.features(images))
-    shapes = None
-    if dynamic:
-        auto = torch.export.Dim.AUTO
-        shapes = ({0: auto, 2: auto, 3: auto},)
-        # torch.export takes a batch of one for a constant, so the example has two images
-        images = torch.randn(max(batch, 2), 3, *size, generator=generator)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            (images,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=names,
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-        program.save(str(path), external_data=False)
-    tried = [images]
-    if dynamic:
-        tried.append(torch.randn(1, 3, size[0] + coarsest, size[1] + 2 * coarsest, generator=generator))
-    return _compare(module, path, names, tried)
+        heads = raw_head_outputs(detector, detector.features(examples[0]))
+    names = level_names(detector) + [name for name, _ in heads]
+    return _write_graph(RawOutputs(detector), path, "images", names, examples, (0, 2, 3) if dynamic else ())
 
 
-def _compare(module: nn.Module, path: Path, names: list[str], tried: list[Tensor]) -> OnnxReport:
+def _region_graphs(detector, folder: Path) -> list[OnnxReport]:
+    if not detector.config.two_stage:
+        return []
+    heads, reports = detector.head.roi_heads, []
+
+    def write(module: nn.Module, file: str, side: int, names: list[str]) -> None:
+        examples = [_random(count, detector.channels, side, side) for count in (REGIONS_TRIED, 1)]
+        reports.append(_write_graph(module, folder / file, "regions", names, examples, (0,)))
+
+    write(RegionOutputs(heads), "model-regions.onnx", 7, ["class_logits", "box_deltas"])
+    if detector.config.detector == "mask_rcnn":
+        write(MaskOutputs(heads), "model-masks.onnx", 14, ["mask_logits"])
+    return reports
+
+
+def _write_graph(
+    module: nn.Module, path: Path, name: str, names: list[str], examples: list[Tensor], free: tuple[int, ...]
+) -> OnnxReport:
+    """Trace with the first example, write, compare on all. `free` are the input's dimensions that may vary."""
+    module = module.eval()
+    shapes = ({dimension: torch.export.Dim.AUTO for dimension in free},) if free else None
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (examples[0],),
+                dynamo=True,
+                input_names=[name],
+                output_names=names,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+            program.save(str(partial), external_data=False)
+        report = _compare(module, partial, path, name, names, examples)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+def _compare(module, written: Path, path: Path, name: str, names: list[str], examples: list[Tensor]) -> OnnxReport:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
     largest = relative = 0.0
     shapes: dict[str, list[int]] = {}
-    for images in tried:
+    for example in examples:
         with torch.no_grad():
-            expected = module(images)
-        found = session.run(names, {"images": images.numpy()})
-        for name, ours, theirs in zip(names, expected, found):
-            theirs = torch.from_numpy(theirs)
+            expected = module(example)
+        expected = (expected,) if isinstance(expected, Tensor) else expected
+        for output, ours, found in zip(names, expected, session.run(names, {name: example.numpy()})):
+            theirs = torch.from_numpy(found)
             if ours.shape != theirs.shape:
                 raise ValueError(
-                    f"export_onnx: {name} must have shape {list(ours.shape)} in onnxruntime, got {list(theirs.shape)}"
+                    f"export_onnx: {output} of {path.name} must have the shape {list(ours.shape)} in onnxruntime, "
+                    f"got {list(theirs.shape)}"
                 )
-            shapes.setdefault(name, list(ours.shape))
             difference = (ours - theirs).abs().max().item()
             scale = max(ours.abs().max().item(), 1e-12)
-            if not difference <= TOLERANCE * scale:
+            if not difference <= TOLERANCE * scale:  # also NaN
                 raise ValueError(
-                    f"export_onnx: {name} must agree with torch to {TOLERANCE:g} of its largest value {scale:.3g}, "
-                    f"got a difference of {difference:.3g}; the ONNX file {path} is not usable"
+                    f"export_onnx: {output} of {path.name} must agree with torch to {TOLERANCE:g} of its largest value "
+                    f"{scale:.3g}, got a difference of {difference:.3g}; the graph was not kept"
                 )
+            shapes.setdefault(output, list(ours.shape))
             largest, relative = max(largest, difference), max(relative, difference / scale)
-    return OnnxReport(path, shapes, largest, relative, [tuple(images.shape) for images in tried])
+    return OnnxReport(
+        path, {name: list(examples[0].shape)}, shapes, largest, relative, [tuple(e.shape) for e in examples]
+    )
 
 
-class _quiet(warnings.catch_warnings):
-    """Keeps the exporter's warnings and log lines (about its own insides) off the terminal."""
-
-    def __enter__(self):
-        super().__enter__()
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the exporter says about its own insides off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+        for logger in loggers:
             logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
 
-    def __exit__(self, *error):
-        for logger, level in zip(self._loggers, self._levels):
-            logger.setLevel(level)
-        super().__exit__(*error)
+
+def description(detector, class_names: list[str], reports: list[OnnxReport]) -> dict[str, Any]:
+    """What a program needs to know to use the exported files, as JSON values."""
+    from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+    return {
+        "detector": detector.config.to_dict(),
+        "class_names": list(class_names),
+        "images": {
+            "layout": "[batch, RGB, height, width] float32, zero in the padding",
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "normalisation": "(value - mean) / std of values 0 .. 255",
+            "sides_are_multiples_of": max(detector.strides),
+        },
+        "levels": [
+            {"name": name, "stride": stride, "anchors_at_the_origin_xyxy": anchors.tolist()}
+            for name, stride, anchors in zip(level_names(detector), detector.strides, detector.imitation_anchors())
+        ],
+        "graphs": {
+            report.path.name: {
+                "inputs": report.inputs,
+                "outputs": report.outputs,
+                "compared_with_torch_on": [list(shape) for shape in report.tried],
+                "largest_difference": report.difference,
+                "largest_relative_difference": report.relative_difference,
+            }
+            for report in reports
+        },
+    }

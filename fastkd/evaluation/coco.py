@@ -1,7 +1,7 @@
 """COCO box and mask metrics (AP at IoU 0.50:0.95, per size, per class) with pycocotools.
 
-Works in one process or in several: each adds the images it has seen, `gather` exchanges them, and then all hold the same
-results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
+Works in one process or in several: each adds the images it has seen, `gather` exchanges them, and then all hold the
+same results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
 """
 
 from __future__ import annotations
@@ -190,13 +190,21 @@ def scale_boxes(boxes: Tensor, size: list[int], target: list[int]) -> Tensor:
     return (boxes * scale).clamp(min=0).minimum(limit)
 
 
+def resize_masks(masks: Tensor, target: list[int]) -> Tensor:
+    """Masks [D, h, w] bool at `target` (h, w): bilinear, then at least one half."""
+    if list(masks.shape[-2:]) == list(target):
+        return masks
+    if not len(masks):
+        return masks.new_zeros(0, *target)
+    soft = F.interpolate(masks[:, None].float(), size=tuple(target), mode="bilinear", align_corners=False)
+    return soft[:, 0] >= 0.5
+
+
 def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
-    """COCO run-length codes of masks [D, h, w] bool after resizing (bilinear, at least one half) to `target` (h, w)."""
+    """COCO run-length codes of masks [D, h, w] bool resized to `target` (h, w)."""
     codes = []
-    for chunk in masks.split(_MASKS_AT_ONCE):
-        if list(chunk.shape[-2:]) != list(target):
-            soft = F.interpolate(chunk[:, None].float(), size=tuple(target), mode="bilinear", align_corners=False)
-            chunk = soft[:, 0] >= 0.5
+    for chunk in masks.split(_MASKS_AT_ONCE) if len(masks) else ():
+        chunk = resize_masks(chunk, target)
         planes = np.asfortranarray(chunk.cpu().numpy().transpose(1, 2, 0), dtype=np.uint8)  # [h, w, D]
         codes += [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in mask_codec.encode(planes)]
     return codes
@@ -255,19 +263,18 @@ def evaluate(
 
 @contextlib.contextmanager
 def _progress(loader, shown: bool):
-    """The loader's batches, with a progress bar of images where shown."""
+    """The loader's batches, with a progress bar where shown."""
     if not shown:
         yield loader
         return
     from fastkd.evaluation.tables import progress_bar
 
-    with progress_bar(unit="images") as bar:
-        total = len(loader.dataset) if hasattr(loader, "dataset") else None
-        task = bar.add_task("evaluate", total=total)
+    with progress_bar(unit="batches") as bar:
+        task = bar.add_task("evaluate", total=len(loader) if hasattr(loader, "__len__") else None)
 
         def batches():
             for batch in loader:
                 yield batch
-                bar.advance(task, len(batch))
+                bar.advance(task)
 
         yield batches()

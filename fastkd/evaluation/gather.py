@@ -15,10 +15,10 @@ def is_distributed() -> bool:
 
 
 def _device() -> torch.device:
-    """Where the group's tensors live: nccl moves nothing but GPU memory."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """The CPU where the group has a backend for it (gloo); nccl alone moves nothing but GPU memory."""
+    if "cpu:" in str(dist.get_backend_config()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def all_gather_json(value: Any) -> list[Any]:

@@ -1,0 +1,116 @@
+"""The `fastkd` command line: parses, calls one of fastkd.commands, and turns errors into one clear line.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Only the standard library and tyro are loaded at start-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from fastkd.commands.common import Interrupted
+
+DESCRIPTION = """Train object detectors with knowledge distillation.
+
+First time here? `fastkd demo` trains a small detector with and without distillation and writes a report (15 minutes).
+`fastkd COMMAND --help` explains a command. Errors are one line; --debug (or FASTKD_DEBUG=1) shows the traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `fastkd` and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("FASTKD_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="fastkd: %(message)s")
+    logging.getLogger("fastkd").setLevel(logging.INFO)
+    try:
+        run(args)
+    except Interrupted as stop:
+        complain(f"interrupted, everything is saved{how_to_continue(args)}")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        complain(f"interrupted{how_to_continue(args)}")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `fastkd recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        complain(f"error: {one_line(error)}")
+        if not explained(error):
+            print("(the same command with --debug shows the traceback)", file=sys.stderr)
+        return 2 if bad_input(error) else 1
+    return 0
+
+
+def run(args: list[str]) -> None:
+    """Parse the arguments and run the command they name."""
+    if args[:1] == ["train"]:
+        from fastkd.commands.train import main as main_of_train
+
+        return main_of_train(args[1:])
+    import tyro
+
+    from fastkd.commands import data, demo, evaluate, export, info, predict, report, train
+
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    data_group = tyro.extras.SubcommandApp()
+    data_group.command(name="scenes")(data.scenes)
+    app = tyro.extras.SubcommandApp()
+    app.command(name="demo")(demo.demo)
+    app.command(data_group, name="data")
+    app.command(name="recipes")(train.recipes)
+    app.command(name="train")(train.train)
+    app.command(name="evaluate")(evaluate.evaluate)
+    app.command(name="predict")(predict.predict)
+    app.command(name="export")(export.export)
+    app.command(name="report")(report.report)
+    app.command(name="info")(info.info)
+    app.cli(args=args or ["--help"], prog="fastkd", description=DESCRIPTION, config=flags)
+
+
+def ours(error: BaseException) -> bool:
+    """Whether the error's class is fastkd's own, so that its message is meant for the user."""
+    return type(error).__module__.split(".")[0] == "fastkd"
+
+
+def bad_input(error: BaseException) -> bool:
+    """Whether the user can cure the error by other input: files, options, run directories."""
+    return isinstance(error, (ValueError, OSError)) or (ours(error) and isinstance(error, RuntimeError))
+
+
+def explained(error: BaseException) -> bool:
+    """Whether the message alone should do."""
+    return ours(error) or isinstance(error, (ValueError, OSError))
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message; its type too where the message alone says little."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return text if text and explained(error) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def how_to_continue(args: list[str]) -> str:
+    """What to type to go on with an interrupted command; empty where it would simply start again."""
+    if args[:1] == ["train"]:
+        again = args if "--resume" in args else [*args, "--resume"]
+    elif args[:1] == ["demo"]:
+        again = args
+    else:
+        return ""
+    return f"; continue with: fastkd {shlex.join(again)}"
+
+
+def complain(message: str) -> None:
+    """A message on stderr, in the name of the program."""
+    print(f"fastkd: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

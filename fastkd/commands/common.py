@@ -1,0 +1,128 @@
+"""What several subcommands share: messages, devices, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STUDENT_FILE = "student.safetensors"
+
+
+class Interrupted(Exception):
+    """A command stopped early with everything saved. Args: exit_code: 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"interrupted ({exit_code})")
+        self.exit_code = exit_code
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal, on stderr, so that stdout carries results only."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(message))
+
+
+def progress_bar(unit: str):
+    """A bar on stderr with counts, rate and time left."""
+    from fastkd.evaluation.tables import progress_bar
+
+    return progress_bar(unit)
+
+
+def choose_device(name: str):
+    """`auto` is the GPU where there is one, else the CPU; otherwise the device of that name.
+
+    Raises: ValueError if there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device must be available, got {name!r} with {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return device
+
+
+def device_argument(name: str):
+    """For functions that choose a GPU themselves: None for `auto`, else the checked device."""
+    return None if name == "auto" else choose_device(name)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The detector's file: `path` itself, or student.safetensors in the run directory `path`.
+
+    Raises: ValueError if there is none.
+    """
+    if path.is_dir():
+        if not (path / STUDENT_FILE).is_file():
+            raise ValueError(
+                f"CHECKPOINT must be a .safetensors file or a finished run directory, got {path} without "
+                f"{STUDENT_FILE}; finish the training first"
+            )
+        return path / STUDENT_FILE
+    if not path.is_file():
+        raise ValueError(f"CHECKPOINT must be an existing run directory or .safetensors file, got {path}")
+    return path
+
+
+def require_file(path: Path, name: str) -> Path:
+    """`path`, if it is a file; `name` is the argument to blame otherwise."""
+    if not path.is_file():
+        raise ValueError(f"{name} must be an existing file, got {path}")
+    return path
+
+
+def require_folder(path: Path, name: str) -> Path:
+    """`path`, if it is a folder; `name` is the argument to blame otherwise."""
+    if not path.is_dir():
+        raise ValueError(f"{name} must be an existing folder, got {path}")
+    return path
+
+
+def write_json(path: Path, content) -> None:
+    """Write a JSON file whole or not at all, with its folder."""
+    import json
+    import os
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """How images enter the detector.
+
+    Args:
+        short_side, max_side: see fastkd.data.transforms.resized_size; None leaves images at their size.
+        divisor: padded sides are multiples of it.
+    """
+
+    short_side: int | None = None
+    max_side: int | None = None
+    divisor: int = 32
+
+
+def image_size(checkpoint: Path, short_side: int | None, max_side: int | None) -> ImageSize:
+    """The sizes asked for, or else those of the evaluation of the run that the checkpoint lies in."""
+    import json
+
+    path = checkpoint.parent / "recipe.json"
+    if short_side is not None or max_side is not None or not path.is_file():
+        return ImageSize(short_side, max_side)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return ImageSize(int(data["val_short_side"]), int(data["max_side"]), int(data["divisor"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a recipe, got {error!r}; pass --short-side and --max-side") from error

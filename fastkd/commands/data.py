@@ -1,0 +1,35 @@
+"""`fastkd data scenes`: write the generated data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastkd.commands.common import progress_bar, say
+
+
+def scenes(
+    root: Path = Path("data/scenes"), train: int = 4000, val: int = 500, seed: int = 0, processes: int = 2
+) -> None:
+    """Write Scenes, the generated data set, in COCO format.
+
+    Ten classes of shapes and textures, with boxes and masks. The same arguments always give the same files; if they are
+    there already, nothing is done.
+
+    Args:
+        root: Folder for the images and annotations; new, empty, or written by this command before.
+        train: Number of training images.
+        val: Number of validation images.
+        seed: Other seeds give other images.
+        processes: Processes that draw; changes only the time it takes.
+    """
+    write_scenes(root, train=train, val=val, seed=seed, processes=processes)
+    say(f"scenes: {train} training and {val} validation images in {root}")
+
+
+def write_scenes(root: Path, **options) -> None:
+    """generate_scenes with a progress bar."""
+    from fastkd.data import generate_scenes
+
+    with progress_bar("images") as bar:
+        task = bar.add_task("scenes", total=None)
+        generate_scenes(root, **options, progress=lambda done, total: bar.update(task, completed=done, total=total))

@@ -1,0 +1,191 @@
+"""`fastkd demo`: the same small detector with and without distillation, side by side, in a quarter of an hour."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from fastkd.commands.common import Interrupted, device_argument, say, write_json
+from fastkd.commands.data import write_scenes
+
+METHODS = ("baseline", "lgd", "icd", "fgfi")
+CONTROL = "inherit"
+TEACHER = "scenes-retinanet-teacher.safetensors"
+BACKBONE = "scenes-resnet18-backbone.safetensors"
+TRAIN_IMAGES, VAL_IMAGES = 4000, 500
+
+
+def demo(
+    out: Path = Path("runs/demo"),
+    data: Path = Path("data/scenes"),
+    seed: int = 0,
+    steps: int | None = None,
+    control: bool = False,
+    images: int = TRAIN_IMAGES,
+    val_images: int = VAL_IMAGES,
+    teacher: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """See distillation work: train a small detector alone, with LGD, with ICD and with FGFI, and write a report.
+
+    Everything is equal but the method: data, steps, seed, initial weights. Takes about 15 minutes on two CPU cores.
+    Interrupted? Give the same command again; it continues where it stopped.
+
+    Args:
+        out: Folder for the runs and report.html.
+        data: Folder of the generated data set; made if it is not there.
+        seed: Seed of all runs.
+        steps: Steps of each run. Default: as in the recipes.
+        control: Also train the student that only inherits the teacher's head: what ICD must beat.
+        images: Training images to generate.
+        val_images: Validation images to generate.
+        teacher: Another teacher than the one that comes with fastkd.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    recipes = demo_recipes(data=data, seed=seed, steps=steps, control=control, teacher=teacher)
+    write_scenes(data, train=images, val=val_images)
+    where = device_argument(device)
+    teacher_file = Path(next(recipe.teacher for recipe in recipes.values() if recipe.teacher))
+    metrics = {"teacher": evaluate_teacher(teacher_file, next(iter(recipes.values())), out / "teacher", where)}
+
+    from fastkd.training import train
+
+    for number, (name, recipe) in enumerate(recipes.items(), start=1):
+        say(f"\n[{number}/{len(recipes)}] {name}: {recipe.schedule.steps} steps into {out / name}")
+        result = train(recipe, out / name, resume=True, device=where)
+        if result.exit_code:
+            raise Interrupted(result.exit_code)
+        metrics[name] = result.metrics
+    show_table(metrics, {name: read_ledger(out / name) for name in recipes})
+
+    from fastkd.report import write_report
+
+    page = write_report([out / name for name in metrics], out / "report.html", device="cpu", title="fastkd demo")
+    say(f"\nreport: {page.resolve()}\nopen it in a browser: curves, costs, what the networks see, their mistakes")
+
+
+def demo_recipes(*, data: Path, seed: int, steps: int | None, control: bool, teacher: Path | None) -> dict[str, Any]:
+    """The demo's recipes by short name, differing in the method only; the files they need are verified."""
+    from fastkd.assets import asset, checksums
+    from fastkd.training import get_recipe
+
+    teacher = asset(TEACHER) if teacher is None else teacher
+    backbone = str(asset(BACKBONE)) if BACKBONE in checksums() else None
+    recipes = {}
+    for method in (*METHODS, CONTROL) if control else METHODS:
+        recipe = get_recipe(f"scenes-retinanet-{method}")
+        schedule = recipe.schedule if steps is None else dataclasses.replace(recipe.schedule, steps=steps)
+        recipes[method] = dataclasses.replace(
+            recipe,
+            data=dataclasses.replace(recipe.data, root=str(data)),
+            schedule=schedule,
+            seed=seed,
+            teacher=str(teacher) if recipe.teacher else None,
+            backbone_weights=backbone or recipe.backbone_weights,
+        )
+    return recipes
+
+
+def evaluate_teacher(weights: Path, recipe, folder: Path, device) -> dict[str, Any]:
+    """Measure the teacher on the validation images, once; its folder then looks like a run's to the report."""
+    from fastkd.training.checkpoint import sha256_of
+
+    if not weights.is_file():
+        raise ValueError(f"--teacher must be an existing file, got {weights}")
+    digest, done = sha256_of(weights), folder / "metrics.json"
+    conditions = {"sha256": digest, "data": str(recipe.data.root)}
+    if done.is_file():
+        metrics = json.loads(done.read_text(encoding="utf-8"))
+        if metrics.get("conditions") == conditions:
+            return metrics
+    say(f"teacher: {weights}")
+
+    from fastkd.data import CocoDataset, build_eval_loader
+    from fastkd.detectors import load_detector, save_detector
+    from fastkd.evaluation import CocoEvaluator, evaluate, print_metrics
+    from fastkd.training.ledger import teacher_cost
+
+    data, root = recipe.data, Path(recipe.data.root)
+    dataset = CocoDataset(root / data.val_annotations, root / data.val_images)
+    detector, class_names = load_detector(weights)
+    if list(class_names) != dataset.class_names:
+        raise ValueError(f"--teacher must know the classes of {data.root}, got {list(class_names)} in {weights}")
+    loader = build_eval_loader(
+        dataset,
+        batch_size=data.val_batch_size,
+        workers=data.workers,
+        short_side=data.val_short_side,
+        max_side=data.max_side,
+        divisor=data.divisor,
+    )
+    evaluator = CocoEvaluator(dataset)
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    measured = evaluate(detector.to(device), loader, evaluator, device=device)
+    print_metrics(measured)
+    cost = teacher_cost(str(weights))
+    metrics = {"name": "teacher", "finished": True, "conditions": conditions, **measured}
+    metrics |= {"steps": cost["steps"], "seconds": cost["seconds"]}
+    metrics["parameters"] = sum(p.numel() for p in detector.parameters())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_detector(detector, folder / "student.safetensors", class_names)
+    plain = dataclasses.replace(
+        recipe, name="scenes-retinanet-teacher", detector=detector.config, method=None, teacher=None, inherit=False
+    )
+    write_json(folder / "recipe.json", plain.to_dict())
+    write_json(folder / "detections.json", evaluator.results())
+    write_json(done, metrics)
+    return metrics
+
+
+def read_ledger(run_dir: Path) -> dict[str, Any] | None:
+    """ledger.json of a run, None where there is none."""
+    path = run_dir / "ledger.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None]) -> None:
+    """AP, gain over the baseline, time and extra cost of every run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastkd.evaluation.tables import number
+
+    table = Table(title="\nThe demo's runs: same data, steps and seed", title_justify="left", header_style="bold")
+    table.add_column("run", no_wrap=True)
+    for column in ("AP", "gain", "AP50", "AP75", "time", "extra per step", "extra memory", "with teacher's training"):
+        table.add_column(column, justify="right")
+    base = metrics["baseline"]["bbox"]["AP"]
+    for name, values in metrics.items():
+        box, ledger = values["bbox"], ledgers.get(name)
+        compared = name not in ("teacher", "baseline") and None not in (box["AP"], base)
+        table.add_row(
+            name,
+            number(box["AP"]),
+            f"{box['AP'] - base:+.1f}" if compared else "-",
+            number(box["AP50"]),
+            number(box["AP75"]),
+            _minutes(values.get("seconds")),
+            *_extra(ledger),
+        )
+    Console().print(table)
+
+
+def _minutes(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds / 60:.1f} min"
+
+
+def _extra(ledger: dict | None) -> list[str]:
+    """The method's extra cost: seconds a step relative to the student's, memory, seconds with the teacher's training."""
+    if ledger is None or ledger.get("method") is None:
+        return ["-"] * 3
+    alone, extra = ledger["student"]["seconds_per_step"], ledger["extra"]
+    whole = ledger["extra_with_teacher"]["seconds_per_step"]
+    return [
+        f"{extra['seconds_per_step'] / alone:+.0%}",
+        f"{extra['peak_bytes'] / 2**20:+,.0f} MiB",
+        "unknown" if whole is None else f"{whole / alone:+.0%}",
+    ]

@@ -1,0 +1,97 @@
+"""`fastkd evaluate`: COCO metrics of a trained detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastkd.commands.common import choose_device, find_checkpoint, image_size, require_file, require_folder, write_json
+
+
+def evaluate(
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")],
+    annotations: Path,
+    images: Path,
+    out: Path | None = None,
+    detections: Path | None = None,
+    short_side: int | None = None,
+    max_side: int | None = None,
+    max_detections: Annotated[int, tyro.conf.arg(metavar="N")] = 100,
+    batch_size: int = 16,
+    workers: int = 1,
+    device: str = "auto",
+    bf16: bool = False,
+    strict: bool = False,
+) -> None:
+    """Measure a trained detector on COCO-format data: AP of boxes (and masks), by size and by class.
+
+    Args:
+        checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
+        annotations: COCO annotation file.
+        images: Folder of its images.
+        out: Write the metrics to this JSON file.
+        detections: Write the detections, in COCO's result format, to this JSON file.
+        short_side: Length of the images' short side, pixels. Default: as in the run's own evaluation.
+        max_side: Longest side after resizing, pixels. Default: as in the run's own evaluation.
+        max_detections: Detections of an image that count, the best first.
+        batch_size: Images at a time.
+        workers: Processes that read images.
+        device: auto, cpu, cuda or cuda:N.
+        bf16: Compute in bfloat16 where that is safe (autocast).
+        strict: Make a bad box or image an error instead of a counted skip.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    require_file(annotations, "--annotations")
+    require_folder(images, "--images")
+    if max_detections < 1:
+        raise ValueError(f"--max-detections must be at least 1, got {max_detections}")
+    limits = tuple(sorted({min(1, max_detections), min(10, max_detections), max_detections}))
+
+    import torch
+
+    from fastkd.data import CocoDataset, build_eval_loader
+    from fastkd.detectors import load_detector
+    from fastkd.evaluation import CocoEvaluator, print_metrics
+    from fastkd.evaluation import evaluate as run
+
+    where = choose_device(device)
+    detector, class_names = load_detector(checkpoint)
+    masks = detector.config.detector == "mask_rcnn"
+    dataset = CocoDataset(annotations, images, strict=strict, with_masks=masks)
+    require_same_classes(class_names, dataset.class_names, checkpoint, annotations)
+    size = image_size(checkpoint, short_side, max_side)
+    loader = build_eval_loader(
+        dataset,
+        batch_size=batch_size,
+        workers=workers,
+        short_side=size.short_side,
+        max_side=size.max_side,
+        divisor=size.divisor,
+    )
+    evaluator = CocoEvaluator(dataset, max_detections=limits)
+    dtype = torch.bfloat16 if bf16 else None
+    metrics = run(detector.to(where), loader, evaluator, device=where, dtype=dtype)
+    print_metrics(metrics)
+    if out is not None:
+        write_json(out, metrics)
+    if detections is not None:
+        write_json(detections, evaluator.results())
+
+
+def require_same_classes(ours: list[str], theirs: list[str], checkpoint: Path, annotations: Path) -> None:
+    """Raises: ValueError with the differences, unless detector and data have the same classes in the same order."""
+    ours, theirs = list(ours), list(theirs)
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"evaluate: {annotations} must have the detector's {len(ours)} classes, got {len(theirs)}; "
+            f"{checkpoint} was trained on other data"
+        )
+    label = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    raise ValueError(
+        f"evaluate: {annotations} must have the classes of {checkpoint} in the same order, got {theirs[label]!r} "
+        f"for {ours[label]!r} (class {label})"
+    )

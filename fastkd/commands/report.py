@@ -1,0 +1,39 @@
+"""`fastkd report`: one HTML page about runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastkd.commands.common import say
+
+
+def report(
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")],
+    out: Path = Path("report.html"),
+    images: int = 6,
+    pictures: Path | None = None,
+    device: str = "cpu",
+) -> None:
+    """Write one HTML page about finished runs: AP and gains, curves, cost, attention, features, mistakes.
+
+    The page holds everything in itself and can be sent around.
+
+    Args:
+        runs: Run directories of fastkd train, the baseline first.
+        out: The HTML file.
+        images: Validation images to show; 0 for none.
+        pictures: Folder that gets every picture as a PNG file as well.
+        device: Where the networks run that draw attention and features: cpu, cuda or cuda:N.
+    """
+    for run in runs:
+        if not run.is_dir():
+            raise ValueError(f"RUNS must be existing run directories, got {run}")
+    if not runs:
+        raise ValueError("RUNS must name at least one run directory, got none")
+
+    from fastkd.report import write_report
+
+    say(f"report written to {write_report(list(runs), out, images=images, picture_dir=pictures, device=device)}")

@@ -1,0 +1,150 @@
+"""`fastkd train` and `fastkd recipes`.
+
+`train` is parsed in two steps, because its options are the fields of the chosen recipe: first the recipe's name, then
+the rest with that recipe as the default.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from fastkd.commands.common import Interrupted, device_argument, say
+
+USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
+
+Train a detector, alone or with distillation, and evaluate it.
+
+RECIPE is a name from `fastkd recipes` or a recipe.json written by an earlier run.
+Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --data.root my-data;
+`fastkd train RECIPE --help` shows all fields with their values.
+
+  your own images   fastkd train scenes-retinanet-baseline --data.root my-data
+                    where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
+  interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
+  several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...
+"""
+
+
+def find_recipe(name: str):
+    """The recipe of that name, or of that JSON file.
+
+    Raises: ValueError naming the recipes that come closest.
+    """
+    from fastkd.training.config import Recipe
+    from fastkd.training.recipes import all_recipes
+
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"RECIPE must be a recipe's name or a recipe.json, got {name}, which does not exist")
+        try:
+            return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"RECIPE must be a recipe.json of this version, got {name}: {error}") from error
+    recipes = all_recipes()
+    if name in recipes:
+        return recipes[name]
+    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.3) or list(recipes)[:3]
+    raise ValueError(
+        f"RECIPE must be a known recipe, got {name!r}; nearest: {', '.join(near)}; `fastkd recipes` lists all"
+    )
+
+
+def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe among the arguments of `train`, wherever it stands, and the other arguments."""
+    from fastkd.training.recipes import recipe_names
+
+    args = list(args)
+    names = set(recipe_names())
+    known = [position for position, arg in enumerate(args) if arg in names]
+    position = known[0] if known else 0
+    if not args or args[position].startswith("-"):
+        return None, args
+    return args[position], args[:position] + args[position + 1 :]
+
+
+def main(args: Sequence[str]) -> None:
+    """Run `fastkd train` with the arguments after the word `train`."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if args else 2)
+    name, rest = split_recipe(args)
+    if name is None:
+        raise ValueError(
+            "train: RECIPE must be given first, e.g. fastkd train scenes-retinanet-lgd; see `fastkd recipes`"
+        )
+    recipe, options = parse(name, rest)
+    run(recipe, **options)
+
+
+def parse(name: str, args: Sequence[str]) -> tuple:
+    """The recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
+    import tyro
+
+    from fastkd.training.config import Recipe
+
+    default = find_recipe(name)
+
+    def train(
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
+        run_dir: Path = Path("runs") / default.name,
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+        device: str = "auto",
+    ) -> tuple:
+        """Train a recipe. The defaults shown are the recipe's own.
+
+        Args:
+            recipe: The recipe.
+            run_dir: Folder for checkpoints, logs and results.
+            resume: Continue from the newest checkpoint in the run directory; start if there is none.
+            device: auto, cpu, cuda or cuda:N.
+        """
+        return recipe, {"run_dir": run_dir, "resume": resume, "device": device}
+
+    return tyro.cli(train, args=list(args), prog=f"fastkd train {name}")
+
+
+def run(recipe, *, run_dir: Path, resume: bool, device: str) -> None:
+    """Train and print the metrics."""
+    from fastkd.training import train
+
+    result = train(recipe, run_dir, resume=resume, device=device_argument(device))
+    if result.exit_code:
+        raise Interrupted(result.exit_code)
+
+
+def train(recipe: str) -> None:
+    """Train a detector, alone or with distillation. `fastkd train --help` says more.
+
+    Args:
+        recipe: A name from fastkd recipes.
+    """
+    raise AssertionError(f"`fastkd train {recipe}` is parsed by main above; this function only lists it in the help")
+
+
+def recipes() -> None:
+    """List the recipes that `fastkd train` knows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastkd.training.recipes import all_recipes
+
+    table = Table(header_style="bold")
+    for column in ("recipe", "backbone", "method", "teacher", "steps"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "steps" else "left")
+    for name, recipe in all_recipes().items():
+        width = "" if recipe.detector.width == 1 else f" x {recipe.detector.width:g}"
+        method = type(recipe.method).__name__.removesuffix("Config") if recipe.method else "-"
+        method += " + inherit" if recipe.inherit and recipe.method else ""
+        method = "inherit" if recipe.inherit and not recipe.method else method
+        table.add_row(
+            name,
+            recipe.detector.backbone + width,
+            method,
+            "yes" if recipe.teacher else "-",
+            str(recipe.schedule.steps),
+        )
+    Console().print(table)
+    say("fastkd train RECIPE runs one; fastkd train RECIPE --help shows every field")
