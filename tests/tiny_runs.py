@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -55,14 +56,12 @@ def tiny_recipe(data: Path, kind: str = "retinanet", method: str = "baseline", *
 
 
 def teacher_file(data: Path, kind: str) -> Path:
-    """An untrained teacher with wider channels than the student's."""
+    """An untrained teacher with a wider backbone than the student's."""
     path = data / f"teacher-{kind}.safetensors"
     if not path.exists():
-        import torch
-
         torch.manual_seed(7)
         names = [c["name"] for c in json.loads((data / "annotations/train.json").read_text())["categories"]]
-        save_detector(build_detector(tiny_detector(kind, channels=64)), path, names)
+        save_detector(build_detector(tiny_detector(kind, width=0.25)), path, names)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastkd.data import CocoDataset, measure_priors
-from fastkd.detectors import Detector, build_detector, inherit, load_backbone_weights, load_detector
+from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.checkpoint import sha256_of
@@ -81,32 +81,26 @@ def resolve(recipe: Recipe, train_set: CocoDataset) -> Recipe:
     return dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, num_classes=want))
 
 
-def load_teacher(recipe: Recipe, class_names: list[str]) -> Detector:
+def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> Detector:
     """The teacher of a recipe, checked against student and data.
 
     Raises: FileNotFoundError or ValueError if the file is missing or broken, or its classes or pyramid do not fit.
     """
-    path, student = Path(recipe.teacher), recipe.detector
+    path = Path(recipe.teacher)
     if not path.is_file():
         raise FileNotFoundError(
             f"train: teacher must be a detector file, got {path}, which does not exist; train one first "
             "(e.g. `fastkd train scenes-teacher`) or pass --teacher PATH/student.safetensors"
         )
     teacher, teacher_names = load_detector(path)
-    if teacher.num_classes != student.num_classes:
-        raise ValueError(
-            f"train: teacher must know the {student.num_classes} classes of the data, got {teacher.num_classes} in {path}; "
-            "train a teacher on this data"
-        )
+    try:
+        check_teacher(student, teacher)
+    except ValueError as error:
+        raise ValueError(f"train: teacher {path} does not fit this run: {error}") from error
     if list(teacher_names) != list(class_names):
         raise ValueError(
-            f"train: teacher's class names must be those of the data in the same order, got {list(teacher_names)} in {path} "
-            f"against {list(class_names)}; train a teacher on this data"
-        )
-    if tuple(teacher.strides) != tuple(student.strides):
-        raise ValueError(
-            f"train: teacher's pyramid must have the student's strides {tuple(student.strides)}, got "
-            f"{tuple(teacher.strides)} in {path}; use a teacher of the same kind of detector"
+            f"train: teacher's class names must be those of the data in the same order, got {list(teacher_names)} in "
+            f"{path} against {list(class_names)}; train a teacher on this data"
         )
     return teacher
 
@@ -154,9 +148,9 @@ def build(recipe: Recipe) -> Built:
             "val_skipped": val_set.skipped,
         }
     }
-    teacher = load_teacher(recipe, train_set.class_names) if recipe.teacher is not None else None
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
+    teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
         if not Path(recipe.backbone_weights).is_file():
             raise FileNotFoundError(

@@ -1,6 +1,7 @@
 """The named recipes, made by functions: family x detector x method. `fastkd train NAME` runs one.
 
     scenes-teacher, scenes-<detector>-teacher      the larger detector the others learn from
+    scenes-backbone                                the students' pretrained backbone
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
@@ -41,29 +42,33 @@ TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 
 @dataclass(frozen=True)
 class ScenesNumbers:
-    """Every number of the scenes recipes that was tuned, in one place."""
+    """Every number of the scenes recipes that was tuned, in one place.
 
-    steps: int = 600
-    teacher_steps: int = 900
+    Tuned on the plain student (rate, anchors, steps), never on a method: all students of a detector share all of it.
+    Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU cores.
+    """
+
+    steps: int = 1000
+    teacher_steps: int = 6000
+    backbone_steps: int = 3000
     batch_size: int = 16
     num_classes: int = 10
     student_backbone: str = "resnet18"
-    student_width: float = 0.5
+    student_width: float = 0.25
     teacher_backbone: str = "resnet34"
-    teacher_width: float = 1.0
-    channels: int = 128
-    norm: str = "bn"
-    dense_rate: float = 0.02
-    two_stage_rate: float = 0.04
-    clip_norm: float = 10.0
-    warmup: float = 0.1
-    milestones: tuple[float, ...] = (0.75, 0.92)
-    box_head_channels: int = 256
-    # The method's optimiser of ICD: the published 1e-4 is meant for 90k steps.
-    icd_rate: float = 1e-3
-    icd_clip_norm: float = 1.0
-    icd_detach: float = 0.05
-    lgd_detach: float = 30 / 180
+    teacher_width: float = 0.375
+    channels: int = 64
+    head_convs: int = 2
+    dense_anchor_base: float = 1.5
+    two_stage_anchor_base: float = 3.0
+    anchor_scales: tuple[float, ...] = (1.0, 1.41)
+    rate: float = 1e-3
+    teacher_rate: float = 2e-3
+    backbone_rate: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    icd_rate: float = 1e-4
+    icd_clip_norm: float = 0.01
 
 
 SCENES = ScenesNumbers()
@@ -86,40 +91,72 @@ def _icd_optimizer(rate: float = 1e-4, clip_norm: float = 0.01) -> OptimizerConf
     )  # fmt: skip
 
 
+def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
+    """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
+    numbers, two_stage = SCENES, detector in TWO_STAGE
+    anchors = {"anchor_base": 3.0} if detector == "fcos" else {
+        "anchor_base": numbers.two_stage_anchor_base if two_stage else numbers.dense_anchor_base,
+        "anchor_scales": (1.0,) if two_stage else numbers.anchor_scales,
+        "anchor_ratios": (1.0,),
+    }  # fmt: skip
+    return DetectorConfig(
+        detector=detector,
+        num_classes=numbers.num_classes,
+        backbone=numbers.teacher_backbone if teacher else numbers.student_backbone,
+        width=numbers.teacher_width if teacher else numbers.student_width,
+        channels=numbers.channels,
+        norm="bn" if teacher else "frozen_bn",
+        head_convs=numbers.head_convs,
+        rpn_pre_nms_train=200,
+        rpn_pre_nms_test=200,
+        rpn_post_nms_train=100,
+        rpn_post_nms_test=100,
+        rpn_samples=64,
+        roi_samples=48,
+        roi_canonical_size=64,
+        box_head_channels=256,
+        mask_head_channels=64,
+        **anchors,
+    )
+
+
 def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
     """A recipe on the generated scenes; `method_name` may also be "teacher"."""
     detector, numbers = DETECTORS[detector_name], SCENES
     teacher = method_name == "teacher"
-    method = _method(method_name, detector, context=detector not in TWO_STAGE)
-    if isinstance(method, LGDConfig):
-        method = dataclasses.replace(method, detach_fraction=numbers.lgd_detach)
-    if isinstance(method, ICDConfig):
-        method = dataclasses.replace(method, detach_fraction=numbers.icd_detach)
     needs_teacher = method_name in ("inherit", "icd", "fgfi")
     return Recipe(
         name=f"scenes-{detector_name}-{method_name}",
-        detector=DetectorConfig(
-            detector=detector,
-            num_classes=numbers.num_classes,
-            backbone=numbers.teacher_backbone if teacher else numbers.student_backbone,
-            width=numbers.teacher_width if teacher else numbers.student_width,
-            channels=numbers.channels,
-            norm=numbers.norm,
-            frozen_stages=0,
-            box_head_channels=numbers.box_head_channels,
-        ),
+        detector=_scenes_detector(detector, teacher=teacher),
         data=DataConfig(),
-        method=method,
-        teacher=f"runs/scenes-{detector_name}-teacher/student.safetensors" if needs_teacher else None,
+        method=_method(method_name, detector, context=detector not in TWO_STAGE),
+        teacher=f"asset:scenes-{detector_name}-teacher.safetensors" if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
+        backbone_weights=None if teacher else "asset:scenes-resnet18-backbone.safetensors",
         optimizer=OptimizerConfig(
-            learning_rate=numbers.two_stage_rate if detector in TWO_STAGE else numbers.dense_rate,
-            clip_norm=numbers.clip_norm,
+            kind="adamw",
+            learning_rate=numbers.teacher_rate if teacher else numbers.rate,
+            weight_decay=numbers.weight_decay,
+            decay="cosine",
             warmup=numbers.warmup,
-            milestones=numbers.milestones,
         ),
         method_optimizer=_icd_optimizer(numbers.icd_rate, numbers.icd_clip_norm) if method_name == "icd" else None,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else numbers.steps, batch_size=numbers.batch_size),
+    )
+
+
+def scenes_backbone_recipe() -> Recipe:
+    """Trains the student's detector from random weights on other scenes (another seed); only its backbone is kept."""
+    detector = _scenes_detector("retinanet", teacher=False)
+    plain = scenes_recipe("retinanet", "baseline")
+    return dataclasses.replace(
+        plain,
+        name="scenes-backbone",
+        detector=dataclasses.replace(detector, norm="bn"),
+        data=dataclasses.replace(plain.data, root="data/scenes-pretrain"),
+        backbone_weights=None,
+        optimizer=dataclasses.replace(plain.optimizer, learning_rate=SCENES.backbone_rate),
+        schedule=dataclasses.replace(plain.schedule, steps=SCENES.backbone_steps),
     )
 
 
@@ -171,13 +208,15 @@ def recipe_names() -> list[str]:
         for detector in DETECTORS
         for method in ("teacher", *METHODS)
     ]
-    return ["scenes-teacher", *rest]
+    return ["scenes-teacher", "scenes-backbone", *rest]
 
 
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name; raises ValueError with the known names. "scenes-teacher" is the RetinaNet teacher."""
     if name == "scenes-teacher":
         return scenes_recipe("retinanet", "teacher")
+    if name == "scenes-backbone":
+        return scenes_backbone_recipe()
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
     family, rest = name.split("-", 1)

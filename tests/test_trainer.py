@@ -1,0 +1,361 @@
+"""The trainer: what a run writes, what it refuses, who learns in which phase, and that every method trains."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import KINDS, silent, teacher_file, tiny_data, tiny_detector, tiny_recipe  # noqa: F401
+
+from fastkd.data import build_train_loader
+from fastkd.detectors import build_detector, load_detector, save_detector
+from fastkd.training import NonFiniteLossError, OptimizerConfig, Recipe, RuntimeConfig, Schedule, step, sum_losses, train
+from fastkd.training.build import build, open_data
+from fastkd.training.config import FGFIConfig, ICDConfig
+from fastkd.training.optimizers import build_optimizers
+from fastkd.training.run_directory import RunDirectoryError
+from fastkd.training.schedule import Phase, phase_at
+
+METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
+FLOAT = RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0)
+
+
+def first_batch(built, batch_size=4):
+    data = built.recipe.data
+    loader = build_train_loader(
+        built.train_set, batch_size=batch_size, total_steps=1, short_sides=data.short_sides, max_side=data.max_side
+    )
+    return next(iter(loader))
+
+
+@pytest.mark.parametrize("method", ["baseline", "icd"])
+def test_what_a_run_leaves(tiny_data, tmp_path, method):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, method=method, runtime=dataclasses.replace(FLOAT, eval_every=4, ledger_pairs=1))
+    console = silent()
+    result = train(recipe, tmp_path / "run", device="cpu", console=console, command="the command")
+    run = tmp_path / "run"
+    assert (result.status, result.exit_code) == ("finished", 0)
+    assert Recipe.from_dict(json.loads((run / "recipe.json").read_text())) == recipe
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_0000004", "step_0000006"]
+    assert list((run / "tensorboard").iterdir())
+
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4, 6]
+    assert "AP" in lines[2]["bbox"] and lines[0]["loss"] == pytest.approx(sum(lines[0]["losses"].values()), rel=1e-5)
+    assert {"lr", "grad_norm", "images_per_second", "data_wait"} <= lines[0].keys()
+    assert set(lines[0]["lr"]) == ({"student", "method"} if method == "icd" else {"student"})
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert {"bbox", "steps", "seed", "seconds", "commit", "torch", "data"} <= metrics.keys()
+    assert metrics["command"] == "the command" and metrics["steps"] == 6 and len(metrics["bbox"]["per_class"]) == 10
+    assert isinstance(json.loads((run / "detections.json").read_text()), list)
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert ledger["student"]["seconds_per_step"] > 0
+    assert "Cost of" in console.file.getvalue() and "step 6/6" in console.file.getvalue()
+
+    student, names = load_detector(run / "student.safetensors")
+    plain = build_detector(recipe.detector).state_dict()
+    assert {k: v.shape for k, v in student.state_dict().items()} == {k: v.shape for k, v in plain.items()}
+    assert names == open_data(recipe)[0].class_names
+    assert (run / "method.safetensors").exists() == (run / "priors.json").exists() == (method == "icd")
+    if method == "icd":
+        assert metrics["inherited"].split()[1] == "of"
+        assert load_file(run / "method.safetensors").keys() == build(recipe).module.distiller.state_dict().keys()
+
+
+def test_initial_weights_do_not_depend_on_the_method(tiny_data):  # noqa: F811
+    states = [build(tiny_recipe(tiny_data, method=m)).module.detector.state_dict() for m in ("baseline", "lgd", "fgfi")]
+    for state in states[1:]:
+        assert all(torch.equal(state[k], states[0][k]) for k in states[0])
+    other = build(tiny_recipe(tiny_data, seed=1)).module.detector.state_dict()
+    assert any(not torch.equal(other[k], states[0][k]) for k in other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_falls(tiny_data, kind, method):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, kind, method)
+    built = build(recipe)
+    module, batch = built.module.train(), first_batch(built)
+    optimizers = build_optimizers(recipe, module)
+    totals = []
+    for _ in range(8):
+        torch.manual_seed(0)
+        losses = module(batch, Phase(distill=recipe.method is not None))
+        for name, value in losses.items():
+            assert value.ndim == 0 and torch.isfinite(value), name
+        totals.append(sum_losses(losses))
+        totals[-1].backward()
+        missing = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+        for optimizer in optimizers:
+            optimizer.set_rate(50, 100)
+            optimizer.step()
+    assert totals[-1] < totals[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_run_in_bfloat16_with_workers(tiny_data, tmp_path, method):  # noqa: F811
+    runtime = dataclasses.replace(FLOAT, precision="bfloat16", channels_last=True)
+    recipe = tiny_recipe(tiny_data, method=method, runtime=runtime, schedule=Schedule(steps=3, batch_size=4, accumulate=2))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=1))
+    assert train(recipe, tmp_path / "run", device="cpu", console=silent()).status == "finished"
+    assert all(t.dtype != torch.bfloat16 for t in load_file(tmp_path / "run" / "student.safetensors").values())
+
+
+@pytest.mark.parametrize("method", ["icd", "fgfi"])
+def test_the_teacher_is_frozen_and_nobodys(tiny_data, tmp_path, method):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, method=method)
+    teacher_path = tmp_path / "teacher.safetensors"
+    torch.manual_seed(5)
+    save_detector(build_detector(tiny_detector("retinanet", channels=64)), teacher_path, open_data(recipe)[0].class_names)
+    built = build(dataclasses.replace(recipe, teacher=str(teacher_path), inherit=False))
+    module, teacher = built.module.train(), built.module.teacher.detector
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    optimizers = build_optimizers(recipe, module)
+    for _ in range(2):
+        sum_losses(module(first_batch(built), Phase())).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    own = {id(p) for p in module.parameters()}
+    assert not own & {id(p) for p in teacher.parameters()}
+    assert not any("teacher" in name for name in module.state_dict())
+    stored = {id(p) for optimizer in optimizers for p in optimizer.parameters.values()}
+    assert stored == own
+
+
+def test_two_optimisers_share_out_the_parameters(tiny_data):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, method="icd")
+    module = build(recipe).module
+    student, method = build_optimizers(recipe, module)
+    assert all(name.startswith("detector.") for name in student.parameters)
+    assert all(name.startswith("distiller.") for name in method.parameters)
+    assert len(student.parameters) + len(method.parameters) == len(list(module.parameters()))
+    assert isinstance(student.optimizer, torch.optim.SGD) and isinstance(method.optimizer, torch.optim.AdamW)
+    lgd = tiny_recipe(tiny_data, method="lgd")
+    (only,) = build_optimizers(lgd, build(lgd).module)
+    assert any(name.startswith("distiller.") for name in only.parameters)
+
+
+def test_no_decay_on_norms_and_biases(tiny_data):  # noqa: F811
+    for decays in (False, True):
+        recipe = tiny_recipe(tiny_data, optimizer=OptimizerConfig(weight_decay=0.5, decay_norm_and_bias=decays))
+        (optimizer,) = build_optimizers(recipe, build(recipe).module)
+        decay = {id(p): group["weight_decay"] for group in optimizer.optimizer.param_groups for p in group["params"]}
+        for name, parameter in optimizer.parameters.items():
+            assert decay[id(parameter)] == (0.5 if decays or parameter.ndim > 1 else 0.0), name
+
+
+def test_clipping_is_by_the_norm_of_one_optimiser():
+    weight, bias = torch.nn.Parameter(torch.zeros(3, 1)), torch.nn.Parameter(torch.zeros(1))
+    config = OptimizerConfig(learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1.0)
+    optimizer = step_optimizer(config, {"weight": weight, "bias": bias})
+    weight.grad, bias.grad = torch.tensor([[3.0], [0.0], [0.0]]), torch.tensor([4.0])
+    assert optimizer.step().item() == pytest.approx(5.0)
+    assert weight[0].item() == pytest.approx(-0.6, rel=1e-4) and bias.item() == pytest.approx(-0.8, rel=1e-4)
+    assert weight.grad is None
+
+
+def step_optimizer(config, parameters):
+    from fastkd.training.optimizers import NamedOptimizer
+
+    return NamedOptimizer("student", config, parameters)
+
+
+def test_frozen_backbone_and_final_phases(tiny_data):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, method="lgd")
+    built = build(recipe)
+    module, batch = built.module, first_batch(built)
+    trainable = frozenset(name for name, _ in module.named_parameters() if "layer1" not in name)
+    optimizers = build_optimizers(recipe, module)
+
+    def step_in(phase):
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        module.apply_phase(phase, trainable)
+        sum_losses(module(batch, phase)).backward()
+        for optimizer in optimizers:
+            optimizer.set_rate(50, 100)
+            optimizer.step()
+        return {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+
+    changed = step_in(Phase(train_backbone=False))
+    assert not any(name.startswith("detector.backbone.") for name in changed)  # batch statistics neither
+    assert any(name.startswith("detector.neck.") for name in changed)
+    assert any(name.startswith("distiller.") for name in changed)
+    changed = step_in(Phase())
+    assert any(name.startswith("detector.backbone.") and name.endswith("weight") for name in changed)
+    assert not any("layer1" in name and name.endswith(".weight") for name in changed)
+    changed = step_in(Phase(distill=False))
+    assert any(name.startswith("detector.") for name in changed)
+    assert not any(name.startswith("distiller.") for name in changed)
+    assert module.apply_phase(Phase(), trainable) and not module.apply_phase(Phase(), trainable)
+
+
+def test_detached_student_learns_from_its_own_loss_alone(tiny_data):  # noqa: F811
+    built = build(tiny_recipe(tiny_data, method="icd", runtime=FLOAT))
+    module, batch = built.module.eval(), first_batch(built)
+
+    def gradients(phase):
+        module.zero_grad()
+        sum_losses(module(batch, phase)).backward()
+        return [p.grad.clone() for p in module.detector.parameters()]
+
+    plain = gradients(Phase(distill=False))
+    assert all(torch.equal(one, two) for one, two in zip(plain, gradients(Phase(detach_student=True))))
+    assert any(not torch.equal(one, two) for one, two in zip(plain, gradients(Phase())))
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_data, tmp_path):  # noqa: F811
+    plain = OptimizerConfig(learning_rate=0.5, momentum=0.0, weight_decay=0.0, warmup=0.0, milestones=())
+    detector = tiny_detector("retinanet", norm="frozen_bn")
+    recipe = tiny_recipe(
+        tiny_data, detector=detector, optimizer=plain, schedule=Schedule(steps=1, batch_size=6, accumulate=3)
+    )
+    built = build(recipe)
+    loader = build_train_loader(
+        built.train_set, batch_size=2, total_steps=3, seed=0, short_sides=recipe.data.short_sides,
+        max_side=recipe.data.max_side, divisor=32,
+    )  # fmt: skip
+    for batch in loader:
+        (sum_losses(built.module(batch, Phase(distill=False))) / 3).backward()
+    train(recipe, tmp_path / "run", device="cpu", console=silent())
+    trained = load_file(tmp_path / "run" / "student.safetensors")
+    for name, parameter in built.module.detector.named_parameters():
+        torch.testing.assert_close(trained[name], (parameter - 0.5 * parameter.grad).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch):  # noqa: F811
+    recipe = tiny_recipe(tiny_data, runtime=dataclasses.replace(FLOAT, checkpoint_every=1))
+    original, calls, ids = step.StepModule.forward, [], []
+
+    def poisoned(self, batch, phase):
+        losses = original(self, batch, phase)
+        calls.append(1)
+        if len(calls) == 3:
+            ids.extend(batch.image_ids)
+            losses["box_regression"] = losses["box_regression"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(step.StepModule, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError) as error:
+        train(recipe, tmp_path / "run", device="cpu", console=silent())
+    message = str(error.value)
+    assert "step 3" in message and "['box_regression']" in message and all(str(i) in message for i in ids)
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+def test_directories(tiny_data, tmp_path):  # noqa: F811
+    recipe, run = tiny_recipe(tiny_data, schedule=Schedule(steps=2, batch_size=2)), tmp_path / "run"
+    run.mkdir()  # an empty folder is as good as none
+    assert train(recipe, run, device="cpu", console=silent(), resume=True).status == "finished"
+    with pytest.raises(RunDirectoryError, match="must be new or empty.*--resume"):
+        train(recipe, run, device="cpu", console=silent())
+    content = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    again = train(recipe, run, device="cpu", console=silent(), resume=True)
+    assert again.status == "already finished" and again.exit_code == 0 and again.metrics["bbox"]
+    other = dataclasses.replace(recipe, seed=4, data=dataclasses.replace(recipe.data, max_side=100, workers=1))
+    for finished in (True, False):
+        if not finished:
+            (run / "metrics.json").unlink()
+        with pytest.raises(RunDirectoryError, match=r"data.max_side: 96 there, 100 now, seed: 0 there, 4 now"):
+            train(other, run, device="cpu", console=silent(), resume=True)
+    assert all(p.read_bytes() == old for p, old in content.items() if p.name != "metrics.json")
+    faster = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=1))
+    assert train(faster, run, device="cpu", console=silent(), resume=True).status == "finished"
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="must be a folder"):
+        train(recipe, tmp_path / "file", device="cpu", console=silent())
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="recipe.json"):
+        train(recipe, tmp_path / "else", device="cpu", console=silent(), resume=True)
+
+
+def copied(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "data")
+
+
+def relabel(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_classes_come_from_the_data(tiny_data, tmp_path):  # noqa: F811
+    root = copied(tiny_data, tmp_path)
+    for part in ("train", "val"):
+
+        def keep_three(content):
+            content["categories"] = content["categories"][:3]
+            kept = {c["id"] for c in content["categories"]}
+            content["annotations"] = [a for a in content["annotations"] if a["category_id"] in kept]
+
+        relabel(root / f"annotations/{part}.json", keep_three)
+    recipe = tiny_recipe(root, schedule=Schedule(steps=1, batch_size=2))
+    run = tmp_path / "run"
+    assert train(recipe, run, device="cpu", console=silent()).status == "finished"
+    assert load_detector(run / "student.safetensors")[0].num_classes == 3
+    assert json.loads((run / "recipe.json").read_text())["detector"]["num_classes"] == 3
+    assert train(recipe, run, device="cpu", console=silent(), resume=True).status == "already finished"
+    exact = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, match_classes=False))
+    with pytest.raises(ValueError, match="detector.num_classes must be 3.*got 10.*--detector.num-classes 3"):
+        train(exact, tmp_path / "other", device="cpu", console=silent())
+    assert not (tmp_path / "other").exists()
+
+
+def test_unfit_teachers_are_refused_before_training(tiny_data, tmp_path):  # noqa: F811
+    names = open_data(tiny_recipe(tiny_data))[0].class_names
+
+    def refused(message, error=ValueError, **changes):
+        recipe = tiny_recipe(tiny_data, method="fgfi", **changes)
+        with pytest.raises(error, match=message):
+            train(recipe, tmp_path / "run", device="cpu", console=silent())
+        assert not (tmp_path / "run").exists()
+
+    def teacher(detector, names):
+        save_detector(build_detector(detector), tmp_path / "teacher.safetensors", names)
+        return str(tmp_path / "teacher.safetensors")
+
+    few = tiny_detector("retinanet", num_classes=3)
+    refused("teacher.*10 classes, got 3", teacher=teacher(few, names[:3]))
+    refused("class names.*in the same order", teacher=teacher(tiny_detector("retinanet"), names[::-1]))
+    refused("pyramid.*strides", teacher=teacher(tiny_detector("faster-rcnn"), names))
+    refused("does not exist.*--teacher", FileNotFoundError, teacher=str(tmp_path / "absent.safetensors"))
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    refused("broken.safetensors", teacher=str(tmp_path / "broken.safetensors"))
+    refused("does not exist.*--backbone-weights", FileNotFoundError, backbone_weights=str(tmp_path / "absent.pth"))
+
+
+def test_unfit_data_is_refused_before_training(tiny_data, tmp_path):  # noqa: F811
+    root = copied(tiny_data, tmp_path)
+    recipe = tiny_recipe(root)
+    relabel(root / "annotations/val.json", lambda c: c["categories"][0].update(name="something else"))
+    with pytest.raises(ValueError, match="categories of annotations/val.json must be those of annotations/train.json"):
+        train(recipe, tmp_path / "run", device="cpu", console=silent())
+    with pytest.raises(FileNotFoundError):
+        absent = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, val_annotations="absent.json"))
+        train(absent, tmp_path / "run", device="cpu", console=silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_are_on_when_their_phase_says_so(tiny_data, tmp_path):  # noqa: F811
+    method = FGFIConfig(warmup_fraction=0.34, final_fraction=0.34)
+    recipe = tiny_recipe(tiny_data, method="fgfi", runtime=dataclasses.replace(FLOAT, log_every=1))
+    recipe = dataclasses.replace(recipe, method=method)
+    assert [phase_at(recipe, s).distill for s in range(6)] == [False, False, True, True, False, False]
+    train(recipe, tmp_path / "run", device="cpu", console=silent())
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert ["fgfi_imitation" in line["losses"] for line in lines] == [False, False, True, True, False, False]
+
+
+def test_an_unknown_distiller_needs_its_teacher(tiny_data):  # noqa: F811
+    module = build(tiny_recipe(tiny_data, method="icd")).module
+    with pytest.raises(ValueError, match="teacher must be given for ICD"):
+        step.StepModule(module.detector, module.distiller)
+    assert isinstance(tiny_recipe(tiny_data, method="icd").method, ICDConfig) and teacher_file(tiny_data, "retinanet").exists()
