@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+PREFIX = "asset:"
 
 
 def checksums(folder: Path = FOLDER) -> dict[str, str]:
@@ -43,3 +44,9 @@ def asset(name: str, folder: Path = FOLDER) -> Path:
             "damaged or incomplete, install fastkd again (in a git clone: git checkout -- fastkd/assets)"
         )
     return path
+
+
+def resolve(name: str | Path) -> Path:
+    """The file a recipe names: "asset:NAME" is the verified asset of that name, anything else a path as it is."""
+    text = str(name)
+    return asset(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(text)

@@ -12,8 +12,6 @@ from fastkd.commands.data import write_scenes
 
 METHODS = ("baseline", "lgd", "icd", "fgfi")
 CONTROL = "inherit"
-TEACHER = "scenes-retinanet-teacher.safetensors"
-BACKBONE = "scenes-resnet18-backbone.safetensors"
 TRAIN_IMAGES, VAL_IMAGES = 4000, 500
 
 
@@ -68,11 +66,9 @@ def demo(
 
 def demo_recipes(*, data: Path, seed: int, steps: int | None, control: bool, teacher: Path | None) -> dict[str, Any]:
     """The demo's recipes by short name, differing in the method only; the files they need are verified."""
-    from fastkd.assets import asset, checksums
+    from fastkd.assets import resolve
     from fastkd.training import get_recipe
 
-    teacher = asset(TEACHER) if teacher is None else teacher
-    backbone = str(asset(BACKBONE)) if BACKBONE in checksums() else None
     recipes = {}
     for method in (*METHODS, CONTROL) if control else METHODS:
         recipe = get_recipe(f"scenes-retinanet-{method}")
@@ -82,8 +78,8 @@ def demo_recipes(*, data: Path, seed: int, steps: int | None, control: bool, tea
             data=dataclasses.replace(recipe.data, root=str(data)),
             schedule=schedule,
             seed=seed,
-            teacher=str(teacher) if recipe.teacher else None,
-            backbone_weights=backbone or recipe.backbone_weights,
+            teacher=str(teacher or resolve(recipe.teacher)) if recipe.teacher else None,
+            backbone_weights=str(resolve(recipe.backbone_weights)) if recipe.backbone_weights else None,
         )
     return recipes
 
