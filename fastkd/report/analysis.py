@@ -1,4 +1,4 @@
-"""Why a detector is wrong: every detection right, wrong class, poorly placed, duplicate or background; every box found or missed.
+"""Why a detector is wrong: each detection right, wrong class, poorly placed, duplicate or background.
 
 Plain numpy on one image at a time; boxes are xyxy in pixels of the image file.
 """
@@ -24,7 +24,7 @@ SIZE_LIMITS = (32.0**2, 96.0**2)  # COCO's, in square pixels of the image file
 
 @dataclass
 class Truth:
-    """The ground truth of one image: boxes [K, 4], labels [K], and crowd regions [I, 4], which are neither right nor wrong."""
+    """The ground truth of one image: boxes [K, 4], labels [K], and crowd regions [I, 4]."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -95,7 +95,7 @@ def _judge_one(iou, same, taken, covered) -> tuple[int, int]:
 
 
 def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> float:
-    """The score threshold with the best F1 = 2 right / (detections + boxes) over all images; 0.5 where nothing is right.
+    """The score with the best F1 = 2 right / (detections + boxes) over all images; 0.5 where nothing is right.
 
     Scores of two detectors are not on one scale, so each is looked at where it does best.
     """
@@ -133,7 +133,7 @@ def miss_reason(box: int, truth: Truth, found: Found, verdict: Verdict, threshol
 
 
 def error_counts(verdicts: list[Verdict], founds: list[Found], threshold: float) -> dict[int, int]:
-    """How many detections of score >= threshold are of each kind, {kind: count}, right ones and ignored ones included."""
+    """{kind: detections of score >= threshold}, right ones and ignored ones included."""
     counts = {kind: 0 for kind in range(len(KINDS))}
     for verdict, found in zip(verdicts, founds):
         for kind in verdict.kinds[found.scores >= threshold]:

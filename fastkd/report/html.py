@@ -12,41 +12,57 @@ from pathlib import Path
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1a1f2b; --soft: #5b6475; --line: #dfe3ea;
   --accent: #0b6bcb; --good: #0a7d4f; --bad: #b3361f; --shade: #f0f3f8; --note: #fff6dd; --note-line: #e2b93b; }
-@media (prefers-color-scheme: dark) { :root { --page: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #9aa4b5; --line: #303846;
+@media (prefers-color-scheme: dark) { :root { --page: #12151b; --card: #1b2029; --ink: #e7eaf0; --soft: #9aa4b5;
+  --line: #303846;
   --accent: #6cb2ff; --good: #4fd39a; --bad: #ff8d75; --shade: #232a35; --note: #2d2815; --note-line: #a88720; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.02em; overflow-wrap: anywhere; }
-h2 { font-size: 1.4rem; margin: 52px 0 8px; padding-top: 20px; border-top: 1px solid var(--line); letter-spacing: -0.01em; }
+h2 { font-size: 1.4rem; margin: 52px 0 8px; padding-top: 20px; border-top: 1px solid var(--line);
+  letter-spacing: -0.01em; }
+h3 small { font-weight: 400; margin-left: 6px; }
 h3 { font-size: 1.06rem; margin: 28px 0 6px; overflow-wrap: anywhere; }
 p { margin: 8px 0 12px; max-width: 78ch; overflow-wrap: anywhere; }
 .soft, figcaption, .card small { color: var(--soft); }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-nav ol { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 18px 0 0; padding: 0; list-style: none; font-size: .95rem; }
+nav ol { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 18px 0 0; padding: 0; list-style: none;
+  font-size: .95rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 12px; margin: 24px 0 8px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; border-top: 4px solid var(--run, var(--line)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
+  border-top: 4px solid var(--run, var(--line)); }
 .card b { display: block; font-size: 1.75rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .card span { display: block; font-weight: 600; overflow-wrap: anywhere; } .card small { display: block; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 12px 0 16px; }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  margin: 12px 0 16px; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); background: var(--shade); vertical-align: bottom; }
-th.text, td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 90px; }
+th { white-space: normal; }
+th.text, td.text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 92px;
+  max-width: 300px; }
 tr:last-child td { border-bottom: 0; } td.best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; background: var(--run); }
-figure { margin: 14px 0 22px; } figcaption { font-size: .9rem; margin-top: 6px; max-width: 90ch; overflow-wrap: anywhere; }
-figure img { display: block; max-width: 100%; height: auto; border-radius: 10px; border: 1px solid var(--line); background: #fff; }
-.grid { display: grid; gap: 14px; align-items: start; } .grid figure { margin: 0; } .grid img { width: 100%; border-radius: 6px; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em;
+  background: var(--run); }
+figure { margin: 14px 0 22px; } figcaption { font-size: .9rem; margin-top: 6px; max-width: 90ch;
+  overflow-wrap: anywhere; }
+figure img { display: block; max-width: 100%; height: auto; border-radius: 10px; border: 1px solid var(--line);
+  background: #fff; }
+.grid { display: grid; gap: 14px; align-items: start; } .grid figure { margin: 0; } .grid img { width: 100%;
+  border-radius: 6px; }
 .grid figcaption { font-size: .84rem; line-height: 1.35; }
-.note { background: var(--note); border-left: 4px solid var(--note-line); border-radius: 6px; padding: 10px 14px; margin: 12px 0; font-size: .93rem; overflow-wrap: anywhere; }
+.note { background: var(--note); border-left: 4px solid var(--note-line); border-radius: 6px; padding: 10px 14px;
+  margin: 12px 0; font-size: .93rem; overflow-wrap: anywhere; }
 .note ul { margin: 4px 0; padding-left: 20px; }
-.key { display: inline-block; width: 1.15em; height: .85em; border: 3px solid var(--colour); margin: 0 .35em 0 .1em; vertical-align: -1px; border-radius: 2px; }
+.key { display: inline-block; width: 1.15em; height: .85em; border: 3px solid var(--colour); margin: 0 .35em 0 .1em;
+  vertical-align: -1px; border-radius: 2px; }
 .key.dashed { border-style: dashed; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--accent); font-weight: 600; }
-footer { margin-top: 56px; padding-top: 18px; border-top: 1px solid var(--line); font-size: .86rem; color: var(--soft); }
+footer { margin-top: 56px; padding-top: 18px; border-top: 1px solid var(--line); font-size: .86rem;
+  color: var(--soft); }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 @media print { body { background: #fff; } figure, .card, tr { break-inside: avoid; } }
 """
@@ -132,7 +148,7 @@ def clean(text, limit: int = 80) -> str:
 
 
 def escape(text, limit: int = 400) -> str:
-    """`text` made safe for HTML text and attributes (file and class names come from annotation files of unknown origin)."""
+    """`text` made safe for HTML text and attributes (file and class names come from unknown files)."""
     return html.escape(clean(text, limit), quote=True)
 
 
@@ -156,6 +172,7 @@ def table(header: list[str], rows: list[list], text_columns: int = 1) -> str:
 
     Args: header: plain texts; rows: lists of plain texts or Cells.
     """
+
     def classes(column: int, kind: str = "") -> str:
         names = " ".join(part for part in ("text" if column < text_columns else "", kind) if part)
         return f' class="{names}"' if names else ""
@@ -166,7 +183,9 @@ def table(header: list[str], rows: list[list], text_columns: int = 1) -> str:
         return f"<td{classes(column, value.kind)}>{dot}{escape(value.text)}</td>"
 
     head = "".join(f"<th{classes(column)}>{escape(text)}</th>" for column, text in enumerate(header))
-    body = "".join("<tr>" + "".join(cell(column, value) for column, value in enumerate(row)) + "</tr>\n" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(cell(column, value) for column, value in enumerate(row)) + "</tr>\n" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
@@ -180,7 +199,11 @@ def card(name: str, value: str, remark: str, colour: str) -> str:
 
 def grid(figures: list[str], width: int = 220) -> str:
     """Figures side by side, as many as fit, each at least `width` pixels wide."""
-    return f'<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax({int(width)}px,1fr))">' + "".join(figures) + "</div>"
+    return (
+        f'<div class="grid" style="grid-template-columns:repeat(auto-fill,minmax({int(width)}px,1fr))">'
+        + "".join(figures)
+        + "</div>"
+    )
 
 
 def folded(summary: str, content: str) -> str:
@@ -203,5 +226,11 @@ def page(title: str, subtitle: str, cards: list[str], sections: list[Section], f
     )
     cards_html = f'<div class="cards">{"".join(cards)}</div>' if cards else ""
     return PAGE.format(
-        title=escape(title), style=STYLE, subtitle=subtitle, cards=cards_html, contents=contents, sections=body, footer=footer
+        title=escape(title),
+        style=STYLE,
+        subtitle=subtitle,
+        cards=cards_html,
+        contents=contents,
+        sections=body,
+        footer=footer,
     )

@@ -39,16 +39,19 @@ def _reason(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _show_attention(section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook) -> None:
+def _show_attention(
+    section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook
+) -> None:
     if not section.parts:
         section.add(
             paragraph(
-                "ICD asks the frozen teacher about each object (its class, size and rough place), and the decoder answers with "
-                "attention over the teacher\u2019s features; the student then imitates the teacher mostly where that attention lies. "
-                "Each row is one object: first the image with the object framed, then the attention of each head, bright where the "
-                "head looks, all heads of an object on one colour scale. Under each head\u2019s number stands the pyramid level that gets "
-                "most of its attention. Heads that settle on different parts (a rim, the inside, the context) have learned something; "
-                "eight equal, even maps have not."
+                "ICD asks the frozen teacher about each object (its class, size and rough place), and the decoder "
+                "answers with attention over the teacher\u2019s features; the student then imitates the teacher mostly "
+                "where that attention lies. Each row is one object: first the image with the object framed, then the "
+                "attention of each head, bright where the head looks, all heads of an object on one colour scale. "
+                "Under each head\u2019s number stands the pyramid level that gets most of its attention. Heads that "
+                "settle on different parts (a rim, the inside, the context) have learned something; eight equal, even "
+                "maps have not."
             )
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
@@ -60,12 +63,22 @@ def _show_attention(section: Section, run: Run, loaded: Networks, images: Images
         for instance in _instances(batch.boxes):
             heads, shares = attention_over_image([level[instance] for level in maps], batch.padded_size)
             label = images.name(int(batch.labels[instance]))
-            titles = [label, *(f"head {head} \u00b7 {loaded.level_name(level)} {share:.0%}" for head, (level, share) in enumerate(shares, 1))]
+            titles = [
+                label,
+                *(
+                    f"head {head} \u00b7 {loaded.level_name(level)} {share:.0%}"
+                    for head, (level, share) in enumerate(shares, 1)
+                ),
+            ]
             box = batch.boxes[instance].tolist()
             png = pictures.attention_strip(picture, box, heads[:, : picture.shape[0], : picture.shape[1]], titles)
             width, height = box[2] - box[0], box[3] - box[1]
             caption = f"<b>{escape(label)}</b> of {width:.0f} x {height:.0f} px in image {image_id}"
-            figures.append(book.figure(png, f"{run.name}_attention_{image_id}_{instance}", f"ICD attention, image {image_id}", caption))
+            figures.append(
+                book.figure(
+                    png, f"{run.name}_attention_{image_id}_{instance}", f"ICD attention, image {image_id}", caption
+                )
+            )
     section.add(*(figures or [note(["The chosen images hold no boxes."])]))
 
 
@@ -95,51 +108,63 @@ def attention_over_image(levels: list[Tensor], size: tuple[int, int]) -> tuple[n
 
 
 @torch.no_grad()
-def _show_features(section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook) -> None:
+def _show_features(
+    section: Section, run: Run, loaded: Networks, images: Images, chosen: list[int], book: PictureBook
+) -> None:
     if not section.parts:
         section.add(
             paragraph(
-                "LGD builds instructive features from the labels and the student\u2019s own features, and the student learns to produce "
-                "them without the labels. A row is a pyramid level. <b>Strength</b> is the root mean square over the channels after "
-                "each channel has been normalised over the image, as in LGD\u2019s loss: how much a place stands out. "
-                "<b>Component</b> is the first principal component of both maps together. Maps in a pair share their colour scale "
-                "(its ends are printed below). Look for instructive maps that stand out on the objects, and for the student "
-                "following them."
+                "LGD builds instructive features from the labels and the student\u2019s own features, and the student "
+                "learns to produce them, through a small adapter, without the labels. A row is a pyramid level. "
+                "<b>Strength</b> is the root mean square over the channels after each channel has been normalised over "
+                "the image, as in LGD\u2019s loss: how much a place stands out. <b>Component</b> is the first "
+                "principal component of the two maps that the loss compares. Maps of one kind in a row share a colour "
+                "scale, whose ends are printed below them. Look for instructive maps that stand out on the objects, "
+                "and for the student following them."
             )
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
     for image_id in chosen[:FEATURE_IMAGES]:
         batch, picture = loaded.batch(images.source, image_id)
         student = loaded.student.features(batch.images)
-        _, instructive = loaded.distiller(student, batch)
+        instructive = loaded.distiller.instruct(student, batch)
+        adapted = [loaded.distiller.student_adapter(level) for level in student]
         rows, names = [], []
-        for level, (own, taught) in enumerate(zip(student, instructive)):
-            own, taught = (_valid(maps, batch) for maps in (own, taught))
+        for level, pyramids in enumerate(zip(student, adapted, instructive)):
+            own, after, taught = (_valid(maps, batch) for maps in pyramids)
             if own.shape[-2] * own.shape[-1] < 4:
                 continue  # a map of a few cells has no pattern to compare
             framed = _framed(picture, batch.boxes.tolist())
-            rows.append([framed, *feature_maps(own, taught)])
+            rows.append([framed, *feature_maps(own, after, taught)])
             names.append(loaded.level_name(level))
         if not rows:
             section.add(note([f"Image {image_id} is too small for its feature maps to show anything."]))
             continue
-        columns = ["image", "student: strength", "instructive: strength", "student: component", "instructive: component"]
-        png = plots.feature_grid(columns, names, rows, [[1, 2], [3, 4]])
-        caption = f"Image {image_id}: the student\u2019s features and LGD\u2019s instructive features, level by level."
+        columns = ["image", "student", "adapted student", "instructive", "adapted: component", "instructive: component"]
+        png = plots.feature_grid(columns, names, rows, [[1, 2, 3], [4, 5]])
+        caption = (
+            f"Image {image_id} ({escape(images.source.file_name(image_id), 80)}): strength of the student\u2019s "
+            f"features, of the same after LGD\u2019s adapter and of the instructive features, then the component of "
+            f"the two that the loss compares."
+        )
         section.add(book.figure(png, f"{run.name}_features_{image_id}", f"LGD features, image {image_id}", caption))
     if not chosen:
         section.add(note(["There are no images with boxes to show."]))
 
 
-def feature_maps(student: Tensor, instructive: Tensor) -> list[np.ndarray]:
-    """Strength and first common component of two maps [C, h, w]: student's and instructive strength, student's and instructive component."""
-    first, second = _normalised(student), _normalised(instructive)
-    strengths = [maps.square().mean(dim=0).sqrt() for maps in (first, second)]
-    cells = torch.cat([first.flatten(1), second.flatten(1)], dim=1).T  # [2 h w, C]
+def feature_maps(student: Tensor, adapted: Tensor, instructive: Tensor) -> list[np.ndarray]:
+    """What the report shows of three maps [C, h, w]: the strength of each, and one component of the last two.
+
+    Strength = root mean square over the channels after normalising each channel over its cells. The component is
+    the first principal one of the adapted and the instructive map together, so that it means the same in both.
+    """
+    maps = [_normalised(level) for level in (student, adapted, instructive)]
+    strengths = [level.square().mean(dim=0).sqrt() for level in maps]
+    cells = torch.cat([level.flatten(1) for level in maps[1:]], dim=1).T  # [2 h w, C]
     _, _, directions = torch.linalg.svd(cells - cells.mean(dim=0), full_matrices=False)
     direction = directions[0] * directions[0][directions[0].abs().argmax()].sign()
-    components = [torch.einsum("chw,c->hw", maps, direction) for maps in (first, second)]
-    return [maps.numpy() for maps in (*strengths, *components)]
+    components = [torch.einsum("chw,c->hw", level, direction) for level in maps[1:]]
+    return [values.numpy() for values in (*strengths, *components)]
 
 
 def _normalised(maps: Tensor) -> Tensor:
@@ -158,4 +183,4 @@ def _valid(maps: Tensor, batch) -> Tensor:
 
 def _framed(picture: np.ndarray, boxes) -> np.ndarray:
     marks = [Mark(tuple(box), pictures.TRUTH_COLOUR) for box in boxes]
-    return pictures.framed(picture, marks, longest_side=260)
+    return pictures.framed(picture, marks)

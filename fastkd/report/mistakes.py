@@ -7,13 +7,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastkd.report import analysis, pictures, plots
-from fastkd.report.analysis import DUPLICATE, ERROR_KINDS, IGNORED, KIND_MEANING, KINDS, RIGHT, SIZES, Found, Truth, Verdict
+from fastkd.report.analysis import (
+    DUPLICATE,
+    ERROR_KINDS,
+    IGNORED,
+    KIND_MEANING,
+    KINDS,
+    RIGHT,
+    SIZES,
+    Found,
+    Truth,
+    Verdict,
+)
 from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded, grid, key, note, paragraph, table
 from fastkd.report.pictures import MISSED_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
 from fastkd.report.runs import Run
 
-CROPS_PER_KIND = 4
-CROPS_PER_SIZE = 4
+MOST_PANELS = 48  # pictures of detections; these limits keep the page under 8 MB
+MOST_CROPS = 160
 
 
 @dataclass
@@ -33,6 +44,11 @@ class Images:
     source: object
     truths: dict[int, Truth]
     judged: list[Judged] = field(default_factory=list)
+
+    def crops(self) -> int:
+        """How many crops each kind of mistake of each run gets."""
+        groups = len(ERROR_KINDS) + len(SIZES)
+        return min(4, max(1, MOST_CROPS // (groups * max(1, len(self.judged)))))
 
     def name(self, label: int) -> str:
         """The name of a class."""
@@ -54,12 +70,13 @@ def judge_runs(source, runs: list[Run]) -> Images:
 
 
 def choose_images(images: Images, count: int) -> list[int]:
-    """`count` images at even steps from the easiest to the hardest for the first run that is no teacher; none without boxes.
+    """`count` images at even steps from the easiest to the hardest for the first student; none without boxes.
 
     Taking them by rank keeps anyone from picking flattering ones, and shows both ends.
     """
     candidates = [image_id for image_id, truth in images.truths.items() if len(truth.labels)]
-    if not candidates or not images.judged or count < 1:
+    count = min(count, max(1, MOST_PANELS // (1 + len(images.judged))) if count else 0)
+    if not candidates or not images.judged or count == 0:
         return candidates[:count]
     judged = next((item for item in images.judged if not item.run.is_teacher), images.judged[0])
 
@@ -81,8 +98,9 @@ def detections_section(images: Images, chosen: list[int], book: PictureBook) -> 
         return section
     section.add(
         paragraph(
-            "Every run on the same images, taken at even steps from the easiest to the hardest image of the first student. Each run is "
-            "shown above its own score threshold (the one with its best F1), since scores of two detectors are not on one scale. "
+            "Every run on the same images, taken at even steps from the easiest to the hardest image of the first "
+            "student. Each run is shown above its own score threshold (the one with its best F1), since scores of two "
+            "detectors are not on one scale. "
             + " &nbsp; ".join(
                 (
                     key(TRUTH_COLOUR, "ground truth"),
@@ -97,10 +115,18 @@ def detections_section(images: Images, chosen: list[int], book: PictureBook) -> 
         picture, truth = images.source.image(image_id), images.truths[image_id]
         marks = [Mark(tuple(box), TRUTH_COLOUR, images.name(label)) for box, label in zip(truth.boxes, truth.labels)]
         png = pictures.annotated(picture, marks)
-        figures = [book.figure(png, f"truth_{image_id}", f"Ground truth of image {image_id}", f"<b>ground truth</b>, {len(marks)} objects")]
+        figures = [
+            book.figure(
+                png,
+                f"truth_{image_id}",
+                f"Ground truth of image {image_id}",
+                f"<b>ground truth</b>: {len(marks)} object{'s' if len(marks) != 1 else ''}",
+            )
+        ]
         for judged in images.judged:
             figures.append(_run_figure(images, judged, image_id, picture, book))
-        section.add(f"<h3>Image {image_id}</h3>", grid(figures, 240))
+        name = escape(images.source.file_name(image_id), 80)
+        section.add(f'<h3>Image {image_id} <small class="soft">{name}</small></h3>', grid(figures, 320))
     return section
 
 
@@ -116,7 +142,8 @@ def _run_figure(images: Images, judged: Judged, image_id: int, picture: np.ndarr
         right, wrong = right + int(is_right), wrong + int(not is_right)
         colour = RIGHT_COLOUR if is_right else WRONG_COLOUR
         marks.append(Mark(tuple(found.boxes[d]), colour, f"{images.name(found.labels[d])} {found.scores[d]:.2f}"))
-    caption = f"<b>{escape(judged.run.name, 40)}</b>: {right} right, {wrong} false, {len(missed)} missed (score from {judged.threshold:.2f})"
+    caption = f"<b>{escape(judged.run.name, 40)}</b>: {right} right, {wrong} false, {len(missed)} missed"
+    caption += f" (score from {judged.threshold:.2f})"
     alt = f"Detections of {judged.run.name} in image {image_id}"
     return book.figure(pictures.annotated(picture, marks), f"{judged.run.name}_{image_id}", alt, caption)
 
@@ -125,14 +152,29 @@ def false_positives_section(images: Images, book: PictureBook) -> Section:
     """How many false positives of which kind, and the worst ones."""
     section = Section("Worst false positives")
     meanings = "; ".join(f"<b>{KINDS[kind]}</b> {KIND_MEANING[kind]}" for kind in ERROR_KINDS)
-    section.add(paragraph(f"A false positive is of one of four kinds: {meanings}. Counted above each run\u2019s own score threshold."))
+    section.add(
+        paragraph(
+            f"A false positive is of one of four kinds: {meanings}. Counted above each run\u2019s own score threshold."
+        )
+    )
     names = [judged.run.name for judged in images.judged]
     counts = [analysis.error_counts(*_lists(judged), judged.threshold) for judged in images.judged]
     per_image = {KINDS[kind]: [count[kind] / max(1, len(images.truths)) for count in counts] for kind in ERROR_KINDS}
     picture = plots.error_bars(names, per_image, "false positives an image")
-    section.add(book.figure(picture, "false_positives", "False positives an image by kind", "Shorter is better, at a comparable number found."))
+    section.add(
+        book.figure(
+            picture,
+            "false_positives",
+            "False positives an image by kind",
+            "Shorter is better, at a comparable number found.",
+        )
+    )
     for judged in images.judged:
-        figures = [_false_positive(images, judged, *place, book) for kind in ERROR_KINDS for place in _worst(judged, kind)]
+        figures = [
+            _false_positive(images, judged, *place, book)
+            for kind in ERROR_KINDS
+            for place in _worst(judged, kind, images.crops())
+        ]
         legend = paragraph(
             "The highest-scoring false positives of each kind. "
             + key(WRONG_COLOUR, "the detection")
@@ -148,14 +190,14 @@ def _lists(judged: Judged) -> tuple[list[Verdict], list[Found]]:
     return list(judged.verdicts.values()), [judged.found[image_id] for image_id in judged.verdicts]
 
 
-def _worst(judged: Judged, kind: int) -> list[tuple[int, int]]:
-    """(image id, detection) of the highest scores of a kind, at most one an image."""
+def _worst(judged: Judged, kind: int, count: int) -> list[tuple[int, int]]:
+    """(image id, detection) of the highest scores of a kind above the threshold, at most one an image."""
     best = []
     for image_id, verdict in judged.verdicts.items():
-        places = np.flatnonzero(verdict.kinds == kind)
+        places = np.flatnonzero((verdict.kinds == kind) & (judged.found[image_id].scores >= judged.threshold))
         if len(places):
             best.append((-float(judged.found[image_id].scores[places[0]]), image_id, int(places[0])))
-    return [(image_id, place) for _, image_id, place in sorted(best)[:CROPS_PER_KIND]]
+    return [(image_id, place) for _, image_id, place in sorted(best)[:count]]
 
 
 def _false_positive(images: Images, judged: Judged, image_id: int, place: int, book: PictureBook) -> str:
@@ -169,7 +211,9 @@ def _false_positive(images: Images, judged: Judged, image_id: int, place: int, b
         text += f"<br>{word} {escape(images.name(truth.labels[partner]))}, IoU {iou:.2f}"
     text += f'<br><span class="soft">image {image_id}</span>'
     png = pictures.crop(images.source.image(image_id), marks, box)
-    return book.figure(png, f"fp_{judged.run.name}_{KINDS[kind]}_{image_id}", f"False positive in image {image_id}", text)
+    return book.figure(
+        png, f"fp_{judged.run.name}_{KINDS[kind]}_{image_id}", f"False positive in image {image_id}", text
+    )
 
 
 def misses_section(images: Images, book: PictureBook) -> Section:
@@ -177,13 +221,18 @@ def misses_section(images: Images, book: PictureBook) -> Section:
     section = Section("Misses")
     section.add(
         paragraph(
-            "An object is missed when no detection of its class overlaps it with an IoU of at least 0.5 above the run\u2019s threshold. "
-            "Sizes are COCO\u2019s: small is under 32 x 32 pixels of the image file, large over 96 x 96."
+            "An object is missed when no detection of its class overlaps it with an IoU of at least 0.5 above the "
+            "run\u2019s threshold. Sizes are COCO\u2019s: small is under 32 x 32 pixels of the image file, large over "
+            "96 x 96."
         ),
         _miss_table(images),
     )
     for judged in images.judged:
-        figures = [_miss(images, judged, image_id, box, book) for size in range(3) for image_id, box in _missed(images, judged, size)]
+        figures = [
+            _miss(images, judged, image_id, box, book)
+            for size in range(3)
+            for image_id, box in _missed(images, judged, size)
+        ]
         legend = paragraph(
             "The largest missed objects of each size, at most one an image. "
             + key(MISSED_COLOUR, "the missed object", dashed=True)
@@ -203,7 +252,12 @@ def _miss_table(images: Images) -> str:
         cells = [Cell(f"{100 * missed / total:.0f} %" if total else "\u2013") for missed, total in counts.values()]
         missed, total = (sum(values) for values in zip(*counts.values()))
         rows.append([judged.run.name, f"{judged.threshold:.2f}", *cells, f"{100 * missed / max(1, total):.0f} %"])
-    header = ["run", "threshold", *(f"{size} ({totals.get(size, 0):,})" for size in SIZES), f"all ({sum(totals.values()):,})"]
+    header = [
+        "run",
+        "threshold",
+        *(f"{size} ({totals.get(size, 0):,})" for size in SIZES),
+        f"all ({sum(totals.values()):,})",
+    ]
     return table([header[0], header[1], *(f"missed {text}" for text in header[2:])], rows)
 
 
@@ -214,10 +268,12 @@ def _missed(images: Images, judged: Judged, size: int) -> list[tuple[int, int]]:
         if not len(truth.labels):
             continue
         areas = (truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(axis=1)
-        areas = np.where((verdict.found_score < judged.threshold) & (analysis.size_index(truth.boxes) == size), areas, -1)
+        areas = np.where(
+            (verdict.found_score < judged.threshold) & (analysis.size_index(truth.boxes) == size), areas, -1
+        )
         if areas.max() >= 0:
             candidates.append((-float(areas.max()), image_id, int(areas.argmax())))
-    return [(image_id, box) for _, image_id, box in sorted(candidates)[:CROPS_PER_SIZE]]
+    return [(image_id, box) for _, image_id, box in sorted(candidates)[: images.crops()]]
 
 
 def _miss(images: Images, judged: Judged, image_id: int, box: int, book: PictureBook) -> str:
@@ -228,7 +284,9 @@ def _miss(images: Images, judged: Judged, image_id: int, box: int, book: Picture
     size = SIZES[int(analysis.size_index(frame[None])[0])]
     width, height = frame[2:] - frame[:2]
     reason = analysis.miss_reason(box, truth, found, verdict, judged.threshold)
-    text = f"<b>{escape(images.name(truth.labels[box]))}</b>, {size} ({width:.0f} x {height:.0f} px)<br>{escape(reason)}"
+    text = (
+        f"<b>{escape(images.name(truth.labels[box]))}</b>, {size} ({width:.0f} x {height:.0f} px)<br>{escape(reason)}"
+    )
     text += f'<br><span class="soft">image {image_id}</span>'
     png = pictures.crop(images.source.image(image_id), marks, frame)
     return book.figure(png, f"miss_{judged.run.name}_{image_id}", f"Missed object in image {image_id}", text)

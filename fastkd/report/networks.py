@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from fastkd.data.loader import collate
+from fastkd.data.transforms import Geometry, resized_size
+from fastkd.detectors import load_detector
+from fastkd.distillers import ICD, LGD
 from fastkd.report.runs import Run
+from fastkd.report.sources import ValidationSet
 from fastkd.types import Batch, ClassPriors
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -34,41 +36,21 @@ class Networks:
         """P3, P4 ... as papers name the pyramid's levels: P_n has stride 2^n."""
         return f"P{int(self.student.strides[level]).bit_length() - 1}"
 
-    def batch(self, source, image_id: int) -> tuple[Batch, np.ndarray]:
+    def batch(self, source: ValidationSet, image_id: int) -> tuple[Batch, np.ndarray]:
         """One validation image as the networks see it, and the resized picture itself, uint8 [h, w, 3]."""
-        image, truth = source.image(image_id), source.truth(image_id)
-        height, width = image.shape[:2]
-        scale = min(self.short_side / min(height, width), self.max_side / max(height, width))
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        picture = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
-        pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-        padded = [-(-side // self.divisor) * self.divisor for side in size]
-        images = torch.zeros(1, 3, *padded)
-        images[0, :, : size[0], : size[1]] = pixels
-        factors = torch.tensor([size[1] / width, size[0] / height] * 2, dtype=torch.float32)
-        count = len(truth.labels)
-        batch = Batch(
-            images=images,
-            image_sizes=torch.tensor([size]),
-            boxes=torch.from_numpy(np.array(truth.boxes, dtype=np.float32)).reshape(-1, 4) * factors,
-            labels=torch.from_numpy(np.array(truth.labels, dtype=np.int64)),
-            image_index=torch.zeros(count, dtype=torch.int64),
-            counts=[count],
-            image_ids=[image_id],
-            original_sizes=torch.tensor([[height, width]]),
-            seeds=[0],
-        )
-        return batch.to(self.device), picture
+        image = source.image(image_id)
+        size = resized_size(image.shape[1], image.shape[0], self.short_side, self.max_side)
+        geometry = Geometry(*size, flip=False)
+        padded = tuple(-(-side // self.divisor) * self.divisor for side in size)
+        item = (source.position(image_id), image, geometry, 0)
+        return collate(source.dataset, [item], padded).to(self.device), geometry.image(image)
 
 
 def load_networks(run: Run, device: str) -> Networks:
     """The networks of a distilled run.
 
-    Raises: ValueError, OSError, KeyError or RuntimeError naming what is missing or does not fit.
+    Raises: ValueError, OSError, KeyError, TypeError or RuntimeError naming what is missing or does not fit.
     """
-    from fastkd.detectors import load_detector
-
     for name in ("student.safetensors", "method.safetensors"):
         if not (run.path / name).is_file():
             raise ValueError(f"{name} is missing in {run.path}")
@@ -80,7 +62,7 @@ def load_networks(run: Run, device: str) -> Networks:
     distiller.load_state_dict(load_file(run.path / "method.safetensors"))
     device = torch.device(device)
     networks = [None if network is None else network.to(device).eval() for network in (student, distiller, teacher)]
-    data = run.recipe.get("data", {})
+    data = run.recipe["data"]
     return Networks(*networks, device, int(data["val_short_side"]), int(data["max_side"]), int(data["divisor"]))
 
 
@@ -92,12 +74,12 @@ def _teacher_file(run: Run) -> Path:
 
 
 def _distiller(run: Run, student: nn.Module, teacher: nn.Module | None) -> nn.Module:
-    from fastkd.distillers import ICD, LGD
-
-    values = {key: value for key, value in run.recipe["method"].items() if key != "type" and not key.endswith("_fraction")}
+    skipped = ("kind", "detach_fraction", "freeze_fraction", "final_fraction")  # phases of the training
+    values = {key: value for key, value in run.recipe["method"].items() if key not in skipped}
     if run.method == "lgd":
         return LGD(student.num_classes, student.channels, **values)
-    return ICD(student.num_classes, _priors(run.path / "priors.json"), student.channels, teacher_channels=teacher.channels, **values)
+    priors = _priors(run.path / "priors.json")
+    return ICD(student.num_classes, priors, student.channels, teacher_channels=teacher.channels, **values)
 
 
 def _priors(file: Path) -> ClassPriors:

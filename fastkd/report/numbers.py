@@ -1,4 +1,4 @@
-"""The sections made of numbers: AP and gains, classes and sizes, training curves, cost."""
+"""The sections made of numbers: AP and gains, classes and sizes, training curves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fastkd.report import plots
 from fastkd.report.html import Cell, PictureBook, Section, card, clean, escape, folded, note, paragraph, table
 from fastkd.report.runs import Run, baseline_of, difference_in_conditions, number
 
-SIZE_KEYS = {"APs": "small (under 32 x 32 px)", "APm": "medium", "APl": "large (over 96 x 96 px)"}
+SIZE_KEYS = {"APs": "small", "APm": "medium", "APl": "large"}
 UNKNOWN = "\u2013"
 MOST_CLASSES_IN_PLOT = 16
-MOST_PANELS = 10
+MOST_PANELS = 14
 
 
 def run_colours(runs: list[Run]) -> dict[str, str]:
@@ -53,19 +53,31 @@ def results_section(runs: list[Run], colours: dict[str, str], book: PictureBook)
     """AP of every run with gains over the baseline and over the inheriting control."""
     section = Section("Results")
     if all(run.score("bbox", "AP") is None for run in runs):
-        section.add(note(["No run has an AP yet: metrics.json is missing or holds none. Train to the end, or run `fastkd evaluate`."]))
+        section.add(
+            note(
+                [
+                    "No run has an AP yet: metrics.json is missing or holds none. Train to the end, or run `fastkd "
+                    "evaluate`."
+                ]
+            )
+        )
         return section
     section.add(
         paragraph(
-            "AP is COCO's average precision in percent, averaged over classes and over IoU thresholds from 0.50 to 0.95; higher is "
-            "better. <em>Gain</em> compares with the baseline: the same detector, data, steps and seed, trained without a method."
+            "AP is COCO's average precision in percent, averaged over classes and over IoU thresholds from 0.50 to "
+            "0.95; higher is better. <em>Gain</em> compares with the baseline: the same detector, data, steps and "
+            "seed, trained without a method."
         ),
         _ap_table(runs, colours),
         note(_unequal_conditions(runs)),
     )
     names = [run.name for run in runs]
-    bars = plots.ap_bars(names, [run.score("bbox", "AP") for run in runs], [colours[name] for name in names], "box AP, %")
-    section.add(book.figure(bars, "ap", "Bar chart of the box AP of every run", "Box AP of every run on the validation images."))
+    bars = plots.ap_bars(
+        names, [run.score("bbox", "AP") for run in runs], [colours[name] for name in names], "box AP, %"
+    )
+    section.add(
+        book.figure(bars, "ap", "Bar chart of the box AP of every run", "Box AP of every run on the validation images.")
+    )
     return section
 
 
@@ -80,12 +92,16 @@ def _ap_table(runs: list[Run], colours: dict[str, str]) -> str:
     rows = []
     for run in runs:
         value = run.score("bbox", "AP")
-        row = [Cell(run.name, colour=colours[run.name]), run.role] + ([_detector_name(run)] if several_detectors else [])
+        row = [Cell(run.name, colour=colours[run.name]), run.role] + (
+            [_detector_name(run)] if several_detectors else []
+        )
         row.append(Cell(shown(value), "best" if value is not None and value == best and not run.is_teacher else ""))
         row.append(gain_cell(gain(run, baseline_of(run, runs), "bbox", "AP")))
         if control:
             inherits = run.inherits and run.method is not None
-            row.append(gain_cell(gain(run, baseline_of(run, runs, inherits=True), "bbox", "AP")) if inherits else UNKNOWN)
+            row.append(
+                gain_cell(gain(run, baseline_of(run, runs, inherits=True), "bbox", "AP")) if inherits else UNKNOWN
+            )
         row += [shown(run.score("bbox", key)) for key in ("AP50", "AP75", *SIZE_KEYS)]
         if masks:
             row += [shown(run.score("segm", "AP")), gain_cell(gain(run, baseline_of(run, runs), "segm", "AP"))]
@@ -100,15 +116,20 @@ def _unequal_conditions(runs: list[Run]) -> list[str]:
         other = baseline_of(run, runs)
         names = difference_in_conditions(run, other) if other else []
         if names:
-            lines.append(f"{run.name} and {other.name} differ in {', '.join(names)}: their difference in AP is not the method's alone.")
+            lines.append(
+                f"{run.name} and {other.name} differ in {', '.join(names)}: their difference in AP is not the method's "
+                f"alone."
+            )
         if run.method and other is None:
-            lines.append(f"{run.name} has no baseline here: no undistilled run with the same detector and seed was given.")
+            lines.append(
+                f"{run.name} has no baseline here: no undistilled run with the same detector and seed was given."
+            )
     return lines
 
 
 def _detector_name(run: Run) -> str:
     parts = [str(run.detector.get(key)) for key in ("detector", "backbone") if run.detector.get(key)]
-    return ", ".join(parts) or UNKNOWN
+    return " ".join(parts) or UNKNOWN
 
 
 def _count(value) -> str:
@@ -126,10 +147,13 @@ def classes_section(runs: list[Run], colours: dict[str, str], book: PictureBook)
     if sizes:
         values = np.array([[_or_nan(run.score("bbox", key)) for key in sizes] for run in measured])
         picture = plots.grouped_bars([SIZE_KEYS[key] for key in sizes], names, values, run_colours_, "box AP, %")
-        caption = "AP by the size of the object in the image file. Small objects are usually where a small student is weakest."
+        caption = (
+            "AP by the size of the object in the image file: small is under 32 x 32 pixels, large over 96 x 96. Small "
+            "objects are usually where a small student is weakest."
+        )
         if len(sizes) < len(SIZE_KEYS):
-            absent = ", ".join(text.split(" (")[0] for key, text in SIZE_KEYS.items() if key not in sizes)
-            caption += f" The validation images hold no {absent} objects by COCO\u2019s limits."
+            absent = " or ".join(text for key, text in SIZE_KEYS.items() if key not in sizes)
+            caption += f" The validation images hold no {absent} objects by these limits."
         section.add(book.figure(picture, "ap_by_size", "Bar chart of AP by object size", caption))
     classes = _classes(measured)
     if not classes:
@@ -138,7 +162,9 @@ def classes_section(runs: list[Run], colours: dict[str, str], book: PictureBook)
     caption = "AP of each class."
     if len(classes) > MOST_CLASSES_IN_PLOT:
         plotted = _telling_classes(measured, runs, classes)
-        caption = f"The {len(plotted)} of {len(classes)} classes in which the runs differ most; the table below has all."
+        caption = (
+            f"The {len(plotted)} of {len(classes)} classes in which the runs differ most; the table below has all."
+        )
     values = np.array([[_or_nan(run.score("bbox", "per_class", name, "AP")) for name in plotted] for run in measured])
     picture = plots.grouped_bars(plotted, names, values, run_colours_, "box AP, %")
     section.add(book.figure(picture, "ap_by_class", "Bar chart of AP by class", caption))
@@ -170,7 +196,9 @@ def _class_table(runs: list[Run], classes: list[str]) -> str:
     for name in classes:
         values = [run.score("bbox", "per_class", name, "AP") for run in runs]
         best = max((value for value in values if value is not None), default=None)
-        boxes = next((b for b in (run.score("bbox", "per_class", name, "instances") for run in runs) if b is not None), None)
+        boxes = next(
+            (b for b in (run.score("bbox", "per_class", name, "instances") for run in runs) if b is not None), None
+        )
         cells = [Cell(shown(value), "best" if value is not None and value == best else "") for value in values]
         rows.append([name, _count(boxes), *cells])
     return table(["class", "boxes", *(clean(run.name, 24) for run in runs)], rows)
@@ -193,8 +221,8 @@ def curves_section(runs: list[Run], colours: dict[str, str], book: PictureBook) 
         panels.append((title, lines))
     wide = [title for title, lines in panels if title == "total loss" and _wide_range(lines)]
     caption = (
-        "Each line is one run; losses are moving averages. The detection losses of a distilled run are comparable with the "
-        "baseline\u2019s; its total is not, since it also holds the method\u2019s own losses."
+        "Each line is one run; losses are moving averages. The detection losses of a distilled run are comparable with "
+        "the baseline\u2019s; its total is not, since it also holds the method\u2019s own losses."
     )
     if len(titles) > MOST_PANELS:
         caption += " Left out to keep the picture readable: " + escape(", ".join(titles[MOST_PANELS:])) + "."
@@ -232,7 +260,7 @@ def _titled(record: dict):
     rates = record.get("lr")
     for name, value in (rates if isinstance(rates, dict) else {"": rates}).items():
         if number(value) is not None:
-            yield f"learning rate {clean(name, 30)}".strip(), float(value)
+            yield f"learning rate: {clean(name, 30)}".rstrip(": "), float(value)
     box = record.get("bbox")
     value = number(box.get("AP")) if isinstance(box, dict) else number(record.get("AP"))
     if value is not None:
@@ -247,19 +275,6 @@ def _panel_rank(title: str) -> tuple[int, str]:
 def _wide_range(lines) -> bool:
     values = np.concatenate([line[3] for line in lines])
     return bool((values > 0).all() and values.max() > 30 * values.min())
-
-
-def cost_section(runs: list[Run], colours: dict[str, str], book: PictureBook) -> Section:
-    """The cost ledger: seconds a step and peak memory of the student alone, with the method, and with the teacher's training."""
-    section = Section("What it cost")
-    section.add(
-        paragraph(
-            "Seconds a training step and peak memory of the student alone and with the method, measured alternately in the same run. "
-            "<em>Extra</em> is the difference. A method that needs a pretrained teacher also pays for training it: the last column "
-            "adds the teacher\u2019s training, spread over the student\u2019s steps."
-        )
-    )
-    return section
 
 
 def _or_nan(value: float | None) -> float:

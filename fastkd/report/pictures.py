@@ -1,6 +1,6 @@
-"""Pictures of images: boxes on them, crops, attention over them. Everything works on uint8 [H, W, 3] arrays and returns PNG bytes.
+"""Pictures of images: boxes on them, crops, attention over them: uint8 [H, W, 3] arrays in, PNG bytes out.
 
-Small images are enlarged before anything is drawn on them, so that lines and letters stay thin and sharp.
+Small images are enlarged before anything is drawn on them, so that lines and letters stay sharp.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RIGHT_COLOUR, WRONG_COLOUR, MISSED_COLOUR, TRUTH_COLOUR = "#00d084", "#ff4d3d", 
 
 @dataclass(frozen=True)
 class Mark:
-    """A box to draw: [4] xyxy in pixels of the image, its colour, a short text ("" for none), and whether it is dashed."""
+    """A box to draw: xyxy in pixels of the image, its colour, a short text ("" for none), solid or dashed."""
 
     box: tuple[float, float, float, float]
     colour: str
@@ -29,11 +29,11 @@ class Mark:
     dashed: bool = False
 
 
-def annotated(image: np.ndarray, marks: list[Mark], longest_side: int = 380) -> bytes:
-    """The image enlarged (or reduced) to `longest_side` with boxes and their texts; texts avoid each other where they can."""
-    picture, scale = _resized(image, longest_side)
+def annotated(image: np.ndarray, marks: list[Mark]) -> bytes:
+    """The image, enlarged where it is small, with boxes and their texts; texts avoid each other where they can."""
+    picture, scale = _sized(image)
     draw = ImageDraw.Draw(picture)
-    font = _font(11)
+    font = _font(13)
     frames = [tuple(value * scale for value in mark.box) for mark in marks]
     for mark, frame in zip(marks, frames):
         _draw_box(draw, frame, mark.colour, mark.dashed)
@@ -44,37 +44,27 @@ def annotated(image: np.ndarray, marks: list[Mark], longest_side: int = 380) -> 
     return encode_png(picture)
 
 
-def framed(image: np.ndarray, marks: list[Mark], longest_side: int) -> np.ndarray:
-    """The image at `longest_side` with boxes, without texts, as a uint8 array."""
-    picture, scale = _resized(image, longest_side)
+def framed(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
+    """The image with boxes, without texts, as a uint8 array at the size `annotated` gives it."""
+    picture, scale = _sized(image)
     draw = ImageDraw.Draw(picture)
     for mark in marks:
         _draw_box(draw, tuple(value * scale for value in mark.box), mark.colour, mark.dashed)
     return np.asarray(picture)
 
 
-def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 200, margin: float = 0.6) -> bytes:
-    """A square cut-out around the box `focus` with some surroundings, enlarged to `side` pixels; black outside the image."""
+def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 180, margin: float = 0.6) -> bytes:
+    """A square cut-out around the box `focus` and its surroundings, about `side` pixels wide; grey outside."""
     x1, y1, x2, y2 = focus
-    half = max(x2 - x1, y2 - y1, 8.0) * (0.5 + margin)
-    left, top = (x1 + x2) / 2 - half, (y1 + y2) / 2 - half
-    scale = side / (2 * half)
-    resample = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
-    source = Image.fromarray(image)
-    if scale < 1:  # shrink with proper filtering first: the affine transform below samples points
-        smaller = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
-        source, ratio = source.resize(smaller, resample), scale
-    else:
-        ratio = 1.0
-    step = 2 * half * ratio / side
-    picture = source.transform(
-        (side, side), Image.Transform.AFFINE, (step, 0, left * ratio, 0, step, top * ratio), Image.Resampling.BICUBIC
-    )
+    half = int(np.ceil(max(x2 - x1, y2 - y1, 12.0) * (0.5 + margin)))
+    left, top = round((x1 + x2) / 2) - half, round((y1 + y2) / 2) - half
+    region = Image.new("RGB", (2 * half, 2 * half), "#8a8f98")
+    region.paste(Image.fromarray(image), (-left, -top))
+    picture, scale = _sized(np.asarray(region), enlarged=side * 1.2, reduced=side)
     draw = ImageDraw.Draw(picture)
     for mark in marks:
         a, b, c, d = mark.box
-        frame = ((a - left) * scale, (b - top) * scale, (c - left) * scale, (d - top) * scale)
-        _draw_box(draw, frame, mark.colour, mark.dashed)
+        _draw_box(draw, tuple(scale * v for v in (a - left, b - top, c - left, d - top)), mark.colour, mark.dashed)
     return encode_png(picture, colours=128)
 
 
@@ -100,7 +90,7 @@ def attention_strip(image: np.ndarray, box, heads: np.ndarray, titles: list[str]
 
 
 def montage(tiles: list[tuple[np.ndarray, str]], columns: int, tile: int, marks=()) -> bytes:
-    """Images of one size in rows of `columns`, each `tile` pixels wide under its title, all with the same boxes drawn on."""
+    """Images of one size in rows of `columns`, each `tile` pixels wide under its title, with the same boxes on all."""
     height, width = tiles[0][0].shape[:2]
     scale = tile / width
     shape = (tile, max(1, round(height * scale)))
@@ -120,10 +110,16 @@ def montage(tiles: list[tuple[np.ndarray, str]], columns: int, tile: int, marks=
     return encode_png(sheet)
 
 
-def _resized(image: np.ndarray, longest_side: int) -> tuple[Image.Image, float]:
-    scale = longest_side / max(image.shape[:2])
+def _sized(image: np.ndarray, enlarged: float = 490, reduced: float = 360) -> tuple[Image.Image, float]:
+    """The image for the page, and the factor: a whole multiple up to `enlarged` pixels, or reduced to `reduced`.
+
+    Whole multiples keep every pixel visible as it is, and compress far better than interpolated ones.
+    """
+    longest = max(image.shape[:2])
+    scale = float(enlarged // longest) if longest <= reduced else reduced / longest
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), scale
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize(size, method), scale
 
 
 @lru_cache(maxsize=8)
@@ -141,7 +137,7 @@ def _draw_box(draw: ImageDraw.ImageDraw, frame, colour: str, dashed: bool) -> No
     x1, y1, x2, y2 = frame
     x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
     if not dashed:
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="#00000090")
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="#10141c", width=4)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
         return
     for start, end in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
@@ -154,10 +150,19 @@ def _draw_box(draw: ImageDraw.ImageDraw, frame, colour: str, dashed: bool) -> No
 
 def _draw_tag(draw, frame, text: str, colour: str, font, size, taken: list) -> None:
     """Writes `text` at the first place around the box that is inside the picture and overlaps no earlier text."""
-    width, height = font.getlength(text) + 6, 15
+    width, height = font.getlength(text) + 8, 17
     x1, y1, x2, y2 = frame
-    places = [(x1 - 1, y1 - height), (x2 - width + 1, y1 - height), (x1 - 1, y2 + 1), (x2 - width + 1, y2 + 1), (x1, y1), (x1, y2 - height)]
-    places += [(x2 + 2, y) for y in (y1, (y1 + y2) / 2, y2 - height)] + [(x1 - width - 2, y) for y in (y1, (y1 + y2) / 2, y2 - height)]
+    places = [
+        (x1 - 1, y1 - height),
+        (x2 - width + 1, y1 - height),
+        (x1 - 1, y2 + 1),
+        (x2 - width + 1, y2 + 1),
+        (x1, y1),
+        (x1, y2 - height),
+    ]
+    places += [(x2 + 2, y) for y in (y1, (y1 + y2) / 2, y2 - height)] + [
+        (x1 - width - 2, y) for y in (y1, (y1 + y2) / 2, y2 - height)
+    ]
     places += [(x1 - 1, y1 - height * k) for k in (2, 3)] + [(x1 - 1, y2 + height * k) for k in (1, 2)]
     inside = []
     for x, y in places:
@@ -168,8 +173,8 @@ def _draw_tag(draw, frame, text: str, colour: str, font, size, taken: list) -> N
         return  # no room: the box speaks for itself
     taken.append(spot)
     draw.rectangle(spot, fill="#10141c")
-    draw.rectangle((spot[0], spot[1], spot[0] + 2, spot[3]), fill=colour)
-    draw.text((spot[0] + 4, spot[1] + 0.5), text, fill="#ffffff", font=font)
+    draw.rectangle((spot[0], spot[1], spot[0] + 3, spot[3]), fill=colour)
+    draw.text((spot[0] + 6, spot[1] + 0.5), text, fill="#ffffff", font=font)
 
 
 def _overlap(a, b) -> float:

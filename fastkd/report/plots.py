@@ -13,8 +13,24 @@ from PIL import Image
 from fastkd.report.html import clean
 
 # Distinguishable with the common kinds of colour blindness, on white.
-RUN_COLOURS = ("#5b6475", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#7b4fb5", "#9b2226", "#4d7c0f")
-ERROR_COLOURS = {"wrong class": "#cc79a7", "poor localisation": "#e69f00", "duplicate": "#56b4e9", "background": "#5b6475"}
+RUN_COLOURS = (
+    "#5b6475",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#8c6d00",
+    "#56b4e9",
+    "#7b4fb5",
+    "#9b2226",
+    "#4d7c0f",
+)
+ERROR_COLOURS = {
+    "wrong class": "#cc79a7",
+    "poor localisation": "#e69f00",
+    "duplicate": "#56b4e9",
+    "background": "#5b6475",
+}
 INK, SOFT, LINE = "#1a1f2b", "#5b6475", "#dfe3ea"
 FONT = 10.0
 
@@ -31,7 +47,13 @@ def ap_bars(names: list[str], values: list[float | None], colours: list[str], ax
     axes.barh(rows, [value or 0.0 for value in values], color=colours, height=0.66)
     top = max([value for value in values if value is not None] + [1.0])
     for row, value in zip(rows, values):
-        axes.text((value or 0.0) + 0.01 * top, row, "not known" if value is None else f"{value:.1f}", va="center", fontsize=FONT)
+        axes.text(
+            (value or 0.0) + 0.01 * top,
+            row,
+            "not known" if value is None else f"{value:.1f}",
+            va="center",
+            fontsize=FONT,
+        )
     _name_rows(axes, names)
     axes.set_xlim(0, top * 1.1)
     axes.set_xlabel(axis_label)
@@ -46,10 +68,14 @@ def grouped_bars(groups: list[str], names: list[str], values: np.ndarray, colour
     step = 0.82 / max(1, len(names))
     for row, (name, colour) in enumerate(zip(names, colours)):
         offset = (row - (len(names) - 1) / 2) * step
-        axes.bar(np.arange(len(groups)) + offset, np.nan_to_num(values[row]), step * 0.92, color=colour, label=_label(name))
+        axes.bar(
+            np.arange(len(groups)) + offset, np.nan_to_num(values[row]), step * 0.92, color=colour, label=_label(name)
+        )
     axes.set_xticks(np.arange(len(groups)))
     long = max((len(clean(group, 22)) for group in groups), default=0) * len(groups) > 95
-    axes.set_xticklabels([clean(group, 22) for group in groups], rotation=35 if long else 0, ha="right" if long else "center")
+    axes.set_xticklabels(
+        [clean(group, 22) for group in groups], rotation=35 if long else 0, ha="right" if long else "center"
+    )
     _plain_text(axes)
     axes.set_ylabel(axis_label)
     axes.grid(axis="x", visible=False)
@@ -66,13 +92,15 @@ def curves(panels: list[tuple[str, list[tuple[str, str, np.ndarray, np.ndarray]]
     """
     rows = (len(panels) + 1) // 2
     figure, axes_list = _figure(11.0, 2.7 * rows + 0.4, rows, 2 if len(panels) > 1 else 1)
-    for axes in axes_list[len(panels):]:
+    for axes in axes_list[len(panels) :]:
         axes.set_visible(False)
     handles = {}
     for axes, (title, lines) in zip(axes_list, panels):
         for name, colour, steps, values in lines:
             few = len(steps) <= 12
-            (line,) = axes.plot(steps, values, color=colour, linewidth=1.5, marker="o" if few else None, markersize=3.5, alpha=0.9)
+            (line,) = axes.plot(
+                steps, values, color=colour, linewidth=1.5, marker="o" if few else None, markersize=3.5, alpha=0.9
+            )
             handles.setdefault(_label(name), line)
         axes.set_title(clean(title, 44), loc="left", fontsize=FONT + 0.5, fontweight="bold", parse_math=False)
         if title in log_scale:
@@ -80,10 +108,15 @@ def curves(panels: list[tuple[str, list[tuple[str, str, np.ndarray, np.ndarray]]
         else:
             axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=False))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for axes in axes_list[max(0, len(panels) - 2):len(panels)]:
+    for axes in axes_list[max(0, len(panels) - 2) : len(panels)]:
         axes.set_xlabel("step")
     legend = figure.legend(
-        handles.values(), handles.keys(), loc="outside upper left", ncols=min(5, max(1, len(handles))), frameon=False, fontsize=FONT
+        handles.values(),
+        handles.keys(),
+        loc="outside upper left",
+        ncols=min(5, max(1, len(handles))),
+        frameon=False,
+        fontsize=FONT,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -101,7 +134,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def cost_bars(names: list[str], alone: list[float], extra: list[float], teacher: list[float | None], unit: str) -> bytes:
+def cost_bars(
+    names: list[str], alone: list[float], extra: list[float], teacher: list[float | None], unit: str
+) -> bytes:
     """Stacked bars: the student alone, what the method adds, and the teacher's own training where it is counted."""
     figure, (axes,) = _figure(9.0, 1.25 + 0.45 * len(names))
     rows = np.arange(len(names))
@@ -110,10 +145,25 @@ def cost_bars(names: list[str], alone: list[float], extra: list[float], teacher:
     ends = np.add(alone, np.maximum(extra, 0))
     shares = np.array([value or 0.0 for value in teacher])
     if shares.any():
-        axes.barh(rows, shares, left=ends, color="#e69f00", height=0.6, hatch="///", edgecolor="white", label="the teacher's own training")
+        axes.barh(
+            rows,
+            shares,
+            left=ends,
+            color="#e69f00",
+            height=0.6,
+            hatch="///",
+            edgecolor="white",
+            label="the teacher's own training",
+        )
     ends = ends + shares
     for row, end, plain in zip(rows, ends, alone):
-        axes.text(end + 0.01 * ends.max(), row, f"x {end / plain:.2f}" if plain > 0 else "", va="center", fontsize=FONT)
+        axes.text(
+            end + 0.01 * ends.max(),
+            row,
+            f"x {end / plain:.2f}" if plain > 0 and end > plain else "",
+            va="center",
+            fontsize=FONT,
+        )
     _name_rows(axes, names)
     axes.set_xlim(0, max(ends.max() * 1.12, 1e-9))
     axes.set_xlabel(unit)
@@ -130,7 +180,15 @@ def error_bars(names: list[str], counts: dict[str, list[float]], axis_label: str
         axes.barh(rows, values, left=left, color=ERROR_COLOURS[kind], height=0.62, label=kind)
         for row, (start, value) in enumerate(zip(left, values)):
             if value > 0.06 * max(1e-9, max(map(sum, zip(*counts.values())))):
-                axes.text(start + value / 2, row, f"{value:.2f}", va="center", ha="center", color="white", fontsize=FONT - 1.5)
+                axes.text(
+                    start + value / 2,
+                    row,
+                    f"{value:.2f}",
+                    va="center",
+                    ha="center",
+                    color="white" if kind == "background" else INK,
+                    fontsize=FONT - 1.5,
+                )
         left = left + np.array(values)
     _name_rows(axes, names)
     axes.set_xlabel(axis_label)
@@ -139,7 +197,9 @@ def error_bars(names: list[str], counts: dict[str, list[float]], axis_label: str
     return _png(figure)
 
 
-def feature_grid(columns: list[str], rows: list[str], maps: list[list[np.ndarray | None]], scale_groups: list[list[int]]) -> bytes:
+def feature_grid(
+    columns: list[str], rows: list[str], maps: list[list[np.ndarray | None]], scale_groups: list[list[int]]
+) -> bytes:
     """Feature maps as images, one row a level. Maps of one row whose columns are in one group share a colour scale.
 
     Args:
@@ -160,7 +220,14 @@ def feature_grid(columns: list[str], rows: list[str], maps: list[list[np.ndarray
             else:
                 group = next(group for group in scale_groups if c in group)
                 low, high = min(row[i].min() for i in group), max(row[i].max() for i in group)
-                axes.imshow(values, cmap="viridis", vmin=low, vmax=max(high, low + 1e-12), interpolation="nearest", aspect="equal")
+                axes.imshow(
+                    values,
+                    cmap="viridis",
+                    vmin=low,
+                    vmax=max(high, low + 1e-12),
+                    interpolation="nearest",
+                    aspect="equal",
+                )
                 axes.set_xlabel(f"{low:.2f} \u2026 {high:.2f}", fontsize=FONT - 2.5, color=SOFT, labelpad=2)
             if r == 0:
                 axes.set_title(columns[c], fontsize=FONT)
@@ -218,5 +285,7 @@ def _png(figure: Figure, colours: int = 128) -> bytes:
 def encode_png(image: Image.Image, colours: int = 256) -> bytes:
     """A PNG with a palette of at most `colours` colours, a third of the size of a full-colour one."""
     buffer = io.BytesIO()
-    image.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    method = Image.Quantize.MEDIANCUT if image.width * image.height < 40_000 else Image.Quantize.FASTOCTREE
+    palette = image.convert("RGB").quantize(colours, method=method, dither=Image.Dither.NONE)
+    palette.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

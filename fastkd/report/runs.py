@@ -35,12 +35,11 @@ class Run:
 
     @property
     def method(self) -> str | None:
-        """"lgd", "icd", "fgfi", or None for a detector trained alone."""
+        """ "lgd", "icd", "fgfi", or None for a detector trained alone."""
         method = self.recipe.get("method")
         if not isinstance(method, dict):
             return None
-        kind = str(method.get("type", "")).removesuffix("Config").lower()
-        return kind or None
+        return str(method.get("kind") or "unknown method")
 
     @property
     def inherits(self) -> bool:
@@ -53,7 +52,7 @@ class Run:
         if self.is_teacher:
             return "teacher"
         if self.method is None:
-            return "control: baseline + inheriting" if self.inherits else "baseline"
+            return "inheriting alone" if self.inherits else "baseline"
         return METHOD_NAMES.get(self.method, self.method) + (" + inheriting" if self.inherits else "")
 
     @property
@@ -86,7 +85,9 @@ def load_run(path: Path, name: str | None = None) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"write_report: run_dirs must be folders written by `fastkd train`, got {path}; check the path")
+        raise ValueError(
+            f"write_report: run_dirs must be folders written by `fastkd train`, got {path}; check the path"
+        )
     run = Run(path, name or path.name)
     run.recipe = _read_json(run, "recipe.json", dict) or {}
     run.metrics = _read_json(run, "metrics.json", dict) or {}
@@ -101,7 +102,10 @@ def load_runs(run_dirs) -> list[Run]:
     """Reads several run directories, names them uniquely, and marks the run that is the others' teacher."""
     paths = [Path(path) for path in run_dirs]
     if not paths:
-        raise ValueError("write_report: run_dirs must name at least one run directory, got none; pass the folders that `fastkd train` wrote")
+        raise ValueError(
+            "write_report: run_dirs must name at least one run directory, got none; pass the folders that `fastkd "
+            "train` wrote"
+        )
     names = [path.resolve().name for path in paths]
     runs = []
     for path, name in zip(paths, names):
@@ -117,7 +121,7 @@ def load_runs(run_dirs) -> list[Run]:
 
 
 def baseline_of(run: Run, runs: list[Run], inherits: bool = False) -> Run | None:
-    """The undistilled run with the same detector and seed (with `inherits`: the one that starts from the teacher's head).
+    """The undistilled run with the same detector and seed (with `inherits`: started from the teacher's head).
 
     Returns None for a teacher, for the baseline itself and where no such run was given.
     """
@@ -131,7 +135,7 @@ def baseline_of(run: Run, runs: list[Run], inherits: bool = False) -> Run | None
 
 
 def difference_in_conditions(run: Run, other: Run) -> list[str]:
-    """Names of the settings in which two runs are not equal, and in which they should be for their AP to be compared."""
+    """Names of the settings that should be equal for two APs to be compared, and are not."""
     names = []
     for key in ("data", "schedule", "optimizer", "backbone_weights"):
         if _settings(run.recipe.get(key)) != _settings(other.recipe.get(key)):
@@ -143,7 +147,9 @@ def difference_in_conditions(run: Run, other: Run) -> list[str]:
 
 def _settings(value):
     # the number of loader processes changes the speed, never the batches
-    return {k: v for k, v in value.items() if k not in ("workers", "val_batch_size")} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if name not in ("workers", "val_batch_size")}
 
 
 def _comparable(run: Run) -> tuple:
@@ -165,7 +171,9 @@ def _read_json(run: Run, file_name: str, kind: type):
         run.notes.append(f"{file_name} could not be read: {error}.")
         return None
     if not isinstance(value, kind):
-        run.notes.append(f"{file_name} must hold a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}.")
+        run.notes.append(
+            f"{file_name} must hold a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}."
+        )
         return None
     return value
 
@@ -196,7 +204,9 @@ def _read_log(run: Run) -> list[dict]:
 def _valid_results(run: Run, results: list) -> list[dict]:
     kept = [item for item in results if _is_result(item)]
     if len(kept) < len(results):
-        run.notes.append(f"detections.json has {len(results) - len(kept)} entries that are not COCO results; they are left out.")
+        run.notes.append(
+            f"detections.json has {len(results) - len(kept)} entries that are not COCO results; they are left out."
+        )
     return kept
 
 

@@ -1,6 +1,6 @@
-"""What the pictures need besides the run directories: validation images with their boxes, and the trained networks.
+"""What the pictures need besides the run directories: validation images with boxes, and detections on them.
 
-The only file of the report that knows other parts of the library, so that tables and plots work on the JSON files alone.
+This file and networks.py are the only ones of the report that know other parts of the library.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class ValidationSet:
             width, height = self.dataset.sizes[position]
             return np.full((int(height), int(width), 3), 128, dtype=np.uint8)
 
+    def position(self, image_id: int) -> int:
+        """Index of an image in the data set."""
+        return self._position[image_id]
+
     def file_name(self, image_id: int) -> str:
         """Name of the image file, relative to its folder."""
         return self.dataset.file_name(self._position[image_id])
@@ -51,7 +55,7 @@ class ValidationSet:
         return Truth(*self.dataset.targets(self._position[image_id]))
 
     def found(self, run: Run) -> dict[int, Found]:
-        """The run's detections by image id, every image having an entry; results for unknown images or classes are dropped."""
+        """The run's detections by image id, for every image; those of unknown images or classes are dropped."""
         rows: dict[int, list[tuple]] = {image_id: [] for image_id in self.image_ids}
         for result in run.detections or []:
             label = self._label.get(result["category_id"])
@@ -67,7 +71,7 @@ def _to_found(rows: list[tuple]) -> Found:
 
 
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
-    """The validation set of the first run whose files can be read, or None and the reasons. Runs on other data get a note."""
+    """The validation set of the first run whose files can be read, or None and why. Runs on other data get a note."""
     problems, source, used = [], None, None
     for run in runs:
         data = run.recipe.get("data")

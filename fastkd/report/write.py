@@ -10,7 +10,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from fastkd.report import html, insides, mistakes, numbers, sources
+from fastkd.report import cost, html, insides, mistakes, numbers, sources
 from fastkd.report.html import PictureBook, Section, clean, escape
 from fastkd.report.runs import Run, load_runs
 
@@ -41,7 +41,9 @@ def write_report(
     Raises: ValueError if there is no run directory or `images` is negative.
     """
     if isinstance(images, bool) or not isinstance(images, int) or images < 0:
-        raise ValueError(f"write_report: images must be an integer of at least 0, got {images!r}; pass 0 for no pictures of images")
+        raise ValueError(
+            f"write_report: images must be an integer of at least 0, got {images!r}; pass 0 for no pictures of images"
+        )
     if isinstance(run_dirs, (str, os.PathLike)):
         run_dirs = [run_dirs]
     runs = load_runs(run_dirs)
@@ -53,7 +55,7 @@ def write_report(
         numbers.results_section(runs, colours, book),
         numbers.classes_section(runs, colours, book),
         numbers.curves_section(runs, colours, book),
-        numbers.cost_section(runs, colours, book),
+        cost.cost_section(runs, colours, book),
         *_picture_sections(runs, images, device, book),
         _notes_section(runs),
     ]
@@ -95,7 +97,10 @@ def _notes_section(runs: list[Run]) -> Section:
     section = Section("What is missing")
     lines = [f"{run.name} ({run.path}): {line}" for run in runs for line in run.notes]
     if lines:
-        section.add(html.paragraph("These files were missing or could not be read; the sections above leave them out."), html.note(lines))
+        section.add(
+            html.paragraph("These files were missing or could not be read; the sections above leave them out."),
+            html.note(lines),
+        )
     return section
 
 
@@ -115,12 +120,15 @@ def _footer(runs: list[Run], command: str | None) -> str:
     header = ["run", "recipe", "commit", "seed", "training time", "folder"]
     if command is None:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("fastkd", "torch", "torchvision", "pycocotools", "matplotlib"))
+    versions = ", ".join(
+        f"{name} {_version(name)}" for name in ("fastkd", "torch", "torchvision", "pycocotools", "matplotlib")
+    )
     return (
         "<h3>Where this comes from</h3>"
         + html.table(header, rows, text_columns=len(header))
-        + f"<p>Command: <code>{escape(command)}</code><br>Report written at commit <code>{escape(_commit())}</code> with Python "
-        f"{escape(platform.python_version())}, {escape(versions)} on {escape(platform.machine())} {escape(platform.system())}.</p>"
+        + f"<p>Command: <code>{escape(command)}</code><br>Report written at commit <code>{escape(_commit())}</code> "
+        f"with Python {escape(platform.python_version())}, {escape(versions)} on {escape(platform.machine())} "
+        f"{escape(platform.system())}.</p>"
     )
 
 

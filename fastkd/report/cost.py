@@ -1,0 +1,155 @@
+"""The section about cost: the ledger of methods.md section 4 of every run."""
+
+from __future__ import annotations
+
+from fastkd.report import plots
+from fastkd.report.html import Cell, PictureBook, Section, escape, note, paragraph, table
+from fastkd.report.numbers import UNKNOWN, duration, shown
+from fastkd.report.runs import Run, number
+
+MIB = 2.0**20
+
+
+def entry(run: Run, *keys: str) -> float | None:
+    """The finite number under ledger[keys...], else None."""
+    value = run.ledger
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return number(value)
+
+
+def needs_teacher(run: Run) -> bool:
+    """True where the run cannot be had without training a teacher first."""
+    return isinstance(run.recipe.get("teacher"), str)
+
+
+def cost_section(runs: list[Run], colours: dict[str, str], book: PictureBook) -> Section:
+    """Seconds a step and peak memory of the student alone, with the method, and with the teacher's own training."""
+    section = Section("What it cost")
+    section.add(
+        paragraph(
+            "The student alone and with the method took training steps in turn, on the same batches in the same run; "
+            "times are medians. <em>Extra</em> is what the method adds. A method that needs a pretrained teacher also "
+            "pays for training that teacher: <em>extra with teacher</em> adds it, spread over the student\u2019s steps."
+        )
+    )
+    measured = [run for run in runs if entry(run, "student", "seconds_per_step") is not None]
+    lines = [f"{run.name} has no ledger.json with measurements." for run in runs if run not in measured]
+    if measured:
+        section.add(_step_table(measured, colours), _run_table(measured, colours))
+        section.add(*_pictures(measured, book), *_sentences(measured))
+        lines += _unknown_teachers(measured)
+        devices = {str(run.ledger.get("device")) for run in measured}
+        if len(devices) > 1:
+            lines.append(
+                f"The runs were measured on different devices ({', '.join(sorted(devices))}): compare shares, not "
+                f"seconds."
+            )
+    section.add(note(lines))
+    return section
+
+
+def _step_table(runs: list[Run], colours: dict[str, str]) -> str:
+    header = ["one step", "student alone", "with method", "extra", "extra with teacher"]
+    header += ["memory alone", "with method", "extra"]
+    rows = []
+    for run in runs:
+        seconds = [
+            entry(run, name, "seconds_per_step") for name in ("student", "with_method", "extra", "extra_with_teacher")
+        ]
+        memory = [entry(run, name, "peak_bytes") for name in ("student", "with_method", "extra")]
+        if run.method is None:
+            seconds[1] = seconds[2] = memory[1] = memory[2] = None
+            seconds[3] = seconds[3] if needs_teacher(run) else None
+        cells = [_seconds(value, signed=place >= 2) for place, value in enumerate(seconds)]
+        cells += [_mebibytes(value, signed=place == 2) for place, value in enumerate(memory)]
+        if seconds[2] is not None and seconds[0]:
+            cells[2] += f" ({100 * seconds[2] / seconds[0]:+.0f} %)"
+        if memory[2] is not None and memory[0]:
+            cells[6] += f" ({100 * memory[2] / memory[0]:+.0f} %)"
+        rows.append([Cell(run.name, colour=colours[run.name]), *cells])
+    return table(header, rows)
+
+
+def _run_table(runs: list[Run], colours: dict[str, str]) -> str:
+    rows = []
+    for run in runs:
+        student, extra = entry(run, "run", "student_seconds"), entry(run, "run", "extra_seconds")
+        teacher, whole = entry(run, "teacher", "seconds"), entry(run, "extra_with_teacher", "seconds")
+        rows.append(
+            [
+                Cell(run.name, colour=colours[run.name]),
+                shown(entry(run, "run", "steps"), 0),
+                duration(student),
+                duration(extra) if run.method else UNKNOWN,
+                (duration(teacher) if teacher is not None else "not known") if needs_teacher(run) else UNKNOWN,
+                duration(whole) if whole is not None and (run.method or needs_teacher(run)) else UNKNOWN,
+                f"x {1 + whole / student:.2f}" if whole is not None and student else UNKNOWN,
+            ]
+        )
+    header = [
+        "the whole run",
+        "steps",
+        "student alone",
+        "extra",
+        "teacher\u2019s training",
+        "extra with teacher",
+        "in all",
+    ]
+    return table(header, rows)
+
+
+def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
+    names = [run.name for run in runs]
+    timed = [run for run in runs if entry(run, "run", "student_seconds") is not None]
+    figures = []
+    if timed:
+        alone = [entry(run, "run", "student_seconds") / 60 for run in timed]
+        extra = [(entry(run, "run", "extra_seconds") or 0.0) / 60 for run in timed]
+        teacher = [(entry(run, "teacher", "seconds") or 0.0) / 60 for run in timed]
+        picture = plots.cost_bars(
+            [run.name for run in timed], alone, extra, teacher, "minutes of training, the whole run"
+        )
+        caption = "Training time of the whole run. The number at each bar is the multiple of the student alone."
+        figures.append(book.figure(picture, "cost_time", "Bar chart of training time", caption))
+    if all(entry(run, "student", "peak_bytes") is not None for run in runs):
+        alone = [entry(run, "student", "peak_bytes") / MIB for run in runs]
+        extra = [(entry(run, "extra", "peak_bytes") or 0.0) / MIB if run.method else 0.0 for run in runs]
+        picture = plots.cost_bars(names, alone, extra, [0.0] * len(runs), "peak memory of a training step, MiB")
+        caption = "Peak memory of a training step: weights, optimiser states, activations, and the teacher if any."
+        figures.append(book.figure(picture, "cost_memory", "Bar chart of peak memory", caption))
+    return figures
+
+
+def _sentences(runs: list[Run]) -> list[str]:
+    """LGD's extra cost against that of FGFI, the comparison that LGD was published with."""
+    lines = []
+    for lgd in (run for run in runs if run.method == "lgd"):
+        fgfi = next((run for run in runs if run.method == "fgfi" and run.detector == lgd.detector), None)
+        if fgfi is None:
+            continue
+        parts = []
+        for keys, words in (
+            (("run", "extra_seconds"), "in training itself"),
+            (("extra_with_teacher", "seconds"), "with the teacher\u2019s training"),
+        ):
+            mine, theirs = entry(lgd, *keys), entry(fgfi, *keys)
+            if mine is not None and theirs is not None and theirs > 0:
+                share = 100 * (1 - mine / theirs)
+                parts.append(f"{abs(share):.0f} % {'less' if share >= 0 else 'more'} extra time {words}")
+        if parts:
+            lines.append(paragraph(f"{escape(lgd.name)} takes {' and '.join(parts)} than {escape(fgfi.name)}."))
+    return lines
+
+
+def _unknown_teachers(runs: list[Run]) -> list[str]:
+    unknown = [run for run in runs if needs_teacher(run) and entry(run, "teacher", "seconds") is None]
+    return [f"{run.name}: what training its teacher ({run.recipe['teacher']}) took is not known." for run in unknown]
+
+
+def _seconds(value: float | None, signed: bool) -> str:
+    return UNKNOWN if value is None else f"{value:{'+' if signed else ''}.3f} s"
+
+
+def _mebibytes(value: float | None, signed: bool) -> str:
+    return UNKNOWN if value is None else f"{value / MIB:{'+' if signed else ''},.0f} MiB"
