@@ -11,11 +11,10 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import LevelMapper
 
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import clip_boxes, suppress
+from fastkd.detectors.roi_align import PyramidRoIAlign
 from fastkd.detectors.sampling import draw_keys, sample_balanced
 from fastkd.detectors.targets import (
     PaddedBoxes,
@@ -28,24 +27,6 @@ from fastkd.types import Batch, Detections
 
 SMALLEST_SIDE = 1e-2  # pixels; thinner detections are dropped, as in torchvision
 MASKS_AT_ONCE = 16  # pasted masks held as float32 images
-
-
-class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's multi-scale RoI align on P2 .. P5 at their fixed strides, not inferred from the first batch.
-
-    Args:
-        size: side of the pooled maps.
-        canonical_size: proposals of this side in pixels come from P4.
-    """
-
-    def __init__(self, size: int, canonical_size: int):
-        super().__init__(["0", "1", "2", "3"], size, sampling_ratio=2, canonical_scale=canonical_size)
-        self.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-        self.map_levels = LevelMapper(2, 5, canonical_scale=canonical_size)
-
-    def forward(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """Pooled maps [R, C, size, size] of B tensors of boxes [R_b, 4], image after image."""
-        return super().forward({str(level): x for level, x in enumerate(pyramid[:4])}, boxes, [])
 
 
 class Sample(NamedTuple):
