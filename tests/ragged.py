@@ -80,7 +80,7 @@ def priors(num_classes, seed=0):
 def gradients(loss, module, inputs=()):
     """Gradients of loss by name: the module's parameters and the inputs; None where there is none."""
     named = dict(module.named_parameters()) | {f"input{index}": value for index, value in enumerate(inputs)}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
     return dict(zip(named, found, strict=True))
 
 
