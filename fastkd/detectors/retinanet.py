@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
@@ -13,6 +13,10 @@ from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.targets import BETWEEN, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, match_anchors
 from fastkd.types import Batch, Detections
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // 8, channels)
 
 
 class RetinaNet(Detector):
@@ -25,7 +29,8 @@ class RetinaNet(Detector):
 
     def __init__(self, config: DetectorConfig):
         anchors = PyramidAnchors(config.anchor_sizes(), config.aspect_ratios(), config.strides)
-        head = RetinaNetHead(config.channels, anchors.per_cell, config.num_classes)
+        norm_layer = _group_norm if config.head_norm == "gn" else None
+        head = RetinaNetHead(config.channels, anchors.per_cell, config.num_classes, norm_layer)
         for tower in (head.classification_head, head.regression_head):
             tower.conv = tower.conv[: config.head_convs]
         super().__init__(config, *build_backbone_and_neck(config), head)

@@ -45,7 +45,8 @@ class ScenesNumbers:
     """Every number of the scenes recipes that was tuned, in one place.
 
     Tuned on the plain student (rate, anchors, steps), never on a method: all students of a detector share all of it.
-    Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU cores.
+    Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU
+    cores.
     """
 
     steps: int = 1000
@@ -107,6 +108,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         channels=numbers.channels,
         norm="bn" if teacher else "frozen_bn",
         head_convs=numbers.head_convs,
+        head_norm="gn" if detector == "retinanet" else "none",
         rpn_pre_nms_train=200,
         rpn_pre_nms_test=200,
         rpn_post_nms_train=100,
