@@ -97,7 +97,7 @@ def _write_split(root: Path, split: str, count: int, parameters: dict, style: Sc
 def generate_scenes(
     root: str | os.PathLike,
     *,
-    train: int = 4000,
+    train: int = 8000,
     val: int = 500,
     seed: int = 0,
     processes: int = 2,

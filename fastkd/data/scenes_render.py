@@ -25,6 +25,9 @@ class SceneStyle:
         sizes: (width, height) of the pictures, drawn uniformly.
         max_objects: most objects in one picture, >= 1.
         smallest: smallest object side drawn, pixels.
+        typical: smallest and largest side of the usual object (83 %) in pixels of a 128-pixel picture; the others form a
+            tail down to `smallest` and another up to more than half the picture.
+        rotation: largest turn of a shape and its texture from upright, radians, in [0, pi].
         noise: standard deviation of the sensor noise, grey levels of 255; each picture draws 0.4..1.6 of it.
         clutter: mean number of distractors (shapes of no class) in a picture.
         occlusion: probability that an object is placed against an earlier one so that they overlap.
@@ -37,12 +40,14 @@ class SceneStyle:
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96), (96, 160))
     max_objects: int = 9
     smallest: float = 8.0
-    noise: float = 9.0
-    clutter: float = 4.0
-    occlusion: float = 0.3
+    typical: tuple[float, float] = (18.0, 64.0)
+    rotation: float = 0.4
+    noise: float = 5.0
+    clutter: float = 2.5
+    occlusion: float = 0.2
     min_visible: float = 0.35
-    contrast: float = 1.0
-    blur: float = 0.8
+    contrast: float = 1.4
+    blur: float = 0.5
     empty: float = 0.03
 
     def __post_init__(self):
@@ -50,9 +55,11 @@ class SceneStyle:
             raise ValueError(f"SceneStyle: sizes must be (width, height) pairs of 32..4096 pixels, got {self.sizes}")
         for name, low, high in (("noise", 0, 128), ("clutter", 0, 50), ("occlusion", 0, 1), ("min_visible", 0.05, 1),
                                 ("contrast", 0.05, 2), ("blur", 0, 8), ("empty", 0, 1), ("max_objects", 1, 50),
-                                ("smallest", 6, 64)):  # fmt: skip
+                                ("smallest", 6, 64), ("rotation", 0, math.pi)):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"SceneStyle: {name} must be in [{low}, {high}], got {getattr(self, name)}")
+        if len(self.typical) != 2 or not 6 <= self.typical[0] <= self.typical[1] <= 96:
+            raise ValueError(f"SceneStyle: typical must be (smallest, largest) in [6, 96], got {self.typical}")
 
 
 def _regular(corners: int, inner: float | None = None, turn: float = 0.0) -> np.ndarray:
@@ -153,13 +160,13 @@ def _outline(item_shape: str, centre, radii, angle: float, width: int, height: i
 
 
 def _object_side(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> float:
-    """Side of an object, pixels: most 14..64 (at 128 px), a tail of smaller ones, a few up to half the picture."""
+    """Side of an object, pixels: most as `style.typical` says, a tail of smaller ones, a few up to half the picture."""
     unit = math.sqrt(width * height) / 128
     draw = rng.random()
     if draw < 0.10:
-        low, high = style.smallest, 14 * unit
+        low, high = style.smallest, style.typical[0] * unit
     elif draw < 0.93:
-        low, high = 14 * unit, 64 * unit
+        low, high = style.typical[0] * unit, style.typical[1] * unit
     else:
         low, high = 56 * unit, 88 * unit
     low, high = max(low, style.smallest), max(high, style.smallest)
@@ -186,10 +193,12 @@ def _place(rng, style: SceneStyle, width: int, height: int, side: float, placed:
     return best
 
 
-def _make_item(rng, label: int, shape: str, textures, side: float, centre, width: int, height: int) -> _Item | None:
+def _make_item(
+    rng, style: SceneStyle, label: int, shape: str, textures, side: float, centre, width: int, height: int
+) -> _Item | None:
     aspect = math.exp(rng.uniform(-0.25, 0.25))
     radii = (0.5 * side * math.sqrt(aspect), 0.5 * side / math.sqrt(aspect))
-    angle = rng.uniform(0, 2 * math.pi)
+    angle = rng.uniform(-style.rotation, style.rotation)
     texture = textures[int(rng.integers(len(textures)))]
     outline = _outline(shape, centre, radii, angle, width, height)
     if outline is None:
@@ -211,12 +220,13 @@ def _plan(rng: np.random.Generator, style: SceneStyle, width: int, height: int) 
         side = _object_side(rng, style, width, height)
         centre = _place(rng, style, width, height, side, placed)
         placed.append((*centre, side))
-        items.append(_make_item(rng, label, kinds[label][1], kinds[label][2], side, centre, width, height))
+        _, shape, textures = kinds[label]
+        items.append(_make_item(rng, style, label, shape, textures, side, centre, width, height))
     for _ in range(int(rng.poisson(style.clutter))):
         shape, textures = DISTRACTORS[int(rng.integers(len(DISTRACTORS)))]
         side = _object_side(rng, style, width, height) * 0.7
         centre = (rng.uniform(0, width), rng.uniform(0, height))
-        item = _make_item(rng, -1, shape, textures, max(side, 6.0), centre, width, height)
+        item = _make_item(rng, style, -1, shape, textures, max(side, 6.0), centre, width, height)
         # three of four distractors lie behind the objects, the others anywhere
         items.insert(0 if rng.random() < 0.75 else int(rng.integers(len(items) + 1)), item)
     return [item for item in items if item is not None]

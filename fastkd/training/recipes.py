@@ -50,7 +50,7 @@ class ScenesNumbers:
     """
 
     steps: int = 1000
-    teacher_steps: int = 6000
+    teacher_steps: int = 4500
     backbone_steps: int = 3000
     batch_size: int = 16
     num_classes: int = 10
