@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ragged import LEVELS, SIZE, assert_close_gradients, gradients, part_of, ragged_batch, ragged_pyramid
+from ragged import LEVELS, assert_close_gradients, gradients, part_of, ragged_batch, ragged_pyramid
 from torch.nn import functional as F
 
 from fastkd.distillers import FGFI
@@ -85,9 +85,7 @@ def test_mask_is_the_strictly_better_cells(psi):
     batch = ragged_batch((4, 0, 3), seed=3)
     module = FGFI(5, psi=psi)
     masks = module.masks(ragged_pyramid(3, 5), batch, ANCHORS)
-    found = {
-        (image, level, y, x) for level, mask in enumerate(masks) for image, y, x in mask.nonzero().tolist()
-    }
+    found = {(image, level, y, x) for level, mask in enumerate(masks) for image, y, x in mask.nonzero().tolist()}
     assert found == imitating_cells(batch, ANCHORS, psi)
     assert (not found) == (psi == 1.0)  # nothing exceeds the best one itself
 
@@ -117,8 +115,14 @@ def test_split_batch_averages_to_the_whole(monkeypatch):
     halves = [range(0, 2), range(2, 4)]
     counts = []
     monkeypatch.setattr("fastkd.distillers.fgfi.global_mean", lambda count: counts.append(count) or count)
-    parts = [([level[h.start : h.stop] for level in student], [level[h.start : h.stop] for level in teacher],
-              part_of(batch, h)) for h in halves]
+    parts = [
+        (
+            [level[h.start : h.stop] for level in student],
+            [level[h.start : h.stop] for level in teacher],
+            part_of(batch, h),
+        )
+        for h in halves
+    ]
     for part in parts:
         loss_of(module, *part)
     assert counts[0] > 0 and counts[1] == 0
@@ -163,4 +167,3 @@ def test_bad_arguments():
         loss_of(module, student, student[:3], batch)
     with pytest.raises(ValueError, match="one entry a level"):
         module(student, student, batch, ANCHORS[:2])
-    assert SIZE == batch.padded_size

@@ -16,7 +16,7 @@ from fastkd.distillers.icd_queries import QueryEncoder, anchor_embedding, draw_q
 CHANNELS, TEACHER, HEADS = 12, 20, 4
 
 
-# --- the transcription: one image, one query, one head at a time -------------------------------------------------------
+# the transcription: one image, one query, one head at a time
 
 
 def draw(batch, prior, rho, limit):
@@ -45,10 +45,17 @@ def draw(batch, prior, rho, limit):
                     mean, std = prior.mean[label, axis].item(), prior.std[label, axis].item()
                     value = min(max(mean + std * normal[n][axis], mean - 2 * std), mean + 2 * std)
                     side.append(min(max(value, 0.002), 0.7))
-                box = [centre[0] - side[0] / 2, centre[1] - side[1] / 2, centre[0] + side[0] / 2, centre[1] + side[1] / 2]
+                box = [
+                    centre[0] - side[0] / 2,
+                    centre[1] - side[1] / 2,
+                    centre[0] + side[0] / 2,
+                    centre[1] + side[1] / 2,
+                ]
                 box = [min(max(edge, 0.0), 1.0) for edge in box]
             size = [box[2] - box[0], box[3] - box[1]]
-            anchor = [(box[axis] + box[axis + 2]) / 2 + (uniform[n][3 + axis] * 0.6 - 0.3) * size[axis] for axis in (0, 1)]
+            anchor = [
+                (box[axis] + box[axis + 2]) / 2 + (uniform[n][3 + axis] * 0.6 - 0.3) * size[axis] for axis in (0, 1)
+            ]
             queries.append((box, label, anchor, (size[0] * width, size[1] * height), n < count))
         drawn.append(queries)
     return drawn
@@ -106,8 +113,12 @@ def decode_image(module, levels, queries, cells, image, temperature):
     depth, found = CHANNELS // HEADS, []
     for layer in module.decoder:
         features = [levels[index][image, :, y, x] for index, y, x, _ in cells]
-        keys = torch.stack([dense(layer.key, feature + dense(layer.position, cell[3]))
-                            for feature, cell in zip(features, cells, strict=True)])
+        keys = torch.stack(
+            [
+                dense(layer.key, feature + dense(layer.position, cell[3]))
+                for feature, cell in zip(features, cells, strict=True)
+            ]
+        )
         values = torch.stack([dense(layer.value, feature) for feature in features])
         after, probabilities = [], []
         for query in decoded:
@@ -166,7 +177,7 @@ def transcribe(module, prior, student, teacher, batch, detach_student=False):
     }
 
 
-# --- the comparisons ---------------------------------------------------------------------------------------------------
+# the comparisons
 
 
 def build(num_classes=3, **options):
@@ -249,15 +260,13 @@ def test_queries_equal_transcription(num_classes):
             torch.testing.assert_close(found.boxes[image, n], torch.tensor(box), rtol=0, atol=1e-6)
             torch.testing.assert_close(found.anchors[image, n], torch.tensor(anchor), rtol=0, atol=1e-6)
             torch.testing.assert_close(found.pixels[image, n], torch.tensor(pixels), rtol=0, atol=1e-4)
-            torch.testing.assert_close(
-                described[image, n].double(), descriptor(query, num_classes), rtol=0, atol=2e-6
-            )
+            torch.testing.assert_close(described[image, n].double(), descriptor(query, num_classes), rtol=0, atol=2e-6)
     assert found.real.flatten()[found.real_slots].all()
     torch.testing.assert_close(found.pixels.flatten(0, 1)[found.real_slots], batch.boxes[:, 2:] - batch.boxes[:, :2])
 
 
 def test_fakes_follow_the_priors():
-    """Over many draws: class frequencies, sizes within mean +- 2 std and [0.002, 0.7], boxes in the image, anchors within."""
+    """Over many draws: class frequencies, sizes within mean +- 2 std and [0.002, 0.7], boxes in the image."""
     batch, prior = ragged_batch((1,) * 4, num_classes=6), priors(6)
     found = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=4000, max_queries=4000)
     fake = found.valid & ~found.real
@@ -296,7 +305,10 @@ def test_valid_sizes():
     """ceil(image / stride) with the mean stride, never more than the level has."""
     sizes = torch.tensor([[64, 96], [57, 83], [1, 1]])
     assert [size.tolist() for size in valid_sizes(sizes, SIZE, LEVELS)] == [
-        [[8, 12], [8, 11], [1, 1]], [[4, 6], [4, 6], [1, 1]], [[2, 3], [2, 3], [1, 1]], [[1, 1], [1, 1], [1, 1]]
+        [[8, 12], [8, 11], [1, 1]],
+        [[4, 6], [4, 6], [1, 1]],
+        [[2, 3], [2, 3], [1, 1]],
+        [[1, 1], [1, 1], [1, 1]],
     ]
     assert valid_sizes(torch.tensor([[160, 96]]), (160, 96), [(2, 1)])[0].tolist() == [[2, 1]]
 
@@ -334,9 +346,13 @@ def test_padding_gets_no_attention():
 
 
 def test_split_batch_averages_to_the_whole(monkeypatch):
-    """Halves of different query counts, one without boxes: mean counts as normaliser, gradients averaged = the whole batch."""
+    """Halves, one without boxes: mean counts as normaliser, gradients averaged = the whole batch."""
     module, _ = build(rho=2, layers=2)
-    batch, student, teacher = ragged_batch((3, 1, 0, 0)), ragged_pyramid(4, CHANNELS), ragged_pyramid(4, TEACHER, seed=1)
+    batch, student, teacher = (
+        ragged_batch((3, 1, 0, 0)),
+        ragged_pyramid(4, CHANNELS),
+        ragged_pyramid(4, TEACHER, seed=1),
+    )
 
     def found(images):
         window = slice(images.start, images.stop)

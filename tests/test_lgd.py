@@ -22,7 +22,7 @@ from fastkd.distillers.lgd import (
 CHANNELS, HEADS = 12, 4
 
 
-# --- the transcription: one image, one object, one cell at a time ------------------------------------------------------
+# the transcription: one image, one object, one cell at a time
 
 
 def norm(vector):
@@ -44,7 +44,7 @@ def transform(net, vector):
 
 
 def mask_crop(mask, box):
-    """The mask cropped to the box at 7x7: means of bilinear samples (RoIAlign, half-pixel offsets), at least one half."""
+    """The mask cropped to the box at 7x7: means of bilinear samples (half-pixel offsets), at least one half."""
     tall, broad, mask = *mask.shape, mask.tolist()
     x1, y1, x2, y2 = (corner - 0.5 for corner in box)
     high, wide = (y2 - y1) / 7, (x2 - x1) / 7
@@ -57,14 +57,18 @@ def mask_crop(mask, box):
         top, left = int(y), int(x)
         down, right = min(top + 1, tall - 1), min(left + 1, broad - 1)
         a, b = y - top, x - left
-        return ((1 - a) * ((1 - b) * mask[top][left] + b * mask[top][right])
-                + a * ((1 - b) * mask[down][left] + b * mask[down][right]))
+        return (1 - a) * ((1 - b) * mask[top][left] + b * mask[top][right]) + a * (
+            (1 - b) * mask[down][left] + b * mask[down][right]
+        )
 
     cells = []
     for i in range(7):
         for j in range(7):
-            samples = [sample(y1 + high * (i + (p + 0.5) / rows), x1 + wide * (j + (q + 0.5) / columns))
-                       for p in range(rows) for q in range(columns)]
+            samples = [
+                sample(y1 + high * (i + (p + 0.5) / rows), x1 + wide * (j + (q + 0.5) / columns))
+                for p in range(rows)
+                for q in range(columns)
+            ]
             cells.append(1.0 if sum(samples) / len(samples) >= 0.5 else 0.0)
     return cells
 
@@ -128,8 +132,10 @@ def attend(attention, query, keys):
 
 
 def label_embeddings(module, descriptors):
-    local = [transform(module.local_transform, layer(module.local, transform(module.input_transform, d)))
-             for d in descriptors]
+    local = [
+        transform(module.local_transform, layer(module.local, transform(module.input_transform, d)))
+        for d in descriptors
+    ]
     features = []
     for vector in local:
         for part in module.expand:
@@ -199,7 +205,7 @@ def transcribe(lgd, pyramid, batch, detach_student=False):
     return total / elements, instructive
 
 
-# --- the comparisons ---------------------------------------------------------------------------------------------------
+# the comparisons
 
 
 def build(num_classes=3, **options):
@@ -259,7 +265,7 @@ def test_other_class_counts_and_empty_images(num_classes, counts, context):
 
 
 def test_gradient_flows():
-    """The distillation loss reaches student and adapter only; detach_student leaves the adapter, detach_appearance the modules."""
+    """The distillation loss reaches student and adapter only, with detach_student the adapter only."""
     batch, pyramid = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS)
     lgd = build()
     found = gradients(lgd(pyramid, batch)[0]["lgd_distill"], lgd, pyramid)
@@ -367,8 +373,12 @@ def test_parts_have_right_gradients():
 
     assert torch.autograd.gradcheck(net, random(2, 3))
     assert torch.autograd.gradcheck(lambda d: encoder(d, objects), random(count, 5), fast_mode=True)
-    assert torch.autograd.gradcheck(lambda a, b: relation(a, b, objects, 2), (random(count, 4), random(2, count, 4)), fast_mode=True)
-    assert torch.autograd.gradcheck(lambda a: mapper(a, objects, SIZE, [(2, 3)])[0], random(1, count, 4), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda a, b: relation(a, b, objects, 2), (random(count, 4), random(2, count, 4)), fast_mode=True
+    )
+    assert torch.autograd.gradcheck(
+        lambda a: mapper(a, objects, SIZE, [(2, 3)])[0], random(1, count, 4), fast_mode=True
+    )
     assert torch.autograd.gradcheck(lambda x: appearance([x], objects, SIZE), random(3, 4, 2, 3), fast_mode=True)
 
 
@@ -382,7 +392,7 @@ def test_bad_arguments():
     batch, pyramid = ragged_batch((1, 1)), ragged_pyramid(2, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="pyramid must have 24 channels, got 16"):
         LGD(3, 24)(pyramid, batch)
-    with pytest.raises(ValueError, match="batch.masks must be given"):
+    with pytest.raises(ValueError, match="masks must be given"):
         LGD(3, 16, use_masks=True)(pyramid, batch)
-    with pytest.raises(ValueError, match="batch.counts must add up"):
+    with pytest.raises(ValueError, match="counts must add up"):
         LGD(3, 16)(pyramid, dataclasses.replace(batch, counts=[2, 1]))

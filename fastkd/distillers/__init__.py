@@ -1,4 +1,4 @@
-"""The three methods as ordinary modules: pyramids and a Batch in, losses out. They know no detector, no dataset, no config."""
+"""The three methods as ordinary modules: pyramids and a Batch in, losses out; no detector, dataset or config."""
 
 from fastkd.distillers.fgfi import FGFI
 from fastkd.distillers.icd import ICD

@@ -15,9 +15,10 @@ from fastkd.types import Batch
 
 
 class FGFI(nn.Module):
-    """Fine-grained feature imitation: weight / (2 * N_p) * sum over imitating cells and channels of (adapt(student) - teacher)^2.
+    """Fine-grained feature imitation.
 
-    A cell imitates if any of its anchors has IoU > psi * (the best IoU of all anchors) with any box; N_p = such cells of the batch.
+    loss = weight / (2 * N_p) * sum over imitating cells and channels of (adapt(student) - teacher)^2.
+    A cell imitates if any of its anchors has IoU > psi * (the best IoU of all anchors) with any box; N_p = such cells.
 
     Args:
         channels: of the student's pyramid.
@@ -56,8 +57,8 @@ class FGFI(nn.Module):
             student_pyramid: L tensors [B, channels, H_l, W_l]; receive gradients.
             teacher_pyramid: L tensors [B, teacher_channels, H_l, W_l]; frozen.
             batch: images and boxes.
-            anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; a cell's stride is that of torchvision's
-                AnchorGenerator, (H // H_l, W // W_l) of the padded batch.
+            anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; a level's stride is that of
+                torchvision's AnchorGenerator, (H // H_l, W // W_l) of the padded batch.
             scale: factor of the loss, for a warm-up.
         Returns: {"fgfi_imitation": float scalar}; 0 with every parameter in the graph when no cell imitates.
         Raises: ValueError or TypeError if the pyramids or anchors disagree.

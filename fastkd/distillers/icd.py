@@ -1,4 +1,4 @@
-"""ICD: instances query a frozen teacher's features, and where they look the student imitates (Kang et al., NeurIPS 2021)."""
+"""ICD: instances query a frozen teacher, and where they look the student imitates (Kang et al., NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     """Identification and localisation loss of the auxiliary task (methods 1.3).
 
     identification = binary cross-entropy of output 0 with "is real", averaged over valid queries;
-    localisation = sum over left, top, right, bottom of |sigmoid(output) - distance from the anchor to that side| / the box's
-    width or height (at least 1e-7), all normalised by the image, averaged over real queries.
+    localisation = sum over left, top, right, bottom of |sigmoid(output) - distance from the anchor to that side| / the
+    box's width or height (at least 1e-7), all normalised by the image, averaged over real queries.
 
     Args:
         outputs: [B, N, 5]; receives gradients.
@@ -74,11 +74,20 @@ class ICD(nn.Module):
     ):
         super().__init__()
         if num_classes < 1 or priors.num_classes != num_classes:
-            raise ValueError(f"ICD: num_classes must be at least 1 and that of the priors ({priors.num_classes}), "
-                             f"got {num_classes}; measure the priors on the same data")
+            raise ValueError(
+                f"ICD: num_classes must be at least 1 and that of the priors ({priors.num_classes}), "
+                f"got {num_classes}; measure the priors on the same data"
+            )
         if heads < 1 or channels < 1 or channels % heads:
-            raise ValueError(f"ICD: channels must be divisible by heads, got {channels} and {heads}; change one of them")
-        for name, value, lowest in (("layers", layers, 1), ("max_queries", max_queries, 1), ("rho", rho, 0), ("weight", weight, 0)):
+            raise ValueError(
+                f"ICD: channels must be divisible by heads, got {channels} and {heads}; change one of them"
+            )
+        for name, value, lowest in (
+            ("layers", layers, 1),
+            ("max_queries", max_queries, 1),
+            ("rho", rho, 0),
+            ("weight", weight, 0),
+        ):
             if value < lowest:
                 raise ValueError(f"ICD: {name} must be at least {lowest}, got {value}; raise it")
         if temperature <= 0:

@@ -31,7 +31,7 @@ def valid_sizes(
 
 
 def _axis_table(valid: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines [B, length, 128] of the places 1..valid scaled to 2 pi, and which places are inside [B, length]."""
+    """Sines and cosines [B, length, 128] of places 1..valid scaled to 2 pi, and which places are inside [B, length]."""
     place = torch.arange(1, length + 1, device=valid.device)
     angle = (place / valid[:, None] * 2 * math.pi)[..., None] * sine_frequencies(valid.device)  # [B, length, 64]
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid[:, None]
@@ -55,9 +55,7 @@ class Positions:
     widths: list[int]
 
     @classmethod
-    def of(
-        cls, image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
-    ) -> Positions:
+    def of(cls, image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Positions:
         """The embeddings of these images (image_sizes [B, 2]) on levels of these sizes."""
         sizes = valid_sizes(image_sizes, padded_size, level_sizes)
         rows = [_axis_table(size[:, 0], height) for size, (height, _) in zip(sizes, level_sizes, strict=True)]
@@ -142,8 +140,8 @@ def project_levels(linear: nn.Linear, levels: Sequence[Tensor]) -> list[Tensor]:
 class DecoderLayer(nn.Module):
     """Attention of the queries over the teacher's pyramid and a feed-forward, each with residual and LayerNorm.
 
-    key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v; b_k and b_p move all logits of a query alike, so their
-    gradient is zero up to rounding.
+    key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v; b_k and b_p move all logits of a query alike, so
+    their gradient is zero up to rounding.
 
     Args:
         channels: C, of queries and values, divisible by heads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def query_count(count: int, rho: float, max_queries: int) -> int:
 
 
 def _random_numbers(batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-    """Uniforms [sum of totals, 5] and normals [sum of totals, 2], those of image b from a generator seeded with seeds[b]."""
+    """Uniforms [sum of totals, 5] and normals [sum of totals, 2]; image b's come from a generator seeded seeds[b]."""
     uniform, normal = [], []
     for seed, total in zip(batch.seeds, totals, strict=True):
         generator = torch.Generator().manual_seed(seed)
@@ -81,16 +82,20 @@ def draw_queries(
     """
     counts, images, boxes = batch.counts, len(batch), batch.boxes
     if len(batch.seeds) != images:
-        raise ValueError(f"ICD: batch.seeds must be {images} ints, one for each image, got {len(batch.seeds)}; "
-                         "the loader fills them")
+        raise ValueError(
+            f"ICD: batch.seeds must be {images} ints, one for each image, got {len(batch.seeds)}; the loader fills them"
+        )
     if sum(counts) != boxes.shape[0] or len(counts) != images:
-        raise ValueError(f"ICD: batch.counts must add up to the {boxes.shape[0]} boxes of {images} images, got {counts}; "
-                         "pass the boxes of each image")
+        raise ValueError(
+            f"ICD: batch.counts must add up to the {boxes.shape[0]} boxes of {images} images, got {counts}; "
+            "pass the boxes of each image"
+        )
     totals = [query_count(count, rho, max_queries) for count in counts]
     longest = max(totals)
     slots, real_slots = (
-        torch.tensor([b * longest + n for b, number in enumerate(numbers) for n in range(number)], dtype=torch.int64)
-        .to(boxes.device, non_blocking=True)
+        torch.tensor(
+            [b * longest + n for b, number in enumerate(numbers) for n in range(number)], dtype=torch.int64
+        ).to(boxes.device, non_blocking=True)
         for numbers in (totals, counts)
     )
     uniform, normal = (
@@ -137,7 +142,7 @@ def scale_indicator(pixels: Tensor) -> Tensor:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,7 +1,8 @@
-"""LGD: the student is taught by features that a small network makes of its own and the labels (Zhang et al., AAAI 2022)."""
+"""LGD: features made of the labels and the student's own teach the student (Zhang et al., AAAI 2022)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ ADAPTER_QUERIES = ("appearance", "label", "appearance_only", "label_only")
 
 @dataclass
 class Objects:
-    """What LGD encodes: every box of the batch, then the stand-ins (context objects, or unit boxes of images without boxes).
+    """What LGD encodes: every box of the batch, then stand-ins (context objects, or unit boxes where there is none).
 
     Args:
         boxes: [K, 4] xyxy pixels of the padded batch.
@@ -51,15 +52,19 @@ class Objects:
 
 
 def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
-    """The objects of a batch: its boxes and, behind them, one context object an image (the box of the image, no class), or
-    without context one unit box (0, 0, 1, 1) with no class for each image without boxes.
+    """The objects of a batch: its boxes and, behind them, the stand-ins.
+
+    With context: one object an image, the box of the image with no class. Without: one unit box (0, 0, 1, 1) with no
+    class for each image without boxes.
 
     A stand-in's mask holds the pixels whose centre its box contains.
     """
     device, counts = batch.boxes.device, batch.counts
     if sum(counts) != batch.boxes.shape[0] or len(counts) != len(batch):
-        raise ValueError(f"LGD: batch.counts must add up to the {batch.boxes.shape[0]} boxes of {len(batch)} images, "
-                         f"got {counts}; pass the boxes of each image")
+        raise ValueError(
+            f"LGD: batch.counts must add up to the {batch.boxes.shape[0]} boxes of {len(batch)} images, "
+            f"got {counts}; pass the boxes of each image"
+        )
     if use_masks and batch.masks is None:
         raise ValueError("LGD: batch.masks must be given with use_masks, got None; load the data with masks")
     owners = list(range(len(batch))) if context else [image for image, count in enumerate(counts) if count == 0]
@@ -94,7 +99,7 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
 def describe(
     objects: Objects, num_classes: int, padded_size: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Descriptors [K, 4 + num_classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7, mapped to [-1, 1]."""
+    """Descriptors [K, 4 + classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7; all in [-1, 1]."""
     height, width = padded_size
     box = objects.boxes.to(dtype) / torch.tensor([width, height, width, height], dtype=dtype).to(objects.boxes.device)
     one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
@@ -124,7 +129,7 @@ class TransformNet(nn.Module):
     def __init__(self, size: int):
         super().__init__()
         widths = (size, 64, 128, 1024, 512, 256)
-        self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)))
+        self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in itertools.pairwise(widths)))
         self.matrix = nn.Linear(256, size * size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +184,8 @@ class RelationAdapter(nn.Module):
     Args:
         channels: of label and appearance embeddings.
         heads: of the attention.
-        query: "appearance" (asks the labels), "label" (ask the appearance), "appearance_only", "label_only" (ask themselves).
+        query: "appearance" (asks the labels), "label" (asks the appearance), "appearance_only" or "label_only" (asks
+            itself).
     """
 
     def __init__(self, channels: int, heads: int, query: str = "appearance"):
@@ -248,7 +254,7 @@ class KnowledgeMapper(nn.Module):
 
 
 class LGD(nn.Module):
-    """Label-guided self-distillation: labels and the student's own features make an instructive pyramid the student imitates.
+    """Label-guided self-distillation: labels and the student's own features make a pyramid that the student imitates.
 
     Args:
         num_classes: at least 1.
@@ -276,7 +282,9 @@ class LGD(nn.Module):
         if num_classes < 1:
             raise ValueError(f"LGD: num_classes must be at least 1, got {num_classes}; count the classes of the data")
         if heads < 1 or channels < 1 or channels % heads:
-            raise ValueError(f"LGD: channels must be divisible by heads, got {channels} and {heads}; change one of them")
+            raise ValueError(
+                f"LGD: channels must be divisible by heads, got {channels} and {heads}; change one of them"
+            )
         if adapter_query not in ADAPTER_QUERIES:
             raise ValueError(f"LGD: adapter_query must be one of {ADAPTER_QUERIES}, got {adapter_query!r}; choose one")
         self.num_classes, self.channels, self.context = num_classes, channels, context

@@ -1,6 +1,7 @@
-"""The ops of distillation: plain-torch references (`*_reference`, the specification) and public functions that check their arguments.
+"""The ops of distillation: public functions that check their arguments, and their specification, `*_reference`.
 
-A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, with the image of each in image_index.
+A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, with the image of each in
+image_index.
 """
 
 from fastkd.ops.attention_mass import attention_mass, attention_mass_reference

@@ -72,11 +72,13 @@ def attention_mass(
     if logsumexp is not None:
         check_tensor(op, "logsumexp", logsumexp, "[B, G, N]", 3)
         if tuple(logsumexp.shape) != (batch, heads, count):
-            raise ValueError(f"{op}: logsumexp must be [{batch}, {heads}, {count}], got {list(logsumexp.shape)}; "
-                             "pass what instance_attention returned for these queries")
+            raise ValueError(
+                f"{op}: logsumexp must be [{batch}, {heads}, {count}], got {list(logsumexp.shape)}; "
+                "pass what instance_attention returned for these queries"
+            )
         if temperature != 1:
-            raise ValueError(f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
-                             "instance_attention's is that of temperature 1")
-    return attention_mass_reference(
-        queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature
-    )
+            raise ValueError(
+                f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
+                "instance_attention's is that of temperature 1"
+            )
+    return attention_mass_reference(queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature)

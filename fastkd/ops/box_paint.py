@@ -35,7 +35,8 @@ def box_paint(
 ) -> list[Tensor]:
     """Pyramid whose cells sum the embeddings of the boxes that cover them.
 
-    out[l][b, :, y, x] = sum over k with image_index[k] = b and (y, x) covered by box k (as in `box_pool`) of embeddings[l, k].
+    out[l][b, :, y, x] = sum of embeddings[l, k] over the k with image_index[k] = b whose box covers (y, x), as in
+    `box_pool`.
 
     Args:
         embeddings: [L, K, C], floating point; receives gradients.

@@ -57,13 +57,17 @@ def box_paint_conv3x3(
     check_embeddings(op, embeddings, boxes.shape[0], level_sizes)
     check_tensor(op, "weight", weight, "[C_out, C, 3, 3]", 4)
     if weight.shape[1:] != (embeddings.shape[2], 3, 3):
-        raise ValueError(f"{op}: weight must be [C_out, {embeddings.shape[2]}, 3, 3], got {list(weight.shape)}; "
-                         "pass the weight of a 3x3 convolution of the embeddings' channels")
+        raise ValueError(
+            f"{op}: weight must be [C_out, {embeddings.shape[2]}, 3, 3], got {list(weight.shape)}; "
+            "pass the weight of a 3x3 convolution of the embeddings' channels"
+        )
     if bias is not None:
         check_tensor(op, "bias", bias, "[C_out]", 1)
         if bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] as the weight's outputs, got {list(bias.shape)}; "
-                             "pass the bias of the same convolution")
+            raise ValueError(
+                f"{op}: bias must be [{weight.shape[0]}] as the weight's outputs, got {list(bias.shape)}; "
+                "pass the bias of the same convolution"
+            )
     check_device(op, "boxes", boxes, "embeddings", embeddings)
     return box_paint_conv3x3_reference(
         embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes

@@ -22,7 +22,8 @@ def box_pool_reference(
 def box_pool(levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Mean of every pyramid level over the cells each box covers.
 
-    out[l, k] = mean of levels[l][image_index[k], :, y, x] over y1 <= y * H / H_l <= y2, likewise x; 0 where no cell is covered.
+    out[l, k] = mean of levels[l][image_index[k], :, y, x] over y1 * H_l / H <= y <= y2 * H_l / H, likewise x; 0 where
+    no cell is covered. The comparison is made in float32.
 
     Args:
         levels: L tensors [B, C, H_l, W_l], floating point; receive gradients.

@@ -24,30 +24,40 @@ def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, fl
 def check_levels(op: str, name: str, levels: object, *, channels: int | None = None) -> None:
     """Raise unless levels is a pyramid: a non-empty list of [B, C, H_l, W_l] that agree in B, C, dtype and device."""
     if not isinstance(levels, (list, tuple)):
-        raise TypeError(f"{op}: {name} must be a list of [B, C, H_l, W_l] tensors, got {type(levels).__name__}; "
-                        "pass the levels as a list")
+        raise TypeError(
+            f"{op}: {name} must be a list of [B, C, H_l, W_l] tensors, got {type(levels).__name__}; "
+            "pass the levels as a list"
+        )
     if not levels:
         raise ValueError(f"{op}: {name} must hold at least one level, got none; pass the levels as a list")
     for index, level in enumerate(levels):
         check_tensor(op, f"{name}[{index}]", level, "[B, C, H_l, W_l]", 4)
         first = levels[0]
         if level.shape[:2] != first.shape[:2]:
-            raise ValueError(f"{op}: {name}[{index}] must be {list(first.shape[:2])} in B and C as the first level, "
-                             f"got {list(level.shape[:2])}; all levels need the same images and channels")
+            raise ValueError(
+                f"{op}: {name}[{index}] must be {list(first.shape[:2])} in B and C as the first level, "
+                f"got {list(level.shape[:2])}; all levels need the same images and channels"
+            )
         if level.dtype != first.dtype or level.device != first.device:
-            raise ValueError(f"{op}: {name}[{index}] must be {first.dtype} on {first.device} as the first level, "
-                             f"got {level.dtype} on {level.device}; convert the levels alike")
+            raise ValueError(
+                f"{op}: {name}[{index}] must be {first.dtype} on {first.device} as the first level, "
+                f"got {level.dtype} on {level.device}; convert the levels alike"
+            )
     if channels is not None and levels[0].shape[1] != channels:
-        raise ValueError(f"{op}: {name} must have {channels} channels, got {levels[0].shape[1]}; "
-                         "build the module for the channels of this pyramid")
+        raise ValueError(
+            f"{op}: {name} must have {channels} channels, got {levels[0].shape[1]}; "
+            "build the module for the channels of this pyramid"
+        )
 
 
 def check_same_sizes(op: str, name: str, levels: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:
     """Raise unless two pyramids have the same images and cells (channels may differ)."""
     mine, theirs = ([(level.shape[0], *level.shape[2:]) for level in pyramid] for pyramid in (levels, others))
     if mine != theirs:
-        raise ValueError(f"{op}: {name} must have the images and cells of {other} (B, H_l, W_l): {theirs}, got {mine}; "
-                         "both pyramids need the same strides on the same padded images")
+        raise ValueError(
+            f"{op}: {name} must have the images and cells of {other} (B, H_l, W_l): {theirs}, got {mine}; "
+            "both pyramids need the same strides on the same padded images"
+        )
 
 
 def check_index(op: str, name: str, rows: Tensor, image_index: object) -> None:
@@ -56,19 +66,24 @@ def check_index(op: str, name: str, rows: Tensor, image_index: object) -> None:
     if image_index.dtype != torch.int64:
         raise TypeError(f"{op}: image_index must be int64, got {image_index.dtype}; call .long()")
     if image_index.shape[0] != rows.shape[0]:
-        raise ValueError(f"{op}: image_index must have one entry for each of the {rows.shape[0]} {name}, "
-                         f"got {image_index.shape[0]}; pass the image of every object")
+        raise ValueError(
+            f"{op}: image_index must have one entry for each of the {rows.shape[0]} {name}, "
+            f"got {image_index.shape[0]}; pass the image of every object"
+        )
     if image_index.device != rows.device:
-        raise ValueError(f"{op}: image_index must be on {rows.device} as the {name}, got {image_index.device}; "
-                         "move them to one device")
+        raise ValueError(
+            f"{op}: image_index must be on {rows.device} as the {name}, got {image_index.device}; "
+            "move them to one device"
+        )
 
 
 def check_boxes(op: str, boxes: object, image_index: object) -> None:
     """Raise unless boxes is [K, 4] floating point and image_index [K] int64 on the same device."""
     check_tensor(op, "boxes", boxes, "[K, 4]", 2)
     if boxes.shape[1] != 4:
-        raise ValueError(f"{op}: boxes must be [K, 4], got {list(boxes.shape)}; "
-                         "pass xyxy boxes of all images concatenated")
+        raise ValueError(
+            f"{op}: boxes must be [K, 4], got {list(boxes.shape)}; pass xyxy boxes of all images concatenated"
+        )
     check_index(op, "boxes", boxes, image_index)
 
 
@@ -94,12 +109,15 @@ def check_embeddings(op: str, embeddings: object, objects: int, level_sizes: Seq
     for size in level_sizes:
         check_size(op, "level_sizes", size)
     if embeddings.shape[0] != len(level_sizes) or embeddings.shape[1] != objects:
-        raise ValueError(f"{op}: embeddings must be [{len(level_sizes)}, {objects}, C] for {len(level_sizes)} levels and "
-                         f"{objects} objects, got {list(embeddings.shape)}; pass one row for each level and object")
+        raise ValueError(
+            f"{op}: embeddings must be [{len(level_sizes)}, {objects}, C] for {len(level_sizes)} levels and "
+            f"{objects} objects, got {list(embeddings.shape)}; pass one row for each level and object"
+        )
 
 
 def check_device(op: str, name: str, value: Tensor, other: str, reference: Tensor) -> None:
     """Raise unless value lies on the device of reference."""
     if value.device != reference.device:
-        raise ValueError(f"{op}: {name} must be on {reference.device} as {other}, got {value.device}; "
-                         "move them to one device")
+        raise ValueError(
+            f"{op}: {name} must be on {reference.device} as {other}, got {value.device}; move them to one device"
+        )

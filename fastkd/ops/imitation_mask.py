@@ -42,7 +42,9 @@ def imitation_mask_reference(
         return [boxes.new_zeros(batch_size, *size, dtype=torch.bool) for size in level_sizes]
     boxes = boxes.float()
     overlaps = [
-        _pairwise_iou(boxes, _cell_anchors(base.float(), stride, size)).unflatten(1, (size[0] * size[1], -1)).amax(dim=2)
+        _pairwise_iou(boxes, _cell_anchors(base.float(), stride, size))
+        .unflatten(1, (size[0] * size[1], -1))
+        .amax(dim=2)
         for base, stride, size in zip(anchors, strides, level_sizes, strict=True)
     ]  # L x [K, S_l], the best anchor of each cell
     threshold = psi * torch.stack([overlap.amax(dim=1) for overlap in overlaps]).amax(dim=0)  # [K]
@@ -81,12 +83,16 @@ def imitation_mask(
     op = "imitation_mask"
     check_boxes(op, boxes, image_index)
     if not len(anchors) == len(strides) == len(level_sizes):
-        raise ValueError(f"{op}: anchors, strides and level_sizes must have one entry a level, got {len(anchors)}, "
-                         f"{len(strides)} and {len(level_sizes)}; pass all three for the same levels")
+        raise ValueError(
+            f"{op}: anchors, strides and level_sizes must have one entry a level, got {len(anchors)}, "
+            f"{len(strides)} and {len(level_sizes)}; pass all three for the same levels"
+        )
     for index, (base, stride, size) in enumerate(zip(anchors, strides, level_sizes, strict=True)):
         check_tensor(op, f"anchors[{index}]", base, "[A, 4]", 2)
         if base.shape[0] < 1 or base.shape[1] != 4:
-            raise ValueError(f"{op}: anchors[{index}] must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors")
+            raise ValueError(
+                f"{op}: anchors[{index}] must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors"
+            )
         check_size(op, f"strides[{index}]", stride)
         check_size(op, f"level_sizes[{index}]", size)
     if not 0 <= psi <= 1:

@@ -27,7 +27,7 @@ def attention_logits_reference(
 
     q . (W_k x) = (W_k^T q) . x: the projection moves to the queries where that takes fewer multiplications.
     """
-    batch, heads, count, depth = queries.shape
+    heads, count, depth = queries.shape[1:]
     cells = flatten_pyramid([level.detach() for level in levels])  # [B, C, S]
     channels = cells.shape[1]
     weight = widen(key_weight).unflatten(0, (heads, depth))  # [G, d, C]
@@ -74,11 +74,15 @@ def check_attention(
     check_tensor(op, "key_weight", key_weight, "[G * d, C]", 2)
     batch, heads, count, depth = queries.shape
     if levels[0].shape[0] != batch:
-        raise ValueError(f"{op}: levels must hold the {batch} images of the queries, got {levels[0].shape[0]}; "
-                         "pass queries and pyramid of the same images")
+        raise ValueError(
+            f"{op}: levels must hold the {batch} images of the queries, got {levels[0].shape[0]}; "
+            "pass queries and pyramid of the same images"
+        )
     if tuple(key_weight.shape) != (heads * depth, levels[0].shape[1]):
-        raise ValueError(f"{op}: key_weight must be [{heads * depth}, {levels[0].shape[1]}], got {list(key_weight.shape)}; "
-                         "it projects the levels' channels to all heads")
+        raise ValueError(
+            f"{op}: key_weight must be [{heads * depth}, {levels[0].shape[1]}], got {list(key_weight.shape)}; "
+            "it projects the levels' channels to all heads"
+        )
     for name, tables, axis in (("row_bias", row_bias, 2), ("column_bias", column_bias, 3)):
         if len(tables) != len(levels):
             raise ValueError(f"{op}: {name} must hold {len(levels)} tables, got {len(tables)}; pass one for each level")
@@ -86,8 +90,10 @@ def check_attention(
             check_tensor(op, f"{name}[{index}]", table, "[B, G, N, side]", 4)
             expected = (batch, heads, count, level.shape[axis])
             if tuple(table.shape) != expected:
-                raise ValueError(f"{op}: {name}[{index}] must be {list(expected)}, got {list(table.shape)}; "
-                                 "it holds one number for each query and each row or column of the level")
+                raise ValueError(
+                    f"{op}: {name}[{index}] must be {list(expected)}, got {list(table.shape)}; "
+                    "it holds one number for each query and each row or column of the level"
+                )
 
 
 def instance_attention(
@@ -100,8 +106,9 @@ def instance_attention(
 ) -> tuple[Tensor, Tensor]:
     """Multi-head attention of N queries over all cells of all levels.
 
-    logits[b, g, n, s] = queries[b, g, n] . (W_k x_s)_g + row_bias[l][b, g, n, y] + column_bias[l][b, g, n, x], s = (l, y, x);
-    output = softmax over s of the logits, times the values. A bias of -inf leaves a row or a column out; some cell must remain.
+    logits[b, g, n, s] = queries[b, g, n] . (W_k x_s)_g + row_bias[l][b, g, n, y] + column_bias[l][b, g, n, x] with
+    s = (l, y, x); output = softmax over s of the logits, times the values. A bias of -inf leaves a row or a column out;
+    some cell must remain.
 
     Args:
         queries: [B, G, N, d], floating point, already scaled by 1 / sqrt(d); receives gradients.
@@ -110,8 +117,8 @@ def instance_attention(
         row_bias: L tensors [B, G, N, H_l]; receive gradients.
         column_bias: L tensors [B, G, N, W_l]; receive gradients.
         values: L tensors [B, G * d_v, H_l, W_l], head by head; receive gradients.
-    Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 of float64),
-        without gradient.
+    Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 of
+        float64), without gradient.
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.2.
     """
@@ -119,6 +126,8 @@ def instance_attention(
     check_levels("instance_attention", "values", values)
     check_same_sizes("instance_attention", "values", values, "levels", levels)
     if values[0].shape[1] % queries.shape[1]:
-        raise ValueError(f"instance_attention: values must have a multiple of {queries.shape[1]} channels (heads), "
-                         f"got {values[0].shape[1]}; project to heads * depth channels")
+        raise ValueError(
+            f"instance_attention: values must have a multiple of {queries.shape[1]} channels (heads), "
+            f"got {values[0].shape[1]}; project to heads * depth channels"
+        )
     return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)

@@ -16,10 +16,12 @@ def masked_mse_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain torch of `masked_mse`."""
     with full_precision(student[0]):
-        error = torch.stack([
-            torch.where(mask[:, None], widen(ours) - widen(theirs.detach()), 0.0).square().sum()
-            for ours, theirs, mask in zip(student, teacher, masks, strict=True)
-        ]).sum()
+        error = torch.stack(
+            [
+                torch.where(mask[:, None], widen(ours) - widen(theirs.detach()), 0.0).square().sum()
+                for ours, theirs, mask in zip(student, teacher, masks, strict=True)
+            ]
+        ).sum()
         count = torch.stack([mask.sum() for mask in masks]).sum()
         return error, count.to(error.dtype)
 
@@ -41,11 +43,15 @@ def masked_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequ
     check_levels("masked_mse", "teacher", teacher, channels=student[0].shape[1])
     check_same_sizes("masked_mse", "teacher", teacher, "student", student)
     if len(masks) != len(student):
-        raise ValueError(f"masked_mse: masks must hold {len(student)} levels, got {len(masks)}; pass one for each level")
+        raise ValueError(
+            f"masked_mse: masks must hold {len(student)} levels, got {len(masks)}; pass one for each level"
+        )
     for index, (mask, level) in enumerate(zip(masks, student, strict=True)):
         check_tensor("masked_mse", f"masks[{index}]", mask, "[B, H_l, W_l]", 3, floating=False)
         expected = (level.shape[0], *level.shape[2:])
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            raise ValueError(f"masked_mse: masks[{index}] must be bool {list(expected)}, got {mask.dtype} "
-                             f"{list(mask.shape)}; pass one flag for each cell")
+            raise ValueError(
+                f"masked_mse: masks[{index}] must be bool {list(expected)}, got {mask.dtype} "
+                f"{list(mask.shape)}; pass one flag for each cell"
+            )
     return masked_mse_reference(student, teacher, masks)

@@ -11,8 +11,8 @@ from torch import Tensor
 def global_mean(count: Tensor) -> Tensor:
     """Average of a count over the processes of a distributed run; the count itself without one.
 
-    A loss that divides its own sum by this number, its gradients then averaged over the processes (as DDP does), has the
-    gradients of one process on the whole batch: (1/R) sum_r s_r / ((1/R) sum_r n_r) = sum_r s_r / sum_r n_r.
+    A loss that divides its own sum by this number, its gradients then averaged over the processes (as DDP does), has
+    the gradients of one process on the whole batch: (1/R) sum_r s_r / ((1/R) sum_r n_r) = sum_r s_r / sum_r n_r.
 
     Args:
         count: any shape, integer or floating point; every process calls with the same shape.

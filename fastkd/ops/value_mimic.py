@@ -36,7 +36,7 @@ def value_mimic(
     """Mass-weighted squared error between per-head normalised student and teacher values.
 
     v, t = LayerNorm without affine of student, teacher over each head's d channels;
-    loss[b, g] = mean over the head's channels of sum_s M (v - t)^2 / max(sum_s M, 1e-6), s over all cells of all levels.
+    loss[b, g] = mean over the head's channels of sum_s M (v - t)^2 / max(sum_s M, 1e-6), s over all levels' cells.
 
     Args:
         student: L tensors [B, G * d, H_l, W_l], floating point; receive gradients.
@@ -53,9 +53,13 @@ def value_mimic(
     check_same_sizes("value_mimic", "mass", mass, "student", student)
     channels, heads = student[0].shape[1], mass[0].shape[1]
     if teacher[0].shape[1] != channels:
-        raise ValueError(f"value_mimic: teacher must have the student's {channels} channels, got {teacher[0].shape[1]}; "
-                         "project both to the same width")
+        raise ValueError(
+            f"value_mimic: teacher must have the student's {channels} channels, got {teacher[0].shape[1]}; "
+            "project both to the same width"
+        )
     if heads < 1 or channels % heads:
-        raise ValueError(f"value_mimic: mass must have a number of heads that divides {channels} channels, got {heads}; "
-                         "pass the mass of the attention the values belong to")
+        raise ValueError(
+            f"value_mimic: mass must have a number of heads that divides {channels} channels, got {heads}; "
+            "pass the mass of the attention the values belong to"
+        )
     return value_mimic_reference(student, teacher, mass, eps)
