@@ -38,6 +38,7 @@ DETECTORS = {
 }
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ScenesNumbers:
 
     steps: int = 1000
     teacher_steps: int = 4500
+    other_teacher_steps: int = 1500
     backbone_steps: int = 3000
     batch_size: int = 16
     num_classes: int = 10
@@ -127,14 +129,17 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
     detector, numbers = DETECTORS[detector_name], SCENES
     teacher = method_name == "teacher"
     needs_teacher = method_name in ("inherit", "icd", "fgfi")
+    steps = numbers.steps
+    if teacher:
+        steps = numbers.teacher_steps if detector == "retinanet" else numbers.other_teacher_steps
     return Recipe(
         name=f"scenes-{detector_name}-{method_name}",
         detector=_scenes_detector(detector, teacher=teacher),
         data=DataConfig(),
         method=_method(method_name, detector, context=detector not in TWO_STAGE),
-        teacher=f"asset:scenes-{detector_name}-teacher.safetensors" if needs_teacher else None,
+        teacher=_scenes_teacher(detector_name) if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
-        backbone_weights=None if teacher else "asset:scenes-resnet18-backbone.safetensors",
+        backbone_weights=_scenes_backbone(detector, teacher=teacher),
         optimizer=OptimizerConfig(
             kind="adamw",
             learning_rate=numbers.teacher_rate if teacher else numbers.rate,
@@ -143,8 +148,21 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
             warmup=numbers.warmup,
         ),
         method_optimizer=_icd_optimizer(numbers.icd_rate, numbers.icd_clip_norm) if method_name == "icd" else None,
-        schedule=Schedule(steps=numbers.teacher_steps if teacher else numbers.steps, batch_size=numbers.batch_size),
+        schedule=Schedule(steps=steps, batch_size=numbers.batch_size),
     )
+
+
+def _scenes_teacher(detector_name: str) -> str:
+    """The shipped teacher, or where the recipe scenes-<detector>-teacher puts its own."""
+    name = f"scenes-{detector_name}-teacher"
+    return f"asset:{name}.safetensors" if detector_name in SHIPPED_TEACHERS else f"runs/{name}/student.safetensors"
+
+
+def _scenes_backbone(detector: str, *, teacher: bool) -> str | None:
+    """Pretrained weights: students share one file; the other teachers start from the RetinaNet teacher's backbone."""
+    if not teacher:
+        return "asset:scenes-resnet18-backbone.safetensors"
+    return None if detector == "retinanet" else "asset:scenes-retinanet-teacher.safetensors"
 
 
 def scenes_backbone_recipe() -> Recipe:
