@@ -26,7 +26,8 @@ def folder(tmp_path):
 
 def test_labels_are_places_of_sorted_sparse_ids(folder):
     data = CocoDataset(*folder, strict=True)
-    assert data.category_ids == [3, 17, 90] and data.class_names == ["dog", "cat", "toothbrush"] and data.num_classes == 3
+    assert data.category_ids == [3, 17, 90] and data.num_classes == 3
+    assert data.class_names == ["dog", "cat", "toothbrush"]
     assert data.image_ids.tolist() == [5, 2, 9] and data.sizes.tolist() == [[10, 8], [12, 6], [8, 8]]
     assert [data.file_name(i) for i in range(3)] == ["a.png", "sub/b.png", "c.png"]
     assert len(data) == 3 and not data.skipped
@@ -200,7 +201,7 @@ def crowded(folder: Path, boxes: int, masks: bool = False) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 8, (boxes, 4))
     coco["annotations"] = [
-        {"id": k, "image_id": 100 + 3 * (k % 50), "category_id": 7 * (k % 3), "bbox": [x, y, 4 + w, 4 + h], "iscrowd": 0}
+        {"id": k, "image_id": 100 + 3 * (k % 50), "category_id": 7 * (k % 3), "bbox": [x, y, 4 + w, 4 + h]}
         for k, (x, y, w, h) in enumerate(corners.tolist())
     ]
     if masks:
@@ -208,7 +209,8 @@ def crowded(folder: Path, boxes: int, masks: bool = False) -> tuple[Path, Path]:
             x, y, w, h = item["bbox"]
             width, height = coco["images"][k % 50]["width"], coco["images"][k % 50]["height"]
             runs = [x * height + y, *[h, height - h] * (w - 1), h, height * (width - x - w + 1) - y - h]
-            item["segmentation"] = [[x, y, x + w, y, x + w, y + h]] if k % 2 else {"size": [height, width], "counts": runs}
+            triangle = [[x, y, x + w, y, x + w, y + h]]
+            item["segmentation"] = triangle if k % 2 else {"size": [height, width], "counts": runs}
     return coco_files.write_folder(folder, coco)
 
 

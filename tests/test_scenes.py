@@ -65,7 +65,7 @@ def test_interrupted_generation_is_redone(tmp_path):
 
 def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "holiday.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holiday.txt"):
+    with pytest.raises(ValueError, match=r"holiday\.txt"):
         generate_scenes(tmp_path, train=1, val=1)
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.txt"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import multiprocessing
@@ -194,6 +195,15 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _stop_workers(iterator) -> None:
+    """End the worker processes of a DataLoader's iterator, if it has any; a second call does nothing."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # stuck in reading a file
+                worker.kill()
+
+
 def _as_is(item):
     return item
 
@@ -231,14 +241,26 @@ class BatchLoader:
         return getattr(self.batches, "steps_per_epoch", len(self.numbers))
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, bad in self._loader:
-            for image_id, message in bad:
-                self.bad_images[image_id] += 1
-                if self.bad_images[image_id] == 1:
-                    what = "left out" if isinstance(self.batches, EvalBatches) else "replaced by the next image"
-                    log.warning("%s; image id %d, %s", message, image_id, what)
-            if batch is not None:
-                yield batch
+        iterator = iter(self._loader)
+        stop = functools.partial(_stop_workers, iterator)
+        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which would
+        # wait for them for ever: they ignore its SIGTERM
+        atexit.register(stop)
+        try:
+            for batch, bad in iterator:
+                self._note(bad)
+                if batch is not None:
+                    yield batch
+        finally:
+            stop()
+            atexit.unregister(stop)
+
+    def _note(self, bad: list[tuple[int, str]]) -> None:
+        for image_id, message in bad:
+            self.bad_images[image_id] += 1
+            if self.bad_images[image_id] == 1:
+                what = "left out" if isinstance(self.batches, EvalBatches) else "replaced by the next image"
+                log.warning("%s; image id %d, %s", message, image_id, what)
 
 
 def _check(name: str, **values: tuple[int, int]) -> None:
