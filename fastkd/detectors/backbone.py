@@ -24,11 +24,12 @@ def _frozen_batch_norm(channels: int) -> nn.Module:
     return FrozenBatchNorm2d(channels, eps=1e-5)  # as BatchNorm2d in eval mode; torchvision's own default is 0
 
 
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or fewer so that each has at least two channels (the coarsest map may have one cell)."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
 
 
-_NORM_LAYERS = {"frozen_bn": _frozen_batch_norm, "bn": nn.BatchNorm2d, "gn": _group_norm}
+_NORM_LAYERS = {"frozen_bn": _frozen_batch_norm, "bn": nn.BatchNorm2d, "gn": group_norm}
 
 
 class ScaledResNet(ResNet):

@@ -40,7 +40,8 @@ class DetectorConfig:
         backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
         width: scales every width of the ResNet (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8.
         channels: channels of every pyramid level and of the dense heads.
-        norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn" or "gn" (32 groups).
+        norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32 groups, or as
+            many of two channels as there are).
         frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
             for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
@@ -50,7 +51,7 @@ class DetectorConfig:
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
         head_convs: convolutions in each tower of a dense head.
         head_norm: normalisation in RetinaNet's towers: "none", or "gn" (groups of 8 channels, as torchvision's second
-            version has at 256; trains a narrow head several times faster). FCOS always has torchvision's 32 groups.
+            version has at 256; trains a narrow head several times faster). FCOS always has its norms.
         score_threshold: detections at or below this score are dropped.
         nms_threshold: of two detections of a class that overlap more than this (IoU) the weaker is dropped.
         detections_per_image: most detections of one image.
@@ -117,10 +118,9 @@ class DetectorConfig:
             )
         for name in ("anchor_scales", "anchor_ratios"):
             self._check_factors(name)
+        if self.head_norm == "gn":
+            _check(self.channels % 8 == 0, "channels", 'a multiple of 8 with head_norm "gn"', self.channels)
         if self.detector == "fcos":
-            _check(
-                self.channels % 32 == 0, "channels", "a multiple of 32 for fcos (32 groups in its head)", self.channels
-            )
             for name in ("anchor_scales", "anchor_ratios"):
                 _check(getattr(self, name) is None, name, "None for fcos, which has no anchors", getattr(self, name))
 

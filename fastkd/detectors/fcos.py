@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.backbone import build_backbone_and_neck, group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector
@@ -27,6 +27,19 @@ from fastkd.types import Batch, Detections
 CENTER_RADIUS = 1.5  # strides from a box's centre within which locations are positive
 
 
+class NarrowFCOSHead(FCOSHead):
+    """torchvision's head for any number of channels, below 64 with fewer than 32 groups in its norms."""
+
+    def __init__(self, config: DetectorConfig):
+        nn.Module.__init__(self)  # FCOSHead's own constructor fixes the groups; what follows is its body
+        sizes = {"in_channels": config.channels, "num_anchors": 1, "num_convs": config.head_convs}
+        self.box_coder = BoxLinearCoder(normalize_by_size=True)
+        self.classification_head = FCOSClassificationHead(
+            num_classes=config.num_classes, norm_layer=group_norm, **sizes
+        )
+        self.regression_head = FCOSRegressionHead(norm_layer=group_norm, **sizes)
+
+
 class FCOS(Detector):
     """FCOS: focal classification, GIoU box regression and centre-ness of the locations of P3 .. P7.
 
@@ -36,8 +49,7 @@ class FCOS(Detector):
     """
 
     def __init__(self, config: DetectorConfig):
-        head = FCOSHead(config.channels, 1, config.num_classes, config.head_convs)
-        super().__init__(config, *build_backbone_and_neck(config), head)
+        super().__init__(config, *build_backbone_and_neck(config), NarrowFCOSHead(config))
         self.reach = config.anchor_base if config.anchor_base is not None else 8
         self.anchors = PyramidAnchors([(stride,) for stride in config.strides], (1.0,), config.strides)
         self.box_coder = BoxLinearCoder(normalize_by_size=True)

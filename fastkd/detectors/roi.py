@@ -117,7 +117,7 @@ class RegionHeads(nn.Module):
             positive = sample.labels.nonzero()[:, 0]
             boxes = truth.boxes[sample.image[positive], sample.row[positive]]
             target = self.box_coder.encode_single(boxes, sample.boxes[positive])
-            own = deltas.view(len(deltas), -1, 4)[positive, sample.labels[positive]]
+            own = deltas.view(-1, self.config.num_classes + 1, 4)[positive, sample.labels[positive]]
             box = F.smooth_l1_loss(own, target, beta=1 / 9, reduction="sum") / count
         return {"roi_classification": classification, "roi_box": box}
 
@@ -155,7 +155,9 @@ class RegionHeads(nn.Module):
 
     def _select(self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], batch: Batch) -> list[Detections]:
         counts = [len(own) for own in proposals]
-        decoded = self.box_coder.decode_single(deltas, torch.cat(proposals)).view(len(deltas), -1, 4)[:, 1:]
+        decoded = self.box_coder.decode_single(deltas, torch.cat(proposals)).view(-1, self.config.num_classes + 1, 4)[
+            :, 1:
+        ]
         scores = logits.softmax(-1)[:, 1:]
         boxes = nn.utils.rnn.pad_sequence(decoded.split(counts), batch_first=True).flatten(1, 2)  # [B, P * classes, 4]
         scores = nn.utils.rnn.pad_sequence(scores.split(counts), batch_first=True).flatten(1)
