@@ -43,6 +43,7 @@ th { font-weight: 600; color: var(--soft); background: var(--shade); vertical-al
 th { white-space: normal; }
 th.text, td.text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 92px;
   max-width: 300px; }
+span.name { white-space: nowrap; }
 tr:last-child td { border-bottom: 0; } td.best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em;
@@ -57,9 +58,10 @@ figure img { display: block; max-width: 100%; height: auto; border-radius: 10px;
 .note { background: var(--note); border-left: 4px solid var(--note-line); border-radius: 6px; padding: 10px 14px;
   margin: 12px 0; font-size: .93rem; overflow-wrap: anywhere; }
 .note ul { margin: 4px 0; padding-left: 20px; }
-.key { display: inline-block; width: 1.15em; height: .85em; border: 3px solid var(--colour); margin: 0 .35em 0 .1em;
-  vertical-align: -1px; border-radius: 2px; }
-.key.dashed { border-style: dashed; }
+.key { display: inline-block; width: 1.15em; height: .85em; border: 3px solid var(--colour);
+  margin: 0 .35em 0 .1em;
+  vertical-align: -1px; border-radius: 2px; outline: 1px solid #10141c80; }
+.key.dashed { border-style: dashed; outline-color: transparent; background: #10141c80; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--accent); font-weight: 600; }
 footer { margin-top: 56px; padding-top: 18px; border-top: 1px solid var(--line); font-size: .86rem;
   color: var(--soft); }
@@ -180,7 +182,10 @@ def table(header: list[str], rows: list[list], text_columns: int = 1) -> str:
     def cell(column: int, value) -> str:
         value = value if isinstance(value, Cell) else Cell(str(value))
         dot = f'<span class="dot" style="--run:{escape(value.colour)}"></span>' if value.colour else ""
-        return f"<td{classes(column, value.kind)}>{dot}{escape(value.text)}</td>"
+        text = dot + escape(value.text)
+        if dot and len(value.text) <= 24:
+            text = f'<span class="name">{text}</span>'
+        return f"<td{classes(column, value.kind)}>{text}</td>"
 
     head = "".join(f"<th{classes(column)}>{escape(text)}</th>" for column, text in enumerate(header))
     body = "".join(

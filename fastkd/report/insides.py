@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,6 @@ from fastkd.report import pictures, plots
 from fastkd.report.html import PictureBook, Section, clean, escape, note, paragraph
 from fastkd.report.mistakes import Images
 from fastkd.report.networks import Networks, load_networks
-from fastkd.report.pictures import Mark
 from fastkd.report.runs import Run
 
 ATTENTION_IMAGES, INSTANCES_PER_IMAGE = 4, 2
@@ -129,23 +130,25 @@ def _show_features(
         student = loaded.student.features(batch.images)
         instructive = loaded.distiller.instruct(student, batch)
         adapted = [loaded.distiller.student_adapter(level) for level in student]
-        rows, names = [], []
+        rows, names, cells = [], [], []
         for level, pyramids in enumerate(zip(student, adapted, instructive)):
-            own, after, taught = (_valid(maps, batch) for maps in pyramids)
-            if own.shape[-2] * own.shape[-1] < 4:
+            cell = tuple(side / length for side, length in zip(batch.padded_size, pyramids[0].shape[-2:]))
+            seen = [math.ceil(side / length) for side, length in zip(picture.shape[:2], cell)]  # without the padding
+            if seen[0] * seen[1] < 4:
                 continue  # a map of a few cells has no pattern to compare
-            framed = _framed(picture, batch.boxes.tolist())
-            rows.append([framed, *feature_maps(own, after, taught)])
+            maps = feature_maps(*(maps[0] for maps in pyramids))
+            rows.append([picture, *(values[: seen[0], : seen[1]] for values in maps)])
             names.append(loaded.level_name(level))
+            cells.append(cell)
         if not rows:
             section.add(note([f"Image {image_id} is too small for its feature maps to show anything."]))
             continue
         columns = ["image", "student", "adapted student", "instructive", "adapted: component", "instructive: component"]
-        png = plots.feature_grid(columns, names, rows, [[1, 2, 3], [4, 5]])
+        png = plots.feature_grid(columns, names, rows, cells, [[1, 2, 3], [4, 5]], batch.boxes.tolist())
+        name = escape(images.source.file_name(image_id), 80)
         caption = (
-            f"Image {image_id} ({escape(images.source.file_name(image_id), 80)}): strength of the student\u2019s "
-            f"features, of the same after LGD\u2019s adapter and of the instructive features, then the component of "
-            f"the two that the loss compares."
+            f"Image {image_id} ({name}): strength of the student\u2019s features, of these after LGD\u2019s adapter, "
+            "and of the instructive features; then the component of the two that the loss compares."
         )
         section.add(book.figure(png, f"{run.name}_features_{image_id}", f"LGD features, image {image_id}", caption))
     if not chosen:
@@ -171,16 +174,3 @@ def _normalised(maps: Tensor) -> Tensor:
     maps = maps.detach().double().cpu()
     centred = maps - maps.mean(dim=(1, 2), keepdim=True)
     return centred / (centred.square().mean(dim=(1, 2), keepdim=True) + 1e-5).sqrt()
-
-
-def _valid(maps: Tensor, batch) -> Tensor:
-    """The cells of the only image of the batch, without those of the padding."""
-    (height, width), (padded_height, padded_width) = batch.image_sizes[0].tolist(), batch.padded_size
-    rows = -(-height * maps.shape[-2] // padded_height)
-    columns = -(-width * maps.shape[-1] // padded_width)
-    return maps[0, :, :rows, :columns]
-
-
-def _framed(picture: np.ndarray, boxes) -> np.ndarray:
-    marks = [Mark(tuple(box), pictures.TRUTH_COLOUR) for box in boxes]
-    return pictures.framed(picture, marks)

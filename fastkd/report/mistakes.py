@@ -20,7 +20,7 @@ from fastkd.report.analysis import (
     Verdict,
 )
 from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded, grid, key, note, paragraph, table
-from fastkd.report.pictures import MISSED_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
+from fastkd.report.pictures import MISSED_COLOUR, OTHER_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
 from fastkd.report.runs import Run
 
 MOST_PANELS = 48  # pictures of detections; these limits keep the page under 8 MB
@@ -126,7 +126,10 @@ def detections_section(images: Images, chosen: list[int], book: PictureBook) -> 
         for judged in images.judged:
             figures.append(_run_figure(images, judged, image_id, picture, book))
         name = escape(images.source.file_name(image_id), 80)
-        section.add(f'<h3>Image {image_id} <small class="soft">{name}</small></h3>', grid(figures, 320))
+        section.add(
+            f'<h3>Image {image_id} <small class="soft">{name}</small></h3>',
+            grid(figures, 320 if picture.shape[1] >= picture.shape[0] else 235),
+        )
     return section
 
 
@@ -237,7 +240,7 @@ def misses_section(images: Images, book: PictureBook) -> Section:
             "The largest missed objects of each size, at most one an image. "
             + key(MISSED_COLOUR, "the missed object", dashed=True)
             + " &nbsp; "
-            + key(WRONG_COLOUR, "detections above the threshold")
+            + key(OTHER_COLOUR, "detections above the threshold, right or wrong")
         )
         content = legend + grid(figures, 150) if figures else note([f"{judged.run.name} misses nothing."])
         section.add(folded(f"{clean(judged.run.name, 60)}: missed objects", content))
@@ -279,7 +282,7 @@ def _missed(images: Images, judged: Judged, size: int) -> list[tuple[int, int]]:
 def _miss(images: Images, judged: Judged, image_id: int, box: int, book: PictureBook) -> str:
     found, truth, verdict = judged.found[image_id], images.truths[image_id], judged.verdicts[image_id]
     frame = truth.boxes[box]
-    marks = [Mark(tuple(other), WRONG_COLOUR) for other in found.boxes[found.scores >= judged.threshold]]
+    marks = [Mark(tuple(other), OTHER_COLOUR) for other in found.boxes[found.scores >= judged.threshold]]
     marks.append(Mark(tuple(frame), MISSED_COLOUR, dashed=True))
     size = SIZES[int(analysis.size_index(frame[None])[0])]
     width, height = frame[2:] - frame[:2]

@@ -12,6 +12,7 @@ SIZE_KEYS = {"APs": "small", "APm": "medium", "APl": "large"}
 UNKNOWN = "\u2013"
 MOST_CLASSES_IN_PLOT = 16
 MOST_PANELS = 14
+AP_PANEL = "AP on the validation images"
 
 
 def run_colours(runs: list[Run]) -> dict[str, str]:
@@ -95,7 +96,7 @@ def _ap_table(runs: list[Run], colours: dict[str, str]) -> str:
         row = [Cell(run.name, colour=colours[run.name]), run.role] + (
             [_detector_name(run)] if several_detectors else []
         )
-        row.append(Cell(shown(value), "best" if value is not None and value == best and not run.is_teacher else ""))
+        row.append(Cell(shown(value), "best" if value and value == best and not run.is_teacher else ""))
         row.append(gain_cell(gain(run, baseline_of(run, runs), "bbox", "AP")))
         if control:
             inherits = run.inherits and run.method is not None
@@ -199,7 +200,7 @@ def _class_table(runs: list[Run], classes: list[str]) -> str:
         boxes = next(
             (b for b in (run.score("bbox", "per_class", name, "instances") for run in runs) if b is not None), None
         )
-        cells = [Cell(shown(value), "best" if value is not None and value == best else "") for value in values]
+        cells = [Cell(shown(value), "best" if value and value == best else "") for value in values]
         rows.append([name, _count(boxes), *cells])
     return table(["class", "boxes", *(clean(run.name, 24) for run in runs)], rows)
 
@@ -239,6 +240,9 @@ def _series(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             continue
         for title, value in _titled(record):
             points.setdefault(title, []).append((step, value))
+    final = run.score("bbox", "AP"), number(run.metrics.get("steps"))
+    if AP_PANEL in points and None not in final:
+        points[AP_PANEL].append((final[1], final[0]))
     result = {}
     for title, pairs in points.items():
         table_ = np.array(sorted(dict(pairs).items()))  # a resumed run may log a step twice: the later counts
@@ -264,7 +268,7 @@ def _titled(record: dict):
     box = record.get("bbox")
     value = number(box.get("AP")) if isinstance(box, dict) else number(record.get("AP"))
     if value is not None:
-        yield "AP on the validation images", value
+        yield AP_PANEL, value
 
 
 def _panel_rank(title: str) -> tuple[int, str]:

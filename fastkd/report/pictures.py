@@ -5,6 +5,7 @@ Small images are enlarged before anything is drawn on them, so that lines and le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,14 @@ from fastkd.report.html import clean
 from fastkd.report.plots import encode_png
 
 RIGHT_COLOUR, WRONG_COLOUR, MISSED_COLOUR, TRUTH_COLOUR = "#00d084", "#ff4d3d", "#ffd400", "#35b6ff"
+
+OTHER_COLOUR, SHADE_COLOUR = "#ffffff", "#10141c"
+GREYS = 12  # steps from the dark ground of a text to white, for its soft edges
+# The first colours of every picture's palette: whatever is drawn keeps its colour, however few pixels it has.
+KEPT_COLOURS = (
+    *(RIGHT_COLOUR, WRONG_COLOUR, MISSED_COLOUR, TRUTH_COLOUR),
+    *(f"#{16 + 239 * k // 11:02x}{20 + 235 * k // 11:02x}{28 + 227 * k // 11:02x}" for k in range(GREYS)),
+)
 
 
 @dataclass(frozen=True)
@@ -32,25 +41,12 @@ class Mark:
 def annotated(image: np.ndarray, marks: list[Mark]) -> bytes:
     """The image, enlarged where it is small, with boxes and their texts; texts avoid each other where they can."""
     picture, scale = _sized(image)
-    draw = ImageDraw.Draw(picture)
-    font = _font(13)
-    frames = [tuple(value * scale for value in mark.box) for mark in marks]
-    for mark, frame in zip(marks, frames):
-        _draw_box(draw, frame, mark.colour, mark.dashed)
+    frames = _draw_boxes(picture, marks, scale)
     taken: list[tuple[float, float, float, float]] = []
     for mark, frame in zip(marks, frames):
         if mark.text:
-            _draw_tag(draw, frame, clean(mark.text, 24), mark.colour, font, picture.size, taken)
+            _draw_tag(picture, frame, frames, clean(mark.text, 24), mark.colour, taken)
     return encode_png(picture)
-
-
-def framed(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
-    """The image with boxes, without texts, as a uint8 array at the size `annotated` gives it."""
-    picture, scale = _sized(image)
-    draw = ImageDraw.Draw(picture)
-    for mark in marks:
-        _draw_box(draw, tuple(value * scale for value in mark.box), mark.colour, mark.dashed)
-    return np.asarray(picture)
 
 
 def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 180, margin: float = 0.6) -> bytes:
@@ -60,12 +56,9 @@ def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 180, margin: f
     left, top = round((x1 + x2) / 2) - half, round((y1 + y2) / 2) - half
     region = Image.new("RGB", (2 * half, 2 * half), "#8a8f98")
     region.paste(Image.fromarray(image), (-left, -top))
-    picture, scale = _sized(np.asarray(region), enlarged=side * 1.2, reduced=side)
-    draw = ImageDraw.Draw(picture)
-    for mark in marks:
-        a, b, c, d = mark.box
-        _draw_box(draw, tuple(scale * v for v in (a - left, b - top, c - left, d - top)), mark.colour, mark.dashed)
-    return encode_png(picture, colours=128)
+    picture, scale = _sized(np.asarray(region), colours=128, enlarged=int(side * 1.2), reduced=side)
+    _draw_boxes(picture, marks, scale, (left, top))
+    return encode_png(picture)
 
 
 def attention_strip(image: np.ndarray, box, heads: np.ndarray, titles: list[str], tile: int = 168) -> bytes:
@@ -79,13 +72,13 @@ def attention_strip(image: np.ndarray, box, heads: np.ndarray, titles: list[str]
     """
     columns = 5 if len(heads) > 5 else len(heads) + 1
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] / 255
-    top = max(float(np.quantile(heads, 0.998)), 1e-12)
+    top = max(float(np.quantile(heads, 0.995)), 1e-12)
     tiles = [(image, titles[0])]
     for head, title in zip(heads, titles[1:]):
-        strength = np.clip(head / top, 0, 1)
-        colour = colormaps["inferno"](strength)[..., :3]
-        weight = 0.25 + 0.75 * np.sqrt(strength)[..., None]
-        tiles.append(((255 * np.clip(grey * 0.55 * (1 - weight) + colour * weight, 0, 1)).astype(np.uint8), title))
+        strength = np.sqrt(np.clip(head / top, 0, 1))  # the root shows faint attention, too
+        colour = colormaps["inferno"](0.15 + 0.85 * strength)[..., :3]
+        weight = (0.1 + 0.9 * strength)[..., None]
+        tiles.append(((255 * np.clip(grey * 0.8 * (1 - weight) + colour * weight, 0, 1)).astype(np.uint8), title))
     return montage(tiles, columns, tile, [Mark(tuple(box), "#ffffff")])
 
 
@@ -103,23 +96,57 @@ def montage(tiles: list[tuple[np.ndarray, str]], columns: int, tile: int, marks=
         x, y = gap + index % columns * (tile + gap), gap + index // columns * (shape[1] + header + gap)
         draw.text((x, y + 2), _fitting(clean(title, 40), _font(12), tile), fill="#1a1f2b", font=_font(12))
         picture = Image.fromarray(array).resize(shape, Image.Resampling.BICUBIC)
-        pen = ImageDraw.Draw(picture)
-        for mark in marks:
-            _draw_box(pen, tuple(value * scale for value in mark.box), mark.colour, mark.dashed)
+        _draw_boxes(picture, marks, scale)
         sheet.paste(picture, (x, y + header))
     return encode_png(sheet)
 
 
-def _sized(image: np.ndarray, enlarged: float = 490, reduced: float = 360) -> tuple[Image.Image, float]:
+def _sized(image: np.ndarray, colours: int = 256, enlarged: int = 490, reduced: int = 360) -> tuple[Image.Image, float]:
     """The image for the page, and the factor: a whole multiple up to `enlarged` pixels, or reduced to `reduced`.
 
     Whole multiples keep every pixel visible as it is, and compress far better than interpolated ones.
+    Returns: a palette image whose palette begins with KEPT_COLOURS.
     """
-    longest = max(image.shape[:2])
-    scale = float(enlarged // longest) if longest <= reduced else reduced / longest
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    return Image.fromarray(image).resize(size, method), scale
+    picture, scale = _palette_image(image.tobytes(), image.shape[:2], colours, enlarged, reduced)
+    return picture.copy(), scale
+
+
+@lru_cache(maxsize=4)  # the same image is shown for every run
+def _palette_image(pixels: bytes, size: tuple[int, int], colours: int, enlarged: int, reduced: int):
+    height, width = size
+    picture, scale = Image.frombytes("RGB", (width, height), pixels), 1.0
+    if max(size) > reduced:
+        scale = reduced / max(size)
+        picture = picture.resize(
+            (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
+        )
+    free = picture.quantize(colours - len(KEPT_COLOURS), method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    indices = np.asarray(free) + np.uint8(len(KEPT_COLOURS))
+    if max(size) <= reduced:
+        scale = enlarged // max(size)
+        indices = indices.repeat(scale, axis=0).repeat(scale, axis=1)
+    result = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
+    kept = [int(colour[place : place + 2], 16) for colour in KEPT_COLOURS for place in (1, 3, 5)]
+    result.putpalette(kept + free.getpalette())
+    return result, float(scale)
+
+
+def _draw_boxes(
+    picture: Image.Image, marks, scale: float, origin=(0.0, 0.0)
+) -> list[tuple[float, float, float, float]]:
+    """Draws every mark's box; returns the boxes in pixels of the picture."""
+    draw = ImageDraw.Draw(picture)
+    frames = []
+    for mark in marks:
+        x1, y1, x2, y2 = (scale * (value - origin[place % 2]) for place, value in enumerate(mark.box))
+        frames.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+        _draw_box(draw, frames[-1], _ink(picture, mark.colour), _ink(picture, SHADE_COLOUR), mark.dashed)
+    return frames
+
+
+def _ink(picture: Image.Image, colour: str) -> int | str:
+    """What to give a pen for one of KEPT_COLOURS: its number in a palette image, else the colour itself."""
+    return KEPT_COLOURS.index(colour) if picture.mode == "P" else colour
 
 
 @lru_cache(maxsize=8)
@@ -133,24 +160,25 @@ def _fitting(text: str, font, width: int) -> str:
     return text
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, frame, colour: str, dashed: bool) -> None:
+def _draw_box(draw: ImageDraw.ImageDraw, frame, colour, shade, dashed: bool) -> None:
     x1, y1, x2, y2 = frame
-    x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
     if not dashed:
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="#10141c", width=4)
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=shade, width=5)
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=colour, width=3)
         return
     for start, end in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
         length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
-        steps = max(1, int(length // 4))
+        steps = max(1, int(length // 6)) | 1  # odd: corners are drawn
         points = np.linspace(start, end, steps + 1)
+        draw.line((*start, *end), fill=shade, width=3)
         for index in range(0, steps, 2):
-            draw.line((*points[index], *points[index + 1]), fill=colour, width=2)
+            draw.line((*points[index], *points[index + 1]), fill=colour, width=3)
 
 
-def _draw_tag(draw, frame, text: str, colour: str, font, size, taken: list) -> None:
+def _draw_tag(picture: Image.Image, frame, frames, text: str, colour: str, taken: list) -> None:
     """Writes `text` at the first place around the box that is inside the picture and overlaps no earlier text."""
-    width, height = font.getlength(text) + 8, 17
+    font, size = _font(13), picture.size
+    width, height = math.ceil(font.getlength(text)) + 9, 17
     x1, y1, x2, y2 = frame
     places = [
         (x1 - 1, y1 - height),
@@ -168,13 +196,21 @@ def _draw_tag(draw, frame, text: str, colour: str, font, size, taken: list) -> N
     for x, y in places:
         x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)
         inside.append((x, y, x + width, y + height))
-    spot = min(inside, key=lambda place: sum(_overlap(place, other) for other in taken))  # the first of the best
-    if sum(_overlap(spot, other) for other in taken) > 0.3 * width * height:
+    area = width * height
+
+    def clutter(place) -> float:  # covering another text is worst, then the box itself, then other boxes
+        texts = sum(_overlap(place, other) for other in taken)
+        return (8 * texts + 2 * _overlap(place, frame) + sum(_overlap(place, other) for other in frames)) / area
+
+    spot = min(inside, key=clutter)  # the first of the best
+    if sum(_overlap(spot, other) for other in taken) > 0.3 * area:
         return  # no room: the box speaks for itself
     taken.append(spot)
-    draw.rectangle(spot, fill="#10141c")
-    draw.rectangle((spot[0], spot[1], spot[0] + 3, spot[3]), fill=colour)
-    draw.text((spot[0] + 6, spot[1] + 0.5), text, fill="#ffffff", font=font)
+    tag = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(tag).text((6, 0.5), text, fill=255, font=font)
+    greys = np.rint(np.asarray(tag) * ((GREYS - 1) / 255)).astype(np.uint8) + np.uint8(len(KEPT_COLOURS) - GREYS)
+    greys[:, :4] = KEPT_COLOURS.index(colour)
+    picture.paste(Image.frombytes("P", (width, height), greys.tobytes()), (round(spot[0]), round(spot[1])))
 
 
 def _overlap(a, b) -> float:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image
 
@@ -77,6 +78,7 @@ def grouped_bars(groups: list[str], names: list[str], values: np.ndarray, colour
         [clean(group, 22) for group in groups], rotation=35 if long else 0, ha="right" if long else "center"
     )
     _plain_text(axes)
+    axes.set_ylim(0, max(1.0, 1.04 * float(np.nan_to_num(values).max(initial=0.0))))
     axes.set_ylabel(axis_label)
     axes.grid(axis="x", visible=False)
     _legend(axes, len(names), above=True)
@@ -198,37 +200,41 @@ def error_bars(names: list[str], counts: dict[str, list[float]], axis_label: str
 
 
 def feature_grid(
-    columns: list[str], rows: list[str], maps: list[list[np.ndarray | None]], scale_groups: list[list[int]]
+    columns: list[str],
+    rows: list[str],
+    maps: list[list[np.ndarray]],
+    cells: list[tuple[float, float]],
+    scale_groups: list[list[int]],
+    boxes=(),
 ) -> bytes:
-    """Feature maps as images, one row a level. Maps of one row whose columns are in one group share a colour scale.
+    """Feature maps laid over the area of the image, one row a level; maps of a row in one group share a colour scale.
 
     Args:
-        maps: rows of 2-D arrays (a [H, W, 3] uint8 array is shown as it is).
+        maps: a row is the image, uint8 [H, W, 3], followed by 2-D arrays.
+        cells: (height, width) of a cell of each row's maps in pixels of the image.
         scale_groups: lists of column numbers that share a colour scale.
+        boxes: xyxy in pixels of the image, drawn on every map.
     """
-    height = sum(2.35 * np.clip(row[0].shape[0] / row[0].shape[1], 0.5, 1.6) for row in maps) + 0.5
-    figure, axes_list = _figure(2.45 * len(columns) + 0.3, height, len(rows), len(columns), constrained_pad=0.02)
+    height, width = maps[0][0].shape[:2]
+    tile = 2.3 * float(np.clip(height / width, 0.5, 1.6))
+    size = 2.3 * len(columns) + 0.4, (tile + 0.32) * len(rows) + 0.3
+    figure, axes_list = _figure(*size, len(rows), len(columns), constrained_pad=0.03)
     grid = np.array(axes_list, dtype=object).reshape(len(rows), len(columns))
     for r, row in enumerate(maps):
         for c, values in enumerate(row):
             axes = grid[r, c]
-            axes.set_xticks([])
-            axes.set_yticks([])
             axes.grid(visible=False)
-            if values.ndim == 3:
-                axes.imshow(values, interpolation="lanczos", aspect="equal")
+            if c == 0:
+                axes.imshow(values, extent=(0, width, height, 0), interpolation="lanczos")
             else:
                 group = next(group for group in scale_groups if c in group)
                 low, high = min(row[i].min() for i in group), max(row[i].max() for i in group)
-                axes.imshow(
-                    values,
-                    cmap="viridis",
-                    vmin=low,
-                    vmax=max(high, low + 1e-12),
-                    interpolation="nearest",
-                    aspect="equal",
-                )
+                extent = (0, values.shape[1] * cells[r][1], values.shape[0] * cells[r][0], 0)
+                axes.imshow(values, cmap="viridis", vmin=low, vmax=max(high, low + 1e-12), extent=extent)
                 axes.set_xlabel(f"{low:.2f} \u2026 {high:.2f}", fontsize=FONT - 2.5, color=SOFT, labelpad=2)
+            for x1, y1, x2, y2 in boxes:
+                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1.1))
+            axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0), aspect="equal")
             if r == 0:
                 axes.set_title(columns[c], fontsize=FONT)
             if c == 0:
@@ -284,8 +290,10 @@ def _png(figure: Figure, colours: int = 128) -> bytes:
 
 def encode_png(image: Image.Image, colours: int = 256) -> bytes:
     """A PNG with a palette of at most `colours` colours, a third of the size of a full-colour one."""
+    if image.mode != "P":
+        large = image.width * image.height > 500_000  # where the better method takes seconds
+        method = Image.Quantize.FASTOCTREE if large else Image.Quantize.MEDIANCUT
+        image = image.convert("RGB").quantize(colours, method=method, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    method = Image.Quantize.MEDIANCUT if image.width * image.height < 40_000 else Image.Quantize.FASTOCTREE
-    palette = image.convert("RGB").quantize(colours, method=method, dither=Image.Dither.NONE)
-    palette.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
