@@ -4,6 +4,8 @@
 #   make test     build, the CMake build, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
+#   make test-install   `pip install` of the source distribution, isolated, into a fresh environment (downloads torch twice)
+#   make sanitize       the ops under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,6 +54,24 @@ study: build
 
 lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .
+
+# pip builds in an environment of its own and installs into a fresh one, which must then run the compiled op.
+INSTALL := build/install
+test-install: $(STAMPS)/dependencies
+	rm -rf $(INSTALL) && mkdir -p $(INSTALL)
+	$(BIN)/python setup.py --quiet sdist --dist-dir $(INSTALL)
+	$(PYTHON) -m venv $(INSTALL)/venv
+	$(INSTALL)/venv/bin/python -m pip install --quiet $(INSTALL)/fastkd-*.tar.gz
+	cd $(INSTALL) && venv/bin/fastkd info
+	cd $(INSTALL) && venv/bin/python -I -c "from fastkd import info; assert info.collect()['ops']['instance_norm_mse']['cpu'] == 'compiled'"
+	rm -rf $(INSTALL)
+
+sanitize: build
+	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=address,undefined -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(CMAKE) --build build/sanitize --parallel 2
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
+	$(BIN)/python -m pytest tests/test_instance_norm_mse.py -k "not compile and not opcheck"
 
 clean:
 	rm -rf build dist *.egg-info fastkd/_cpu*.so .pytest_cache .ruff_cache .benchmarks

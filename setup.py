@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parent
 CAPABILITIES = {"generic": 0, "avx2": 1, "avx512": 2}
 COMPILE_ARGS = [
     "-O3",
+    "-g0",
     "-std=c++20",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=off",  # csrc/simd.h, multiply_add
     "-Wall",
     "-Wno-psabi",
     f"-fmacro-prefix-map={ROOT}/=",

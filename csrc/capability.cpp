@@ -1,12 +1,19 @@
-// Which instruction set runs, and the op that tells Python: fastkd::cpu_capability() -> str.
+// Which instruction set runs, and the ops that tell Python: fastkd::cpu_capability() and fastkd::cpu_build() -> str.
 #include "capability.h"
 
 #if FASTKD_GENERIC_PASS
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/version.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
+
+#ifdef __clang__
+#define FASTKD_COMPILER ""  // its __VERSION__ says who it is
+#else
+#define FASTKD_COMPILER "GCC "
+#endif
 
 namespace fastkd {
 namespace {
@@ -29,6 +36,13 @@ std::string cpu_capability_name() {
   return kNames[static_cast<int>(cpu_capability())];
 }
 
+std::string cpu_build() {
+  constexpr uint64_t target = TORCH_FEATURE_VERSION;
+  std::string text = "stable ABI of torch " + std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+  text += ", headers of torch " TORCH_VERSION ", compiled by " FASTKD_COMPILER __VERSION__;
+  return text + (FASTKD_X86_CAPABILITIES ? ", kernels generic avx2 avx512" : ", kernels generic");
+}
+
 }  // namespace
 
 Capability cpu_capability() {
@@ -46,10 +60,12 @@ Capability cpu_capability() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
   library.def("cpu_capability() -> str");
+  library.def("cpu_build() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, library) {
   library.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
+  library.impl("cpu_build", TORCH_BOX(&cpu_build));
 }
 
 }  // namespace fastkd

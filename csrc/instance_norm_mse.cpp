@@ -4,7 +4,8 @@
 //             1. the mean;  2. the variance about it, and what rounding left out of the mean;  3. the error and its products
 //           The error is summed itself, not put together from five moments: where student and teacher are nearly equal, those
 //           cancel. Sums: float over kFlush steps, then double, in a fixed order whatever the threads: deterministic.
-//           writes 8 numbers a row: moments [8, rows], see Moment
+//           writes 10 numbers a row: moments [10, rows], see Moment. Mean and scale are kept to twice the precision: a rounded scale
+//           is an error of every element at once, which shows where student and teacher are nearly equal
 // backward  reads student and teacher once, writes one gradient for each side that wants one:
 //             d loss / d student = 2 grad / N * scale_s * (e - mean(e IN(s)) IN(s)),  e = IN(s) - IN(t)
 //             d loss / d teacher = 2 grad / N * scale_t * (mean(e IN(t)) IN(t) - e)
@@ -21,7 +22,7 @@
 namespace fastkd {
 namespace instance_norm_mse {
 
-enum Moment { kMeanS, kScaleS, kOffsetS, kMeanT, kScaleT, kOffsetT, kSlopeS, kSlopeT, kMoments };
+enum Moment { kStudent, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };  // mean, scale, scale_low, offset of each side; mean(e IN)
 
 struct Level {
   const void* student;
@@ -95,45 +96,63 @@ FASTKD_INLINE void add_centred(const scalar_t* x, int64_t steps, int64_t stride,
       for (int u = 0; u < U; ++u) {
         const V centred = load<V>(x + step * stride + u * kLanes<V>) - mean[u];
         sum[u] += centred;
-        square[u] += centred * centred;
+        square[u] = multiply_add(centred, centred, square[u]);
       }
     flush<V, U>(sum, total);
     flush<V, U>(square, total_square);
   }
 }
 
-// What turns x into IN(x) = (x - mean) * scale + offset, a value a row; offset makes up for the rounding of mean.
-template <class acc, int rows>
+// What turns x into IN(x) = (x - mean) * scale + ((x - mean) * scale_low + offset): the parts in brackets are what rounding left
+// out of scale and mean. Four arrays of a value a row, `stride` apart.
+template <class acc>
 struct Normal {
-  acc mean[rows], scale[rows], offset[rows];
+  acc* mean;
+  int64_t stride;
 };
 
 template <class V, int U, bool one_row>
 struct NormalVectors {
-  V mean[U], scale[U], offset[U];
-  FASTKD_INLINE NormalVectors(const Element<V>* means, const Element<V>* scales, const Element<V>* offsets) {
-    spread<V, U, one_row>(means, mean);
-    spread<V, U, one_row>(scales, scale);
-    spread<V, U, one_row>(offsets, offset);
+  V mean[U], scale[U], scale_low[U], offset[U];
+  FASTKD_INLINE explicit NormalVectors(const Normal<Element<V>>& normal) {
+    spread<V, U, one_row>(normal.mean, mean);
+    spread<V, U, one_row>(normal.mean + normal.stride, scale);
+    spread<V, U, one_row>(normal.mean + normal.stride * 2, scale_low);
+    spread<V, U, one_row>(normal.mean + normal.stride * 3, offset);
   }
-  FASTKD_INLINE V operator()(V x, int u) const { return (x - mean[u]) * scale[u] + offset[u]; }
 };
+
+// a = IN(s), b = IN(t), error = a - b: the large parts are subtracted first, so that the rounding of a and b themselves is not in
+// the error, which is exactly 0 where s = t.
+template <class V>
+struct Errors {
+  V a, b, error;
+};
+
+template <class V, int U, bool one_row>
+FASTKD_INLINE Errors<V> errors(V s, V t, const NormalVectors<V, U, one_row>& normal_s, const NormalVectors<V, U, one_row>& normal_t, int u) {
+  const V centred_s = s - normal_s.mean[u], centred_t = t - normal_t.mean[u];
+  const V a = centred_s * normal_s.scale[u], b = centred_t * normal_t.scale[u];
+  const V a_low = multiply_add(centred_s, normal_s.scale_low[u], normal_s.offset[u]);
+  const V b_low = multiply_add(centred_t, normal_t.scale_low[u], normal_t.offset[u]);
+  return {a + a_low, b + b_low, (a - b) + (a_low - b_low)};
+}
 
 template <class V, int U, bool one_row, class scalar_t>
 FASTKD_INLINE void add_errors(const scalar_t* s, const scalar_t* t, int64_t steps, int64_t stride,
-                              const NormalVectors<V, U, one_row>& normal_s, const NormalVectors<V, U, one_row>& normal_t,
-                              double* total, double* total_s, double* total_t) {
+                              const Normal<acc_t<scalar_t>>& student, const Normal<acc_t<scalar_t>>& teacher, double* total,
+                              double* total_s, double* total_t) {
+  const NormalVectors<V, U, one_row> normal_s(student), normal_t(teacher);
   for (int64_t first = 0; first < steps; first += kFlush) {
     const int64_t last = first + kFlush < steps ? first + kFlush : steps;
     V square[U] = {}, with_s[U] = {}, with_t[U] = {};
     for (int64_t step = first; step < last; ++step)
       for (int u = 0; u < U; ++u) {
-        const V a = normal_s(load<V>(s + step * stride + u * kLanes<V>), u);
-        const V b = normal_t(load<V>(t + step * stride + u * kLanes<V>), u);
-        const V error = a - b;
-        square[u] += error * error;
-        with_s[u] += error * a;
-        with_t[u] += error * b;
+        const int64_t position = step * stride + u * kLanes<V>;
+        const auto [a, b, error] = errors(load<V>(s + position), load<V>(t + position), normal_s, normal_t, u);
+        square[u] = multiply_add(error, error, square[u]);
+        with_s[u] = multiply_add(error, a, with_s[u]);
+        with_t[u] = multiply_add(error, b, with_t[u]);
       }
     flush<V, U>(square, total);
     flush<V, U>(with_s, total_s);
@@ -147,10 +166,10 @@ FASTKD_INLINE void gather(double* total) {  // total[0] = sum over lanes
 }
 
 // Mean and scale of the rows of a strip of `steps` steps, and of `tail` elements behind it where the strip is one row.
-template <class V, int U, bool one_row, class scalar_t, int rows>
-FASTKD_INLINE void normalise(const scalar_t* x, int64_t steps, int64_t stride, int64_t tail, double eps, Normal<acc_t<scalar_t>, rows>& normal) {
+template <class V, int U, bool one_row, class scalar_t>
+FASTKD_INLINE void normalise(const scalar_t* x, int64_t steps, int64_t stride, int64_t tail, double eps, const Normal<acc_t<scalar_t>>& normal) {
   using acc = acc_t<scalar_t>;
-  constexpr int width = U * kLanes<V>;
+  constexpr int width = U * kLanes<V>, rows = one_row ? 1 : width;
   const double count = one_row ? steps * width + tail : steps;
   const scalar_t* rest = x + steps * stride;
 
@@ -173,8 +192,10 @@ FASTKD_INLINE void normalise(const scalar_t* x, int64_t steps, int64_t stride, i
     const double left_out = left[row] / count;
     const double variance = square[row] / count - left_out * left_out;
     const double scale = 1.0 / std::sqrt((variance > 0 || variance != variance ? variance : 0.0) + eps);
-    normal.scale[row] = static_cast<acc>(scale);
-    normal.offset[row] = static_cast<acc>(-left_out * scale);
+    acc* out = normal.mean + row;
+    out[normal.stride] = static_cast<acc>(scale);
+    out[normal.stride * 2] = static_cast<acc>(scale - out[normal.stride]);
+    out[normal.stride * 3] = static_cast<acc>(-left_out * scale);
   }
 }
 
@@ -182,32 +203,25 @@ template <class V, int U, bool one_row, class scalar_t>
 void forward_strip(const Arguments& arguments, const scalar_t* s, const scalar_t* t, int64_t steps, int64_t stride, int64_t tail, int64_t first_row) {
   using acc = acc_t<scalar_t>;
   constexpr int width = U * kLanes<V>, rows = one_row ? 1 : width;
-  Normal<acc, rows> normal_s, normal_t;
-  normalise<V, U, one_row>(s, steps, stride, tail, arguments.eps, normal_s);
-  normalise<V, U, one_row>(t, steps, stride, tail, arguments.eps, normal_t);
+  acc* moments = static_cast<acc*>(arguments.moments) + first_row;
+  const Normal<acc> student{moments + kStudent * arguments.rows, arguments.rows};
+  const Normal<acc> teacher{moments + kTeacher * arguments.rows, arguments.rows};
+  normalise<V, U, one_row>(s, steps, stride, tail, arguments.eps, student);
+  normalise<V, U, one_row>(t, steps, stride, tail, arguments.eps, teacher);
 
   double error[width] = {}, with_s[width] = {}, with_t[width] = {};
-  add_errors<V, U, one_row>(s, t, steps, stride, {normal_s.mean, normal_s.scale, normal_s.offset},
-                            {normal_t.mean, normal_t.scale, normal_t.offset}, error, with_s, with_t);
+  add_errors<V, U, one_row>(s, t, steps, stride, student, teacher, error, with_s, with_t);
   if constexpr (one_row) {
     gather<width>(error);
     gather<width>(with_s);
     gather<width>(with_t);
     const int64_t body = steps * stride;
-    add_errors<acc, 1, true>(s + body, t + body, tail, 1, {normal_s.mean, normal_s.scale, normal_s.offset},
-                             {normal_t.mean, normal_t.scale, normal_t.offset}, error, with_s, with_t);
+    add_errors<acc, 1, true>(s + body, t + body, tail, 1, student, teacher, error, with_s, with_t);
   }
   const double count = one_row ? steps * width + tail : steps;
-  acc* moments = static_cast<acc*>(arguments.moments) + first_row;
-  for (int row = 0; row < rows; ++row, ++moments) {
-    moments[kMeanS * arguments.rows] = normal_s.mean[row];
-    moments[kScaleS * arguments.rows] = normal_s.scale[row];
-    moments[kOffsetS * arguments.rows] = normal_s.offset[row];
-    moments[kMeanT * arguments.rows] = normal_t.mean[row];
-    moments[kScaleT * arguments.rows] = normal_t.scale[row];
-    moments[kOffsetT * arguments.rows] = normal_t.offset[row];
-    moments[kSlopeS * arguments.rows] = static_cast<acc>(with_s[row] / count);
-    moments[kSlopeT * arguments.rows] = static_cast<acc>(with_t[row] / count);
+  for (int row = 0; row < rows; ++row) {
+    moments[kSlopeS * arguments.rows + row] = static_cast<acc>(with_s[row] / count);
+    moments[kSlopeT * arguments.rows + row] = static_cast<acc>(with_t[row] / count);
     arguments.row_errors[first_row + row] = error[row];
   }
 }
@@ -216,20 +230,17 @@ template <class V, int U, bool one_row, bool for_s, bool for_t, class scalar_t>
 void gradients(const Arguments& arguments, const scalar_t* s, const scalar_t* t, scalar_t* grad_s, scalar_t* grad_t, int64_t steps, int64_t stride,
                int64_t first_row) {
   using acc = acc_t<scalar_t>;
-  const acc* moment = static_cast<const acc*>(arguments.moments) + first_row;
-  const auto at = [&](Moment index) __attribute__((always_inline)) { return moment + index * arguments.rows; };
-  const NormalVectors<V, U, one_row> normal_s(at(kMeanS), at(kScaleS), at(kOffsetS));
-  const NormalVectors<V, U, one_row> normal_t(at(kMeanT), at(kScaleT), at(kOffsetT));
+  acc* moments = static_cast<acc*>(arguments.moments) + first_row;
+  const NormalVectors<V, U, one_row> normal_s(Normal<acc>{moments + kStudent * arguments.rows, arguments.rows});
+  const NormalVectors<V, U, one_row> normal_t(Normal<acc>{moments + kTeacher * arguments.rows, arguments.rows});
   V slope_s[U], slope_t[U];
-  spread<V, U, one_row>(at(kSlopeS), slope_s);
-  spread<V, U, one_row>(at(kSlopeT), slope_t);
+  spread<V, U, one_row>(moments + kSlopeS * arguments.rows, slope_s);
+  spread<V, U, one_row>(moments + kSlopeT * arguments.rows, slope_t);
   const acc factor = static_cast<acc>(arguments.factor);
   for (int64_t step = 0; step < steps; ++step)
     for (int u = 0; u < U; ++u) {
       const int64_t position = step * stride + u * kLanes<V>;
-      const V a = normal_s(load<V>(s + position), u);
-      const V b = normal_t(load<V>(t + position), u);
-      const V error = a - b;
+      const auto [a, b, error] = errors(load<V>(s + position), load<V>(t + position), normal_s, normal_t, u);
       if constexpr (for_s) store(grad_s + position, V((error - slope_s[u] * a) * (normal_s.scale[u] * factor)));
       if constexpr (for_t) store(grad_t + position, V((slope_t[u] * b - error) * (normal_t.scale[u] * factor)));
     }

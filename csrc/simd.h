@@ -49,6 +49,20 @@ FASTKD_INLINE V broadcast(Element<V> value) {
   return V{} + value;
 }
 
+// a * b + c in one rounding where the CPU can. The build switches off the compiler's own contraction (-ffp-contract=off), so that
+// a kernel decides where a product is rounded: x * y - x * y is 0.
+template <class V>
+FASTKD_INLINE V multiply_add(V a, V b, V c) {
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 2
+  if constexpr (std::is_same_v<V, FloatVector>) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (std::is_same_v<V, DoubleVector>) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 1
+  if constexpr (std::is_same_v<V, FloatVector>) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (std::is_same_v<V, DoubleVector>) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#endif
+  return a * b + c;
+}
+
 FASTKD_INLINE FloatVector widen(HalfBitsVector bits, BFloat16) {
   return (FloatVector)(__builtin_convertvector(bits, BitsVector) << 16);
 }

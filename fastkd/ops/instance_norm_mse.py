@@ -12,7 +12,8 @@ from fastkd.ops.checks import check_levels
 from fastkd.ops.coverage import full_precision, widen
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MOMENTS = 8  # numbers the forward kernel keeps for each row
+_COMPILED = _library.has_kernel("instance_norm_mse")
+_MOMENTS = 10  # numbers the forward kernel keeps for each row
 
 
 def _normalise(level: Tensor, eps: float) -> Tensor:
@@ -45,7 +46,7 @@ def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps:
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
-    if student[0].device.type == "cpu" and _library.has_kernel("instance_norm_mse"):
+    if student[0].device.type == "cpu" and _COMPILED:
         return torch.ops.fastkd.instance_norm_mse(list(student), list(teacher), float(eps))[0]
     return instance_norm_mse_reference(student, teacher, eps)
 
@@ -140,7 +141,7 @@ def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple
         )
 
 
-if _library.has_kernel("instance_norm_mse"):
+if _COMPILED:
     torch.library.register_fake("fastkd::instance_norm_mse", _forward_fake)
     torch.library.register_fake("fastkd::instance_norm_mse_backward", _backward_fake)
     torch.library.register_autograd("fastkd::instance_norm_mse", _backward, setup_context=_setup_context)

@@ -1,0 +1,119 @@
+"""What `fastkd info` tells: versions, build, CPU capability, GPUs, and which ops have compiled kernels."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastkd
+from fastkd import ops
+from fastkd.ops import _library
+
+PACKAGES = (
+    "torch", "torchvision", "numpy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib", "safetensors",
+    "onnx", "onnxscript", "onnxruntime",
+)  # fmt: skip
+
+
+def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cpu_library() -> tuple[str | None, str | None]:
+    """Why the compiled ops cannot run (None if they can), and the capability in use: a report must not stop at either."""
+    try:
+        return _library.why_not_loaded(), _library.cpu_capability()
+    except RuntimeError as error:  # FASTKD_CPU_CAPABILITY names what this CPU lacks
+        return str(error).splitlines()[0], None
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{one.name}, {one.total_memory / 2**30:.0f} GiB, sm_{one.major}{one.minor}" for one in properties]
+
+
+def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
+    table = {}
+    for op in sorted(name for name in ops.__all__ if f"{name}_reference" in ops.__all__):
+        if why_not is not None:
+            cpu = f"plain torch: {why_not}"
+        elif _library.has_kernel(op):
+            cpu = "compiled"
+        else:
+            cpu = "plain torch: no kernel in this version"
+        table[op] = {"cpu": cpu, "cuda": "plain torch: no kernel in this version"}
+    return table
+
+
+def collect() -> dict:
+    """Everything `fastkd info` prints, as plain types that go into JSON.
+
+    Returns: {"fastkd", "python", "platform": str; "packages": {name: version}; "cpu": {"model", "cores", "threads",
+        "capability" (None where no compiled op runs), "library" (path), "build" (None if not built), "why_not"};
+        "torch_cuda": CUDA version torch was built for or None; "gpus": list of str; "ops": {op: {"cpu", "cuda"}}}.
+    """
+    why_not, capability = _cpu_library()
+    return {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": capability,
+            "library": str(_library.cpu_library()),
+            "build": _library.cpu_build(),
+            "why_not": why_not,
+        },
+        "torch_cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "ops": _kernels(why_not),
+    }
+
+
+def print_info(console: Console | None = None) -> None:
+    """Prints `collect()` as tables."""
+    console = console or Console()
+    info = collect()
+    cpu = info["cpu"]
+    table = Table(title=f"fastkd {info['fastkd']}", show_header=False, title_justify="left")
+    table.add_row("Python", f"{info['python']} on {info['platform']}")
+    table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
+    table.add_row("CPU kernels", f"run {cpu['capability']}" if cpu["why_not"] is None else f"none: {cpu['why_not']}")
+    table.add_row("built", f"{cpu['build']}\n{cpu['library']}" if cpu["build"] else "no")
+    built_for = f"torch is built for CUDA {info['torch_cuda']}" if info["torch_cuda"] else "torch is built without CUDA"
+    table.add_row("GPU", "\n".join(info["gpus"]) or f"none visible; {built_for}")
+    console.print(table)
+    packages = Table("package", "version")
+    for package, version in info["packages"].items():
+        packages.add_row(package, version)
+    console.print(packages)
+    kernels = Table("op", "CPU", "CUDA")
+    for op, where in info["ops"].items():
+        kernels.add_row(op, where["cpu"], where["cuda"])
+    console.print(kernels)

@@ -1,0 +1,311 @@
+"""instance_norm_mse: the kernel of every instruction set against the reference, the reference against torch's own layers."""
+
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+from tolerance import assert_no_worse
+
+from fastkd.ops import _library, instance_norm_mse, instance_norm_mse_reference
+
+CAPABILITIES = ["generic", "avx2", "avx512"]
+CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(_library.cpu_capability()) + 1]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PYRAMID = [(2, 5, 19, 23), (2, 5, 8, 8), (2, 5, 3, 5), (2, 5, 1, 1)]
+WIDE = [(2, 150, 6, 7), (2, 150, 1, 3)]  # whole channel blocks of every capability, whole vectors, single channels
+LONG = [(2, 5, 70, 130)]  # more steps than the float sums are kept for
+SHAPES = {"pyramid": PYRAMID, "wide": WIDE, "long": LONG, "one channel": [(3, 1, 9, 9)], "empty": [(0, 5, 4, 4), (0, 5, 2, 2)],
+          "no cells": [(2, 5, 4, 4), (2, 5, 0, 3)]}  # fmt: skip
+
+
+def contiguous(level):
+    return level
+
+
+def channels_last(level):
+    return level.contiguous(memory_format=torch.channels_last)
+
+
+def strided(level):
+    return level.repeat_interleave(2, 3)[..., ::2]
+
+
+def transposed(level):
+    return level.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def pyramids(shapes, dtype=torch.float32, student_layout=contiguous, teacher_layout=contiguous, make=torch.randn):
+    """A student and a teacher of these shapes; leaves that require gradients."""
+    sides = []
+    for layout in (student_layout, teacher_layout):
+        sides.append([layout((make(shape) + 0.5).to(dtype)).requires_grad_() for shape in shapes])
+    return sides
+
+
+def loss_and_gradients(op, student, teacher):
+    loss = op(student, teacher)
+    return [loss, *torch.autograd.grad(loss, [*student, *teacher])]
+
+
+def double(levels):
+    return [level.detach().double().requires_grad_() for level in levels]
+
+
+def check(student, teacher):
+    actual = loss_and_gradients(instance_norm_mse, student, teacher)
+    plain = loss_and_gradients(instance_norm_mse_reference, student, teacher)
+    exact = loss_and_gradients(instance_norm_mse_reference, double(student), double(teacher))
+    assert_no_worse(actual, plain, exact)
+
+
+def check_draws(draw, count=12):
+    """`check`, with the results of several draws as one: a single small loss can be exact in plain torch by luck."""
+    actual, plain, exact = [], [], []
+    for _ in range(count):
+        student, teacher = draw()
+        actual.append(loss_and_gradients(instance_norm_mse, student, teacher))
+        plain.append(loss_and_gradients(instance_norm_mse_reference, student, teacher))
+        exact.append(loss_and_gradients(instance_norm_mse_reference, double(student), double(teacher)))
+    assert_no_worse(*([torch.stack(results) for results in zip(*side)] for side in (actual, plain, exact)))
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request, monkeypatch):
+    monkeypatch.setenv("FASTKD_CPU_CAPABILITY", request.param)
+    assert _library.cpu_capability() == request.param
+    return request.param
+
+
+def test_reference_is_torchs_instance_norm_and_mse():
+    student, teacher = pyramids(PYRAMID[:3], torch.float64)
+    squares = [(functional.instance_norm(s) - functional.instance_norm(t)).square() for s, t in zip(student, teacher)]
+    expected = torch.cat([square.flatten() for square in squares]).mean()
+    actual = instance_norm_mse_reference(student, teacher)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, student), torch.autograd.grad(expected, student), rtol=1e-11, atol=1e-16
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_no_worse_than_plain(capability, shapes, layout, dtype):
+    check(*pyramids(shapes, dtype, layout, layout))
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_float64(capability, shapes, layout):
+    sides = pyramids(shapes, torch.float64, layout, layout)
+    actual, expected = (loss_and_gradients(op, *sides) for op in (instance_norm_mse, instance_norm_mse_reference))
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("layouts", [(contiguous, channels_last), (channels_last, contiguous), (strided, transposed)])
+def test_mixed_and_strided_layouts(capability, layouts):
+    check(*pyramids(PYRAMID, torch.float32, *layouts))
+
+
+def shifted(shape):
+    return torch.randn(shape) * 1e-2 + 1000
+
+
+def constant(shape):
+    return torch.full(shape, 0.1)
+
+
+def tiny(shape):
+    return torch.randn(shape) * 1e-4
+
+
+def ramp(shape):
+    return torch.linspace(-1000, 1000, shape[2] * shape[3]).view(1, 1, *shape[2:]).expand(shape) + torch.randn(shape)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("make", [shifted, constant, tiny, ramp])
+def test_hard_rows(capability, make, layout):
+    check_draws(lambda: pyramids(PYRAMID + LONG, torch.float32, layout, layout, make))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("factor, offset, noise", [(1 + 1e-5, 1e-6, 0), (2, 0, 0), (1, 0, 1e-3), (0.3, 5, 1e-2)])
+def test_nearly_equal_pyramids(capability, factor, offset, noise, layout):
+    def draw():
+        student, _ = pyramids(PYRAMID + LONG, torch.float32, layout)
+        teacher = [level.detach() * factor + offset + noise * torch.randn_like(level) for level in student]
+        return student, [layout(level).requires_grad_() for level in teacher]
+
+    check_draws(draw)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_equal_pyramids_give_exactly_nothing(capability, dtype):
+    student, _ = pyramids(PYRAMID, dtype)
+    teacher = [level.detach().clone() for level in student]
+    loss = instance_norm_mse(student, teacher)
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in torch.autograd.grad(loss, student))
+
+
+def test_a_level_of_one_cell_is_zero_and_counts_in_the_mean(capability):
+    student, teacher = pyramids([(2, 3, 1, 1)])
+    loss, *gradients = loss_and_gradients(instance_norm_mse, student, teacher)
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients)
+    more = pyramids([(2, 3, 2, 2)])
+    together = instance_norm_mse(more[0] + student, more[1] + teacher)
+    torch.testing.assert_close(together, instance_norm_mse(*more) * 24 / 30)
+
+
+def test_nan_and_infinity_come_through(capability):
+    for bad in (float("nan"), float("inf")):
+        student, teacher = pyramids(PYRAMID)
+        student[0].data[1, 2, 3, 4] = bad
+        loss, *gradients = loss_and_gradients(instance_norm_mse, student, teacher)
+        assert loss.isnan()
+        assert gradients[0][1, 2].isnan().all()
+        assert gradients[0][0].isfinite().all() and gradients[1].isfinite().all()
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True)])
+def test_gradient_for_one_side(sides):
+    student, teacher = pyramids(PYRAMID)
+    both = loss_and_gradients(instance_norm_mse, student, teacher)[1:]
+    for level in student + teacher:
+        level.requires_grad_(sides[0] if any(level is one for one in student) else sides[1])
+    wanted = student if sides[0] else teacher
+    gradients = torch.autograd.grad(instance_norm_mse(student, teacher), wanted)
+    expected = both[: len(student)] if sides[0] else both[len(student) :]
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected))
+    assert not instance_norm_mse([level.detach() for level in student], [level.detach() for level in teacher]).requires_grad
+
+
+def test_gradient_of_one_level_only():
+    student, teacher = pyramids(PYRAMID)
+    expected = loss_and_gradients(instance_norm_mse, student, teacher)[2]
+    mixed = [level if index == 1 else level.detach() for index, level in enumerate(student)]
+    loss = instance_norm_mse(mixed, [level.detach() for level in teacher])
+    assert torch.equal(torch.autograd.grad(loss, student[1])[0], expected)
+
+
+def test_gradient_has_the_memory_order_of_its_level():
+    student, teacher = pyramids(PYRAMID[:2], torch.float32, channels_last, channels_last)
+    for gradient in loss_and_gradients(instance_norm_mse, student, teacher)[1:]:
+        assert gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_gradcheck(capability, layout, eps):
+    student, teacher = pyramids([(2, 3, 4, 3), (2, 3, 1, 2)], torch.float64, layout, layout)
+
+    def op(*levels):
+        return instance_norm_mse(levels[:2], levels[2:], eps)
+
+    assert torch.autograd.gradcheck(op, (*student, *teacher))
+
+
+def test_double_backward_is_a_clear_error():
+    student, teacher = pyramids(PYRAMID)
+    gradients = torch.autograd.grad(instance_norm_mse(student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="instance_norm_mse: double backward .*ops.instance_norm_mse_reference"):
+        gradients[0].sum().backward()
+
+
+@pytest.mark.parametrize("layouts", [(channels_last, contiguous), (strided, transposed)])
+def test_opcheck(layouts):
+    student, teacher = pyramids([(2, 5, 4, 6), (2, 5, 1, 1), (2, 5, 0, 3)], torch.float32, *layouts)
+    torch.library.opcheck(torch.ops.fastkd.instance_norm_mse.default, (student, teacher, 1e-5))
+    student, teacher = ([level.detach() for level in side] for side in (student, teacher))
+    loss, moments = torch.ops.fastkd.instance_norm_mse(student, teacher, 1e-5)
+    for sides in [(True, False), (False, True), (True, True)]:
+        arguments = (torch.ones_like(loss), student, teacher, moments, *sides)
+        torch.library.opcheck(torch.ops.fastkd.instance_norm_mse_backward.default, arguments)
+
+
+def test_compile_and_export():
+    student, teacher = pyramids(PYRAMID)
+    compiled = torch.compile(instance_norm_mse, fullgraph=True, backend="aot_eager")
+    for one, other in zip(loss_and_gradients(compiled, student, teacher), loss_and_gradients(instance_norm_mse, student, teacher)):
+        assert torch.equal(one, other)
+
+    class Loss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return instance_norm_mse(student, teacher)
+
+    exported = torch.export.export(Loss(), (student, teacher))
+    assert torch.equal(exported.module()(student, teacher), instance_norm_mse(student, teacher))
+
+
+def test_autocast_keeps_half_levels_and_widens_a_mixture():
+    student, teacher = pyramids(PYRAMID, torch.bfloat16)
+    wide = [level.detach().float() for level in teacher]
+    expected = instance_norm_mse([level.detach().float() for level in student], wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(instance_norm_mse(student, teacher), expected)
+        loss = instance_norm_mse(student, wide)
+    assert torch.equal(loss, expected)
+    gradients = torch.autograd.grad(loss, student)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+    with pytest.raises(ValueError, match=r"teacher must be torch.bfloat16 .* got torch.float32; .* autocast"):
+        instance_norm_mse(student, wide)
+
+
+def test_same_bits_with_any_number_of_threads(capability):
+    for layout in (contiguous, channels_last):
+        sides = pyramids([(3, 40, 64, 48), (3, 40, 32, 24)], torch.float32, layout, layout)
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(loss_and_gradients(instance_norm_mse, *sides))
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
+
+
+def test_without_the_library_the_reference_runs(monkeypatch):
+    student, teacher = pyramids(PYRAMID)
+    monkeypatch.setattr(sys.modules["fastkd.ops.instance_norm_mse"], "_COMPILED", False)
+    assert torch.equal(instance_norm_mse(student, teacher), instance_norm_mse_reference(student, teacher))
+
+
+LEVEL = torch.zeros(1, 2, 3, 3)
+BAD = [
+    (ValueError, r"student must hold at least one level", [], [], 1e-5),
+    (TypeError, r"student must be a list", LEVEL, [LEVEL], 1e-5),
+    (TypeError, r"teacher\[0\] must be a tensor", [LEVEL], [[1.0]], 1e-5),
+    (ValueError, r"teacher\[0\] must be \[B, C, H_l, W_l\], got \[2, 3, 3\]", [LEVEL], [LEVEL[0]], 1e-5),
+    (TypeError, r"student\[0\] must be floating point, got torch.int64", [LEVEL.long()], [LEVEL], 1e-5),
+    (ValueError, r"student must be float32, float64, .* got torch.float8", [LEVEL.to(torch.float8_e5m2)], [LEVEL], 1e-5),
+    (ValueError, r"teacher must be .* as the student, got", [LEVEL, LEVEL], [LEVEL], 1e-5),
+    (ValueError, r"teacher must be .* as the student, got", [LEVEL], [LEVEL[..., 1:]], 1e-5),
+    (ValueError, r"teacher must be on cpu as the student, got meta", [LEVEL], [LEVEL.to("meta")], 1e-5),
+    (ValueError, r"teacher must be torch.float32 as the student, got torch.float64", [LEVEL], [LEVEL.double()], 1e-5),
+    (ValueError, r"eps must be finite and not negative, got -1", [LEVEL], [LEVEL], -1),
+    (ValueError, r"eps must be finite and not negative, got nan", [LEVEL], [LEVEL], float("nan")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, message, student, teacher, eps", BAD, ids=[case[1][:40] for case in BAD])
+def test_bad_arguments(error, message, student, teacher, eps):
+    with pytest.raises(error, match=f"^instance_norm_mse: {message}"):
+        instance_norm_mse(student, teacher, eps)
+
+
+def test_the_raw_op_checks_what_could_corrupt_memory():
+    raw, backward = torch.ops.fastkd.instance_norm_mse, torch.ops.fastkd.instance_norm_mse_backward
+    loss, moments = raw([LEVEL], [LEVEL], 1e-5)
+    for student, teacher in [([LEVEL], [LEVEL[..., 1:]]), ([LEVEL], [LEVEL.double()]), ([LEVEL], []), ([LEVEL[0]], [LEVEL[0]])]:
+        with pytest.raises(RuntimeError, match="instance_norm_mse: .* must"):
+            raw(student, teacher, 1e-5)
+    for grad, other in [(loss, moments[:, :1]), (loss.double(), moments), (moments, moments), (loss, moments.double())]:
+        with pytest.raises(RuntimeError, match="instance_norm_mse_backward: .* must"):
+            backward(grad, [LEVEL], [LEVEL], other, True, True)
+
+
+def test_an_unknown_capability_is_an_error(monkeypatch):
+    monkeypatch.setenv("FASTKD_CPU_CAPABILITY", "sse2")
+    with pytest.raises(RuntimeError, match="FASTKD_CPU_CAPABILITY must be generic, avx2 or avx512, got sse2"):
+        instance_norm_mse([LEVEL], [LEVEL])
