@@ -46,8 +46,9 @@ def pack(name: str, run_dir: Path) -> None:
     else:
         detector, class_names = load_detector(weights)
         save_detector(detector, target, class_names, dtype=torch.float16)
-    kept = ("name", "steps", "batch_size", "seed", "seconds", "parameters", "torch", "commit", "command")
-    facts = {key: metrics[key] for key in kept} | {"AP": metrics["bbox"]["AP"], "AP50": metrics["bbox"]["AP50"]}
+    kept = ("name", "steps", "batch_size", "seed", "seconds", "parameters", "torch", "commit")
+    facts = {key: metrics[key] for key in kept} | {"command": f"python -m benchmarks.assets --only {name}"}
+    facts |= {"AP": metrics["bbox"]["AP"], "AP50": metrics["bbox"]["AP50"]}
     target.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
