@@ -161,6 +161,21 @@ def test_appearance_arguments(name, low, high):
     assert detail(low) < detail(high)
 
 
+def test_size_and_rotation_arguments():
+    def sides(**style):
+        look = SceneStyle(**style, clutter=0.0, occlusion=0.0)
+        masks = [m for i in range(60) for m in render_scene(np.random.default_rng(i), look)[2]]
+        return np.median([max(np.ptp(axis) + 1 for axis in np.nonzero(m)) for m in masks]), masks
+
+    assert sides(typical=(10.0, 14.0))[0] < 16 < sides(typical=(30.0, 40.0))[0]
+    upright, turned = (sides(rotation=r, max_objects=1)[1] for r in (0.0, 1.5))
+    square = [m.sum() / np.prod([np.ptp(a) + 1 for a in np.nonzero(m)]) for m in upright]
+    assert max(square) == 1.0  # an upright square fills its box
+    assert np.mean([m.sum() for m in turned]) > 0 and not all(
+        np.array_equal(a, b) for a, b in zip(upright, turned, strict=False)
+    )
+
+
 def test_objects_differ_from_what_they_cover():
     """The mask is where the object is painted: pixels inside it change when the object is left out, others do not."""
     style = SceneStyle(max_objects=1, noise=0.0, blur=0.0, clutter=0.0, empty=0.0)
@@ -179,7 +194,7 @@ def test_objects_differ_from_what_they_cover():
 @pytest.mark.parametrize(
     "arguments",
     [{"train": -1}, {"val": 1.5}, {"seed": -2}, {"processes": 0}, {"noise": -1.0}, {"occlusion": 1.5}, {"sizes": ()},
-     {"sizes": ((8, 8),)}, {"min_visible": 0.0}, {"max_objects": 0}],
+     {"sizes": ((8, 8),)}, {"min_visible": 0.0}, {"max_objects": 0}, {"typical": (20.0, 10.0)}, {"rotation": 4.0}],
     ids=str,
 )  # fmt: skip
 def test_bad_arguments(tmp_path, arguments):

@@ -197,15 +197,13 @@ def _check_box(bbox, width: int, height: int) -> tuple[float, float, float, floa
         x, y, w, h = (float(v) for v in bbox)
     except OverflowError:
         raise _Bad("box not finite", f"bbox must be finite, got {bbox!r:.80}") from None
-    if not math.isfinite(x + y + w + h):
+    if not all(map(math.isfinite, (x, y, w, h))):
         raise _Bad("box not finite", f"bbox must be finite, got {bbox}")
-    if w <= 0 or h <= 0:
-        raise _Bad("box of no size", f"bbox must have a positive width and height, got {bbox}")
+    if w < MIN_SIDE or h < MIN_SIDE:
+        raise _Bad("box of no size", f"bbox must be at least {MIN_SIDE} pixels wide and high, got {bbox}")
     x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
-        if x2 <= x1 or y2 <= y1:
-            raise _Bad("box outside the image", f"bbox must overlap the image of {width} x {height} pixels, got {bbox}")
-        raise _Bad("box of no size", f"bbox must be at least {MIN_SIDE} pixels wide and high, got {bbox}")
+        raise _Bad("box outside the image", f"bbox must overlap the image of {width} x {height} pixels, got {bbox}")
     moved = x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
     return x1, y1, x2, y2, moved
 

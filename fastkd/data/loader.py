@@ -243,8 +243,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         iterator = iter(self._loader)
         stop = functools.partial(_stop_workers, iterator)
-        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which would
-        # wait for them for ever: they ignore its SIGTERM
+        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which
+        # would wait for them for ever: they ignore its SIGTERM
         atexit.register(stop)
         try:
             for batch, bad in iterator:
