@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -81,6 +82,24 @@ class ScaledResNet(ResNet):
         return maps
 
 
+class CoarsestLevels(LastLevelP6P7):
+    """torchvision's P6 and P7 from P5, right also for maps one cell wide in bfloat16 on a CPU.
+
+    There the weight gradient of oneDNN's convolution of stride 2 holds uninitialised memory (seen with torch 2.14.1). A
+    column of zeros on the right changes nothing else: the convolution pads with zeros itself.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Levels and names with P6 and P7 appended."""
+        p6 = self.p6(_two_wide(p[-1]))
+        p7 = self.p7(_two_wide(F.relu(p6)))
+        return [*p, p6, p7], [*names, "p6", "p7"]
+
+
+def _two_wide(level: Tensor) -> Tensor:
+    return F.pad(level, (0, 1)) if level.shape[-1] == 1 else level
+
+
 class Pyramid(FeaturePyramidNetwork):
     """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
 
@@ -91,7 +110,7 @@ class Pyramid(FeaturePyramidNetwork):
     """
 
     def __init__(self, in_channels: list[int], channels: int, two_stage: bool):
-        extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
+        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(channels, channels)
         self.first = 0 if two_stage else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
