@@ -25,7 +25,7 @@ class SceneStyle:
         sizes: (width, height) of the pictures, drawn uniformly.
         max_objects: most objects in one picture, >= 1.
         smallest: smallest object side drawn, pixels.
-        typical: smallest and largest side of the usual object (83 %) in pixels of a 128-pixel picture; the others form a
+        typical: smallest and largest side of the usual object (83 %), pixels of a 128-pixel picture; the others form a
             tail down to `smallest` and another up to more than half the picture.
         rotation: largest turn of a shape and its texture from upright, radians, in [0, pi].
         noise: standard deviation of the sensor noise, grey levels of 255; each picture draws 0.4..1.6 of it.
