@@ -59,7 +59,8 @@ def _random_numbers(batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
 
 def _fake_boxes(uniform: Tensor, normal: Tensor, frequency: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes [..., 4] and labels [...] from the priors; the first three uniforms are the class and the centre."""
-    cumulative = frequency.cumsum(0)
+    # a triangle instead of cumsum, which has no deterministic CUDA kernel
+    cumulative = (frequency * torch.ones_like(frequency).expand(len(frequency), -1).tril()).sum(1)
     labels = torch.searchsorted(cumulative / cumulative[-1], uniform[..., 0].to(cumulative), right=True)
     size = mean[labels] + std[labels] * normal.clamp(-2, 2).to(std)
     size = size.clamp(0.002, 0.7).to(uniform)

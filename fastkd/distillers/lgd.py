@@ -71,7 +71,7 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
     longest = max(count + (image in owners) for image, count in enumerate(counts))
     places = [image * longest + place for image, count in enumerate(counts) for place in range(count)]
     places += [image * longest + counts[image] for image in owners]
-    slots = torch.tensor(places, dtype=torch.int64).to(device)
+    slots = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
     image_index = slots // longest
     owner = image_index[batch.boxes.shape[0] :]
     corner = torch.ones(len(owners), 2, device=device)
@@ -101,7 +101,8 @@ def describe(
 ) -> Tensor:
     """Descriptors [K, 4 + classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7; all in [-1, 1]."""
     height, width = padded_size
-    box = objects.boxes.to(dtype) / torch.tensor([width, height, width, height], dtype=dtype).to(objects.boxes.device)
+    sides = torch.tensor([width, height, width, height], dtype=dtype)
+    box = objects.boxes.to(dtype) / sides.to(objects.boxes.device, non_blocking=True)
     one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
     parts = [box, one_hot.to(box.dtype)]
     if objects.masks is not None:

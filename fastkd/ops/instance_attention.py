@@ -35,7 +35,8 @@ def attention_logits_reference(
         absorbed = torch.einsum("bgnd,gdc->bgnc", widen(queries), weight)
         logits = (absorbed.flatten(1, 2) @ cells).unflatten(1, (heads, count))
     else:
-        keys = (weight.flatten(0, 1) @ cells).unflatten(1, (heads, depth))  # [B, G, d, S]
+        keys = weight.flatten(0, 1).expand(len(cells), -1, -1) @ cells
+        keys = keys.unflatten(1, (heads, depth))  # [B, G, d, S]
         logits = widen(queries) @ keys
     bias = [
         (widen(row)[..., :, None] + widen(column)[..., None, :]).flatten(3)
