@@ -30,7 +30,8 @@ def make(step: int) -> Checkpoint:
         "view": shared[:3],
         "other view": shared[2:],
     }
-    return Checkpoint(step, model, {"student/a/momentum_buffer": torch.randn(4, 3)}, {"seconds": 0.1 + step, "ledger": None})
+    state = {"seconds": 0.1 + step, "ledger": None}
+    return Checkpoint(step, model, {"student/a/momentum_buffer": torch.randn(4, 3)}, state)
 
 
 def test_round_trip(tmp_path):
@@ -101,7 +102,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     save_checkpoint(tmp_path, make(5), 3)
     damage(save_checkpoint(tmp_path, make(10), 3))
-    with pytest.warns(UserWarning, match="step_0000010.*going back to step_0000005"):
+    with pytest.warns(UserWarning, match=r"step_0000010.*going back to step_0000005"):
         assert latest_checkpoint(tmp_path).name == "step_0000005"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corrupt_step_0000010", "step_0000005"]
 
@@ -109,7 +110,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
 def test_all_damaged_is_an_error(tmp_path):
     for step in (5, 10):
         flip_a_bit(save_checkpoint(tmp_path, make(step), 3))
-    with pytest.raises(CheckpointError, match="no checkpoint is intact.*step_0000010.*step_0000005.*delete"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact.*step_0000010.*step_0000005.*delete"):
         latest_checkpoint(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 2
 
@@ -122,7 +123,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     save_checkpoint(tmp_path, make(5), 1)
     bad = make(10)
     bad.model["a"][1, 1] = float("nan")
-    with pytest.raises(FloatingPointError, match="'a'.*step 10"):
+    with pytest.raises(FloatingPointError, match=r"'a'.*step 10"):
         save_checkpoint(tmp_path, bad, 1)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000005"]
 

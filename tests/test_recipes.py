@@ -17,7 +17,8 @@ def test_every_promised_recipe_exists():
     assert "scenes-teacher" in names
     for family in ("scenes", "coco"):
         for detector in DETECTORS:
-            assert {f"{family}-{detector}-{m}" for m in ("teacher", "baseline", "inherit", "lgd", "icd", "fgfi")} <= names
+            methods = ("teacher", "baseline", "inherit", "lgd", "icd", "fgfi")
+            assert {f"{family}-{detector}-{method}" for method in methods} <= names
 
 
 @pytest.mark.parametrize("name", all_recipes())
@@ -31,8 +32,8 @@ def test_scenes_recipes_differ_in_the_method_alone(detector):
     baseline = get_recipe(f"scenes-{detector}-baseline")
     for method in ("inherit", "lgd", "icd", "fgfi"):
         recipe = get_recipe(f"scenes-{detector}-{method}")
-        same = dataclasses.replace(recipe, name=baseline.name, method=None, teacher=None, inherit=False, method_optimizer=None)
-        assert same == baseline
+        plain = {"name": baseline.name, "method": None, "teacher": None, "inherit": False, "method_optimizer": None}
+        assert dataclasses.replace(recipe, **plain) == baseline
     assert get_recipe(f"scenes-{detector}-lgd").method.use_masks == (detector == "mask-rcnn")
     assert get_recipe(f"scenes-{detector}-icd").inherit
 
@@ -49,9 +50,11 @@ def test_published_numbers(detector):
     assert icd.method.rho == 5 and icd.method.temperature == 1.0 and icd.inherit and icd.schedule.steps == 90_000
     assert [steps_of(m, 90_000) for m in icd.optimizer.milestones] == [60_000, 80_000]
     own = icd.method_optimizer
-    assert (own.kind, own.learning_rate, own.weight_decay, own.decay, own.clip_norm) == ("adamw", 1e-4, 1e-4, "cosine", 0.01)
+    assert (own.kind, own.decay, own.clip_norm) == ("adamw", "cosine", 0.01)
+    assert (own.learning_rate, own.weight_decay) == (1e-4, 1e-4)
     assert (fgfi.method.psi, fgfi.method.weight) == (0.5, 0.01)
-    assert icd.detector.backbone == "resnet50" and get_recipe(f"coco-{detector}-teacher").detector.backbone == "resnet101"
+    assert icd.detector.backbone == "resnet50"
+    assert get_recipe(f"coco-{detector}-teacher").detector.backbone == "resnet101"
 
 
 def test_phases_of_the_published_schedules():
@@ -132,7 +135,7 @@ def test_command_line_errors(capsys):
         (lambda r: ICDConfig(temperature=0), "temperature must be positive"),
         (lambda r: FGFIConfig(psi=2), "psi must be in"),
         (lambda r: dataclasses.replace(r.data, short_sides=()), "short_sides must be one or more"),
-        (lambda r: dataclasses.replace(r.data, short_sides=(900,), max_side=800), "in \\[1, max_side = 800\\], got 900"),
+        (lambda r: dataclasses.replace(r.data, short_sides=(900,), max_side=800), "max_side = 800.*got 900"),
         (lambda r: dataclasses.replace(r.data, workers=-1), "workers must be 0 or more"),
         (lambda r: dataclasses.replace(r.runtime, precision="float16"), "precision must be"),
         (lambda r: dataclasses.replace(r.runtime, keep_last=0), "keep_last must be at least 1"),

@@ -7,17 +7,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import KINDS, silent, teacher_file, tiny_data, tiny_detector, tiny_recipe  # noqa: F401
+from tiny_runs import KINDS, silent, tiny_detector, tiny_recipe
 
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
-from fastkd.training import NonFiniteLossError, OptimizerConfig, Recipe, RuntimeConfig, Schedule, step, sum_losses, train
+from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train
 from fastkd.training.build import build, open_data
-from fastkd.training.config import FGFIConfig, ICDConfig
-from fastkd.training.optimizers import build_optimizers
+from fastkd.training.config import FGFIConfig, OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.optimizers import NamedOptimizer, build_optimizers
 from fastkd.training.run_directory import RunDirectoryError
 from fastkd.training.schedule import Phase, phase_at
 
+pytest_plugins = ("tiny_runs",)
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
 FLOAT = RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0)
 
@@ -31,7 +32,7 @@ def first_batch(built, batch_size=4):
 
 
 @pytest.mark.parametrize("method", ["baseline", "icd"])
-def test_what_a_run_leaves(tiny_data, tmp_path, method):  # noqa: F811
+def test_what_a_run_leaves(tiny_data, tmp_path, method):
     recipe = tiny_recipe(tiny_data, method=method, runtime=dataclasses.replace(FLOAT, eval_every=4, ledger_pairs=1))
     console = silent()
     result = train(recipe, tmp_path / "run", device="cpu", console=console, command="the command")
@@ -66,7 +67,7 @@ def test_what_a_run_leaves(tiny_data, tmp_path, method):  # noqa: F811
         assert load_file(run / "method.safetensors").keys() == build(recipe).module.distiller.state_dict().keys()
 
 
-def test_initial_weights_do_not_depend_on_the_method(tiny_data):  # noqa: F811
+def test_initial_weights_do_not_depend_on_the_method(tiny_data):
     states = [build(tiny_recipe(tiny_data, method=m)).module.detector.state_dict() for m in ("baseline", "lgd", "fgfi")]
     for state in states[1:]:
         assert all(torch.equal(state[k], states[0][k]) for k in states[0])
@@ -76,7 +77,7 @@ def test_initial_weights_do_not_depend_on_the_method(tiny_data):  # noqa: F811
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_falls(tiny_data, kind, method):  # noqa: F811
+def test_the_loss_falls(tiny_data, kind, method):
     recipe = tiny_recipe(tiny_data, kind, method)
     built = build(recipe)
     module, batch = built.module.train(), first_batch(built)
@@ -98,20 +99,22 @@ def test_the_loss_falls(tiny_data, kind, method):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_whole_run_in_bfloat16_with_workers(tiny_data, tmp_path, method):  # noqa: F811
+def test_a_whole_run_in_bfloat16_with_workers(tiny_data, tmp_path, method):
     runtime = dataclasses.replace(FLOAT, precision="bfloat16", channels_last=True)
-    recipe = tiny_recipe(tiny_data, method=method, runtime=runtime, schedule=Schedule(steps=3, batch_size=4, accumulate=2))
+    schedule = Schedule(steps=3, batch_size=4, accumulate=2)
+    recipe = tiny_recipe(tiny_data, method=method, runtime=runtime, schedule=schedule)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=1))
     assert train(recipe, tmp_path / "run", device="cpu", console=silent()).status == "finished"
     assert all(t.dtype != torch.bfloat16 for t in load_file(tmp_path / "run" / "student.safetensors").values())
 
 
 @pytest.mark.parametrize("method", ["icd", "fgfi"])
-def test_the_teacher_is_frozen_and_nobodys(tiny_data, tmp_path, method):  # noqa: F811
+def test_the_teacher_is_frozen_and_nobodys(tiny_data, tmp_path, method):
     recipe = tiny_recipe(tiny_data, method=method)
     teacher_path = tmp_path / "teacher.safetensors"
     torch.manual_seed(5)
-    save_detector(build_detector(tiny_detector("retinanet", channels=64)), teacher_path, open_data(recipe)[0].class_names)
+    wide = build_detector(tiny_detector("retinanet", channels=64))
+    save_detector(wide, teacher_path, open_data(recipe)[0].class_names)
     built = build(dataclasses.replace(recipe, teacher=str(teacher_path), inherit=False))
     module, teacher = built.module.train(), built.module.teacher.detector
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -129,7 +132,7 @@ def test_the_teacher_is_frozen_and_nobodys(tiny_data, tmp_path, method):  # noqa
     assert stored == own
 
 
-def test_two_optimisers_share_out_the_parameters(tiny_data):  # noqa: F811
+def test_two_optimisers_share_out_the_parameters(tiny_data):
     recipe = tiny_recipe(tiny_data, method="icd")
     module = build(recipe).module
     student, method = build_optimizers(recipe, module)
@@ -142,7 +145,7 @@ def test_two_optimisers_share_out_the_parameters(tiny_data):  # noqa: F811
     assert any(name.startswith("distiller.") for name in only.parameters)
 
 
-def test_no_decay_on_norms_and_biases(tiny_data):  # noqa: F811
+def test_no_decay_on_norms_and_biases(tiny_data):
     for decays in (False, True):
         recipe = tiny_recipe(tiny_data, optimizer=OptimizerConfig(weight_decay=0.5, decay_norm_and_bias=decays))
         (optimizer,) = build_optimizers(recipe, build(recipe).module)
@@ -154,20 +157,14 @@ def test_no_decay_on_norms_and_biases(tiny_data):  # noqa: F811
 def test_clipping_is_by_the_norm_of_one_optimiser():
     weight, bias = torch.nn.Parameter(torch.zeros(3, 1)), torch.nn.Parameter(torch.zeros(1))
     config = OptimizerConfig(learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1.0)
-    optimizer = step_optimizer(config, {"weight": weight, "bias": bias})
+    optimizer = NamedOptimizer("student", config, {"weight": weight, "bias": bias})
     weight.grad, bias.grad = torch.tensor([[3.0], [0.0], [0.0]]), torch.tensor([4.0])
     assert optimizer.step().item() == pytest.approx(5.0)
     assert weight[0].item() == pytest.approx(-0.6, rel=1e-4) and bias.item() == pytest.approx(-0.8, rel=1e-4)
     assert weight.grad is None
 
 
-def step_optimizer(config, parameters):
-    from fastkd.training.optimizers import NamedOptimizer
-
-    return NamedOptimizer("student", config, parameters)
-
-
-def test_frozen_backbone_and_final_phases(tiny_data):  # noqa: F811
+def test_frozen_backbone_and_final_phases(tiny_data):
     recipe = tiny_recipe(tiny_data, method="lgd")
     built = build(recipe)
     module, batch = built.module, first_batch(built)
@@ -196,7 +193,7 @@ def test_frozen_backbone_and_final_phases(tiny_data):  # noqa: F811
     assert module.apply_phase(Phase(), trainable) and not module.apply_phase(Phase(), trainable)
 
 
-def test_detached_student_learns_from_its_own_loss_alone(tiny_data):  # noqa: F811
+def test_detached_student_learns_from_its_own_loss_alone(tiny_data):
     built = build(tiny_recipe(tiny_data, method="icd", runtime=FLOAT))
     module, batch = built.module.eval(), first_batch(built)
 
@@ -210,7 +207,7 @@ def test_detached_student_learns_from_its_own_loss_alone(tiny_data):  # noqa: F8
     assert any(not torch.equal(one, two) for one, two in zip(plain, gradients(Phase())))
 
 
-def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_data, tmp_path):  # noqa: F811
+def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_data, tmp_path):
     plain = OptimizerConfig(learning_rate=0.5, momentum=0.0, weight_decay=0.0, warmup=0.0, milestones=())
     detector = tiny_detector("retinanet", norm="frozen_bn")
     recipe = tiny_recipe(
@@ -229,7 +226,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_data, tmp_path):  
         torch.testing.assert_close(trained[name], (parameter - 0.5 * parameter.grad).detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch):
     recipe = tiny_recipe(tiny_data, runtime=dataclasses.replace(FLOAT, checkpoint_every=1))
     original, calls, ids = step.StepModule.forward, [], []
 
@@ -249,11 +246,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatc
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
 
 
-def test_directories(tiny_data, tmp_path):  # noqa: F811
+def test_directories(tiny_data, tmp_path):
     recipe, run = tiny_recipe(tiny_data, schedule=Schedule(steps=2, batch_size=2)), tmp_path / "run"
     run.mkdir()  # an empty folder is as good as none
     assert train(recipe, run, device="cpu", console=silent(), resume=True).status == "finished"
-    with pytest.raises(RunDirectoryError, match="must be new or empty.*--resume"):
+    with pytest.raises(RunDirectoryError, match=r"must be new or empty.*--resume"):
         train(recipe, run, device="cpu", console=silent())
     content = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     again = train(recipe, run, device="cpu", console=silent(), resume=True)
@@ -273,7 +270,7 @@ def test_directories(tiny_data, tmp_path):  # noqa: F811
         train(recipe, tmp_path / "file", device="cpu", console=silent())
     (tmp_path / "else").mkdir()
     (tmp_path / "else/notes.txt").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="recipe.json"):
+    with pytest.raises(RunDirectoryError, match=r"recipe.json"):
         train(recipe, tmp_path / "else", device="cpu", console=silent(), resume=True)
 
 
@@ -287,7 +284,7 @@ def relabel(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_classes_come_from_the_data(tiny_data, tmp_path):  # noqa: F811
+def test_classes_come_from_the_data(tiny_data, tmp_path):
     root = copied(tiny_data, tmp_path)
     for part in ("train", "val"):
 
@@ -304,12 +301,12 @@ def test_classes_come_from_the_data(tiny_data, tmp_path):  # noqa: F811
     assert json.loads((run / "recipe.json").read_text())["detector"]["num_classes"] == 3
     assert train(recipe, run, device="cpu", console=silent(), resume=True).status == "already finished"
     exact = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, match_classes=False))
-    with pytest.raises(ValueError, match="detector.num_classes must be 3.*got 10.*--detector.num-classes 3"):
+    with pytest.raises(ValueError, match=r"detector.num_classes must be 3.*got 10.*--detector.num-classes 3"):
         train(exact, tmp_path / "other", device="cpu", console=silent())
     assert not (tmp_path / "other").exists()
 
 
-def test_unfit_teachers_are_refused_before_training(tiny_data, tmp_path):  # noqa: F811
+def test_unfit_teachers_are_refused_before_training(tiny_data, tmp_path):
     names = open_data(tiny_recipe(tiny_data))[0].class_names
 
     def refused(message, error=ValueError, **changes):
@@ -332,11 +329,11 @@ def test_unfit_teachers_are_refused_before_training(tiny_data, tmp_path):  # noq
     refused("does not exist.*--backbone-weights", FileNotFoundError, backbone_weights=str(tmp_path / "absent.pth"))
 
 
-def test_unfit_data_is_refused_before_training(tiny_data, tmp_path):  # noqa: F811
+def test_unfit_data_is_refused_before_training(tiny_data, tmp_path):
     root = copied(tiny_data, tmp_path)
     recipe = tiny_recipe(root)
     relabel(root / "annotations/val.json", lambda c: c["categories"][0].update(name="something else"))
-    with pytest.raises(ValueError, match="categories of annotations/val.json must be those of annotations/train.json"):
+    with pytest.raises(ValueError, match=r"categories of annotations/val.json must be those of annotations/train.json"):
         train(recipe, tmp_path / "run", device="cpu", console=silent())
     with pytest.raises(FileNotFoundError):
         absent = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, val_annotations="absent.json"))
@@ -344,7 +341,7 @@ def test_unfit_data_is_refused_before_training(tiny_data, tmp_path):  # noqa: F8
     assert not (tmp_path / "run").exists()
 
 
-def test_methods_are_on_when_their_phase_says_so(tiny_data, tmp_path):  # noqa: F811
+def test_methods_are_on_when_their_phase_says_so(tiny_data, tmp_path):
     method = FGFIConfig(warmup_fraction=0.34, final_fraction=0.34)
     recipe = tiny_recipe(tiny_data, method="fgfi", runtime=dataclasses.replace(FLOAT, log_every=1))
     recipe = dataclasses.replace(recipe, method=method)
@@ -354,8 +351,7 @@ def test_methods_are_on_when_their_phase_says_so(tiny_data, tmp_path):  # noqa: 
     assert ["fgfi_imitation" in line["losses"] for line in lines] == [False, False, True, True, False, False]
 
 
-def test_an_unknown_distiller_needs_its_teacher(tiny_data):  # noqa: F811
+def test_a_distiller_that_needs_a_teacher_gets_one(tiny_data):
     module = build(tiny_recipe(tiny_data, method="icd")).module
     with pytest.raises(ValueError, match="teacher must be given for ICD"):
         step.StepModule(module.detector, module.distiller)
-    assert isinstance(tiny_recipe(tiny_data, method="icd").method, ICDConfig) and teacher_file(tiny_data, "retinanet").exists()

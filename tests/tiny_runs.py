@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastkd.data import generate_scenes
 from fastkd.detectors import DetectorConfig, build_detector, save_detector
-from fastkd.training import DataConfig, Recipe, RuntimeConfig, Schedule, get_recipe
+from fastkd.training import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule, get_recipe
 
 KINDS = {"retinanet": "retinanet", "fcos": "fcos", "faster-rcnn": "faster_rcnn", "mask-rcnn": "mask_rcnn"}
 CLASSES = 10
@@ -49,6 +49,8 @@ def tiny_recipe(data: Path, kind: str = "retinanet", method: str = "baseline", *
             root=str(data), short_sides=(48, 64), val_short_side=64, max_side=96, val_batch_size=4, workers=0
         ),
         "teacher": str(teacher_file(data, kind)) if recipe.teacher else None,
+        "backbone_weights": None,
+        "optimizer": OptimizerConfig(learning_rate=0.02, clip_norm=10.0, warmup=0.1),
         "schedule": Schedule(steps=6, batch_size=2),
         "runtime": RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0),
     }

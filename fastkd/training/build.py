@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastkd import assets
 from fastkd.data import CocoDataset, measure_priors
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.distillers import FGFI, ICD, LGD
@@ -60,7 +61,8 @@ def open_data(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
             f"{val_set.class_names} against {train_set.class_names}; use files with one category table"
         )
     # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
-    load_ground_truth(val_set.annotation_file, val_set.image_ids.tolist(), val_set.category_ids, masks=recipe.with_masks)
+    images = val_set.image_ids.tolist()
+    load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
     return train_set, val_set
 
 
@@ -86,7 +88,7 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
 
     Raises: FileNotFoundError or ValueError if the file is missing or broken, or its classes or pyramid do not fit.
     """
-    path = Path(recipe.teacher)
+    path = assets.resolve(recipe.teacher)
     if not path.is_file():
         raise FileNotFoundError(
             f"train: teacher must be a detector file, got {path}, which does not exist; train one first "
@@ -152,12 +154,13 @@ def build(recipe: Recipe) -> Built:
     student = build_detector(recipe.detector)
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
-        if not Path(recipe.backbone_weights).is_file():
+        weights = assets.resolve(recipe.backbone_weights)
+        if not weights.is_file():
             raise FileNotFoundError(
-                f"train: backbone_weights must be a file, got {recipe.backbone_weights}, which does not exist; put "
+                f"train: backbone_weights must be a file, got {weights}, which does not exist; put "
                 f"torchvision's {recipe.detector.backbone} weights there or pass --backbone-weights PATH"
             )
-        notes["backbone_weights"] = str(load_backbone_weights(student, recipe.backbone_weights))
+        notes["backbone_weights"] = str(load_backbone_weights(student, weights))
     if recipe.inherit:
         notes["inherited"] = str(inherit(student, teacher))
     for name in ("backbone_weights", "inherited"):
@@ -173,5 +176,5 @@ def build(recipe: Recipe) -> Built:
         FrozenTeacher(teacher) if needs_teacher else None,
         torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None,
     )
-    digest = sha256_of(Path(recipe.teacher)) if recipe.teacher is not None else None
+    digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

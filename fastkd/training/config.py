@@ -278,9 +278,10 @@ class Recipe:
         detector: the student.
         data: images, annotations and augmentation.
         method: distillation method; None trains the detector alone.
-        teacher: file of a trained detector (fastkd's student.safetensors), for ICD, FGFI and inheriting.
+        teacher: file of a trained detector (a run's student.safetensors), for ICD, FGFI and inheriting; "asset:NAME" is
+            one that ships with fastkd.
         inherit: start neck and head from the teacher's where names and shapes agree.
-        backbone_weights: file of pretrained backbone weights (torchvision names); None starts at random.
+        backbone_weights: file of pretrained weights (torchvision names) or "asset:NAME"; None starts at random.
         optimizer: of the student, and of the method where `method_optimizer` is None.
         method_optimizer: of the method's own parameters.
         schedule: steps and batch size.

@@ -88,7 +88,7 @@ def commit() -> str | None:
 
 
 def finish_run(trainer: Trainer) -> RunResult:
-    """Evaluates the trained student and writes the final files; metrics.json last, for it says that the run is finished."""
+    """Evaluates the trained student and writes the final files; metrics.json last, for it marks the run as finished."""
     built, group, run_dir, recipe = trainer.built, trainer.group, trainer.run_dir, trainer.recipe
     module = trainer.module
     metrics, results = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
@@ -107,7 +107,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "device": str(group.device),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": trainer.command or " ".join(sys.argv),
+        "command": trainer.command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
     def write() -> None:

@@ -10,13 +10,13 @@ import copy
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from fastkd import assets
 from fastkd.training.config import Recipe
 from fastkd.training.distributed import Processes
 from fastkd.training.memory import transient_peak
@@ -128,7 +128,7 @@ def teacher_cost(teacher: str) -> dict[str, Any]:
 
     Returns: {"file", "steps", "seconds"}, unknown ones None.
     """
-    path = Path(teacher)
+    path = assets.resolve(teacher)
     metrics = read_json(path.with_suffix(".json")) or read_json(path.parent / "metrics.json") or {}
     return {"file": teacher, "steps": metrics.get("steps"), "seconds": metrics.get("seconds")}
 
@@ -137,7 +137,7 @@ def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
     """The whole ledger: what was measured, over all steps of the run, without and with the teacher's own training.
 
     Adds "run": seconds of the student and extra seconds of the method over the run (only steps that distill cost
-    extra), "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None where the teacher's cost is unknown.
+    extra), "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None where the teacher's is unknown.
     """
     steps = recipe.schedule.steps
     distilled = sum(phase_at(recipe, step).distill for step in range(steps))

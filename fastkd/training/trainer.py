@@ -51,7 +51,7 @@ def train(
     Args:
         recipe: what to train.
         run_dir: new or empty, unless resuming.
-        resume: continue the run in `run_dir` bit for bit; starts it if nothing is there, does nothing if it is finished.
+        resume: continue the run in `run_dir` bit for bit; start it if nothing is there, do nothing if it is finished.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
         console: where progress and tables go; None is standard error.
         command: recorded in metrics.json; None records this program's arguments.
@@ -210,6 +210,7 @@ class Trainer:
             self.stop_signal = signal.signum
             return False
         finally:
+            batches.close()  # and with it the loader processes
             self.progress.close()
             self.wrapped = None
             if log is not None:
