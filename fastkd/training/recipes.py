@@ -52,7 +52,7 @@ class ScenesNumbers:
 
     steps: int = 1000
     teacher_steps: int = 4500
-    other_teacher_steps: int = 1500
+    other_teacher_steps: int = 1200
     backbone_steps: int = 3000
     batch_size: int = 16
     num_classes: int = 10
@@ -65,7 +65,7 @@ class ScenesNumbers:
     dense_anchor_base: float = 1.5
     two_stage_anchor_base: float = 3.0
     anchor_scales: tuple[float, ...] = (1.0, 1.41)
-    rate: float = 1e-3
+    rate: float = 2e-3
     teacher_rate: float = 2e-3
     backbone_rate: float = 3e-3
     weight_decay: float = 0.05
