@@ -64,34 +64,27 @@ def judge(truth: Truth, found: Found) -> Verdict:
     (such a box exists but is taken), ignored (more than half of it lies in a crowd region), of the wrong class
     (IoU >= 0.5 with a box of another class), poorly placed (IoU >= 0.1 with a box of its class), or background.
     """
-    iou = box_iou(found.boxes, truth.boxes)
+    iou = box_iou(found.boxes, truth.boxes)  # [D, K]
+    same = found.labels[:, None] == truth.labels[None]
+    own, other = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
     covered = _intersection(found.boxes, truth.ignore_boxes) / np.maximum(_area(found.boxes), 1e-9)[:, None]
     kinds = np.full(len(found.scores), BACKGROUND)
     partner = np.full(len(found.scores), -1)
+    if len(truth.labels):
+        poor, wrong = own.max(axis=1) >= 0.1, other.max(axis=1) >= 0.5
+        kinds[poor], partner[poor] = POOR_LOCALISATION, own.argmax(axis=1)[poor]
+        kinds[wrong], partner[wrong] = WRONG_CLASS, other.argmax(axis=1)[wrong]
+    ignored = covered.max(axis=1, initial=0.0) > 0.5
+    kinds[ignored], partner[ignored] = IGNORED, -1
     found_score = np.full(len(truth.labels), -1.0)
-    for d in range(len(found.scores)):
-        same = truth.labels == found.labels[d]
-        kinds[d], partner[d] = _judge_one(iou[d], same, found_score >= 0, covered[d])
-        if kinds[d] == RIGHT:
+    for d in np.flatnonzero(own.max(axis=1, initial=0.0) >= 0.5):
+        free = np.where(found_score < 0, own[d], 0.0)
+        if free.max() >= 0.5:
+            kinds[d], partner[d] = RIGHT, free.argmax()
             found_score[partner[d]] = found.scores[d]
+        else:
+            kinds[d], partner[d] = DUPLICATE, own[d].argmax()
     return Verdict(kinds, partner, found_score)
-
-
-def _judge_one(iou, same, taken, covered) -> tuple[int, int]:
-    free = np.where(same & ~taken, iou, 0.0)
-    own = np.where(same, iou, 0.0)
-    other = np.where(same, 0.0, iou)
-    if free.max(initial=0.0) >= 0.5:
-        return RIGHT, int(free.argmax())
-    if own.max(initial=0.0) >= 0.5:
-        return DUPLICATE, int(own.argmax())
-    if covered.max(initial=0.0) > 0.5:
-        return IGNORED, -1
-    if other.max(initial=0.0) >= 0.5:
-        return WRONG_CLASS, int(other.argmax())
-    if own.max(initial=0.0) >= 0.1:
-        return POOR_LOCALISATION, int(own.argmax())
-    return BACKGROUND, -1
 
 
 def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> float:

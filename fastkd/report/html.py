@@ -119,17 +119,24 @@ class Section:
 
 
 class PictureBook:
-    """Turns PNG bytes into <img> tags, and writes them beside the page where a folder is given."""
+    """Turns PNG bytes into <img> tags, and writes them beside the page where a folder is given.
+
+    Args:
+        folder: gets every picture as a PNG file as well, or None.
+    Attributes: count and bytes of the pictures so far.
+    """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self.count = 0
+        self.bytes = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def image(self, png: bytes, name: str, alt: str) -> str:
         """An <img> with the picture inside. Args: png: bytes; name: file name stem; alt: what the picture shows."""
         self.count += 1
+        self.bytes += len(png)
         if self.folder is not None:
             (self.folder / f"{self.count:03d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:80]}.png").write_bytes(png)
         data = base64.b64encode(png).decode("ascii")

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastkd.report import pictures, plots
 from fastkd.report.html import PictureBook, Section, clean, escape, note, paragraph
-from fastkd.report.mistakes import Images
+from fastkd.report.mistakes import LEFT_OUT, Images
 from fastkd.report.networks import Networks, load_networks
 from fastkd.report.runs import Run
 
 ATTENTION_IMAGES, INSTANCES_PER_IMAGE = 4, 2
 FEATURE_IMAGES = 3
+UP_TO = 4_200_000  # bytes of all pictures from which on these sections take no more
 
 
 def sections(runs: list[Run], images: Images, chosen: list[int], device: str, book: PictureBook) -> list[Section]:
@@ -58,6 +59,9 @@ def _show_attention(
     section.add(f"<h3>{escape(run.name)}</h3>")
     figures = []
     for image_id in chosen[:ATTENTION_IMAGES]:
+        if book.bytes > UP_TO:
+            figures.append(note([LEFT_OUT.format("Further images are")]))
+            break
         batch, picture = loaded.batch(images.source, image_id)
         maps = loaded.distiller.attention(loaded.teacher.features(batch.images), batch)
         maps = [level.float().cpu() for level in maps]
@@ -126,6 +130,9 @@ def _show_features(
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
     for image_id in chosen[:FEATURE_IMAGES]:
+        if book.bytes > UP_TO:
+            section.add(note([LEFT_OUT.format("Further images are")]))
+            break
         batch, picture = loaded.batch(images.source, image_id)
         student = loaded.student.features(batch.images)
         instructive = loaded.distiller.instruct(student, batch)

@@ -23,8 +23,10 @@ from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded
 from fastkd.report.pictures import MISSED_COLOUR, OTHER_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
 from fastkd.report.runs import Run
 
-MOST_PANELS = 48  # pictures of detections; these limits keep the page under 8 MB
 MOST_CROPS = 160
+# Bytes of all pictures from which on a section takes no more. Base64 adds a third, and the page stays under 8 MB.
+DETECTIONS_UP_TO, FALSE_POSITIVES_UP_TO, MISSES_UP_TO = 3_000_000, 4_900_000, 5_700_000
+LEFT_OUT = "{} left out here, to keep the file small."
 
 
 @dataclass
@@ -75,7 +77,6 @@ def choose_images(images: Images, count: int) -> list[int]:
     Taking them by rank keeps anyone from picking flattering ones, and shows both ends.
     """
     candidates = [image_id for image_id, truth in images.truths.items() if len(truth.labels)]
-    count = min(count, max(1, MOST_PANELS // (1 + len(images.judged))) if count else 0)
     if not candidates or not images.judged or count == 0:
         return candidates[:count]
     judged = next((item for item in images.judged if not item.run.is_teacher), images.judged[0])
@@ -111,10 +112,13 @@ def detections_section(images: Images, chosen: list[int], book: PictureBook) -> 
             )
         )
     )
-    for image_id in chosen:
+    for place, image_id in enumerate(chosen):
         picture, truth = images.source.image(image_id), images.truths[image_id]
         marks = [Mark(tuple(box), TRUTH_COLOUR, images.name(label)) for box, label in zip(truth.boxes, truth.labels)]
         png = pictures.annotated(picture, marks)
+        if place and book.bytes + (1 + len(images.judged)) * len(png) > DETECTIONS_UP_TO:
+            section.add(note([LEFT_OUT.format(f"The other {len(chosen) - place} of {len(chosen)} images are")]))
+            break
         figures = [
             book.figure(
                 png,
@@ -177,6 +181,7 @@ def false_positives_section(images: Images, book: PictureBook) -> Section:
             _false_positive(images, judged, *place, book)
             for kind in ERROR_KINDS
             for place in _worst(judged, kind, images.crops())
+            if book.bytes < FALSE_POSITIVES_UP_TO
         ]
         legend = paragraph(
             "The highest-scoring false positives of each kind. "
@@ -184,9 +189,15 @@ def false_positives_section(images: Images, book: PictureBook) -> Section:
             + " &nbsp; "
             + key(TRUTH_COLOUR, "the objects around it")
         )
-        content = legend + grid(figures, 150) if figures else note([f"{judged.run.name} has no false positives."])
+        none = f"{judged.run.name} has no false positives."
+        content = _crops(legend, figures, none, book.bytes >= FALSE_POSITIVES_UP_TO)
         section.add(folded(f"{clean(judged.run.name, 60)}: the worst of each kind", content))
     return section
+
+
+def _crops(legend: str, figures: list[str], none: str, full: bool) -> str:
+    shown = legend + grid(figures, 150) if figures else ""
+    return shown + note([LEFT_OUT.format("Others are")] if full else [] if figures else [none])
 
 
 def _lists(judged: Judged) -> tuple[list[Verdict], list[Found]]:
@@ -235,6 +246,7 @@ def misses_section(images: Images, book: PictureBook) -> Section:
             _miss(images, judged, image_id, box, book)
             for size in range(3)
             for image_id, box in _missed(images, judged, size)
+            if book.bytes < MISSES_UP_TO
         ]
         legend = paragraph(
             "The largest missed objects of each size, at most one an image. "
@@ -242,7 +254,7 @@ def misses_section(images: Images, book: PictureBook) -> Section:
             + " &nbsp; "
             + key(OTHER_COLOUR, "detections above the threshold, right or wrong")
         )
-        content = legend + grid(figures, 150) if figures else note([f"{judged.run.name} misses nothing."])
+        content = _crops(legend, figures, f"{judged.run.name} misses nothing.", book.bytes >= MISSES_UP_TO)
         section.add(folded(f"{clean(judged.run.name, 60)}: missed objects", content))
     return section
 

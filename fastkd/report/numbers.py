@@ -208,7 +208,7 @@ def _class_table(runs: list[Run], classes: list[str]) -> str:
 def curves_section(runs: list[Run], colours: dict[str, str], book: PictureBook) -> Section:
     """Losses, learning rates and AP over the steps, from log.jsonl."""
     section = Section("Training curves")
-    series = {run.name: _series(run) for run in runs}
+    series = {run.name: curve_points(run) for run in runs}
     order: dict[str, None] = {}
     for by_title in series.values():
         order.update(dict.fromkeys(by_title))
@@ -231,7 +231,7 @@ def curves_section(runs: list[Run], colours: dict[str, str], book: PictureBook) 
     return section
 
 
-def _series(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def curve_points(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{panel title: (steps, values)} of a run's log."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in run.log:

@@ -62,12 +62,12 @@ class ValidationSet:
             if label is not None and result["image_id"] in rows:
                 x, y, width, height = result["bbox"]
                 rows[result["image_id"]].append((result["score"], label, x, y, x + width, y + height))
-        return {image_id: _to_found(items) for image_id, items in rows.items()}
+        return {image_id: self._to_found(image_id, items) for image_id, items in rows.items()}
 
-
-def _to_found(rows: list[tuple]) -> Found:
-    table = np.array(sorted(rows, key=lambda row: -row[0]), dtype=np.float64).reshape(-1, 6)
-    return Found(boxes=table[:, 2:], scores=table[:, 0], labels=table[:, 1].astype(np.int64))
+    def _to_found(self, image_id: int, rows: list[tuple]) -> Found:
+        table = np.array(sorted(rows, key=lambda row: -row[0]), dtype=np.float64).reshape(-1, 6)
+        limits = np.tile(self.dataset.sizes[self._position[image_id]], 2)
+        return Found(np.clip(table[:, 2:], 0, limits), table[:, 0], table[:, 1].astype(np.int64))
 
 
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:

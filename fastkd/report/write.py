@@ -82,6 +82,9 @@ def _picture_sections(runs: list[Run], count: int, device: str, book: PictureBoo
     ]
     if judged.judged:
         sections += [mistakes.false_positives_section(judged, book), mistakes.misses_section(judged, book)]
+    if source.unreadable:
+        lines = [f"Shown as plain grey, for the file cannot be read: {line}" for line in source.unreadable]
+        sections[0].add(html.note(lines))
     return sections
 
 
