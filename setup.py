@@ -1,10 +1,10 @@
 """Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so.
 
-Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512; csrc/capability.h) and
-the sets are told apart at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
+Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512; csrc/capability.h),
+chosen at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
 
 Environment: MAX_JOBS (parallel compilers; default: by cores and free memory), FASTKD_CUDA (see `check_cuda_request`),
-CXXFLAGS (appended by setuptools).
+CXX and CXXFLAGS (read by setuptools).
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
 Capability detect() {
 #if FASTKD_X86_CAPABILITIES
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return avx512 ? Capability::avx512 : avx2 ? Capability::avx2 : Capability::generic;
@@ -38,7 +39,8 @@ std::string cpu_capability_name() {
 
 std::string cpu_build() {
   constexpr uint64_t target = TORCH_FEATURE_VERSION;
-  std::string text = "stable ABI of torch " + std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+  const auto part = [](int shift) { return std::to_string((target >> shift) & 0xff); };
+  std::string text = "stable ABI of torch " + part(56) + "." + part(48);
   text += ", headers of torch " TORCH_VERSION ", compiled by " FASTKD_COMPILER __VERSION__;
   return text + (FASTKD_X86_CAPABILITIES ? ", kernels generic avx2 avx512" : ", kernels generic");
 }
@@ -51,11 +53,12 @@ Capability cpu_capability() {
   if (wanted == nullptr || *wanted == '\0') return best;
   for (int number = 0; number < 3; ++number) {
     if (std::string(wanted) != kNames[number]) continue;
-    STD_TORCH_CHECK(number <= static_cast<int>(best), "FASTKD_CPU_CAPABILITY: this CPU or build has no ", wanted, ", its best is ",
-                    kNames[static_cast<int>(best)], "; unset the variable to use that");
+    STD_TORCH_CHECK(number <= static_cast<int>(best), "FASTKD_CPU_CAPABILITY: this CPU or build has no ", wanted,
+                    ", its best is ", kNames[static_cast<int>(best)], "; unset the variable to use that");
     return static_cast<Capability>(number);
   }
-  STD_TORCH_CHECK(false, "FASTKD_CPU_CAPABILITY must be generic, avx2 or avx512, got ", wanted, "; unset it to use the best this CPU has");
+  STD_TORCH_CHECK(false, "FASTKD_CPU_CAPABILITY must be generic, avx2 or avx512, got ", wanted,
+                  "; unset it to use the best this CPU has");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {

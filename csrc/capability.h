@@ -1,9 +1,10 @@
 // The instruction sets a kernel is compiled for, and which one runs.
 //
-// The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512). A source keeps its kernels
-// between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes: only they may use the
-// instruction set, and no inline function of the standard library compiled for AVX-512 can replace a generic one at link time.
-// It hands them out as a table, `kernels<FASTKD_CAPABILITY>()`; registration and allocation are compiled in the generic pass alone.
+// The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512). A source keeps
+// its kernels between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes:
+// only they may use the instruction set, and no inline function of the standard library compiled for AVX-512 can
+// replace a generic one at link time. It hands them out as a table, `kernels<Table, FASTKD_CAPABILITY>()`;
+// registration and allocation are compiled in the generic pass alone.
 #pragma once
 
 #ifndef FASTKD_CAPABILITY
@@ -20,8 +21,9 @@
 #define FASTKD_COMPILES_KERNELS (FASTKD_CAPABILITY == 0 || FASTKD_X86_CAPABILITIES)
 
 #if FASTKD_CAPABILITY == 2 && FASTKD_X86_CAPABILITIES
-#define FASTKD_KERNELS_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
+#define FASTKD_KERNELS_BEGIN       \
+  _Pragma("GCC push_options")      \
+  _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
 #define FASTKD_KERNELS_END _Pragma("GCC pop_options")
 #elif FASTKD_CAPABILITY == 1 && FASTKD_X86_CAPABILITIES
 #define FASTKD_KERNELS_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")

@@ -1,18 +1,18 @@
-// instance_norm_mse: mean over all elements of all levels of (IN(student) - IN(teacher))^2, IN(x) = (x - mean) / sqrt(var + eps) a row.
+// instance_norm_mse: mean over all elements of all levels of (IN(student) - IN(teacher))^2,
+// IN(x) = (x - mean) / sqrt(var + eps) over a row: the cells of one channel of one image.
 //
 // forward   reads student and teacher once from memory: three sweeps over a row, the later two from the cache
-//             1. the mean;  2. the variance about it, and what rounding left out of the mean;  3. the error and its products
-//           The error is summed itself, not put together from five moments: where student and teacher are nearly equal, those
-//           cancel. Sums: float over kFlush steps, then double, in a fixed order whatever the threads: deterministic.
-//           writes 10 numbers a row: moments [10, rows], see Moment. Mean and scale are kept to twice the precision: a rounded scale
-//           is an error of every element at once, which shows where student and teacher are nearly equal
+//             1. the mean;  2. the variance about it, and what rounding left out of the mean;  3. e = IN(s) - IN(t)
+//           e^2 is summed itself, not put together from five moments: where student and teacher are nearly equal, those
+//           cancel. For the same reason mean and scale are kept to twice the precision.
+//           writes 10 numbers a row: moments [10, rows], see Moment
 // backward  reads student and teacher once, writes one gradient for each side that wants one:
-//             d loss / d student = 2 grad / N * scale_s * (e - mean(e IN(s)) IN(s)),  e = IN(s) - IN(t)
+//             d loss / d student = 2 grad / N * scale_s * (e - mean(e IN(s)) IN(s))
 //             d loss / d teacher = 2 grad / N * scale_t * (mean(e IN(t)) IN(t) - e)
-// Layouts   contiguous: a row is `cells` elements; whole vectors, then single elements
+// Layouts   contiguous: whole vectors of a row, then single elements
 //           channels-last: a lane is a row; a task is a block of channels at least one cache line wide
 #include "pyramid.h"
-#include "simd.h"
+#include "reduce.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,7 +22,8 @@
 namespace fastkd {
 namespace instance_norm_mse {
 
-enum Moment { kStudent, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };  // mean, scale, scale_low, offset of each side; mean(e IN)
+// Of each side mean, scale, scale_low, offset (Normal); then mean(e IN(s)) and mean(e IN(t)).
+enum Moment { kStudent = 0, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };
 
 struct Level {
   const void* student;
@@ -43,9 +44,10 @@ struct Arguments {
 };
 
 using Kernel = void (*)(const Arguments&, const Task* begin, const Task* end);
-struct Table {
-  Kernel forward[4], backward[4];  // float, double, BFloat16, Half
-  int64_t channel_block[4];        // channels of a channels-last task
+
+struct Table {  // of float, double, BFloat16, Half
+  Kernel forward[4], backward[4];
+  int64_t channel_block[4];  // channels of a channels-last task
 };
 
 }  // namespace instance_norm_mse
@@ -57,59 +59,33 @@ namespace fastkd {
 namespace {
 using namespace instance_norm_mse;
 
-constexpr int64_t kFlush = 64;
+// A strip of both pyramids (reduce.h) and `tail` elements behind it where it is one row.
+template <class scalar_t>
+struct Strip {
+  const scalar_t *s, *t;
+  scalar_t *grad_s, *grad_t;  // null: not wanted
+  int64_t steps, stride, tail, row;
 
-// total[lane] += sum[lane], in double.
-template <class V, int U>
-FASTKD_INLINE void flush(const V (&sum)[U], double* total) {
-  Element<V> lanes[U * kLanes<V>];
-  std::memcpy(lanes, sum, sizeof(lanes));
-  for (int lane = 0; lane < U * kLanes<V>; ++lane) total[lane] += lanes[lane];
-}
-
-// One value a lane (channels-last), or one for all lanes (a contiguous row).
-template <class V, int U, bool one_row>
-FASTKD_INLINE void spread(const Element<V>* values, V (&out)[U]) {
-  for (int u = 0; u < U; ++u) out[u] = one_row ? broadcast<V>(values[0]) : load<V>(values + u * kLanes<V>);
-}
-
-// A strip is `steps` groups of U vectors, `stride` elements apart.
-template <class V, int U, class scalar_t>
-FASTKD_INLINE void add_sums(const scalar_t* x, int64_t steps, int64_t stride, double* total) {
-  for (int64_t first = 0; first < steps; first += kFlush) {
-    const int64_t last = first + kFlush < steps ? first + kFlush : steps;
-    V sum[U] = {};
-    for (int64_t step = first; step < last; ++step)
-      for (int u = 0; u < U; ++u) sum[u] += load<V>(x + step * stride + u * kLanes<V>);
-    flush<V, U>(sum, total);
+  FASTKD_INLINE Strip rest() const {  // the tail as a strip of single elements
+    const int64_t body = steps * stride;
+    scalar_t* rest_s = grad_s == nullptr ? nullptr : grad_s + body;
+    scalar_t* rest_t = grad_t == nullptr ? nullptr : grad_t + body;
+    return {s + body, t + body, rest_s, rest_t, tail, 1, 0, row};
   }
-}
+};
 
-template <class V, int U, bool one_row, class scalar_t>
-FASTKD_INLINE void add_centred(const scalar_t* x, int64_t steps, int64_t stride, const Element<V>* means, double* total, double* total_square) {
-  V mean[U];
-  spread<V, U, one_row>(means, mean);
-  for (int64_t first = 0; first < steps; first += kFlush) {
-    const int64_t last = first + kFlush < steps ? first + kFlush : steps;
-    V sum[U] = {}, square[U] = {};
-    for (int64_t step = first; step < last; ++step)
-      for (int u = 0; u < U; ++u) {
-        const V centred = load<V>(x + step * stride + u * kLanes<V>) - mean[u];
-        sum[u] += centred;
-        square[u] = multiply_add(centred, centred, square[u]);
-      }
-    flush<V, U>(sum, total);
-    flush<V, U>(square, total_square);
-  }
-}
-
-// What turns x into IN(x) = (x - mean) * scale + ((x - mean) * scale_low + offset): the parts in brackets are what rounding left
-// out of scale and mean. Four arrays of a value a row, `stride` apart.
+// What turns x into IN(x) = (x - mean) * scale + ((x - mean) * scale_low + offset): the parts in brackets are what
+// rounding left out of scale and mean. Four arrays of a value a row, `stride` apart.
 template <class acc>
 struct Normal {
   acc* mean;
   int64_t stride;
 };
+
+template <class acc>
+FASTKD_INLINE Normal<acc> normal_of(const Arguments& arguments, Moment side, int64_t row) {
+  return {static_cast<acc*>(arguments.moments) + side * arguments.rows + row, arguments.rows};
+}
 
 template <class V, int U, bool one_row>
 struct NormalVectors {
@@ -122,37 +98,38 @@ struct NormalVectors {
   }
 };
 
-// a = IN(s), b = IN(t), error = a - b: the large parts are subtracted first, so that the rounding of a and b themselves is not in
-// the error, which is exactly 0 where s = t.
+// a = IN(s), b = IN(t), e = a - b: the large parts are subtracted first, so that the rounding of a and b themselves
+// is not in e, which is exactly 0 where s = t.
 template <class V>
 struct Errors {
-  V a, b, error;
+  V a, b, e;
 };
 
 template <class V, int U, bool one_row>
-FASTKD_INLINE Errors<V> errors(V s, V t, const NormalVectors<V, U, one_row>& normal_s, const NormalVectors<V, U, one_row>& normal_t, int u) {
-  const V centred_s = s - normal_s.mean[u], centred_t = t - normal_t.mean[u];
-  const V a = centred_s * normal_s.scale[u], b = centred_t * normal_t.scale[u];
-  const V a_low = multiply_add(centred_s, normal_s.scale_low[u], normal_s.offset[u]);
-  const V b_low = multiply_add(centred_t, normal_t.scale_low[u], normal_t.offset[u]);
+FASTKD_INLINE Errors<V> errors(V s, V t, const NormalVectors<V, U, one_row>& student,
+                               const NormalVectors<V, U, one_row>& teacher, int u) {
+  const V centred_s = s - student.mean[u], centred_t = t - teacher.mean[u];
+  const V a = centred_s * student.scale[u], b = centred_t * teacher.scale[u];
+  const V a_low = multiply_add(centred_s, student.scale_low[u], student.offset[u]);
+  const V b_low = multiply_add(centred_t, teacher.scale_low[u], teacher.offset[u]);
   return {a + a_low, b + b_low, (a - b) + (a_low - b_low)};
 }
 
 template <class V, int U, bool one_row, class scalar_t>
-FASTKD_INLINE void add_errors(const scalar_t* s, const scalar_t* t, int64_t steps, int64_t stride,
-                              const Normal<acc_t<scalar_t>>& student, const Normal<acc_t<scalar_t>>& teacher, double* total,
-                              double* total_s, double* total_t) {
-  const NormalVectors<V, U, one_row> normal_s(student), normal_t(teacher);
-  for (int64_t first = 0; first < steps; first += kFlush) {
-    const int64_t last = first + kFlush < steps ? first + kFlush : steps;
+FASTKD_INLINE void add_errors(const Arguments& arguments, const Strip<scalar_t>& strip, double* total, double* total_s,
+                              double* total_t) {
+  const NormalVectors<V, U, one_row> student(normal_of<Element<V>>(arguments, kStudent, strip.row));
+  const NormalVectors<V, U, one_row> teacher(normal_of<Element<V>>(arguments, kTeacher, strip.row));
+  for (int64_t first = 0; first < strip.steps; first += kFlush) {
+    const int64_t last = first + kFlush < strip.steps ? first + kFlush : strip.steps;
     V square[U] = {}, with_s[U] = {}, with_t[U] = {};
     for (int64_t step = first; step < last; ++step)
       for (int u = 0; u < U; ++u) {
-        const int64_t position = step * stride + u * kLanes<V>;
-        const auto [a, b, error] = errors(load<V>(s + position), load<V>(t + position), normal_s, normal_t, u);
-        square[u] = multiply_add(error, error, square[u]);
-        with_s[u] = multiply_add(error, a, with_s[u]);
-        with_t[u] = multiply_add(error, b, with_t[u]);
+        const int64_t at = step * strip.stride + u * kLanes<V>;
+        const auto [a, b, e] = errors(load<V>(strip.s + at), load<V>(strip.t + at), student, teacher, u);
+        square[u] = multiply_add(e, e, square[u]);
+        with_s[u] = multiply_add(e, a, with_s[u]);
+        with_t[u] = multiply_add(e, b, with_t[u]);
       }
     flush<V, U>(square, total);
     flush<V, U>(with_s, total_s);
@@ -160,38 +137,33 @@ FASTKD_INLINE void add_errors(const scalar_t* s, const scalar_t* t, int64_t step
   }
 }
 
-template <int width>
-FASTKD_INLINE void gather(double* total) {  // total[0] = sum over lanes
-  for (int lane = 1; lane < width; ++lane) total[0] += total[lane];
-}
-
-// Mean and scale of the rows of a strip of `steps` steps, and of `tail` elements behind it where the strip is one row.
+// The normal of one side of a strip.
 template <class V, int U, bool one_row, class scalar_t>
-FASTKD_INLINE void normalise(const scalar_t* x, int64_t steps, int64_t stride, int64_t tail, double eps, const Normal<acc_t<scalar_t>>& normal) {
-  using acc = acc_t<scalar_t>;
+FASTKD_INLINE void normalise(const scalar_t* x, const Strip<scalar_t>& strip, double eps, Normal<Element<V>> normal) {
+  using acc = Element<V>;
   constexpr int width = U * kLanes<V>, rows = one_row ? 1 : width;
-  const double count = one_row ? steps * width + tail : steps;
-  const scalar_t* rest = x + steps * stride;
+  const double count = one_row ? strip.steps * width + strip.tail : strip.steps;
+  const scalar_t* rest = x + strip.steps * strip.stride;
 
   double total[width] = {};
-  add_sums<V, U>(x, steps, stride, total);
+  add_sums<V, U>(x, strip.steps, strip.stride, total);
   if constexpr (one_row) {
     gather<width>(total);
-    add_sums<acc, 1>(rest, tail, 1, total);
+    add_sums<acc, 1>(rest, strip.tail, 1, total);
   }
   for (int row = 0; row < rows; ++row) normal.mean[row] = static_cast<acc>(total[row] / count);
 
   double left[width] = {}, square[width] = {};
-  add_centred<V, U, one_row>(x, steps, stride, normal.mean, left, square);
+  add_centred<V, U, one_row>(x, strip.steps, strip.stride, normal.mean, left, square);
   if constexpr (one_row) {
     gather<width>(left);
     gather<width>(square);
-    add_centred<acc, 1, true>(rest, tail, 1, normal.mean, left, square);
+    add_centred<acc, 1, true>(rest, strip.tail, 1, normal.mean, left, square);
   }
   for (int row = 0; row < rows; ++row) {
     const double left_out = left[row] / count;
     const double variance = square[row] / count - left_out * left_out;
-    const double scale = 1.0 / std::sqrt((variance > 0 || variance != variance ? variance : 0.0) + eps);
+    const double scale = 1.0 / std::sqrt((variance < 0 ? 0.0 : variance) + eps);
     acc* out = normal.mean + row;
     out[normal.stride] = static_cast<acc>(scale);
     out[normal.stride * 2] = static_cast<acc>(scale - out[normal.stride]);
@@ -200,133 +172,115 @@ FASTKD_INLINE void normalise(const scalar_t* x, int64_t steps, int64_t stride, i
 }
 
 template <class V, int U, bool one_row, class scalar_t>
-void forward_strip(const Arguments& arguments, const scalar_t* s, const scalar_t* t, int64_t steps, int64_t stride, int64_t tail, int64_t first_row) {
-  using acc = acc_t<scalar_t>;
+void forward_strip(const Arguments& arguments, const Strip<scalar_t>& strip) {
+  using acc = Element<V>;
   constexpr int width = U * kLanes<V>, rows = one_row ? 1 : width;
-  acc* moments = static_cast<acc*>(arguments.moments) + first_row;
-  const Normal<acc> student{moments + kStudent * arguments.rows, arguments.rows};
-  const Normal<acc> teacher{moments + kTeacher * arguments.rows, arguments.rows};
-  normalise<V, U, one_row>(s, steps, stride, tail, arguments.eps, student);
-  normalise<V, U, one_row>(t, steps, stride, tail, arguments.eps, teacher);
+  normalise<V, U, one_row>(strip.s, strip, arguments.eps, normal_of<acc>(arguments, kStudent, strip.row));
+  normalise<V, U, one_row>(strip.t, strip, arguments.eps, normal_of<acc>(arguments, kTeacher, strip.row));
 
-  double error[width] = {}, with_s[width] = {}, with_t[width] = {};
-  add_errors<V, U, one_row>(s, t, steps, stride, student, teacher, error, with_s, with_t);
+  double square[width] = {}, with_s[width] = {}, with_t[width] = {};
+  add_errors<V, U, one_row>(arguments, strip, square, with_s, with_t);
   if constexpr (one_row) {
-    gather<width>(error);
+    gather<width>(square);
     gather<width>(with_s);
     gather<width>(with_t);
-    const int64_t body = steps * stride;
-    add_errors<acc, 1, true>(s + body, t + body, tail, 1, student, teacher, error, with_s, with_t);
+    add_errors<acc, 1, true>(arguments, strip.rest(), square, with_s, with_t);
   }
-  const double count = one_row ? steps * width + tail : steps;
+  const double count = one_row ? strip.steps * width + strip.tail : strip.steps;
+  acc* moments = static_cast<acc*>(arguments.moments) + strip.row;
   for (int row = 0; row < rows; ++row) {
     moments[kSlopeS * arguments.rows + row] = static_cast<acc>(with_s[row] / count);
     moments[kSlopeT * arguments.rows + row] = static_cast<acc>(with_t[row] / count);
-    arguments.row_errors[first_row + row] = error[row];
+    arguments.row_errors[strip.row + row] = square[row];
   }
 }
 
 template <class V, int U, bool one_row, bool for_s, bool for_t, class scalar_t>
-void gradients(const Arguments& arguments, const scalar_t* s, const scalar_t* t, scalar_t* grad_s, scalar_t* grad_t, int64_t steps, int64_t stride,
-               int64_t first_row) {
-  using acc = acc_t<scalar_t>;
-  acc* moments = static_cast<acc*>(arguments.moments) + first_row;
-  const NormalVectors<V, U, one_row> normal_s(Normal<acc>{moments + kStudent * arguments.rows, arguments.rows});
-  const NormalVectors<V, U, one_row> normal_t(Normal<acc>{moments + kTeacher * arguments.rows, arguments.rows});
+void write_gradients(const Arguments& arguments, const Strip<scalar_t>& strip) {
+  using acc = Element<V>;
+  const NormalVectors<V, U, one_row> student(normal_of<acc>(arguments, kStudent, strip.row));
+  const NormalVectors<V, U, one_row> teacher(normal_of<acc>(arguments, kTeacher, strip.row));
   V slope_s[U], slope_t[U];
-  spread<V, U, one_row>(moments + kSlopeS * arguments.rows, slope_s);
-  spread<V, U, one_row>(moments + kSlopeT * arguments.rows, slope_t);
+  spread<V, U, one_row>(static_cast<acc*>(arguments.moments) + kSlopeS * arguments.rows + strip.row, slope_s);
+  spread<V, U, one_row>(static_cast<acc*>(arguments.moments) + kSlopeT * arguments.rows + strip.row, slope_t);
   const acc factor = static_cast<acc>(arguments.factor);
-  for (int64_t step = 0; step < steps; ++step)
+  for (int64_t step = 0; step < strip.steps; ++step)
     for (int u = 0; u < U; ++u) {
-      const int64_t position = step * stride + u * kLanes<V>;
-      const auto [a, b, error] = errors(load<V>(s + position), load<V>(t + position), normal_s, normal_t, u);
-      if constexpr (for_s) store(grad_s + position, V((error - slope_s[u] * a) * (normal_s.scale[u] * factor)));
-      if constexpr (for_t) store(grad_t + position, V((slope_t[u] * b - error) * (normal_t.scale[u] * factor)));
+      const int64_t at = step * strip.stride + u * kLanes<V>;
+      const auto [a, b, e] = errors(load<V>(strip.s + at), load<V>(strip.t + at), student, teacher, u);
+      if constexpr (for_s) store(strip.grad_s + at, V((e - slope_s[u] * a) * (student.scale[u] * factor)));
+      if constexpr (for_t) store(strip.grad_t + at, V((slope_t[u] * b - e) * (teacher.scale[u] * factor)));
     }
 }
 
 template <class V, int U, bool one_row, class scalar_t>
-void backward_strip(const Arguments& arguments, const scalar_t* s, const scalar_t* t, scalar_t* grad_s, scalar_t* grad_t, int64_t steps,
-                    int64_t stride, int64_t first_row) {
-  if (grad_s != nullptr && grad_t != nullptr) {
-    gradients<V, U, one_row, true, true>(arguments, s, t, grad_s, grad_t, steps, stride, first_row);
-  } else if (grad_s != nullptr) {
-    gradients<V, U, one_row, true, false>(arguments, s, t, grad_s, grad_t, steps, stride, first_row);
-  } else if (grad_t != nullptr) {
-    gradients<V, U, one_row, false, true>(arguments, s, t, grad_s, grad_t, steps, stride, first_row);
+void backward_strip(const Arguments& arguments, const Strip<scalar_t>& strip) {
+  if (strip.grad_s != nullptr && strip.grad_t != nullptr) {
+    write_gradients<V, U, one_row, true, true>(arguments, strip);
+  } else if (strip.grad_s != nullptr) {
+    write_gradients<V, U, one_row, true, false>(arguments, strip);
+  } else if (strip.grad_t != nullptr) {
+    write_gradients<V, U, one_row, false, true>(arguments, strip);
   }
 }
 
-template <class scalar_t>
-constexpr int kBlockVectors = 64 / (kVectorBytes * sizeof(scalar_t) / sizeof(acc_t<scalar_t>)) > 2  // at least a cache line
-    ? 64 / (kVectorBytes * sizeof(scalar_t) / sizeof(acc_t<scalar_t>))
-    : 2;
-
-template <class scalar_t>
+template <class scalar_t, bool is_backward>
 struct Rows {
   using acc = acc_t<scalar_t>;
   using V = Vector<acc>;
   static constexpr int kRowVectors = 4;
-
-  const Arguments& arguments;
-  bool backward;
+  static constexpr int kLineVectors = 64 / static_cast<int>(kLanes<V> * sizeof(scalar_t));  // vectors in a cache line
+  static constexpr int kBlockVectors = kLineVectors > 2 ? kLineVectors : 2;
+  static constexpr int kBlock = kBlockVectors * kLanes<V>;
 
   template <class Lane, int U, bool one_row>
-  void strip(const Level& level, int64_t position, int64_t steps, int64_t stride, int64_t tail, int64_t row) const {
+  static void run_strip(const Arguments& arguments, const Level& level, int64_t position, int64_t steps, int64_t stride,
+                        int64_t tail, int64_t row) {
     const scalar_t* s = static_cast<const scalar_t*>(level.student) + position;
     const scalar_t* t = static_cast<const scalar_t*>(level.teacher) + position;
-    if (!backward) return forward_strip<Lane, U, one_row>(arguments, s, t, steps, stride, tail, row);
-    scalar_t* grad_s = level.grad_student == nullptr ? nullptr : static_cast<scalar_t*>(level.grad_student) + position;
-    scalar_t* grad_t = level.grad_teacher == nullptr ? nullptr : static_cast<scalar_t*>(level.grad_teacher) + position;
-    backward_strip<Lane, U, one_row>(arguments, s, t, grad_s, grad_t, steps, stride, row);
-    if constexpr (one_row) {
-      const int64_t body = steps * stride;
-      backward_strip<acc, 1, true>(arguments, s + body, t + body, grad_s == nullptr ? nullptr : grad_s + body,
-                                   grad_t == nullptr ? nullptr : grad_t + body, tail, 1, row);
+    Strip<scalar_t> strip{s, t, nullptr, nullptr, steps, stride, tail, row};
+    if constexpr (is_backward) {
+      if (level.grad_student != nullptr) strip.grad_s = static_cast<scalar_t*>(level.grad_student) + position;
+      if (level.grad_teacher != nullptr) strip.grad_t = static_cast<scalar_t*>(level.grad_teacher) + position;
+      backward_strip<Lane, U, one_row>(arguments, strip);
+      if constexpr (one_row) backward_strip<acc, 1, true>(arguments, strip.rest());
+    } else {
+      forward_strip<Lane, U, one_row>(arguments, strip);
     }
   }
 
-  void contiguous(const Level& level, const Task& task) const {
+  static void contiguous(const Arguments& arguments, const Level& level, const Task& task) {
     constexpr int width = kRowVectors * kLanes<V>;
     for (int64_t channel = 0; channel < task.channels; ++channel) {
       const int64_t position = (task.image * level.channels + task.channel + channel) * level.cells;
-      strip<V, kRowVectors, true>(level, position, level.cells / width, width, level.cells % width, task.row + channel);
+      run_strip<V, kRowVectors, true>(arguments, level, position, level.cells / width, width, level.cells % width,
+                                      task.row + channel);
     }
   }
 
-  void channels_last(const Level& level, const Task& task) const {
-    constexpr int width = kBlockVectors<scalar_t> * kLanes<V>;
-    const int64_t position = task.image * level.channels * level.cells + task.channel;
+  static void channels_last(const Arguments& arguments, const Level& level, const Task& task) {
+    const int64_t position = task.image * level.channels * level.cells + task.channel, stride = level.channels;
     int64_t done = 0;
-    for (; done + width <= task.channels; done += width)
-      strip<V, kBlockVectors<scalar_t>, false>(level, position + done, level.cells, level.channels, 0, task.row + done);
+    for (; done + kBlock <= task.channels; done += kBlock)
+      run_strip<V, kBlockVectors, false>(arguments, level, position + done, level.cells, stride, 0, task.row + done);
     for (; done + kLanes<V> <= task.channels; done += kLanes<V>)
-      strip<V, 1, false>(level, position + done, level.cells, level.channels, 0, task.row + done);
+      run_strip<V, 1, false>(arguments, level, position + done, level.cells, stride, 0, task.row + done);
     for (; done < task.channels; ++done)
-      strip<acc, 1, false>(level, position + done, level.cells, level.channels, 0, task.row + done);
+      run_strip<acc, 1, false>(arguments, level, position + done, level.cells, stride, 0, task.row + done);
   }
 
-  void run(const Task* task, const Task* end) const {
+  static void kernel(const Arguments& arguments, const Task* task, const Task* end) {
     for (; task != end; ++task) {
       const Level& level = arguments.levels[task->level];
-      level.channels_last ? channels_last(level, *task) : contiguous(level, *task);
+      level.channels_last ? channels_last(arguments, level, *task) : contiguous(arguments, level, *task);
     }
   }
 };
 
 template <class scalar_t>
-void forward_kernel(const Arguments& arguments, const Task* begin, const Task* end) {
-  Rows<scalar_t>{arguments, false}.run(begin, end);
-}
-
+using Forward = Rows<scalar_t, false>;
 template <class scalar_t>
-void backward_kernel(const Arguments& arguments, const Task* begin, const Task* end) {
-  Rows<scalar_t>{arguments, true}.run(begin, end);
-}
-
-template <class scalar_t>
-constexpr int64_t kChannelBlock = kBlockVectors<scalar_t> * kLanes<Vector<acc_t<scalar_t>>>;
+using Backward = Rows<scalar_t, true>;
 
 }  // namespace
 }  // namespace fastkd
@@ -336,9 +290,9 @@ namespace fastkd {
 template <>
 const instance_norm_mse::Table& kernels<instance_norm_mse::Table, FASTKD_CAPABILITY>() {
   static const instance_norm_mse::Table table = {
-      {forward_kernel<float>, forward_kernel<double>, forward_kernel<BFloat16>, forward_kernel<Half>},
-      {backward_kernel<float>, backward_kernel<double>, backward_kernel<BFloat16>, backward_kernel<Half>},
-      {kChannelBlock<float>, kChannelBlock<double>, kChannelBlock<BFloat16>, kChannelBlock<Half>}};
+      {Forward<float>::kernel, Forward<double>::kernel, Forward<BFloat16>::kernel, Forward<Half>::kernel},
+      {Backward<float>::kernel, Backward<double>::kernel, Backward<BFloat16>::kernel, Backward<Half>::kernel},
+      {Forward<float>::kBlock, Forward<double>::kBlock, Forward<BFloat16>::kBlock, Forward<Half>::kBlock}};
   return table;
 }
 }  // namespace fastkd
@@ -347,33 +301,24 @@ const instance_norm_mse::Table& kernels<instance_norm_mse::Table, FASTKD_CAPABIL
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-int type_index(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "instance_norm_mse: levels must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(type));
-}
 
 // The tensors of a call, dense in the student's memory order, and the work on them.
 struct Call {
   std::vector<Tensor> student, teacher;
   std::vector<Level> levels;
-  Arguments arguments;
+  Arguments arguments{};
   std::vector<Task> tasks;
-  const Table& table;
-  int type;
+  const Table& table = active_kernels<Table>();
+  int type = 0;
   int64_t elements = 0;
 
-  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers)
-      : arguments{}, table(active_kernels<Table>()), type(students.empty() ? 0 : type_index(students[0].scalar_type())) {
-    STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size(), "instance_norm_mse: student and teacher must have as many levels, at least one");
+  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers) {
+    STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size(),
+                    "instance_norm_mse: student and teacher must have as many levels, at least one");
+    type = type_index(students[0]);
     for (size_t index = 0; index < students.size(); ++index) add_level(students[index], teachers[index]);
   }
 
@@ -381,17 +326,18 @@ struct Call {
     STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4, "instance_norm_mse: levels must be [B, C, H, W]");
     for (int64_t dim = 0; dim < 4; ++dim)
       STD_TORCH_CHECK(s.size(dim) == t.size(dim), "instance_norm_mse: student and teacher must have the same shape");
-    STD_TORCH_CHECK(type_index(s.scalar_type()) == type && type_index(t.scalar_type()) == type, "instance_norm_mse: levels must have one dtype");
+    STD_TORCH_CHECK(type_index(s) == type && type_index(t) == type,
+                    "instance_norm_mse: levels must have one dtype");
     STD_TORCH_CHECK(s.is_cpu() && t.is_cpu(), "instance_norm_mse: levels must be on the CPU");
     const bool channels_last = is_channels_last(s);
     student.push_back(dense(s, channels_last));
     teacher.push_back(dense(t, channels_last));
-    const int64_t images = s.size(0), channels = s.size(1), cells = s.size(2) * s.size(3), index = levels.size();
-    levels.push_back(
-        {student.back().const_data_ptr(), teacher.back().const_data_ptr(), nullptr, nullptr, channels, cells, channels_last});
+    const int64_t images = s.size(0), channels = s.size(1), cells = s.size(2) * s.size(3);
+    const int64_t index = levels.size(), block = channels_last ? table.channel_block[type] : 1;
+    const void *student_data = student.back().const_data_ptr(), *teacher_data = teacher.back().const_data_ptr();
+    levels.push_back({student_data, teacher_data, nullptr, nullptr, channels, cells, channels_last});
     elements += images * channels * cells;
     if (cells == 0) return;  // nothing to normalise, no rows
-    const int64_t block = channels_last ? table.channel_block[type] : 1;
     for (int64_t image = 0; image < images; ++image)
       for (int64_t channel = 0; channel < channels; channel += block) {
         const int64_t count = std::min(block, channels - channel);
@@ -400,6 +346,8 @@ struct Call {
       }
   }
 
+  double mean_over_elements(double sum) const { return sum / static_cast<double>(std::max<int64_t>(elements, 1)); }
+
   void run(Kernel kernel) {
     arguments.levels = levels.data();
     const auto cost = [&](const Task& task) { return task.channels * levels[task.level].cells; };
@@ -407,16 +355,12 @@ struct Call {
   }
 };
 
-ScalarType widened(const Tensor& level) {
-  return level.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher, double eps) {
   Call call(student, teacher);
   const ScalarType type = widened(student[0]);
   const int64_t shape[] = {kMoments, call.arguments.rows};
-  Tensor moments = torch::stable::new_empty(student[0], torch::headeronly::IntHeaderOnlyArrayRef(shape, 2), type);
-  Tensor loss = torch::stable::new_empty(student[0], torch::headeronly::IntHeaderOnlyArrayRef(shape, size_t{0}), type);
+  Tensor moments = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, 2), type);
+  Tensor loss = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, size_t{0}), type);
   std::vector<double> row_errors(call.arguments.rows);
   call.arguments.eps = eps;
   call.arguments.moments = moments.mutable_data_ptr();
@@ -425,22 +369,23 @@ std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tens
 
   double total = 0;
   for (const double error : row_errors) total += error;
-  total /= static_cast<double>(std::max<int64_t>(call.elements, 1));
-  type == ScalarType::Double ? void(*loss.mutable_data_ptr<double>() = total)
-                             : void(*loss.mutable_data_ptr<float>() = static_cast<float>(total));
+  torch::stable::fill_(loss, call.mean_over_elements(total));
   return {loss, moments};
 }
 
 // Gradients of the student's levels where for_student, followed by those of the teacher's where for_teacher.
-std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vector<Tensor> teacher, Tensor moments, bool for_student, bool for_teacher) {
+std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vector<Tensor> teacher, Tensor moments,
+                             bool for_student, bool for_teacher) {
   Call call(student, teacher);
   const ScalarType type = widened(student[0]);
-  STD_TORCH_CHECK(moments.is_contiguous() && moments.dim() == 2 && moments.size(0) == kMoments && moments.size(1) == call.arguments.rows &&
-                      moments.scalar_type() == type, "instance_norm_mse_backward: moments must be those of the forward call");
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.is_cpu() && grad.scalar_type() == type, "instance_norm_mse_backward: grad must be one number of the loss's dtype");
+  STD_TORCH_CHECK(moments.is_contiguous() && moments.dim() == 2 && moments.size(0) == kMoments &&
+                      moments.size(1) == call.arguments.rows && moments.scalar_type() == type && moments.is_cpu(),
+                  "instance_norm_mse_backward: moments must be those of the forward call");
+  STD_TORCH_CHECK(grad.numel() == 1 && grad.is_cpu() && grad.scalar_type() == type,
+                  "instance_norm_mse_backward: grad must be one number of the loss's dtype");
   const double value = type == ScalarType::Double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
-  call.arguments.factor = 2.0 * value / static_cast<double>(std::max<int64_t>(call.elements, 1));
-  call.arguments.moments = const_cast<void*>(moments.const_data_ptr());
+  call.arguments.factor = call.mean_over_elements(2.0 * value);
+  call.arguments.moments = const_cast<void*>(moments.const_data_ptr());  // the backward kernel only reads them
 
   std::vector<Tensor> gradients;
   for (size_t index = 0; for_student && index < student.size(); ++index) {
@@ -460,7 +405,8 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
   library.def("instance_norm_mse(Tensor[] student, Tensor[] teacher, float eps) -> (Tensor, Tensor)");
   library.def(
-      "instance_norm_mse_backward(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor moments, bool for_student, bool for_teacher) -> Tensor[]");
+      "instance_norm_mse_backward(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor moments, bool for_student, "
+      "bool for_teacher) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {

@@ -1,5 +1,6 @@
-// Vectors of the capability being compiled: load<V>(pointer) widens to float (double for double), store(pointer, v) rounds.
-// V is Vector<acc_t> or acc_t itself, so that the same kernel text serves whole vectors and single elements at the end of a row.
+// Vectors of the capability being compiled: load<V>(pointer) widens to float (double for double), store(pointer, v)
+// rounds. V is Vector<acc_t> or acc_t itself: the same kernel text serves whole vectors and the single elements at
+// the end of a row.
 #pragma once
 
 #include "capability.h"
@@ -49,8 +50,8 @@ FASTKD_INLINE V broadcast(Element<V> value) {
   return V{} + value;
 }
 
-// a * b + c in one rounding where the CPU can. The build switches off the compiler's own contraction (-ffp-contract=off), so that
-// a kernel decides where a product is rounded: x * y - x * y is 0.
+// a * b + c in one rounding where the CPU can. The build switches off the compiler's own contraction
+// (-ffp-contract=off): the kernel decides where a product is rounded, and x * y - x * y is 0.
 template <class V>
 FASTKD_INLINE V multiply_add(V a, V b, V c) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 2

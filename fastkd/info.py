@@ -15,8 +15,8 @@ from fastkd import ops
 from fastkd.ops import _library
 
 PACKAGES = (
-    "torch", "torchvision", "numpy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib", "safetensors",
-    "onnx", "onnxscript", "onnxruntime",
+    "torch", "torchvision", "numpy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib",
+    "safetensors", "onnx", "onnxscript", "onnxruntime",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_library() -> tuple[str | None, str | None]:
-    """Why the compiled ops cannot run (None if they can), and the capability in use: a report must not stop at either."""
+    """Why the compiled ops cannot run (None if they can), and the capability in use; must not raise."""
     try:
         return _library.why_not_loaded(), _library.cpu_capability()
     except RuntimeError as error:  # FASTKD_CPU_CAPABILITY names what this CPU lacks

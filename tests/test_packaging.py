@@ -48,8 +48,8 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     assert "dynamic" not in PYPROJECT
     names = {re.split(r"[<>=!; ]", requirement)[0] for requirement in requirements() if "extra ==" not in requirement}
-    assert names == {"torch", "torchvision", "numpy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib",
-                     "safetensors"}  # fmt: skip
+    expected = "torch torchvision numpy pillow pycocotools tyro rich tensorboard matplotlib safetensors"
+    assert names == set(expected.split())
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastkd")
     assert [script.value for script in scripts] == ["fastkd.cli:main"]
 
@@ -88,7 +88,8 @@ def test_source_distribution_is_complete(tmp_path):
 def test_the_library_needs_the_stable_abi_alone(folder):
     library = folder / "_cpu.so"
     assert library.exists(), "run `make build cmake`"
-    symbols = subprocess.run(["nm", "-D", "-C", library], check=True, capture_output=True, text=True).stdout.splitlines()
+    command = ["nm", "-D", "-C", library]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     undefined = {line.split(" U ", 1)[1].split("@")[0] for line in symbols if " U " in line}
     assert any(name.startswith("torch_") for name in undefined)
     assert [name for name in undefined if re.search(r"\b(c10|at|torch|caffe2)::", name)] == []
@@ -143,9 +144,10 @@ def test_without_a_library_there_is_a_reason(monkeypatch, tmp_path):
 
 def test_setup_says_what_it_cannot_build(setup_script, monkeypatch):
     check = setup_script["check_cuda_request"]
-    for harmless in (None, "0"):
-        monkeypatch.delenv("FASTKD_CUDA", raising=False) if harmless is None else monkeypatch.setenv("FASTKD_CUDA", harmless)
-        check()
+    monkeypatch.delenv("FASTKD_CUDA", raising=False)
+    check()
+    monkeypatch.setenv("FASTKD_CUDA", "0")
+    check()
     monkeypatch.setenv("FASTKD_CUDA", "1")
     with pytest.raises(SystemExit, match="FASTKD_CUDA=1: this version of fastkd has no CUDA kernels"):
         check()

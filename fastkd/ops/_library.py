@@ -1,4 +1,4 @@
-"""Loads the compiled kernels (fastkd/_cpu.so, built by setup.py); without them every op takes its plain-torch reference."""
+"""Loads the compiled kernels (fastkd/_cpu.so, built by setup.py); without them every op takes its reference."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def cpu_library() -> Path:
 def why_not_loaded() -> str | None:
     """None once the library is loaded, else the reason why there is none, in words for `fastkd info`.
 
-    Raises: ImportError if there is a library that cannot be loaded, or FASTKD_CPU_LIBRARY names none: what was asked for
-        or built must not go missing unnoticed.
+    Raises: ImportError if there is a library that cannot be loaded, or FASTKD_CPU_LIBRARY names none: what was built or
+        asked for must not go missing unnoticed.
     """
     path = cpu_library()
     if path == BUILT_IN and not path.exists():
@@ -42,7 +42,7 @@ def has_kernel(op: str) -> bool:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set the kernels run: generic, avx2 or avx512 (FASTKD_CPU_CAPABILITY overrides); None if not built.
+    """The instruction set in use: generic, avx2 or avx512 (FASTKD_CPU_CAPABILITY overrides); None if not built.
 
     Raises: RuntimeError if FASTKD_CPU_CAPABILITY names none of them or one that this CPU lacks.
     """

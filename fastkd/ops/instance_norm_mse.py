@@ -1,4 +1,4 @@
-"""instance_norm_mse: mean squared error between the instance-normalised levels of two pyramids (LGD's distillation loss)."""
+"""instance_norm_mse: mean squared error between two instance-normalised pyramids, LGD's distillation loss."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def instance_norm_mse_reference(student: Sequence[Tensor], teacher: Sequence[Ten
 def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
     """Mean squared error between two pyramids, every channel of every image and level normalised first.
 
-    loss = mean over all elements of all levels of (IN(student) - IN(teacher))^2, IN(x) = (x - mean) / sqrt(var + eps) over the
-    cells of a channel, var without Bessel's correction; so a level of one cell is 0. No elements at all give 0.
+    loss = mean over all elements of all levels of (IN(student) - IN(teacher))^2, IN(x) = (x - mean) / sqrt(var + eps)
+    over the cells of a channel, var without Bessel's correction; so a level of one cell is 0. No elements give 0.
 
     Args:
         student: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
@@ -41,8 +41,8 @@ def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps:
             and teacher may differ in dtype: the narrower is widened.
         eps: added to the variance, >= 0.
     Returns: scalar; float32 for half types (they accumulate in float32), else the dtype of the levels.
-    Raises: ValueError if shapes, dtypes, devices or eps disagree with this; TypeError if a level is no tensor; RuntimeError on
-        double backward of the compiled kernel.
+    Raises: ValueError if shapes, dtypes, devices or eps disagree with this; TypeError if a level is no floating-point
+        tensor; RuntimeError on double backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
@@ -55,24 +55,18 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> 
     op = "instance_norm_mse"
     check_levels(op, "student", student)
     check_levels(op, "teacher", teacher)
-    if [level.shape for level in student] != [level.shape for level in teacher]:
-        shapes = [[list(level.shape) for level in levels] for levels in (student, teacher)]
-        raise ValueError(
-            f"{op}: teacher must be {shapes[0]} as the student, got {shapes[1]}; adapt the channels, or take the same strides"
-        )
-    if teacher[0].device != student[0].device:
-        raise ValueError(
-            f"{op}: teacher must be on {student[0].device} as the student, got {teacher[0].device}; move them to one device"
-        )
-    for name, levels in (("student", student), ("teacher", teacher)):
-        if levels[0].dtype not in _FLOATS:
-            raise ValueError(
-                f"{op}: {name} must be float32, float64, bfloat16 or float16, got {levels[0].dtype}; convert it with .float()"
-            )
-    if teacher[0].dtype != student[0].dtype and not torch.is_autocast_enabled(student[0].device.type):
-        raise ValueError(
-            f"{op}: teacher must be {student[0].dtype} as the student, got {teacher[0].dtype}; convert one of them, or use autocast"
-        )
+    shapes, others = ([list(level.shape) for level in levels] for levels in (student, teacher))
+    if shapes != others:
+        raise ValueError(f"{op}: teacher must be {shapes} as the student, got {others}; take the same levels")
+    device, other = student[0].device, teacher[0].device
+    if device != other:
+        raise ValueError(f"{op}: teacher must be on {device} as the student, got {other}; move them to one device")
+    dtype, other = student[0].dtype, teacher[0].dtype
+    for name, one in (("student", dtype), ("teacher", other)):
+        if one not in _FLOATS:
+            raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {one}; call .float()")
+    if dtype != other and not torch.is_autocast_enabled(device.type):
+        raise ValueError(f"{op}: teacher must be {dtype} as the student, got {other}; convert one, or use autocast")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}; 1e-5 is usual")
 
@@ -133,7 +127,7 @@ def _double_backward(ctx, *grads):
 
 
 def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Levels keep their dtype (half types accumulate in float32 anyway); only where two dtypes meet the narrower is widened."""
+    """Levels keep their dtype, as sums are float32 anyway; only where two dtypes meet the narrower is widened."""
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
         return torch.ops.fastkd.instance_norm_mse(
