@@ -17,8 +17,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
+from safetensors.torch import save_file
 
 from fastkd.data import generate_scenes
+from fastkd.detectors import DetectorConfig, build_detector, save_detector
+from fastkd.distillers import LGD
 from fastkd.report import analysis, insides, mistakes, numbers, pictures, plots, write_report
 from fastkd.report.analysis import (
     BACKGROUND,
@@ -466,6 +469,22 @@ def test_feature_maps():
 def normalised_of(maps):
     flat = maps.flatten(1).double()
     return (flat - flat.mean(1, keepdim=True)) / flat.std(1, unbiased=False, keepdim=True)
+
+
+def test_inside_a_mask_rcnn(scenes, tmp_path):
+    """LGD with instance masks, and a pyramid from P2 on."""
+    run = fake_run(tmp_path / "run", scenes, method="lgd")
+    config = DetectorConfig("mask_rcnn", 10, "resnet18", width=0.125, channels=16, box_head_channels=32)
+    save_detector(build_detector(config), run / "student.safetensors", [f"class {k}" for k in range(10)])
+    save_file(LGD(10, 16, context=False, use_masks=True).state_dict(), run / "method.safetensors")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["method"] |= {"context": False, "use_masks": True}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    text = write_report(run, tmp_path / "r.html", images=1).read_text()
+    assert "LGD features" in text and "nothing to show" not in text
+    recipe["method"] |= {"heads": 5}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    assert "run: nothing to show, ValueError: LGD" in write_report(run, tmp_path / "r.html", images=1).read_text()
 
 
 def test_report_of_real_runs(scenes, tmp_path):

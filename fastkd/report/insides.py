@@ -28,16 +28,11 @@ def sections(runs: list[Run], images: Images, chosen: list[int], device: str, bo
             continue
         section, show = (attention, _show_attention) if run.method == "icd" else (features, _show_features)
         try:
-            loaded = load_networks(run, device)
+            show(section, run, load_networks(run, device), images, chosen, book)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            section.add(note([f"{run.name}: nothing to show, {_reason(error)}"]))
-            continue
-        show(section, run, loaded, images, chosen, book)
+            reason = clean(f"{type(error).__name__}: {error}", 300)
+            section.add(note([f"{run.name}: nothing to show, {reason}"]))
     return [attention, features]
-
-
-def _reason(error: Exception) -> str:
-    return clean(f"{type(error).__name__}: {error}", 300)
 
 
 @torch.no_grad()

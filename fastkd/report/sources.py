@@ -19,12 +19,14 @@ from fastkd.report.runs import Run
 class ValidationSet:
     """The validation images of a run: pictures and ground truth in pixels of the image files, by COCO image id.
 
-    Args: annotation_file, image_dir: as in the run's recipe.
+    Args:
+        annotation_file, image_dir: as in the run's recipe.
+        with_masks: read instance masks, too.
     Raises: FileNotFoundError or ValueError where the files are missing or malformed.
     """
 
-    def __init__(self, annotation_file: Path, image_dir: Path):
-        self.dataset = CocoDataset(annotation_file, image_dir)
+    def __init__(self, annotation_file: Path, image_dir: Path, with_masks: bool = False):
+        self.dataset = CocoDataset(annotation_file, image_dir, with_masks=with_masks)
         self.class_names = [str(name) for name in self.dataset.class_names]
         self.image_ids = [int(image_id) for image_id in self.dataset.image_ids]
         self.unreadable: list[str] = []
@@ -73,6 +75,7 @@ class ValidationSet:
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
     """The validation set of the first run whose files can be read, or None and why. Runs on other data get a note."""
     problems, source, used = [], None, None
+    masks = any((run.recipe.get("method") or {}).get("use_masks") for run in runs if run.method)
     for run in runs:
         data = run.recipe.get("data")
         if not isinstance(data, dict):
@@ -82,7 +85,7 @@ def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
         files = (root / str(data.get("val_annotations", "")), root / str(data.get("val_images", "")))
         if source is None:
             try:
-                source, used = ValidationSet(*files), files
+                source, used = ValidationSet(*files, with_masks=bool(masks)), files
             except (OSError, ValueError) as error:
                 problems.append(f"{run.name}: {clean(error, 300)}")
         elif [file.resolve() for file in files] != [file.resolve() for file in used]:
