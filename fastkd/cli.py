@@ -22,6 +22,18 @@ First time here? `fastkd demo` trains a small detector with and without distilla
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `fastkd` and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return run_and_explain(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `fastkd --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_and_explain(args: list[str]) -> int:
+    """Run the command; an error becomes one line and an exit code."""
     debug = "--debug" in args or os.environ.get("FASTKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="fastkd: %(message)s")
@@ -34,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain(f"interrupted{how_to_continue(args)}")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `fastkd recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             raise

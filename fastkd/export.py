@@ -122,11 +122,7 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
         disagrees is not left behind.
     """
     require_onnx()
-    coarsest = max(detector.strides)
-    if any(side <= 0 or side % coarsest for side in size):
-        raise ValueError(
-            f"export_onnx: size must be positive multiples of {coarsest}, the coarsest stride, got {size[0]} x {size[1]}"
-        )
+    check_size(detector, size)
     training, parameter = detector.training, next(detector.parameters())
     device, dtype = parameter.device, parameter.dtype
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +131,16 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
         return [_images_graph(detector, folder / "model.onnx", size, dynamic), *_region_graphs(detector, folder)]
     finally:
         detector.to(device, dtype).train(training)
+
+
+def check_size(detector, size: tuple[int, int]) -> None:
+    """Raises: ValueError unless (H, W) are positive multiples of the detector's coarsest stride."""
+    coarsest = max(detector.strides)
+    if any(side <= 0 or side % coarsest for side in size):
+        raise ValueError(
+            f"export_onnx: size must be multiples of the coarsest stride {coarsest}, got {size[0]} x {size[1]}; "
+            f"try {-(-max(size[0], 1) // coarsest) * coarsest} x {-(-max(size[1], 1) // coarsest) * coarsest}"
+        )
 
 
 def _random(*shape: int) -> Tensor:

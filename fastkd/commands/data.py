@@ -30,6 +30,14 @@ def write_scenes(root: Path, **options) -> None:
     """generate_scenes with a progress bar."""
     from fastkd.data import generate_scenes
 
-    with progress_bar("images") as bar:
-        task = bar.add_task("scenes", total=None)
-        generate_scenes(root, **options, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    bar = progress_bar("images")
+    task = bar.add_task("scenes", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # only now: nothing is drawn where the files are there already or an argument is wrong
+        bar.update(task, completed=done, total=total)
+
+    try:
+        generate_scenes(root, **options, progress=show)
+    finally:
+        bar.stop()

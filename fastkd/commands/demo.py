@@ -12,7 +12,7 @@ from fastkd.commands.data import write_scenes
 
 METHODS = ("baseline", "lgd", "icd", "fgfi")
 CONTROL = "inherit"
-TRAIN_IMAGES, VAL_IMAGES = 4000, 500
+TRAIN_IMAGES, VAL_IMAGES = 8000, 500
 
 
 def demo(
@@ -175,7 +175,7 @@ def _minutes(seconds: float | None) -> str:
 
 
 def _extra(ledger: dict | None) -> list[str]:
-    """The method's extra cost: seconds a step relative to the student's, memory, seconds with the teacher's training."""
+    """A method's extra cost: seconds a step relative to the student's, memory, seconds with the teacher's training."""
     if ledger is None or ledger.get("method") is None:
         return ["-"] * 3
     alone, extra = ledger["student"]["seconds_per_step"], ledger["extra"]

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import choose_device, find_checkpoint, image_size, require_file, require_folder, write_json
+from fastkd.commands.common import (
+    device_argument,
+    find_checkpoint,
+    image_size,
+    require_file,
+    require_folder,
+    write_json,
+)
 
 
 def evaluate(
@@ -26,6 +33,8 @@ def evaluate(
     strict: bool = False,
 ) -> None:
     """Measure a trained detector on COCO-format data: AP of boxes (and masks), by size and by class.
+
+    In several processes: torchrun --nproc-per-node N -m fastkd.cli evaluate ...
 
     Args:
         checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
@@ -55,24 +64,29 @@ def evaluate(
     from fastkd.detectors import load_detector
     from fastkd.evaluation import CocoEvaluator, print_metrics
     from fastkd.evaluation import evaluate as run
+    from fastkd.training.distributed import processes
 
-    where = choose_device(device)
     detector, class_names = load_detector(checkpoint)
     masks = detector.config.detector == "mask_rcnn"
     dataset = CocoDataset(annotations, images, strict=strict, with_masks=masks)
     require_same_classes(class_names, dataset.class_names, checkpoint, annotations)
     size = image_size(checkpoint, short_side, max_side)
-    loader = build_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        workers=workers,
-        short_side=size.short_side,
-        max_side=size.max_side,
-        divisor=size.divisor,
-    )
-    evaluator = CocoEvaluator(dataset, max_detections=limits)
-    dtype = torch.bfloat16 if bf16 else None
-    metrics = run(detector.to(where), loader, evaluator, device=where, dtype=dtype)
+    with processes(device_argument(device)) as group:
+        loader = build_eval_loader(
+            dataset,
+            batch_size=batch_size,
+            world_size=group.world_size,
+            rank=group.rank,
+            workers=workers,
+            short_side=size.short_side,
+            max_side=size.max_side,
+            divisor=size.divisor,
+        )
+        evaluator = CocoEvaluator(dataset, max_detections=limits)
+        dtype = torch.bfloat16 if bf16 else None
+        metrics = run(detector.to(group.device), loader, evaluator, device=group.device, dtype=dtype)
+        if not group.first:
+            return
     print_metrics(metrics)
     if out is not None:
         write_json(out, metrics)

@@ -39,16 +39,19 @@ def export(
     if onnx:
         exporting.require_onnx()
     detector, class_names = load_detector(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    save_detector(detector, out / "model.safetensors", class_names)
-    say(f"{out / 'model.safetensors'}: {sum(p.numel() for p in detector.parameters()):,} parameters")
     size = image_size(checkpoint, None, None)
     coarsest = max(detector.strides)
     default = -(-(size.short_side or 512) // coarsest) * coarsest
+    example = (default if height is None else height, default if width is None else width)
+    if onnx:
+        exporting.check_size(detector, example)
+    out.mkdir(parents=True, exist_ok=True)
+    save_detector(detector, out / "model.safetensors", class_names)
+    say(f"{out / 'model.safetensors'}: {sum(p.numel() for p in detector.parameters()):,} parameters")
     reports = []
     if onnx:
         say("tracing the graph and comparing it with torch: up to a minute for large detectors")
-        reports = exporting.export_onnx(detector, out, size=(height or default, width or default), dynamic=dynamic)
+        reports = exporting.export_onnx(detector, out, size=example, dynamic=dynamic)
     for report in reports:
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in report.tried)
         say(

@@ -92,6 +92,8 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
 
     Raises: ValueError if a path does not exist or there is no image.
     """
+    if not paths:
+        raise ValueError("IMAGES must be given, got none; pass image files or folders")
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -132,7 +132,7 @@ def recipes() -> None:
     from fastkd.training.recipes import all_recipes
 
     table = Table(header_style="bold")
-    for column in ("recipe", "backbone", "method", "teacher", "steps"):
+    for column in ("recipe", "backbone", "method", "steps"):
         table.add_column(column, no_wrap=True, justify="right" if column == "steps" else "left")
     for name, recipe in all_recipes().items():
         width = "" if recipe.detector.width == 1 else f" x {recipe.detector.width:g}"
@@ -143,7 +143,6 @@ def recipes() -> None:
             name,
             recipe.detector.backbone + width,
             method,
-            "yes" if recipe.teacher else "-",
             str(recipe.schedule.steps),
         )
     Console().print(table)

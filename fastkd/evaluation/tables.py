@@ -28,7 +28,7 @@ def _table(title: str, first: str, columns: list[str]) -> Table:
 
 def summary_table(metrics: dict[str, dict]) -> Table:
     """One row for boxes, one for masks: AP, AP50, AP75 and the most permissive average recall."""
-    table = _table("COCO metrics, %", "", ["AP", "AP50", "AP75", "AR", "images", "instances"])
+    table = _table("COCO metrics, %", "", ["AP", "AP50", "AP75", "AR", "images", "objects"])
     for kind, values in metrics.items():
         cells = [number(values[name]) for name in ("AP", "AP50", "AP75", _last_recall(values))]
         table.add_row(KINDS.get(kind, kind), *cells, str(values["images"]), str(values["instances"]))
@@ -38,7 +38,7 @@ def summary_table(metrics: dict[str, dict]) -> Table:
 def size_table(metrics: dict[str, dict]) -> Table:
     """AP and AR by the size of the object in the original image; "-" where no object has the size."""
     kinds = list(metrics)
-    table = _table("by object size, %", "size", [f"{name} {KINDS[kind]}" for kind in kinds for name in ("AP", "AR")])
+    table = _table("by object size, %", "size", _columns(kinds, ("AP", "AR")))
     for letter, label in _SIZE_ROWS.items():
         table.add_row(label, *(number(metrics[kind][f"{name}{letter}"]) for kind in kinds for name in ("AP", "AR")))
     return table
@@ -47,8 +47,8 @@ def size_table(metrics: dict[str, dict]) -> Table:
 def class_table(metrics: dict[str, dict]) -> Table:
     """AP of every class; "-" where the dataset has no object of the class."""
     kinds = list(metrics)
-    names = ("AP", "AP50", "APs", "APm", "APl")
-    table = _table("by class, %", "class", ["instances"] + [f"{n} {KINDS[kind]}" for kind in kinds for n in names])
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl") if len(kinds) == 1 else ("AP", "AP50")
+    table = _table("by class, %", "class", ["objects", *_columns(kinds, names)])
     for label, values in metrics[kinds[0]]["per_class"].items():
         cells = [number(metrics[kind]["per_class"][label][name]) for kind in kinds for name in names]
         table.add_row(Text(label), str(values["instances"]), *cells)  # Text: a class may be called "[bold]"
@@ -60,6 +60,11 @@ def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> N
     console = console or Console()
     for table in (summary_table(metrics), size_table(metrics), class_table(metrics)):
         console.print(table)
+
+
+def _columns(kinds: list[str], names: tuple[str, ...]) -> list[str]:
+    """Column titles; boxes and masks are told apart only where both are shown."""
+    return [name if len(kinds) == 1 else f"{name} {KINDS[kind]}" for kind in kinds for name in names]
 
 
 def _last_recall(values: dict[str, Any]) -> str:
