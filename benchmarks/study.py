@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the table")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, help="steps of every run, instead of the recipes'")
-    parser.add_argument("--rows", nargs="+", choices=[row.recipe for row in ROWS], help="only these rows")
+    parser.add_argument("--rows", nargs="+", choices=[row.recipe for row in ROWS], help="only these rows, in this order")
     parser.add_argument("--only-write", action="store_true", help="train nothing, write the results of finished runs")
     chosen = parser.parse_args()
     overrides = ["--schedule.steps", str(chosen.steps)] if chosen.steps else []
@@ -216,7 +216,7 @@ def main() -> None:
     if not chosen.only_write:
         data = [sys.executable, "-m", "fastkd.cli", "data", "scenes", "--train", "8000", "--val", "500"]
         subprocess.run(data, check=True)
-        recipes = [row.recipe for row in ROWS if not chosen.rows or row.recipe in chosen.rows]
+        recipes = chosen.rows or [row.recipe for row in ROWS]
         with ThreadPoolExecutor(chosen.jobs) as pool:
             runs = [
                 pool.submit(train, chosen.out, recipe, seed, 1, overrides) for seed in chosen.seeds for recipe in recipes
