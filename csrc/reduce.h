@@ -12,7 +12,7 @@ FASTKD_KERNELS_BEGIN
 namespace fastkd {
 namespace {
 
-constexpr int64_t kFlush = 64;
+constexpr int64_t kFlush = 16;
 
 // total[lane] += sum[lane]
 template <class V, int U>

@@ -14,7 +14,7 @@ CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(_library.cpu_capability()) + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PYRAMID = [(2, 5, 19, 23), (2, 5, 8, 8), (2, 5, 3, 5), (2, 5, 1, 1)]
 WIDE = [(2, 150, 6, 7), (2, 150, 1, 3)]  # whole channel blocks of every capability, whole vectors, single channels
-LONG = [(2, 5, 60, 75)]  # more steps than the float sums are kept for
+LONG = [(2, 5, 40, 61)]  # more steps than the float sums are kept for
 SHAPES = {
     "pyramid": PYRAMID,
     "wide": WIDE,
