@@ -305,8 +305,18 @@ def test_what_makes_a_baseline(scenes, tmp_path):
     assert difference_in_conditions(runs[2], runs[0]) == ["schedule"]
     assert difference_in_conditions(runs[2], runs[1]) == []
     assert baseline_of(runs[0], runs) is None and baseline_of(runs[3], runs) is None
+    shipped = fake_run(tmp_path / "kept", scenes, teacher="asset:scenes-retinanet-teacher.safetensors", inherit=True)
+    measured = fake_run(tmp_path / "teacher", scenes)
+    for name in ("ledger.json", "log.jsonl"):
+        (measured / name).unlink()
+    runs = load_runs([plain, shipped, measured])
+    assert [run.role for run in runs] == ["baseline", "inheriting alone", "teacher"]
+    assert runs[2].notes == []  # a teacher that came trained has neither
+    metrics = json.loads((lgd / "metrics.json").read_text())
+    (lgd / "metrics.json").write_text(json.dumps(metrics | {"commit": "fedcba"}))
     text = write_report([longer, lgd, other_seed], tmp_path / "r.html", images=0).read_text()
     assert "lgd and run differ in schedule" in text and "lgd1 has no baseline here" in text
+    assert "different commits (0123456789ab, fedcba)" in text
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '"text"', '{"step": "x"}'], ids=str)

@@ -34,7 +34,11 @@ def cost_section(runs: list[Run], colours: dict[str, str], book: PictureBook) ->
         )
     )
     measured = [run for run in runs if entry(run, "student", "seconds_per_step") is not None]
-    lines = [f"{run.name} has no ledger.json with measurements." for run in runs if run not in measured]
+    lines = [
+        f"{run.name} has no ledger.json with measurements."
+        for run in runs
+        if run not in measured and not run.is_teacher
+    ]
     if measured:
         section.add(_step_table(measured, colours), _run_table(measured, colours))
         section.add(*_pictures(measured, book), *_sentences(measured))

@@ -46,9 +46,9 @@ def _show_attention(
                 "answers with attention over the teacher\u2019s features; the student then imitates the teacher mostly "
                 "where that attention lies. Each row is one object: first the image with the object framed, then the "
                 "attention of each head, bright where the head looks, all heads of an object on one colour scale. "
-                "Under each head\u2019s number stands the pyramid level that gets most of its attention. Heads that "
-                "settle on different parts (a rim, the inside, the context) have learned something; eight equal, even "
-                "maps have not."
+                "Beside each head\u2019s number stand the pyramid level that gets most of its attention, and the share "
+                "it gets. Heads that settle on different parts (a rim, the inside, the context) have learned "
+                "something; equal, even maps have not."
             )
         )
     section.add(f"<h3>{escape(run.name)}</h3>")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fastkd.assets import resolve
 from fastkd.data.loader import collate
 from fastkd.data.transforms import Geometry, resized_size
 from fastkd.detectors import load_detector
@@ -68,9 +69,9 @@ def load_networks(run: Run, device: str) -> Networks:
 
 def _teacher_file(run: Run) -> Path:
     name = run.recipe.get("teacher")
-    if not isinstance(name, str) or not Path(name).is_file():
+    if not isinstance(name, str) or not resolve(name).is_file():
         raise ValueError(f"the teacher's file {name} is missing")
-    return Path(name)
+    return resolve(name)
 
 
 def _distiller(run: Run, student: nn.Module, teacher: nn.Module | None) -> nn.Module:

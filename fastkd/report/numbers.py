@@ -125,6 +125,9 @@ def _unequal_conditions(runs: list[Run]) -> list[str]:
             lines.append(
                 f"{run.name} has no baseline here: no undistilled run with the same detector and seed was given."
             )
+    commits = {str(run.metrics["commit"])[:12] for run in runs if run.metrics.get("commit") and not run.is_teacher}
+    if len(commits) > 1:
+        lines.append(f"The runs were made at different commits ({', '.join(sorted(commits))}).")
     return lines
 
 

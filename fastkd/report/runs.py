@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastkd.assets import PREFIX
+
+NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # it may come trained and be measured only
 METHOD_NAMES = {"lgd": "LGD", "icd": "ICD", "fgfi": "FGFI"}
 
 
@@ -117,6 +120,8 @@ def load_runs(run_dirs) -> list[Run]:
         run.is_teacher = run.path.resolve() in teachers or (
             run.method is None and not run.inherits and "teacher" in f"{run.recipe.get('name', '')} {run.name}".lower()
         )
+        if run.is_teacher:
+            run.notes = [line for line in run.notes if not line.startswith(NOT_OF_A_TEACHER)]
     return runs
 
 
@@ -157,7 +162,10 @@ def _comparable(run: Run) -> tuple:
 
 
 def _folder_of(teacher) -> Path | None:
-    return Path(teacher).resolve().parent if isinstance(teacher, str) and teacher else None
+    """The run directory of a teacher's file; None for no teacher and for one that ships with fastkd."""
+    if not isinstance(teacher, str) or not teacher or teacher.startswith(PREFIX):
+        return None
+    return Path(teacher).resolve().parent
 
 
 def _read_json(run: Run, file_name: str, kind: type):
