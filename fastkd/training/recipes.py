@@ -1,7 +1,7 @@
 """The named recipes, made by functions: family x detector x method. `fastkd train NAME` runs one.
 
     scenes-teacher, scenes-<detector>-teacher      the larger detector the others learn from
-    scenes-backbone                                the students' pretrained backbone
+    scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
@@ -39,6 +39,7 @@ DETECTORS = {
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
+STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class ScenesNumbers:
     cores.
     """
 
-    steps: int = 800
-    teacher_steps: int = 4500
-    other_teacher_steps: int = 1200
+    dense_steps: int = 600
+    two_stage_steps: int = 400
+    teacher_steps: int = 1200
     backbone_steps: int = 3000
+    teacher_backbone_steps: int = 4500
     batch_size: int = 16
     num_classes: int = 10
     student_backbone: str = "resnet18"
@@ -62,9 +64,9 @@ class ScenesNumbers:
     teacher_width: float = 0.375
     channels: int = 64
     head_convs: int = 2
-    dense_anchor_base: float = 1.5
-    two_stage_anchor_base: float = 3.0
-    anchor_scales: tuple[float, ...] = (1.0, 1.41)
+    anchor_base: float = 3.0
+    dense_anchor_scales: tuple[float, ...] = (0.6, 1.0, 1.41)
+    backbone_anchors: tuple[float, tuple[float, ...]] = (1.5, (1.0, 1.41))
     rate: float = 2e-3
     teacher_rate: float = 2e-3
     backbone_rate: float = 3e-3
@@ -99,11 +101,9 @@ def _icd_optimizer(rate: float = 1e-4, clip_norm: float = 0.01) -> OptimizerConf
 def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
     numbers, two_stage = SCENES, detector in TWO_STAGE
-    anchors = {"anchor_base": 3.0} if detector == "fcos" else {
-        "anchor_base": numbers.two_stage_anchor_base if two_stage else numbers.dense_anchor_base,
-        "anchor_scales": (1.0,) if two_stage else numbers.anchor_scales,
-        "anchor_ratios": (1.0,),
-    }  # fmt: skip
+    anchors = {"anchor_base": numbers.anchor_base}
+    if detector != "fcos":
+        anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
     return DetectorConfig(
         detector=detector,
         num_classes=numbers.num_classes,
@@ -131,9 +131,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
     detector, numbers = DETECTORS[detector_name], SCENES
     teacher = method_name == "teacher"
     needs_teacher = method_name in ("inherit", "icd", "fgfi")
-    steps = numbers.steps
-    if teacher:
-        steps = numbers.teacher_steps if detector == "retinanet" else numbers.other_teacher_steps
+    steps = numbers.two_stage_steps if detector in TWO_STAGE else numbers.dense_steps
     return Recipe(
         name=f"scenes-{detector_name}-{method_name}",
         detector=_scenes_detector(detector, teacher=teacher),
@@ -141,7 +139,9 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         method=_scenes_method(method_name, detector),
         teacher=_scenes_teacher(detector_name) if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
-        backbone_weights=_scenes_backbone(detector, teacher=teacher),
+        backbone_weights=(
+            f"runs/assets/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
+        ),
         optimizer=OptimizerConfig(
             kind="adamw",
             learning_rate=numbers.teacher_rate if teacher else numbers.rate,
@@ -150,7 +150,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
             warmup=numbers.warmup,
         ),
         method_optimizer=_scenes_method_optimizer(method_name),
-        schedule=Schedule(steps=steps, batch_size=numbers.batch_size),
+        schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
 
 
@@ -188,25 +188,24 @@ def _scenes_teacher(detector_name: str) -> str:
     return f"asset:{name}.safetensors" if detector_name in SHIPPED_TEACHERS else f"runs/{name}/student.safetensors"
 
 
-def _scenes_backbone(detector: str, *, teacher: bool) -> str | None:
-    """Pretrained weights: students share one file; the other teachers start from the RetinaNet teacher's backbone."""
-    if not teacher:
-        return "asset:scenes-resnet18-backbone.safetensors"
-    return None if detector == "retinanet" else "asset:scenes-retinanet-teacher.safetensors"
-
-
-def scenes_backbone_recipe() -> Recipe:
-    """Trains the student's detector from random weights on other scenes (another seed); only its backbone is kept."""
-    detector = _scenes_detector("retinanet", teacher=False)
-    plain = scenes_recipe("retinanet", "baseline")
+def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
+    """Trains a RetinaNet from random weights of which only the backbone is kept: the students', on other scenes (seed 1), or
+    the teachers', on the scenes the students learn from."""
+    numbers, plain = SCENES, scenes_recipe("retinanet", "teacher" if teacher else "baseline")
+    base, scales = numbers.backbone_anchors
+    detector = dataclasses.replace(plain.detector, norm="bn", anchor_base=base, anchor_scales=scales)
     return dataclasses.replace(
         plain,
-        name="scenes-backbone",
-        detector=dataclasses.replace(detector, norm="bn"),
-        data=dataclasses.replace(plain.data, root="data/scenes-pretrain"),
+        name=TEACHER_BACKBONE if teacher else STUDENT_BACKBONE,
+        detector=detector,
+        data=plain.data if teacher else dataclasses.replace(plain.data, root="data/scenes-pretrain"),
         backbone_weights=None,
-        optimizer=dataclasses.replace(plain.optimizer, learning_rate=SCENES.backbone_rate),
-        schedule=dataclasses.replace(plain.schedule, steps=SCENES.backbone_steps),
+        optimizer=dataclasses.replace(
+            plain.optimizer, learning_rate=numbers.teacher_rate if teacher else numbers.backbone_rate
+        ),
+        schedule=dataclasses.replace(
+            plain.schedule, steps=numbers.teacher_backbone_steps if teacher else numbers.backbone_steps
+        ),
     )
 
 
@@ -258,15 +257,15 @@ def recipe_names() -> list[str]:
         for detector in DETECTORS
         for method in ("teacher", *METHODS)
     ]
-    return ["scenes-teacher", "scenes-backbone", *rest]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest]
 
 
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name; raises ValueError with the known names. "scenes-teacher" is the RetinaNet teacher."""
     if name == "scenes-teacher":
         return scenes_recipe("retinanet", "teacher")
-    if name == "scenes-backbone":
-        return scenes_backbone_recipe()
+    if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
+        return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
     family, rest = name.split("-", 1)
