@@ -1,9 +1,9 @@
 """Makes the weight files that ship in fastkd/assets: `python -m benchmarks.assets` (an hour or more on two cores).
 
 Trains, resumably, into runs/assets: the students' backbone on other scenes than the study's (seed 1); on the study's
-training images the teachers' backbone and from it the RetinaNet and the Faster R-CNN teacher; then stores them in half precision, with a JSON
-file each (steps, seconds, AP, command, commit) and SHA256SUMS. The same commit, seed, thread count and machine type give
-the same files.
+training images the teachers' backbone and from it the RetinaNet and the Faster R-CNN teacher; then stores them in half
+precision, with a JSON file each (steps, seconds, AP, command, commit) and SHA256SUMS. The same commit, seed, thread
+count and machine type give the same files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from fastkd.assets import FOLDER
 from fastkd.detectors import load_detector, save_detector
 
 # In this order; each is also a recipe's name. The teachers' backbone is not shipped: it is part of the teachers.
-RUNS = ("scenes-resnet18-backbone", "scenes-resnet34-backbone", "scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
+RUNS = (
+    "scenes-resnet18-backbone",
+    "scenes-resnet34-backbone",
+    "scenes-retinanet-teacher",
+    "scenes-faster-rcnn-teacher",
+)
 NOT_SHIPPED = ("scenes-resnet34-backbone",)
 DATA = {"data/scenes": (8000, 500, 0), "data/scenes-pretrain": (8000, 300, 1)}  # folder -> train, val, seed
 

@@ -1,8 +1,8 @@
 """Does distillation teach? `python -m benchmarks.study`, or `make study` (about two hours on two cores, resumable).
 
-Trains every row below with every seed, each as a process of its own, and writes docs/results/scenes.md, .json and .png:
-AP as mean, spread and per seed, gains seed by seed, cost, command and commit. Rows of one detector and seed differ in the
-method alone: same data, steps, batch order, initial backbone.
+Trains every row below with every seed, each as a process of its own, and writes docs/results/scenes.md, .json and
+.png: AP as mean, spread and per seed, gains seed by seed, cost, command and commit. Rows of one detector and seed differ
+in the method alone: same data, steps, batch order, initial backbone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def train(out: Path, recipe: str, seed: int, threads: int, overrides: list[str])
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
-        raise SystemExit(f"study: {run_dir.name} ended with code {code}, see {out / run_dir.name}.log; run again to resume")
+        raise SystemExit(
+            f"study: {run_dir.name} ended with code {code}, see {out / run_dir.name}.log; run again to resume"
+        )
     ap = json.loads((run_dir / "metrics.json").read_text())["bbox"]["AP"]
     print(f"{run_dir.name}: AP {ap:.1f} in {time.monotonic() - begin:.0f} s", flush=True)
 
@@ -96,7 +98,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _cost(runs: list[dict]) -> list[str]:
-    """Time of a step against the student's alone (median of the runs' own ratios), memory, and with the teacher's training."""
+    """Time of a step against the student's alone (median of the runs' own ratios), memory, time with the teacher's."""
     ratio = statistics.median(run["method_step"] / run["student_step"] for run in runs)
     memory = statistics.median(run["extra_bytes"] for run in runs) / 2**20
     whole = [run["with_teacher"] / run["student_step"] for run in runs if run["with_teacher"] is not None]
@@ -105,7 +107,16 @@ def _cost(runs: list[dict]) -> list[str]:
 
 def table(found: dict[str, dict[int, dict]], seeds: list[int]) -> list[str]:
     """The Markdown table of AP, gains and cost."""
-    heads = ["student", *(f"seed {seed}" for seed in seeds), "mean AP", "s.d.", "gain over", "gain by seed", "mean gain"]
+    heads = [
+        "student",
+        "steps",
+        *(f"seed {seed}" for seed in seeds),
+        "mean AP",
+        "s.d.",
+        "gain over",
+        "gain by seed",
+        "mean gain",
+    ]
     heads += ["step", "memory", "extra time with teacher's training"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     labels = {row.recipe: row.label for row in ROWS}
@@ -115,7 +126,8 @@ def table(found: dict[str, dict[int, dict]], seeds: list[int]) -> list[str]:
             continue
         values = [runs[seed]["AP"] for seed in seeds if seed in runs]
         gained = gains(found, row) if row.control else {}
-        cells = [row.label, *(f"{runs[seed]['AP']:.1f}" if seed in runs else "-" for seed in seeds)]
+        steps = str(next(iter(runs.values()))["steps"])
+        cells = [row.label, steps, *(f"{runs[seed]['AP']:.1f}" if seed in runs else "-" for seed in seeds)]
         cells += [f"**{statistics.mean(values):.1f}**", _spread(values)]
         cells += [labels[row.control].split(" (")[0] if gained else "-"]
         cells += [", ".join(f"{gain:+.1f}" for gain in gained.values()) or "-"]
@@ -154,7 +166,8 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
         ]
         axis.barh(place, statistics.mean(values), color=colour, alpha=0.55)
         axis.plot(values, [place] * len(values), "o", color="#222222", markersize=4)
-        axis.annotate(f"{statistics.mean(values):.1f}", (max(values), place), xytext=(8, 0), textcoords="offset points", va="center")
+        label = f"{statistics.mean(values):.1f}"
+        axis.annotate(label, (max(values), place), xytext=(8, 0), textcoords="offset points", va="center")
     axis.set_yticks(range(len(rows)), [row.label for row in rows])
     axis.invert_yaxis()
     axis.set_xlabel("box AP on Scenes (bar: mean, dots: seeds)")
@@ -163,26 +176,31 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
     plt.close(figure)
 
 
+def _short(commit: str | None) -> str:
+    """A commit's first digits, with "+" where the tree differed from it."""
+    return (commit or "unknown")[:12] + ("+" if (commit or "").endswith("+") else "")
+
+
 def write_results(out: Path, seeds: list[int], target: Path, arguments: str) -> None:
     """scenes.md, scenes.json and scenes.png from whatever runs are finished."""
     found = read(out, seeds)
     if not found:
         raise SystemExit(f"study: {out} must hold finished runs, got none")
     runs = [run for by_seed in found.values() for run in by_seed.values()]
-    commits = sorted({(run["commit"] or "unknown")[:12] + ("+" if (run["commit"] or "").endswith("+") else "") for run in runs})
+    commits = sorted({_short(run["commit"]) for run in runs})
     wanted = len(seeds) * len(ROWS)
     lines = [
         "# Scenes: does distillation teach?",
         "",
         f"Command: `python -m benchmarks.study{arguments}` ({len(runs)} of {wanted} runs finished). Runs by commit "
-        f"{', '.join(commits)}, torch {runs[0]['torch']}, {runs[0]['steps']} steps of {runs[0]['batch_size']} images each, "
-        "8,000 training and 500 validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
+        f"{', '.join(commits)}, torch {runs[0]['torch']}, {runs[0]['batch_size']} images a step, 8,000 training and 500 "
+        "validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
         "",
         *table(found, seeds),
         "",
-        "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone, `memory` the",
-        "extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last column adds the training",
-        "of the teacher, spread over the run's steps, in per cent of the student's step.",
+        "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone, `memory`",
+        "the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last column adds the",
+        "training of the teacher, spread over the run's steps, in per cent of the student's step.",
         "",
         "![AP of every run](scenes.png)",
         "",
@@ -208,7 +226,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the table")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, help="steps of every run, instead of the recipes'")
-    parser.add_argument("--rows", nargs="+", choices=[row.recipe for row in ROWS], help="only these rows, in this order")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[row.recipe for row in ROWS], help="only these rows, in this order"
+    )
     parser.add_argument("--only-write", action="store_true", help="train nothing, write the results of finished runs")
     chosen = parser.parse_args()
     overrides = ["--schedule.steps", str(chosen.steps)] if chosen.steps else []
@@ -219,7 +239,9 @@ def main() -> None:
         recipes = chosen.rows or [row.recipe for row in ROWS]
         with ThreadPoolExecutor(chosen.jobs) as pool:
             runs = [
-                pool.submit(train, chosen.out, recipe, seed, 1, overrides) for seed in chosen.seeds for recipe in recipes
+                pool.submit(train, chosen.out, recipe, seed, 1, overrides)
+                for seed in chosen.seeds
+                for recipe in recipes
             ]
             for run in runs:
                 run.result()

@@ -140,7 +140,9 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         teacher=_scenes_teacher(detector_name) if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
         backbone_weights=(
-            f"runs/assets/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
+            f"runs/assets/{TEACHER_BACKBONE}/student.safetensors"
+            if teacher
+            else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
         optimizer=OptimizerConfig(
             kind="adamw",
@@ -155,9 +157,11 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
 
 
 def _scenes_method(name: str, detector: str) -> MethodConfig | None:
-    """The published hyper-parameters, but for FGFI's weight: its error is not normalised, and the cells of our narrow
-    teacher differ from the student's by some 10^4 (squared, summed over channels): at 0.01 the loss starts at 50 and drowns
-    the detector's 1.7."""
+    """The published hyper-parameters, but for FGFI's weight.
+
+    Its error is not normalised, and the cells of our narrow teacher differ from the student's by some 10^4 (squared, summed
+    over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
+    """
     method = _method(name, detector, context=detector not in TWO_STAGE)
     return dataclasses.replace(method, weight=SCENES.fgfi_weight) if isinstance(method, FGFIConfig) else method
 
@@ -189,8 +193,10 @@ def _scenes_teacher(detector_name: str) -> str:
 
 
 def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
-    """Trains a RetinaNet from random weights of which only the backbone is kept: the students', on other scenes (seed 1), or
-    the teachers', on the scenes the students learn from."""
+    """Trains a RetinaNet from random weights of which only the backbone is kept.
+
+    The students' on other scenes (seed 1), the teachers' on the scenes the students learn from.
+    """
     numbers, plain = SCENES, scenes_recipe("retinanet", "teacher" if teacher else "baseline")
     base, scales = numbers.backbone_anchors
     detector = dataclasses.replace(plain.detector, norm="bn", anchor_base=base, anchor_scales=scales)
