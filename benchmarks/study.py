@@ -1,8 +1,8 @@
 """Does distillation teach? `python -m benchmarks.study`, or `make study` (about two hours on two cores, resumable).
 
 Trains every row below with every seed, each as a process of its own, and writes docs/results/scenes.md, .json and
-.png: AP as mean, spread and per seed, gains seed by seed, cost, command and commit. Rows of one detector and seed differ
-in the method alone: same data, steps, batch order, initial backbone.
+.png: AP as mean, spread and per seed, gains seed by seed, cost, command and commit. Rows of one detector and seed
+differ in the method alone: same data, steps, batch order, initial backbone.
 """
 
 from __future__ import annotations
@@ -198,9 +198,9 @@ def write_results(out: Path, seeds: list[int], target: Path, arguments: str) -> 
         "",
         *table(found, seeds),
         "",
-        "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone, `memory`",
-        "the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last column adds the",
-        "training of the teacher, spread over the run's steps, in per cent of the student's step.",
+        "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone,",
+        "`memory` the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last column",
+        "adds the training of the teacher, spread over the run's steps, in per cent of the student's step.",
         "",
         "![AP of every run](scenes.png)",
         "",

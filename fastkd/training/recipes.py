@@ -159,8 +159,8 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
 def _scenes_method(name: str, detector: str) -> MethodConfig | None:
     """The published hyper-parameters, but for FGFI's weight.
 
-    Its error is not normalised, and the cells of our narrow teacher differ from the student's by some 10^4 (squared, summed
-    over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
+    Its error is not normalised, and the cells of our narrow teacher differ from the student's by some 10^4 (squared,
+    summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
     """
     method = _method(name, detector, context=detector not in TWO_STAGE)
     return dataclasses.replace(method, weight=SCENES.fgfi_weight) if isinstance(method, FGFIConfig) else method
