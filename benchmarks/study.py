@@ -39,6 +39,12 @@ ROWS = (
     Row("scenes-faster-rcnn-inherit", "Faster R-CNN inheriting (control of ICD)", "scenes-faster-rcnn-baseline"),
     Row("scenes-faster-rcnn-icd", "Faster R-CNN + ICD (inheriting)", "scenes-faster-rcnn-inherit"),
 )
+# glibc returns large blocks to the system and faults them in again, a tenth of a step's time at these sizes
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
 
 
@@ -56,7 +62,7 @@ def train(out: Path, recipe: str, seed: int, threads: int, overrides: list[str])
     command += ["--seed", str(seed), *overrides]
     begin = time.monotonic()
     with open(out / f"{run_dir.name}.log", "a", encoding="utf-8") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         raise SystemExit(
@@ -193,14 +199,14 @@ def write_results(out: Path, seeds: list[int], target: Path, arguments: str) -> 
         "# Scenes: does distillation teach?",
         "",
         f"Command: `python -m benchmarks.study{arguments}` ({len(runs)} of {wanted} runs finished). Runs by commit "
-        f"{', '.join(commits)}, torch {runs[0]['torch']}, {runs[0]['batch_size']} images a step, 8,000 training and 500 "
-        "validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
+        f"{', '.join(commits)}, torch {runs[0]['torch']}, {runs[0]['batch_size']} images a step, 8,000 training and "
+        "500 validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
         "",
         *table(found, seeds),
         "",
         "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone,",
-        "`memory` the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last column",
-        "adds the training of the teacher, spread over the run's steps, in per cent of the student's step.",
+        "`memory` the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last",
+        "column adds the training of the teacher, spread over the run's steps, in per cent of the student's step.",
         "",
         "![AP of every run](scenes.png)",
         "",
