@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import KINDS, silent, tiny_detector, tiny_recipe
+from tiny_runs import KINDS, make_tiny_data, silent, tiny_detector, tiny_recipe
 
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
@@ -18,9 +18,13 @@ from fastkd.training.optimizers import NamedOptimizer, build_optimizers
 from fastkd.training.run_directory import RunDirectoryError
 from fastkd.training.schedule import Phase, phase_at
 
-pytest_plugins = ("tiny_runs",)
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
 FLOAT = RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0)
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    return make_tiny_data(tmp_path_factory)
 
 
 def first_batch(built, batch_size=4):

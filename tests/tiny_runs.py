@@ -5,7 +5,6 @@ import io
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -59,7 +58,7 @@ def tiny_recipe(data: Path, kind: str = "retinanet", method: str = "baseline", *
 
 def teacher_file(data: Path, kind: str) -> Path:
     """An untrained teacher with a wider backbone than the student's."""
-    path = data / f"teacher-{kind}.safetensors"
+    path = data.with_name(f"{data.name}-teacher-{kind}.safetensors")
     if not path.exists():
         torch.manual_seed(7)
         names = [c["name"] for c in json.loads((data / "annotations/train.json").read_text())["categories"]]
@@ -99,9 +98,8 @@ def assert_same_run(one: dict, other: dict) -> None:
             assert value == other[name], name
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    """Two dozen scenes, generated once."""
-    root = tmp_path_factory.mktemp("scenes")
+def make_tiny_data(tmp_path_factory) -> Path:
+    """Two dozen scenes, generated once for all test files."""
+    root = tmp_path_factory.getbasetemp() / "tiny-scenes"
     generate_scenes(root, train=20, val=6, seed=3, processes=1)
     return root

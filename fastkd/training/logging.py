@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,60 @@ class Interval:
         return dict(zip(names, means))
 
 
+class Stopwatch:
+    """Time spent in training steps, without what is done between them.
+
+    Args:
+        total: seconds spent before.
+
+    Attributes:
+        total: seconds in all.
+        steps: since the last lap; counted by the caller.
+    """
+
+    def __init__(self, total: float):
+        self.total, self.steps = total, 0
+        self._lap = self._waited = 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock."""
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock and adds what has passed."""
+        passed = time.perf_counter() - self._since
+        self.total += passed
+        self._lap += passed
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def take_lap(self) -> tuple[float, float, int]:
+        """Seconds, seconds waited and steps since the last lap, and starts a new one."""
+        lap = self._lap, self._waited, self.steps
+        self._lap, self._waited, self.steps = 0.0, 0.0, 0
+        return lap
+
+
 class RunLog:
     """log.jsonl and TensorBoard of a run.
 
     Args:
         run_dir: the run directory.
         start_step: finished steps; records beyond it (of a run that died before saving) are dropped.
+
+    Attributes:
+        evaluated: whether the log holds an evaluation of `start_step`.
     """
 
     def __init__(self, run_dir: Path, start_step: int):
         self.path = run_dir / "log.jsonl"
+        self.evaluated = False
         if self.path.is_file():
             self._drop_after(start_step)
         self.file = self.path.open("a", encoding="utf-8")
@@ -68,8 +113,10 @@ class RunLog:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] <= step:
                     kept.append(line + "\n")
+                    self.evaluated = record["step"] == step and "bbox" in record
             except (ValueError, KeyError, TypeError):
                 continue  # half a line, from a crash in the middle of writing
         temporary = self.path.with_name(".log.jsonl.part")

@@ -40,32 +40,47 @@ def differing_fields(one: Any, other: Any, where: str = "") -> dict[str, tuple[A
     return {} if one == other else {where: (one, other)}
 
 
-def open_run_directory(path: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Makes the directory or checks that it may be continued, and writes recipe.json.
+def look_into(path: Path, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
+    """What can be said of a run directory before the data is opened.
 
     Args:
-        path: the run directory.
-        recipe: as resolved against the data.
-        resume: continue what is there; with nothing there, start.
-    Raises: RunDirectoryError if it holds something and `resume` is False, or holds another recipe's run.
+        path: the run directory, which need not exist.
+        recipe: as asked for.
+        resume: whether to continue what is there.
+    Returns: metrics.json of a finished run of this recipe, which leaves nothing to do; else None.
+    Raises: RunDirectoryError if it holds something and `resume` is False, something that is no run, or another
+        recipe's run.
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"train: run directory must be a folder, got the file {path}; choose another --run-dir")
-    stored = path / "recipe.json"
-    if path.is_dir() and any(path.iterdir()):
-        if not resume:
-            raise RunDirectoryError(
-                f"train: run directory must be new or empty, got {path} with files in it; "
-                "pass --resume to continue it, or choose another --run-dir"
-            )
-        if not stored.is_file():
-            raise RunDirectoryError(
-                f"train: run directory must hold recipe.json to be resumed, got {path} without it; "
-                "choose another --run-dir"
-            )
+    if not path.is_dir() or not any(path.iterdir()):
+        return None
+    if not resume:
+        raise RunDirectoryError(
+            f"train: run directory must be new or empty, got {path} with files in it; "
+            "pass --resume to continue it, or choose another --run-dir"
+        )
+    if not (path / "recipe.json").is_file():
+        raise RunDirectoryError(
+            f"train: run directory must hold recipe.json to be resumed, got {path} without it; choose another --run-dir"
+        )
+    # The stored recipe has the number of classes of the data, which nobody has opened yet.
+    check_same_recipe(path, recipe, ignore=("detector.num_classes",) if recipe.data.match_classes else ())
+    metrics = read_json(path / "metrics.json")
+    return metrics if metrics is not None and metrics.get("finished") else None
+
+
+def open_run_directory(path: Path, recipe: Recipe) -> None:
+    """Makes the directory with recipe.json, or checks once more that what is there is of this recipe.
+
+    Args:
+        path: the run directory, looked into before.
+        recipe: as resolved against the data.
+    """
+    if (path / "recipe.json").is_file():
         check_same_recipe(path, recipe)
     path.mkdir(parents=True, exist_ok=True)
-    write_json(stored, recipe.to_dict())
+    write_json(path / "recipe.json", recipe.to_dict())
 
 
 def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = ()) -> None:
@@ -94,16 +109,3 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
 def read_json(path: Path) -> Any:
     """A JSON file's content; None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def finished_metrics(path: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """metrics.json of a finished run of this recipe; None where there is no finished run.
-
-    Raises: RunDirectoryError if the finished run is another recipe's.
-    """
-    metrics = read_json(path / "metrics.json")
-    if metrics is None or not metrics.get("finished"):
-        return None
-    # The stored recipe has the number of classes of the data, which nobody has opened yet.
-    check_same_recipe(path, recipe, ignore=("detector.num_classes",) if recipe.data.match_classes else ())
-    return metrics

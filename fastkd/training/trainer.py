@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,9 @@ from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_check
 from fastkd.training.config import Recipe
 from fastkd.training.distributed import Processes, processes
 from fastkd.training.finish import Evaluation, RunResult, finish_run
-from fastkd.training.logging import Interval, RunLog, RunProgress
+from fastkd.training.logging import Interval, RunLog, RunProgress, Stopwatch
 from fastkd.training.optimizers import build_optimizers
-from fastkd.training.run_directory import RunDirectoryError, finished_metrics, open_run_directory
+from fastkd.training.run_directory import RunDirectoryError, look_into, open_run_directory
 from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.signals import Interrupted, StopSignals
 from fastkd.training.step import sum_losses
@@ -62,17 +61,25 @@ def train(
     """
     run_dir, console = Path(run_dir), console or Console(stderr=True)
     with processes(device) as group, StopSignals() as stop:
-        if not resume and run_dir.is_dir() and any(run_dir.iterdir()) and group.first:
-            open_run_directory(run_dir, recipe, resume=False)  # refuses before reading the data
-        metrics = group.first_does(lambda: finished_metrics(run_dir, recipe) if resume else None)
+        _check_batch_size(recipe, group.world_size)
+        metrics = group.first_does(lambda: look_into(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
                 console.print(f"{recipe.name}: {run_dir} is finished, nothing to do")
             return RunResult("already finished", metrics, run_dir, 0)
         built = build(recipe)
-        group.first_does(lambda: open_run_directory(run_dir, built.recipe, resume=resume))
+        group.first_does(lambda: open_run_directory(run_dir, built.recipe))
         with _settings(built.recipe):
             return Trainer(built, run_dir, group, stop, console, command).run()
+
+
+def _check_batch_size(recipe: Recipe, world_size: int) -> None:
+    share = recipe.schedule.batch_size // recipe.schedule.accumulate
+    if share % world_size:
+        raise ValueError(
+            f"train: schedule.batch_size / accumulate must be a multiple of the {world_size} processes, "
+            f"got {share}; change --schedule.batch-size or the number of processes"
+        )
 
 
 @contextlib.contextmanager
@@ -110,12 +117,6 @@ class Trainer:
     ):
         self.built, self.recipe, self.run_dir = built, built.recipe, run_dir
         self.group, self.stop, self.console, self.command = group, stop, console, command
-        share = self.recipe.schedule.batch_size // self.recipe.schedule.accumulate
-        if share % group.world_size:
-            raise ValueError(
-                f"train: schedule.batch_size / accumulate must be a multiple of the {group.world_size} processes, "
-                f"got {share}; change --schedule.batch-size or the number of processes"
-            )
         self.layout = torch.channels_last if self.recipe.runtime.channels_last else torch.contiguous_format
         self.module = built.module.to(device=group.device, memory_format=self.layout)
         if self.module.teacher is not None:
@@ -133,8 +134,9 @@ class Trainer:
     def run(self) -> RunResult:
         """Trains to the end or to a stop signal."""
         self._restore()
-        if self.step < self.recipe.schedule.steps and not self._train():
-            return RunResult.interrupted(self.run_dir, self.stop_signal)
+        stopped = self._train() if self.step < self.recipe.schedule.steps else 0
+        if stopped:
+            return RunResult.interrupted(self.run_dir, stopped)
         try:
             with self.stop.leaving_at_once():
                 return finish_run(self)
@@ -169,53 +171,72 @@ class Trainer:
         data = self.built.train_set
         return {"images": len(data), "class_names": list(data.class_names)}
 
-    def _train(self) -> bool:
-        """Steps until the end; False if a signal stopped it. The last step is always saved."""
-        recipe, schedule, runtime = self.recipe, self.recipe.schedule, self.recipe.runtime
+    def _train(self) -> int:
+        """Steps until the end; returns the signal that stopped it, or 0. The last step taken is always saved."""
         log = RunLog(self.run_dir, self.step) if self.group.first else None
-        self.progress = RunProgress(recipe.name, schedule.steps, self.step, self.console, self.group.first)
-        batches = iter(self._loader())
-        recent: deque[list[Batch]] = deque(maxlen=max(1, runtime.ledger_pairs))
-        ledger_step = min(schedule.steps - 1, max(10, schedule.steps // 10))
-        begin, waited, since = time.perf_counter(), 0.0, self.step
+        self.progress = RunProgress(
+            self.recipe.name, self.recipe.schedule.steps, self.step, self.console, self.group.first
+        )
         try:
-            while self.step < schedule.steps:
-                fetch = time.perf_counter()
-                parts = [next(batches) for _ in range(schedule.accumulate)]
-                waited += time.perf_counter() - fetch
-                stopped = self._take_step(parts)
-                recent.append(parts)
-                self.progress.advance()
-                if self.step % runtime.log_every == 0 or self.step == schedule.steps:
-                    now = time.perf_counter()
-                    self._log(log, now - begin, waited, self.step - since)
-                    self.seconds += now - begin
-                    begin, waited, since = time.perf_counter(), 0.0, self.step
-                last = stopped or self.step == schedule.steps
-                evaluate = runtime.eval_every and self.step % runtime.eval_every == 0 and not last
-                measure = runtime.ledger_pairs and self.ledger is None and self.step >= ledger_step and not stopped
-                if last or evaluate or measure or self.step % runtime.checkpoint_every == 0:
-                    self.seconds += time.perf_counter() - begin
-                    if measure:
-                        self._measure_cost(list(recent))
-                    if last or evaluate or self.step % runtime.checkpoint_every == 0:
-                        self._save()
-                    if evaluate:
-                        self._evaluate(log)
-                    begin, waited, since = time.perf_counter(), 0.0, self.step
-                if stopped:
-                    self.stop_signal = stopped
-                    return False
+            if self.group.broadcast(log is not None and not log.evaluated) and self._evaluation_is_due():
+                self._evaluate(log)  # the run was stopped between saving and evaluating
+            with contextlib.closing(iter(self._loader())) as batches:
+                return self._take_steps(batches, log)
         except Interrupted as signal:  # during an evaluation, after saving
-            self.stop_signal = signal.signum
-            return False
+            return signal.signum
         finally:
-            batches.close()  # and with it the loader processes
             self.progress.close()
             self.wrapped = None
             if log is not None:
                 log.close()
-        return True
+
+    def _take_steps(self, batches: Iterator[Batch], log: RunLog | None) -> int:
+        """Steps until the end or a signal, which it returns, and what is due between them."""
+        recent: deque[list[Batch]] = deque(maxlen=max(1, self.recipe.runtime.ledger_pairs))
+        watch = Stopwatch(self.seconds)
+        while self.step < self.recipe.schedule.steps:
+            with watch.waiting():
+                parts = [next(batches) for _ in range(self.recipe.schedule.accumulate)]
+            stopped = self._take_step(parts)
+            watch.steps += 1
+            recent.append(parts)
+            self.progress.advance()
+            due = self._due(stopped)
+            if due:
+                watch.pause()
+                self.seconds = watch.total
+                if "log" in due:
+                    self._log(log, *watch.take_lap())
+                if "ledger" in due:
+                    self._measure_cost(list(recent))
+                if "checkpoint" in due:
+                    self._save()
+                if "evaluation" in due:
+                    self._evaluate(log)
+                watch.resume()
+            if stopped:
+                return stopped
+        return 0
+
+    def _due(self, stopped: int) -> set[str]:
+        """What is to be done after this step: of "log", "ledger", "checkpoint", "evaluation"."""
+        runtime, steps = self.recipe.runtime, self.recipe.schedule.steps
+        ledger_step = min(steps - 1, max(10, steps // 10))
+        wants_ledger = runtime.ledger_pairs > 0 and self.ledger is None and self.step >= ledger_step
+        evaluates = self._evaluation_is_due() and not stopped
+        saves = stopped or evaluates or self.step == steps or self.step % runtime.checkpoint_every == 0
+        due = {
+            "log": self.step == steps or self.step % runtime.log_every == 0,
+            "ledger": wants_ledger and not stopped,
+            "checkpoint": saves,
+            "evaluation": evaluates,
+        }
+        return {name for name, wanted in due.items() if wanted}
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether the detector is evaluated after this step, short of the end of the run."""
+        every = self.recipe.runtime.eval_every
+        return every > 0 and self.step % every == 0 and 0 < self.step < self.recipe.schedule.steps
 
     def _loader(self):
         data, schedule = self.recipe.data, self.recipe.schedule
