@@ -1,19 +1,22 @@
 """The trainer: what a run writes, what it refuses, who learns in which phase, and that every method trains."""
 
 import dataclasses
+import io
 import json
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import KINDS, make_tiny_data, silent, tiny_detector, tiny_recipe
 
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
-from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train
+from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
 from fastkd.training.config import FGFIConfig, OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.logging import RunLog
 from fastkd.training.optimizers import NamedOptimizer, build_optimizers
 from fastkd.training.run_directory import RunDirectoryError
 from fastkd.training.schedule import Phase, phase_at
@@ -248,6 +251,68 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatc
     message = str(error.value)
     assert "step 3" in message and "['box_regression']" in message and all(str(i) in message for i in ids)
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000001", "step_0000002"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tiny_data, runtime=dataclasses.replace(FLOAT, checkpoint_every=2))
+    original, ids = step.StepModule.forward, []
+
+    def poisoned(self, batch, phase):
+        losses = original(self, batch, phase)
+        ids.append(batch.image_ids)
+        if len(ids) == 3:
+            losses["box_regression"].register_hook(lambda gradient: gradient * float("inf"))
+        return losses
+
+    monkeypatch.setattr(step.StepModule, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"gradients must be finite.*at step 3") as error:
+        train(recipe, tmp_path / "run", device="cpu", console=silent())
+    assert str(ids[2]) in str(error.value)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000002"]
+
+
+def test_progress_on_a_terminal(tiny_data, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    recipe = tiny_recipe(tiny_data, runtime=dataclasses.replace(FLOAT, eval_every=3))
+    train(recipe, tmp_path / "run", device="cpu", console=console)
+    text = console.file.getvalue()
+    assert "6/6" in text and "images/s" in text and "loss " in text and "left" in text and "finished" in text
+
+
+def test_the_log_is_json_whatever_is_logged(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 2.0, "grad_norm": {"student": float("inf")}})
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # a crash in the middle of a line
+    log = RunLog(tmp_path, 2)
+    log.write({"step": 3, "loss": 1.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.0, "grad_norm": {"student": None}}, {"step": 3, "loss": 1.0}]
+
+
+def test_options_reach_the_loader_and_torch(tiny_data, tmp_path, monkeypatch):
+    given = {}
+
+    def spy(dataset, **options):
+        given.update(options, strict=dataset.strict)
+        return build_train_loader(dataset, **options)
+
+    monkeypatch.setattr(trainer, "build_train_loader", spy)
+    recipe = tiny_recipe(tiny_data, seed=3, schedule=Schedule(steps=2, batch_size=4, accumulate=2))
+    odd = {"flip": False, "divisor": 64, "aspect_grouping": False, "strict": True, "max_side": 90}
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **odd))
+    train(recipe, tmp_path / "run", device="cpu", console=silent())
+    wanted = {**odd, "flip": 0.0, "seed": 3, "batch_size": 2, "total_steps": 4, "start_step": 0, "short_sides": (48, 64)}
+    assert {name: given[name] for name in wanted} == wanted
+
+    torch.use_deterministic_algorithms(False)
+    for asked in (True, False):
+        chosen = dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, deterministic=asked))
+        with trainer._settings(chosen):
+            assert torch.are_deterministic_algorithms_enabled() == asked
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_directories(tiny_data, tmp_path):

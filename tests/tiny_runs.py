@@ -50,6 +50,7 @@ def tiny_recipe(data: Path, kind: str = "retinanet", method: str = "baseline", *
         "teacher": str(teacher_file(data, kind)) if recipe.teacher else None,
         "backbone_weights": None,
         "optimizer": OptimizerConfig(learning_rate=0.02, clip_norm=10.0, warmup=0.1),
+        "method_optimizer": recipe.method_optimizer if method == "icd" else None,
         "schedule": Schedule(steps=6, batch_size=2),
         "runtime": RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0),
     }

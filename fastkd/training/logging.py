@@ -107,7 +107,7 @@ class RunLog:
         self.file = self.path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
 
-        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
 
     def _drop_after(self, step: int) -> None:
         kept = []
@@ -125,7 +125,7 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; its numbers, also nested ones, become TensorBoard scalars."""
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self.file.flush()
         for name, value in _scalars(record):
             if name != "step":
@@ -135,6 +135,13 @@ class RunLog:
         """Flushes and closes both."""
         self.file.close()
         self.writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """The record with null for what JSON cannot write (an infinite gradient norm)."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

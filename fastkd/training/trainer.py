@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ from fastkd.types import Batch
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became NaN or infinite. The weights were not updated with it; the last checkpoint is good."""
+    """A loss or gradient became NaN or infinite. Nothing was saved since; the last checkpoint is good."""
 
 
 def train(
@@ -86,6 +88,8 @@ def _check_batch_size(recipe: Recipe, world_size: int) -> None:
 def _settings(recipe: Recipe) -> Iterator[None]:
     """Deterministic kernels where the recipe asks for them, restored afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if recipe.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on the GPU
     torch.use_deterministic_algorithms(recipe.runtime.deterministic or before[0])
     torch.backends.cudnn.benchmark = not recipe.runtime.deterministic and len(recipe.data.short_sides) == 1
     try:
@@ -97,7 +101,7 @@ def _settings(recipe: Recipe) -> Iterator[None]:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's global generator for a step: nothing of its state outlives the step, so none is saved."""
-    return (seed * 1_000_003 + step) * 4099 + rank
+    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
 
 
 class Trainer:
@@ -130,18 +134,23 @@ class Trainer:
         self.interval = Interval()
         self.phase: Phase | None = None
         self.wrapped: torch.nn.Module | None = None
+        self.norms: dict[str, Tensor] = {}
+        self.image_ids: list[int] = []
 
     def run(self) -> RunResult:
         """Trains to the end or to a stop signal."""
         self._restore()
         stopped = self._train() if self.step < self.recipe.schedule.steps else 0
-        if stopped:
-            return RunResult.interrupted(self.run_dir, stopped)
-        try:
-            with self.stop.leaving_at_once():
-                return finish_run(self)
-        except Interrupted as signal:
-            return RunResult.interrupted(self.run_dir, signal.signum)
+        if not stopped:
+            try:
+                with self.stop.leaving_at_once():
+                    return finish_run(self)
+            except Interrupted as signal:
+                stopped = signal.signum
+        if self.group.first:
+            what = f"stopped and saved after step {self.step} of {self.recipe.schedule.steps}"
+            self.console.print(f"{self.recipe.name}: {what}; --resume continues it", highlight=False)
+        return RunResult.interrupted(self.run_dir, stopped)
 
     def _restore(self) -> None:
         path = self.group.first_does(lambda: latest_checkpoint(self.run_dir / "checkpoints"))
@@ -284,25 +293,36 @@ class Trainer:
                 (total / len(parts)).backward()
             for name, value in {"loss": total, **losses}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
-        norms = {f"grad_norm/{o.name}": o.step() for o in self.optimizers}
+        self.norms = {f"grad_norm/{o.name}": o.step() for o in self.optimizers}
+        self.image_ids = [image_id for batch in parts for image_id in batch.image_ids]
         self.step += 1
         self.rates = rates
-        self.interval.add({**sums, **norms})
+        self.interval.add({**sums, **self.norms})
         return stopped
 
     def _check(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> int:
-        """One agreement of all processes a step: is any loss non-finite, has anybody been told to stop?
+        """One agreement of all processes a step: is a loss or the last gradient not finite, is anybody to stop?
 
-        Raises: NonFiniteLossError in every process, before any of them updates its weights.
+        Raises: NonFiniteLossError in every process; for a loss, before any of them updates its weights.
         """
-        bad = not torch.isfinite(total.detach()).item()
+        values = torch.stack([total.detach(), *(norm.to(total.dtype) for norm in self.norms.values())])
+        bad = not torch.isfinite(values).all().item()  # the one time a step that anybody waits for the device
         bad, stopped = self.group.agree([float(bad), float(self.stop.received)])
-        if not bad:
-            return int(stopped)
-        own = {name: value.item() for name, value in losses.items()}
-        found = self.group.gather((own, list(batch.image_ids)))
-        names = sorted({n for values, _ in found for n, v in values.items() if not torch.isfinite(torch.tensor(v))})
-        faulty = [ids for values, ids in found if not all(torch.isfinite(torch.tensor(list(values.values()))))]
+        if bad:
+            self._raise_non_finite(losses, batch)
+        return int(stopped)
+
+    def _raise_non_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
+        norms = {name: norm.item() for name, norm in self.norms.items()}
+        if not all(map(math.isfinite, norms.values())):
+            ids = [image_id for ids in self.group.gather(self.image_ids) for image_id in ids]
+            raise NonFiniteLossError(
+                f"train: gradients must be finite, got {norms} at step {self.step}, whose losses were finite, "
+                f"image ids {ids}; lower the learning rate or use --runtime.precision float32"
+            )
+        found = self.group.gather(({name: value.item() for name, value in losses.items()}, list(batch.image_ids)))
+        names = sorted({name for values, _ in found for name, value in values.items() if not math.isfinite(value)})
+        faulty = [ids for values, ids in found if not all(map(math.isfinite, values.values()))]
         raise NonFiniteLossError(
             f"train: losses must be finite, got NaN or infinity at step {self.step + 1} in {names or ['the sum']} "
             f"(values {[values for values, _ in found]}), image ids {[i for ids in faulty for i in ids]} "
