@@ -6,9 +6,15 @@ from pathlib import Path
 
 from fastkd.commands.common import progress_bar, say
 
+TRAIN_IMAGES, VAL_IMAGES = 8000, 500  # what the demo trains on
+
 
 def scenes(
-    root: Path = Path("data/scenes"), train: int = 4000, val: int = 500, seed: int = 0, processes: int = 2
+    root: Path = Path("data/scenes"),
+    train: int = TRAIN_IMAGES,
+    val: int = VAL_IMAGES,
+    seed: int = 0,
+    processes: int = 2,
 ) -> None:
     """Write Scenes, the generated data set, in COCO format.
 

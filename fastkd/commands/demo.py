@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.commands.common import Interrupted, device_argument, say, write_json
-from fastkd.commands.data import write_scenes
+from fastkd.commands.data import TRAIN_IMAGES, VAL_IMAGES, write_scenes
 
 METHODS = ("baseline", "lgd", "icd", "fgfi")
 CONTROL = "inherit"
-TRAIN_IMAGES, VAL_IMAGES = 8000, 500
+REPORT_IMAGES = 6
 
 
 def demo(
@@ -60,7 +60,8 @@ def demo(
 
     from fastkd.report import write_report
 
-    page = write_report([out / name for name in metrics], out / "report.html", device="cpu", title="fastkd demo")
+    runs = [out / name for name in metrics]
+    page = write_report(runs, out / "report.html", images=REPORT_IMAGES, title="fastkd demo")
     say(f"\nreport: {page.resolve()}\nopen it in a browser: curves, costs, what the networks see, their mistakes")
 
 
