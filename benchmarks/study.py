@@ -84,7 +84,8 @@ def read(out: Path, seeds: list[int]) -> dict[str, dict[int, dict]]:
             ledger = json.loads((run_dir / "ledger.json").read_text())
             found.setdefault(row.recipe, {})[seed] = {
                 **{key: metrics["bbox"][key] for key in ("AP", "AP50", "AP75")},
-                **{key: metrics[key] for key in ("steps", "batch_size", "seconds", "commit", "command", "torch")},
+                **{key: metrics[key] for key in ("steps", "batch_size", "seconds", "commit", "torch")},
+                "command": f"fastkd train {row.recipe} --seed {seed}",
                 "student_step": ledger["student"]["seconds_per_step"],
                 "method_step": ledger["with_method"]["seconds_per_step"],
                 "extra_bytes": ledger["extra"]["peak_bytes"],
