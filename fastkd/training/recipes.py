@@ -160,10 +160,10 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
 def _scenes_method(name: str, detector: str) -> MethodConfig | None:
     """The published hyper-parameters, but for two.
 
-    FGFI's weight: its error is not normalised, and the cells of our narrow teacher differ from the student's by some 10^4
-    (squared, summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
-    LGD ends after half of the run (the papers' strongest backbones: after 130k of 180k steps): in so few steps a head that
-    serves two pyramids falls behind, and needs the rest for the student's.
+    FGFI's weight: its error is not normalised, and the cells of our narrow teacher differ from the student's by some
+    10^4 (squared, summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
+    LGD ends after half of the run (the paper's strongest backbones: after 130k of 180k steps): in so few steps a head
+    that serves two pyramids falls behind, and needs the rest for the student's.
     """
     method = _method(name, detector, context=detector not in TWO_STAGE)
     if isinstance(method, FGFIConfig):
@@ -174,8 +174,8 @@ def _scenes_method(name: str, detector: str) -> MethodConfig | None:
 def _scenes_method_optimizer(method_name: str) -> OptimizerConfig | None:
     """ICD's own, and a slower one for LGD: at the student's rate its label encoder collapses.
 
-    With AdamW at 2e-3 the spread of the label embeddings over the objects of a batch fell from 0.36 of their length to 0.05
-    within 40 steps and 0.003 after 1000, and shuffled labels changed nothing.
+    With AdamW at 2e-3 the spread of the label embeddings over the objects of a batch fell from 0.36 of their length to
+    0.05 within 40 steps and 0.003 after 1000, and shuffled labels changed nothing.
     """
     if method_name == "icd":
         return _icd_optimizer(SCENES.icd_rate, SCENES.icd_clip_norm)
