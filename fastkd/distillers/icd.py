@@ -55,6 +55,8 @@ class ICD(nn.Module):
         max_queries: most queries of an image (300; published for two-stage detectors: 100).
         weight: lambda of the distillation loss (8; published for two-stage detectors: 3).
         temperature: of the attention that weights the distillation loss.
+        teacher_scale: factor on the teacher's pyramid (published: 1). A head that begins with a normalised convolution
+            leaves the scale of its pyramid open; features far from unit size saturate an attention that has learned nothing.
     Source: methods.md section 1.
     """
 
@@ -71,6 +73,7 @@ class ICD(nn.Module):
         max_queries: int = 300,
         weight: float = 8.0,
         temperature: float = 1.0,
+        teacher_scale: float = 1.0,
     ):
         super().__init__()
         if num_classes < 1 or priors.num_classes != num_classes:
@@ -92,6 +95,9 @@ class ICD(nn.Module):
                 raise ValueError(f"ICD: {name} must be at least {lowest}, got {value}; raise it")
         if temperature <= 0:
             raise ValueError(f"ICD: temperature must be > 0, got {temperature}; 1 is the published value")
+        if not teacher_scale > 0:
+            raise ValueError(f"ICD: teacher_scale must be > 0, got {teacher_scale}; 1 is the published value")
+        self.teacher_scale = teacher_scale
         self.channels = channels
         self.teacher_channels = channels if teacher_channels is None else teacher_channels
         self.rho, self.max_queries, self.weight, self.temperature = rho, max_queries, weight, temperature
@@ -101,6 +107,11 @@ class ICD(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(channels, self.teacher_channels, heads) for _ in range(layers))
         self.auxiliary = mlp(channels, channels, channels, 5)
         self.student_values = nn.ModuleList(xavier_linear(channels, channels) for _ in range(layers))
+        if self.teacher_channels == channels:
+            # A student that inherits the teacher's head starts in the teacher's coordinates: the same start for both
+            # projections keeps it there, where independent ones would first turn its features away from that head.
+            for own, layer in zip(self.student_values, self.decoder, strict=True):
+                own.load_state_dict(layer.value.state_dict())
 
     def forward(
         self,
@@ -161,6 +172,8 @@ class ICD(nn.Module):
     def _decode(self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch):
         """Yields each layer's decoded queries and attention."""
         levels = [level.detach() for level in teacher_pyramid]
+        if self.teacher_scale != 1:
+            levels = [level * self.teacher_scale for level in levels]
         sizes = [tuple(level.shape[2:]) for level in levels]
         positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes)
         decoded = self.encoder(queries)

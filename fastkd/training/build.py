@@ -132,6 +132,7 @@ def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPrior
             max_queries=method.max_queries,
             weight=method.weight,
             temperature=method.temperature,
+            teacher_scale=method.teacher_scale,
         )
     if isinstance(method, FGFIConfig):
         return FGFI(detector.channels, teacher_channels=teacher.channels, psi=method.psi, weight=method.weight)

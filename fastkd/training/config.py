@@ -221,6 +221,7 @@ class ICDConfig:
         max_queries: most queries of an image (unless it has more boxes).
         weight: of the distillation loss: 8 dense, 3 two-stage.
         temperature: of the attention that weighs the distillation loss.
+        teacher_scale: factor on the teacher's pyramid in the decoder, to bring it to unit size.
         detach_fraction: first part of the run in which the distillation loss does not reach the student.
         final_fraction: last part of the run without distillation.
     """
@@ -231,6 +232,7 @@ class ICDConfig:
     max_queries: int = 300
     weight: float = 8.0
     temperature: float = 1.0
+    teacher_scale: float = 1.0
     detach_fraction: float = 1 / 90
     final_fraction: float = 0.0
 
@@ -240,6 +242,7 @@ class ICDConfig:
         _require(self.rho >= 0, "ICDConfig: rho", "0 or more", self.rho)
         _require(self.weight >= 0, "ICDConfig: weight", "0 or more", self.weight)
         _require(self.temperature > 0, "ICDConfig: temperature", "positive", self.temperature)
+        _require(self.teacher_scale > 0, "ICDConfig: teacher_scale", "positive", self.teacher_scale)
         _require_fraction(self, "detach_fraction", "final_fraction")
 
 
