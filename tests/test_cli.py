@@ -364,7 +364,8 @@ def test_demo_then_again(capsys, monkeypatch, tmp_path, tiny_recipes):
     assert "teacher" in page and str(tmp_path / "out" / "report.html") in said.err.replace("\n", "")
     again = fastkd_says(capsys, *args, code=0)
     assert again.words.count("nothing to do") == 3 and again.out.count("│ icd ") == 1
-    assert "same recipe" in error_line(capsys, *args[:-3], "--seed", 4)
+    other = fastkd_says(capsys, *args, "--seed", 4, code=2)
+    assert "holds a run with other settings; choose another --out" in other.words
 
 
 def test_demo_table_shows_gain_and_cost(capsys):

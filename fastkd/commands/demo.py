@@ -49,10 +49,16 @@ def demo(
     metrics = {"teacher": evaluate_teacher(teacher_file, next(iter(recipes.values())), out / "teacher", where)}
 
     from fastkd.training import train
+    from fastkd.training.run_directory import RunDirectoryError
 
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         say(f"\n[{number}/{len(recipes)}] {name}: {recipe.schedule.steps} steps into {out / name}")
-        result = train(recipe, out / name, resume=True, device=where)
+        try:
+            result = train(recipe, out / name, resume=True, device=where)
+        except RunDirectoryError as error:
+            raise ValueError(
+                f"demo: {out / name} holds a run with other settings; choose another --out ({error})"
+            ) from error
         if result.exit_code:
             raise Interrupted(result.exit_code)
         metrics[name] = result.metrics
