@@ -56,7 +56,7 @@ class ICD(nn.Module):
         weight: lambda of the distillation loss (8; published for two-stage detectors: 3).
         temperature: of the attention that weights the distillation loss.
         teacher_scale: factor on the teacher's pyramid (published: 1). A head that begins with a normalised convolution
-            leaves the scale of its pyramid open; features far from unit size saturate an attention that has learned nothing.
+            leaves the scale of its pyramid open; large features saturate an attention that has learned nothing.
     Source: methods.md section 1.
     """
 
