@@ -85,7 +85,8 @@ def test_initial_weights_do_not_depend_on_the_method(tiny_data):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls(tiny_data, kind, method):
-    recipe = tiny_recipe(tiny_data, kind, method)
+    gentle = OptimizerConfig(learning_rate=0.005, clip_norm=10.0)
+    recipe = tiny_recipe(tiny_data, kind, method, optimizer=gentle)
     built = build(recipe)
     module, batch = built.module.train(), first_batch(built)
     optimizers = build_optimizers(recipe, module)
@@ -102,7 +103,7 @@ def test_the_loss_falls(tiny_data, kind, method):
         for optimizer in optimizers:
             optimizer.set_rate(50, 100)
             optimizer.step()
-    assert totals[-1] < totals[0]
+    assert totals[-1] < 0.95 * totals[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
