@@ -159,7 +159,7 @@ def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None]) -> Non
 
     table = Table(title="\nThe demo's runs: same data, steps and seed", title_justify="left", header_style="bold")
     table.add_column("run", no_wrap=True)
-    for column in ("AP", "gain", "AP50", "AP75", "time", "extra per step", "extra memory", "with teacher's training"):
+    for column in ("AP", "gain", "AP50", "AP75", "time", "extra time", "extra memory", "with teacher"):
         table.add_column(column, justify="right")
     base = metrics["baseline"]["bbox"]["AP"]
     for name, values in metrics.items():
