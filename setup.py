@@ -1,7 +1,7 @@
 """Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so.
 
-Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512; csrc/capability.h),
-chosen at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
+Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512, 3 AVX512_BF16;
+csrc/capability.h), chosen at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
 
 Environment: MAX_JOBS (parallel compilers; default: by cores and free memory), FASTKD_CUDA (see `check_cuda_request`),
 CXX and CXXFLAGS (read by setuptools).
@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-CAPABILITIES = {"generic": 0, "avx2": 1, "avx512": 2}
+CAPABILITIES = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 COMPILE_ARGS = [
     "-O3",
     "-g0",

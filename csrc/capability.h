@@ -1,6 +1,7 @@
 // The instruction sets a kernel is compiled for, and which one runs.
 //
-// The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512). A source keeps
+// The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 with
+// bf16 dot products: only for sources that define FASTKD_BF16_KERNELS before they include anything). A source keeps
 // its kernels between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes:
 // only they may use the instruction set, and no inline function of the standard library compiled for AVX-512 can
 // replace a generic one at link time. It hands them out as a table, `kernels<Table, FASTKD_CAPABILITY>()`;
@@ -8,7 +9,7 @@
 #pragma once
 
 #ifndef FASTKD_CAPABILITY
-#error "FASTKD_CAPABILITY must be 0 (generic), 1 (AVX2) or 2 (AVX-512); setup.py and CMakeLists.txt define it"
+#error "FASTKD_CAPABILITY must be 0 (generic), 1 (AVX2), 2 (AVX-512) or 3 (AVX512_BF16); the build defines it"
 #endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -18,9 +19,18 @@
 #endif
 
 #define FASTKD_GENERIC_PASS (FASTKD_CAPABILITY == 0)
+#ifdef FASTKD_BF16_KERNELS
 #define FASTKD_COMPILES_KERNELS (FASTKD_CAPABILITY == 0 || FASTKD_X86_CAPABILITIES)
+#else
+#define FASTKD_COMPILES_KERNELS (FASTKD_CAPABILITY == 0 || (FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY < 3))
+#endif
 
-#if FASTKD_CAPABILITY == 2 && FASTKD_X86_CAPABILITIES
+#if FASTKD_CAPABILITY == 3 && FASTKD_X86_CAPABILITIES
+#define FASTKD_KERNELS_BEGIN  \
+  _Pragma("GCC push_options") \
+  _Pragma("GCC target(\"avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
+#define FASTKD_KERNELS_END _Pragma("GCC pop_options")
+#elif FASTKD_CAPABILITY == 2 && FASTKD_X86_CAPABILITIES
 #define FASTKD_KERNELS_BEGIN       \
   _Pragma("GCC push_options")      \
   _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
@@ -35,9 +45,10 @@
 
 namespace fastkd {
 
-enum class Capability : int { generic = 0, avx2 = 1, avx512 = 2 };
+enum class Capability : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The capability in use: FASTKD_CPU_CAPABILITY (generic, avx2, avx512) where it is set, else the best this CPU has.
+// The capability in use: FASTKD_CPU_CAPABILITY (generic, avx2, avx512, avx512_bf16) where it is set, else the best this
+// CPU has.
 // Throws where the variable names none, or one that this CPU or this build lacks.
 Capability cpu_capability();
 
@@ -45,11 +56,18 @@ Capability cpu_capability();
 template <class Table, int capability>
 const Table& kernels();
 
+// Set to true by a source that defines FASTKD_BF16_KERNELS, before its first use of active_kernels.
+template <class Table>
+inline constexpr bool kHasBf16Kernels = false;
+
 // The table of the capability in use.
 template <class Table>
 const Table& active_kernels() {
 #if FASTKD_X86_CAPABILITIES
   switch (cpu_capability()) {
+    case Capability::avx512_bf16:
+      if constexpr (kHasBf16Kernels<Table>) return kernels<Table, 3>();
+      [[fallthrough]];
     case Capability::avx512: return kernels<Table, 2>();
     case Capability::avx2: return kernels<Table, 1>();
     case Capability::generic: break;

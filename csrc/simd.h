@@ -24,7 +24,7 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int kVectorBytes = FASTKD_CAPABILITY == 2 ? 64 : FASTKD_CAPABILITY == 1 ? 32 : 16;
+constexpr int kVectorBytes = FASTKD_CAPABILITY >= 2 ? 64 : FASTKD_CAPABILITY == 1 ? 32 : 16;
 constexpr int kFloats = kVectorBytes / sizeof(float);
 
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
@@ -54,7 +54,7 @@ FASTKD_INLINE V broadcast(Element<V> value) {
 // (-ffp-contract=off): the kernel decides where a product is rounded, and x * y - x * y is 0.
 template <class V>
 FASTKD_INLINE V multiply_add(V a, V b, V c) {
-#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 2
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
   if constexpr (std::is_same_v<V, FloatVector>) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
   if constexpr (std::is_same_v<V, DoubleVector>) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 1
@@ -75,7 +75,7 @@ FASTKD_INLINE HalfBitsVector narrow(FloatVector value, BFloat16) {  // to neares
   return __builtin_convertvector(value == value ? rounded : quiet, HalfBitsVector);
 }
 
-#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 2
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
 FASTKD_INLINE FloatVector widen(HalfBitsVector bits, Half) {
   return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 }

@@ -5,6 +5,9 @@ import os
 import matplotlib
 import pytest
 import torch
+from kernels import CAPABILITIES
+
+from fastkd.ops import _library
 
 matplotlib.use("Agg")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
@@ -27,3 +30,21 @@ def fixed_threads_and_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(THREADS)
+
+
+def _use_capability(request, monkeypatch):
+    monkeypatch.setenv("FASTKD_CPU_CAPABILITY", request.param)
+    assert _library.cpu_capability() == request.param
+    return request.param
+
+
+@pytest.fixture(params=[name for name in CAPABILITIES if name != "avx512_bf16"])
+def capability(request, monkeypatch):
+    """Each instruction set this CPU has, in turn, but for bf16 dot products: most ops have no kernel of those."""
+    return _use_capability(request, monkeypatch)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability_with_bf16(request, monkeypatch):
+    """Each instruction set this CPU has, in turn."""
+    return _use_capability(request, monkeypatch)

@@ -4,14 +4,12 @@ import sys
 
 import pytest
 import torch
+from kernels import DTYPES, channels_last, contiguous, strided, transposed
 from tolerance import assert_no_worse
 from torch.nn import functional
 
-from fastkd.ops import _library, instance_norm_mse, instance_norm_mse_reference
+from fastkd.ops import instance_norm_mse, instance_norm_mse_reference
 
-CAPABILITIES = ["generic", "avx2", "avx512"]
-CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(_library.cpu_capability()) + 1]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PYRAMID = [(2, 5, 19, 23), (2, 5, 8, 8), (2, 5, 3, 5), (2, 5, 1, 1)]
 WIDE = [(2, 150, 6, 7), (2, 150, 1, 3)]  # whole channel blocks of every capability, whole vectors, single channels
 LONG = [(2, 5, 40, 61)]  # more steps than the float sums are kept for
@@ -23,22 +21,6 @@ SHAPES = {
     "empty": [(0, 5, 4, 4), (0, 5, 2, 2)],
     "no cells": [(2, 5, 4, 4), (2, 5, 0, 3)],
 }
-
-
-def contiguous(level):
-    return level
-
-
-def channels_last(level):
-    return level.contiguous(memory_format=torch.channels_last)
-
-
-def strided(level):
-    return level.repeat_interleave(2, 3)[..., ::2]
-
-
-def transposed(level):
-    return level.transpose(2, 3).contiguous().transpose(2, 3)
 
 
 def pyramids(shapes, dtype=torch.float32, student_layout=contiguous, teacher_layout=contiguous, make=torch.randn):
@@ -74,13 +56,6 @@ def check_draws(draw, count=8):
         plain.append(loss_and_gradients(instance_norm_mse_reference, student, teacher))
         exact.append(loss_and_gradients(instance_norm_mse_reference, double(student), double(teacher)))
     assert_no_worse(*([torch.stack(results) for results in zip(*side)] for side in (actual, plain, exact)))
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request, monkeypatch):
-    monkeypatch.setenv("FASTKD_CPU_CAPABILITY", request.param)
-    assert _library.cpu_capability() == request.param
-    return request.param
 
 
 def test_reference_is_torchs_instance_norm_and_mse():
@@ -315,5 +290,5 @@ def test_the_raw_op_checks_what_could_corrupt_memory():
 
 def test_an_unknown_capability_is_an_error(monkeypatch):
     monkeypatch.setenv("FASTKD_CPU_CAPABILITY", "sse2")
-    with pytest.raises(RuntimeError, match="FASTKD_CPU_CAPABILITY must be generic, avx2 or avx512, got sse2"):
+    with pytest.raises(RuntimeError, match="must be generic, avx2, avx512 or avx512_bf16, got sse2"):
         instance_norm_mse([LEVEL], [LEVEL])

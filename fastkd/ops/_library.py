@@ -42,7 +42,9 @@ def has_kernel(op: str) -> bool:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set in use: generic, avx2 or avx512 (FASTKD_CPU_CAPABILITY overrides); None if not built.
+    """The instruction set in use: generic, avx2, avx512 or avx512_bf16; None if not built.
+
+    FASTKD_CPU_CAPABILITY overrides it.
 
     Raises: RuntimeError if FASTKD_CPU_CAPABILITY names none of them or one that this CPU lacks.
     """

@@ -1,6 +1,7 @@
 """Argument checks shared by the public ops: every message reads "op: argument must be X, got Y; remedy".
 
-They look at types, shapes, dtypes and devices only, never at values, so nothing waits for a device.
+They look at types, shapes, dtypes and devices, so that nothing waits for a device; at values (`check_object_values`)
+only where those lie on the CPU and nobody is tracing.
 """
 
 from __future__ import annotations
@@ -85,6 +86,32 @@ def check_boxes(op: str, boxes: object, image_index: object) -> None:
             f"{op}: boxes must be [K, 4], got {list(boxes.shape)}; pass xyxy boxes of all images concatenated"
         )
     check_index(op, "boxes", boxes, image_index)
+
+
+def values_at_hand(value: Tensor) -> bool:
+    """True for a tensor on the CPU whose values exist: no tracing, no fake or transformed tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Tensor | None = None) -> None:
+    """Raise ValueError unless image_index lies in [0, batch_size) and boxes, where given, are finite.
+
+    On other devices than the CPU and under torch.compile this is not looked at: kernels are safe with any value there.
+    """
+    if image_index.numel() and values_at_hand(image_index):
+        low, high = (int(extreme) for extreme in image_index.detach().aminmax())
+        if low < 0 or high >= batch_size:
+            raise ValueError(
+                f"{op}: image_index must be in [0, {batch_size}), got {low if low < 0 else high}; "
+                "pass the image of every object"
+            )
+    if boxes is not None and boxes.numel() and values_at_hand(boxes) and not boxes.detach().isfinite().all():
+        raise ValueError(f"{op}: boxes must be finite, got NaN or infinity; leave such boxes out")
 
 
 def check_masks(op: str, masks: object, image_index: object) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import _library
+from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.checks import check_levels
 from fastkd.ops.coverage import full_precision, widen
 
@@ -71,14 +72,6 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> 
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}; 1e-5 is usual")
 
 
-def _dense_like(level: Tensor) -> Tensor:
-    """A new tensor with the kernel's memory order for a gradient: channels-last where the level is, else contiguous."""
-    channels_last = not level.is_contiguous() and level.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(
-        level.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    )
-
-
 def _forward_fake(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
     rows = sum(level.shape[0] * level.shape[1] for level in student if level.shape[2] * level.shape[3] > 0)
@@ -86,10 +79,10 @@ def _forward_fake(student: list[Tensor], teacher: list[Tensor], eps: float) -> t
 
 
 def _backward_fake(grad, student, teacher, moments, for_student: bool, for_teacher: bool) -> list[Tensor]:
-    gradients = [_dense_like(level) for level in student] if for_student else []
+    gradients = [dense_like(level) for level in student] if for_student else []
     for level, other in zip(student, teacher):
         if for_teacher:
-            gradients.append(_dense_like(level) if other.stride() != level.stride() else torch.empty_like(other))
+            gradients.append(dense_like(level) if other.stride() != level.stride() else torch.empty_like(other))
     return gradients
 
 
@@ -119,13 +112,6 @@ def _backward(ctx, grad_loss: Tensor | None, grad_moments: None):
     )
 
 
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "instance_norm_mse: double backward is not available in the compiled kernel; use "
-        "fastkd.ops.instance_norm_mse_reference, which is plain torch"
-    )
-
-
 def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     """Levels keep their dtype, as sums are float32 anyway; only where two dtypes meet the narrower is widened."""
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
@@ -136,8 +122,11 @@ def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple
 
 
 if _COMPILED:
-    torch.library.register_fake("fastkd::instance_norm_mse", _forward_fake)
-    torch.library.register_fake("fastkd::instance_norm_mse_backward", _backward_fake)
-    torch.library.register_autograd("fastkd::instance_norm_mse", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("fastkd::instance_norm_mse_backward", _double_backward)
+    register_with_backward(
+        "instance_norm_mse",
+        fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        backward_fake=_backward_fake,
+    )
     torch.library.impl("fastkd::instance_norm_mse", "AutocastCPU", _autocast)
