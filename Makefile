@@ -3,6 +3,7 @@
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
 #   make test     build, the CMake build, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
+#   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test study build cmake lint test-install sanitize clean
+.PHONY: demo test study bench build cmake lint test-install sanitize clean
 
 build: $(STAMPS)/built
 
@@ -51,6 +52,9 @@ demo: build
 
 study: build
 	$(BIN)/python -m benchmarks.study
+
+bench: build
+	$(BIN)/python -m benchmarks.ops
 
 lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Nothing of the size queries x cells or boxes x cells is allocated, forward or backward, where kernels are present.
 
-The shape makes such a tensor stand out: its smallest form, one byte for each box and cell of the largest level, is larger
-than every pyramid, weight and table of the call. Without a kernel the references run, which do allocate them; that is
-also how the tests show that they would notice.
+The shape makes such a tensor stand out: its smallest form, one byte for each box and cell of the largest level, is
+larger than every pyramid, weight and table of the call. Without a kernel the references run, which do allocate them;
+that is also how the tests show that they would notice.
 """
 
 import sys
