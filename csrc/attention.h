@@ -49,7 +49,7 @@ struct Call {
   const void *query_data, *weight_data, *grad_data, *output_data;
   void *query_panels, *query_columns, *weight_panels, *grad_panels, *grad_columns;  // operands of the products
   void* partial;
-  void *output, *logsumexp, *delta, *grad_queries, *grad_weight;
+  void *output, *logsumexp, *logsumexp_rest, *delta, *grad_queries, *grad_weight;
 
   int64_t group() const { return projected ? 1 : heads; }  // heads that share keys, and so one product
   int64_t count(int64_t image) const { return chosen == nullptr ? queries : chosen_count[image]; }
@@ -59,6 +59,8 @@ struct Call {
     return chosen == nullptr ? place : image * heads * queries + chosen[place];
   }
 };
+
+using Step = void (*)(const Call&, int64_t index, void* scratch);
 
 }  // namespace attention
 }  // namespace fastkd
@@ -214,9 +216,9 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
 }
 
 // Row bias + column bias of one query at the tile's cells, -inf behind them up to a whole vector. Writes up to a vector
-// past that: rows in ascending order.
+// past that.
 template <class acc>
-FASTKD_INLINE void start_logits(const Tile& tile, int64_t table_row, acc* out) {
+FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   using V = Vector<acc>;
   for (int64_t index = 0; index < tile.segment_count; ++index) {
     const Segment& part = tile.segments[index];
@@ -238,7 +240,8 @@ template <class acc>
 struct Buffers {
   static constexpr int64_t kLine = 64 / sizeof(acc), kSlack = kLine;
   int64_t cell_stride, key_stride, value_stride;
-  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys, *grad_values;
+  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys, *grad_values,
+      *bias;
   int64_t size = 0;
 
   Buffers(const attention::Call& call, void* memory) {
@@ -248,19 +251,20 @@ struct Buffers {
     value_stride = round_up(call.value_depth, kLine);
     const int64_t rows = call.group() * call.queries, keys_rows = call.projected ? call.depth : 0;
     acc** const buffers[] = {&cells,          &cells_by_cell, &keys,   &keys_by_cell, &values,
-                             &values_by_cell, &logits,        &slopes, &grad_keys,    &grad_values};
+                             &values_by_cell, &logits,        &slopes, &grad_keys,    &grad_values, &bias};
     const int64_t sizes[] = {call.channels * kTile,    kTile * cell_stride,  keys_rows * kTile,
                              keys_rows * key_stride > 0 ? kTile * key_stride : 0,
                              call.value_depth * kTile, kTile * value_stride, rows * kTile,
-                             rows * kTile,             keys_rows * kTile,    call.value_depth * kTile};
-    for (int i = 0; i < 10; ++i) {
+                             rows * kTile,             keys_rows * kTile,    call.value_depth * kTile, kTile};
+    for (int i = 0; i < 11; ++i) {
       *buffers[i] = static_cast<acc*>(memory) + size;
       size += round_up(sizes[i] + kSlack, kLine);
     }
   }
 };
 
-// Logits of the heads head .. head + group of a tile, [group * count, kTile]; the tile's cells are in the buffers.
+// Logits without their bias of the heads head .. head + group of a tile, [group * count, kTile]; the tile's cells are in
+// the buffers. The bias is added to the finished product: a sum that began with it would round it at every step.
 template <class acc>
 void tile_logits(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
                  int64_t head) {
@@ -269,11 +273,9 @@ void tile_logits(const attention::Call& call, const Buffers<acc>& buffers, const
   if (call.projected)
     multiply<V, Panels>(static_cast<const acc*>(call.weight_panels) + head * call.depth * call.channels, call.depth,
                         call.channels, buffers.cells, kTile, vectors, buffers.keys, kTile, false);
-  for (int64_t row = 0; row < rows; ++row)
-    start_logits(tile, call.row(image, head + row / count, row % count), buffers.logits + row * kTile);
   const acc* panels = static_cast<const acc*>(call.query_panels) + (image * call.heads + head) * call.queries * call.depth;
   multiply<V, Panels>(panels, rows, call.depth, call.projected ? buffers.keys : buffers.cells, kTile, vectors,
-                      buffers.logits, kTile, true);
+                      buffers.logits, kTile, false);
 }
 
 }  // namespace

@@ -178,6 +178,15 @@ struct Arguments {
     }
   }
 
+  int64_t groups() const { return call.images * call.heads / std::max<int64_t>(call.group(), 1); }
+
+  // The operands of the logits, by Forward::prepare.
+  void prepare(Step step) {
+    call.query_panels = allocate(call.images * call.heads * call.queries * call.depth);
+    if (call.projected) call.weight_panels = allocate(call.heads * call.depth * call.channels);
+    run(step, groups(), call.group(), 0);
+  }
+
   // Sums of this many elements, and as many for each column, for each split.
   void allocate_sums(int64_t elements, int64_t elements_a_column) {
     int64_t size = 0;
@@ -189,7 +198,6 @@ struct Arguments {
   }
 
   // step(call, index, scratch) for all indices, shared by the threads as they come; each has its own scratch.
-  template <class Step>
   void run(Step step, int64_t count, int64_t stride, int64_t scratch_elements) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
     if (count == 0) return;

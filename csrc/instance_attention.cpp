@@ -2,30 +2,30 @@
 //
 //   logits = Q K + row bias + column bias, K = key_weight x or x itself; O = softmax(logits) V
 // forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits' (m, l, O)
-//           are then merged
+//           are then
+//           merged; also what rounding left out of logsumexp, which would be in all of a query's probabilities alike
 // backward  per tile, from logsumexp: P = exp(logits - lse), dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
 //           sums over the tiles: dQ = dS K^T, row and column biases' gradients = dS over columns and rows,
 //           dK = dS^T Q of the tile, d key_weight = dK x^T
 // Products  per cell, multiply-adds, keys projected: C G d + 2 G d N forward, 2 C G d + 5 G d N backward;
 //           keys the cells themselves: G C N + G d N forward, 2 G C N + 2 G d N backward
-#include "attention.h"
 #include "attention_call.h"
+#include "attention_forward.h"
 
 #include <tuple>
 
 namespace fastkd {
 namespace instance_attention {
 
-using attention::Call;
-using attention::Split;
-using Step = void (*)(const Call&, int64_t index, void* scratch);
+using attention::Step;
 
 struct Kernels {
-  Step prepare;           // index: image * heads + head, a multiple of group()
-  Step forward, backward; // index: split
-  Step merge, merge_gradients;  // index: image * heads + head
-  Step merge_weight;      // index: row of key_weight
-  int64_t (*scratch)(const Call&);
+  Step prepare, forward, merge;  // attention_forward.h
+  Step prepare_backward;         // index: image * heads + head, a multiple of group()
+  Step backward;                 // index: split
+  Step merge_gradients;          // index: image * heads + head
+  Step merge_weight;             // index: row of key_weight
+  int64_t (*scratch)(const attention::Call&);
 };
 
 struct Table {  // of float, double
@@ -42,155 +42,29 @@ namespace {
 using namespace instance_attention;
 
 template <class acc>
-struct Attend {
+struct Backward {
   using V = Vector<acc>;
   using B = Buffers<acc>;
   static constexpr int64_t lanes = kLanes<V>;
 
-  static int64_t scratch(const Call& call) { return B(call, nullptr).size; }
-
   static int64_t vectors(int64_t length) { return round_up(length, lanes) / lanes; }
 
-  // The operands of a group of heads that the tiles multiply with.
+  // What the products with the output's gradient read, and D, of a group of heads.
   static void prepare(const Call& call, int64_t index, void*) {
-    const int64_t image = index / call.heads, head = index % call.heads, n = call.queries, d = call.depth;
-    const acc* queries = static_cast<const acc*>(call.query_data);
-    acc* panels = static_cast<acc*>(call.query_panels) + index * n * d;
-    const int64_t count = call.count(image), rows = call.group() * count;
-    const int64_t dv = call.value_depth;
-    if (call.chosen == nullptr) {
-      pack_panels(queries + index * n * d, d, 1, rows, d, panels);
-    } else {
-      pack_chosen(call, queries, image, head, rows, panels);
-    }
-    if (call.projected && image == 0)
-      pack_panels(static_cast<const acc*>(call.weight_data) + head * d * call.channels, call.channels, 1, d,
-                  call.channels, static_cast<acc*>(call.weight_panels) + head * d * call.channels);
-    if (call.grad_data == nullptr) return;
+    const int64_t n = call.queries, d = call.depth, dv = call.value_depth;
     if (call.projected)
-      pack_panels(queries + index * n * d, 1, d, d, n, static_cast<acc*>(call.query_columns) + index * n * d);
-    for (int64_t each = index; each < index + call.group(); ++each) {
-      const acc* grad = static_cast<const acc*>(call.grad_data) + each * n * dv;
-      const acc* output = static_cast<const acc*>(call.output_data) + each * n * dv;
-      pack_panels(grad, dv, 1, n, dv, static_cast<acc*>(call.grad_panels) + each * n * dv);
-      pack_panels(grad, 1, dv, dv, n, static_cast<acc*>(call.grad_columns) + each * n * dv);
+      pack_panels(static_cast<const acc*>(call.query_data) + index * n * d, 1, d, d, n,
+                  static_cast<acc*>(call.query_columns) + index * n * d);
+    for (int64_t head = index; head < index + call.group(); ++head) {
+      const acc* grad = static_cast<const acc*>(call.grad_data) + head * n * dv;
+      const acc* output = static_cast<const acc*>(call.output_data) + head * n * dv;
+      pack_panels(grad, dv, 1, n, dv, static_cast<acc*>(call.grad_panels) + head * n * dv);
+      pack_panels(grad, 1, dv, dv, n, static_cast<acc*>(call.grad_columns) + head * n * dv);
       for (int64_t row = 0; row < n; ++row) {
-        acc sum = 0;
-        for (int64_t c = 0; c < dv; ++c) sum += grad[row * dv + c] * output[row * dv + c];
-        static_cast<acc*>(call.delta)[each * n + row] = sum;
+        double sum = 0;
+        for (int64_t c = 0; c < dv; ++c) sum += static_cast<double>(grad[row * dv + c]) * output[row * dv + c];
+        static_cast<acc*>(call.delta)[head * n + row] = static_cast<acc>(sum);
       }
-    }
-  }
-
-  static void pack_chosen(const Call& call, const acc* queries, int64_t image, int64_t head, int64_t rows, acc* out) {
-    const Parts panels(rows, Panels::kRows);
-    const int64_t count = call.count(image);
-    for (int64_t panel = 0; panel < panels.count; ++panel)
-      for (int64_t step = 0; step < call.depth; ++step)
-        for (int64_t m = panels.first(panel); m < panels.first(panel + 1); ++m)
-          *out++ = queries[call.row(image, head + m / count, m % count) * call.depth + step];
-  }
-
-  static void forward(const Call& call, int64_t index, void* scratch) {
-    const Split& split = call.splits[index];
-    const B buffers(call, scratch);
-    const int64_t rows = call.heads * call.queries, stride = round_up(call.value_depth, lanes);
-    acc* maximum = static_cast<acc*>(call.partial) + split.partial;
-    acc *sum = maximum + rows, *output = sum + rows;
-    for (int64_t row = 0; row < rows; ++row) maximum[row] = -__builtin_inf(), sum[row] = 0;
-    std::memset(output, 0, rows * stride * sizeof(acc));
-    Tile tile;
-    const auto visit = [&](const Tile&) __attribute__((always_inline)) {
-      load_cells(call, buffers, tile, split.image, false);
-      const int64_t count = call.count(split.image);
-      for (int64_t head = 0; head < call.heads; ++head) {
-        if (head % call.group() == 0) tile_logits(call, buffers, tile, split.image, head);
-        acc* logits = buffers.logits + head % call.group() * count * kTile;
-        const int64_t row = head * call.queries;
-        soften(call, tile, count, logits, maximum + row, sum + row, output + row * stride, stride);
-        if (call.value_depth == 0) continue;
-        load_values(call, buffers, tile, split.image, head, false);
-        multiply<V, TileRows>(logits, count, tile.cells, buffers.values_by_cell, buffers.value_stride, stride / lanes,
-                              output + row * stride, stride, true);
-      }
-    };
-    each_tile(call, split, tile, visit, [](const attention::Level&, int64_t, int64_t) {});
-  }
-
-  static void load_cells(const Call& call, const B& buffers, const Tile& tile, int64_t image, bool by_cell) {
-    with_type<acc>(call.cells_type, [&](auto type) {
-      load_tile<acc, decltype(type)>(tile, &attention::Level::cells, image, call.channels, 0, call.channels,
-                                     buffers.cells, true, buffers.cells_by_cell, buffers.cell_stride, by_cell);
-    });
-  }
-
-  static void load_values(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
-                          bool by_channel) {
-    const int64_t dv = call.value_depth;
-    with_type<acc>(call.values_type, [&](auto type) {
-      load_tile<acc, decltype(type)>(tile, &attention::Level::values, image, call.heads * dv, head * dv, dv,
-                                     buffers.values, by_channel, buffers.values_by_cell, buffers.value_stride,
-                                     !by_channel);
-    });
-  }
-
-  // Logits -> exp(logits * scale - new maximum); what was summed before is rescaled to that maximum.
-  static void soften(const Call& call, const Tile& tile, int64_t count, acc* logits, acc* maximum, acc* sum, acc* output,
-                     int64_t stride) {
-    const int64_t length = round_up(tile.cells, lanes);
-    const V scale = splat<V>(static_cast<acc>(call.scale));
-    for (int64_t n = 0; n < count; ++n) {
-      acc* row = logits + n * kTile;
-      V high = splat<V>(-__builtin_inf());
-      for (int64_t i = 0; i < length; i += lanes) {
-        const V scaled = load<V>(row + i) * scale;
-        high = larger(scaled, high);
-        store(row + i, scaled);
-      }
-      const acc highest = largest_lane(high);
-      if (highest > maximum[n]) {
-        const acc factor = lane_exponential(maximum[n] - highest);
-        sum[n] *= factor;
-        for (int64_t c = 0; c < stride; c += lanes) store(output + n * stride + c, load<V>(output + n * stride + c) * factor);
-        maximum[n] = highest;
-      }
-      // All masked so far: exp(-inf - 0) = 0.
-      const V base = splat<V>(maximum[n] == -__builtin_inf() ? 0 : maximum[n]);
-      V total{};
-      for (int64_t i = 0; i < length; i += lanes) {
-        const V power = exponential(load<V>(row + i) - base);
-        total += power;
-        store(row + i, power);
-      }
-      sum[n] += sum_lanes(total);
-    }
-  }
-
-  static acc lane_exponential(acc value) { return exponential(splat<V>(value))[0]; }
-
-  // The splits' sums of a head as one: output and logsumexp.
-  static void merge(const Call& call, int64_t index, void*) {
-    const int64_t image = index / call.heads, dv = call.value_depth, rows = call.heads * call.queries;
-    const int64_t stride = round_up(dv, lanes);
-    for (int64_t n = 0; n < call.count(image); ++n) {
-      const int64_t row = index % call.heads * call.queries + n;
-      acc highest = -__builtin_inf(), total = 0;
-      acc* output = call.output == nullptr ? nullptr : static_cast<acc*>(call.output) + (index * call.queries + n) * dv;
-      for (int64_t c = 0; c < dv; ++c) output[c] = 0;
-      const auto each_split = [&](const auto& use) __attribute__((always_inline)) {
-        for (int64_t split = call.image_splits[image]; split < call.image_splits[image + 1]; ++split)
-          use(static_cast<const acc*>(call.partial) + call.splits[split].partial);
-      };
-      each_split([&](const acc* part) { highest = part[row] > highest ? part[row] : highest; });
-      const acc base = highest == -__builtin_inf() ? 0 : highest;
-      each_split([&](const acc* part) {
-        const acc factor = lane_exponential(part[row] - base);
-        total += part[rows + row] * factor;
-        for (int64_t c = 0; c < dv; ++c) output[c] += part[2 * rows + row * stride + c] * factor;
-      });
-      if (call.image_splits[image] < call.image_splits[image + 1])  // else there is no cell: nothing attended to, 0
-        for (int64_t c = 0; c < dv; ++c) output[c] /= total;
-      static_cast<acc*>(call.logsumexp)[call.row(image, index % call.heads, n)] = base + std::log(total);
     }
   }
 
@@ -219,12 +93,12 @@ struct Attend {
     }
     Tile tile;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
-      load_cells(call, buffers, tile, split.image, call.for_keys);
+      Forward<acc>::load_cells(call, buffers, tile, split.image, call.for_keys);
       for (int64_t head = 0; head < call.heads; ++head) {
         if (head % call.group() == 0) tile_logits(call, buffers, tile, split.image, head);
         const int64_t offset = head % call.group() * call.queries * kTile;
         const int64_t row = (split.image * call.heads + head) * call.queries;
-        probabilities(call, tile, row, buffers.logits + offset);
+        probabilities(call, buffers, tile, row, buffers.logits + offset);
         if (call.for_values) value_gradient(call, buffers, tile, split.image, head, buffers.logits + offset);
         if (!call.for_keys) continue;
         logit_gradient(call, buffers, tile, split.image, head, offset);
@@ -251,11 +125,14 @@ struct Attend {
     }
   }
 
-  static void probabilities(const Call& call, const Tile& tile, int64_t table_row, acc* logits) {
+  static void probabilities(const Call& call, const B& buffers, const Tile& tile, int64_t table_row, acc* logits) {
     for (int64_t n = 0; n < call.queries; ++n) {
       const V base = splat<V>(static_cast<const acc*>(call.logsumexp)[table_row + n]);
+      const V rest = splat<V>(static_cast<const acc*>(call.logsumexp_rest)[table_row + n]);
       acc* row = logits + n * kTile;
-      for (int64_t i = 0; i < tile.cells; i += lanes) store(row + i, exponential(load<V>(row + i) - base));
+      bias_row(tile, table_row + n, buffers.bias);
+      for (int64_t i = 0; i < tile.cells; i += lanes)
+        store(row + i, exponential(load<V>(row + i) + load<V>(buffers.bias + i) - base - rest));
     }
   }
 
@@ -275,7 +152,7 @@ struct Attend {
                              int64_t offset) {
     const int64_t dv = call.value_depth, n = call.queries, row = (image * call.heads + head) * n;
     acc* slopes = buffers.slopes + offset;
-    load_values(call, buffers, tile, image, head, true);
+    Forward<acc>::load_values(call, buffers, tile, image, head, true);
     multiply<V, Panels>(static_cast<const acc*>(call.grad_panels) + row * dv, n, dv, buffers.values, kTile,
                         vectors(tile.cells), slopes, kTile, false);
     for (int64_t query = 0; query < n; ++query) {
@@ -363,10 +240,14 @@ struct Attend {
     }
   }
 
-  static constexpr Kernels kernels() {
-    return {prepare, forward, backward, merge, merge_gradients, merge_weight, scratch};
-  }
 };
+
+template <class acc>
+constexpr Kernels kernels_of_type() {
+  using F = Forward<acc>;
+  using B = Backward<acc>;
+  return {F::prepare, F::forward, F::merge, B::prepare, B::backward, B::merge_gradients, B::merge_weight, F::scratch};
+}
 
 }  // namespace
 }  // namespace fastkd
@@ -375,7 +256,7 @@ FASTKD_KERNELS_END
 namespace fastkd {
 template <>
 const instance_attention::Table& kernels<instance_attention::Table, FASTKD_CAPABILITY>() {
-  static const instance_attention::Table table = {{Attend<float>::kernels(), Attend<double>::kernels()}};
+  static const instance_attention::Table table = {{kernels_of_type<float>(), kernels_of_type<double>()}};
   return table;
 }
 }  // namespace fastkd
@@ -392,14 +273,7 @@ const Kernels& kernels_of(const Arguments& arguments) {
   return active_kernels<Table>().of[arguments.type == ScalarType::Double];
 }
 
-void prepare(Arguments& arguments, const Kernels& kernels) {
-  attention::Call& call = arguments.call;
-  call.query_panels = arguments.allocate(call.images * call.heads * call.queries * call.depth);
-  if (call.projected) call.weight_panels = arguments.allocate(call.heads * call.depth * call.channels);
-  arguments.run(kernels.prepare, call.images * call.heads / std::max<int64_t>(call.group(), 1), call.group(), 0);
-}
-
-std::tuple<Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> levels, std::optional<Tensor> key_weight,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> levels, std::optional<Tensor> key_weight,
                                    std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
                                    std::vector<Tensor> values) {
   Arguments arguments("instance_attention", queries, levels, key_weight, row_bias, column_bias, &values);
@@ -407,13 +281,15 @@ std::tuple<Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> levels, s
   attention::Call& call = arguments.call;
   Tensor output = arguments.make({call.images, call.heads, call.queries, call.value_depth});
   Tensor logsumexp = arguments.make({call.images, call.heads, call.queries});
+  Tensor rest = arguments.make({call.images, call.heads, call.queries});
   call.output = output.mutable_data_ptr();
   call.logsumexp = logsumexp.mutable_data_ptr();
-  prepare(arguments, kernels);
+  call.logsumexp_rest = rest.mutable_data_ptr();
+  arguments.prepare(kernels.prepare);
   arguments.allocate_sums(call.heads * call.queries * (2 + call.value_depth + arguments.line()), 0);
   arguments.run(kernels.forward, call.split_count, 1, kernels.scratch(call));
   arguments.run(kernels.merge, call.images * call.heads, 1, 0);
-  return {output, logsumexp};
+  return {output, logsumexp, rest};
 }
 
 // Allocates the gradients of queries, key_weight and biases in this order.
@@ -433,10 +309,10 @@ void make_key_gradients(Arguments& arguments, std::vector<Tensor>& gradients) {
 
 // Gradients of queries, key_weight where given, row and column biases where for_keys; then of the values where
 // for_values.
-std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor queries, std::vector<Tensor> levels,
-                             std::optional<Tensor> key_weight, std::vector<Tensor> row_bias,
-                             std::vector<Tensor> column_bias, std::vector<Tensor> values, bool for_keys,
-                             bool for_values) {
+std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor rest, Tensor queries,
+                             std::vector<Tensor> levels, std::optional<Tensor> key_weight,
+                             std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
+                             std::vector<Tensor> values, bool for_keys, bool for_values) {
   Arguments arguments("instance_attention_backward", queries, levels, key_weight, row_bias, column_bias, &values);
   const Kernels& kernels = kernels_of(arguments);
   attention::Call& call = arguments.call;
@@ -446,6 +322,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tenso
   call.output_data = arguments.small(output, {call.images, call.heads, call.queries, call.value_depth}, "output");
   // The kernels of the forward pass write it, those of the backward pass only read it.
   call.logsumexp = const_cast<void*>(arguments.small(logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
+  call.logsumexp_rest = const_cast<void*>(arguments.small(rest, {call.images, call.heads, call.queries}, "rest"));
   call.query_columns = arguments.allocate(rows * call.depth);
   call.grad_panels = arguments.allocate(rows * call.value_depth);
   call.grad_columns = arguments.allocate(rows * call.value_depth);
@@ -457,7 +334,8 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tenso
     gradients.push_back(torch::stable::empty_like(dense(values[index], last)));
     arguments.levels[index].out = gradients.back().mutable_data_ptr();
   }
-  prepare(arguments, kernels);
+  arguments.prepare(kernels.prepare);
+  arguments.run(kernels.prepare_backward, arguments.groups(), call.group(), 0);
   const int64_t line = arguments.line(), heads = call.heads;
   arguments.allocate_sums(for_keys ? heads * call.queries * (call.depth + line) +
                                          (call.projected ? heads * call.depth * (call.channels + line) : 0)
@@ -474,10 +352,10 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
   library.def(
       "instance_attention(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] "
-      "column_bias, Tensor[] values) -> (Tensor, Tensor)");
+      "column_bias, Tensor[] values) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "instance_attention_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor queries, Tensor[] levels, "
-      "Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool for_values) "
+      "instance_attention_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor rest, Tensor queries, Tensor[] "
+      "levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool for_values) "
       "-> Tensor[]");
 }
 

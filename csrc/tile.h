@@ -61,12 +61,11 @@ using Block = void (*)(const acc* a, int64_t k, const acc* b, int64_t ldb, acc* 
 template <class V, class A, int M, int U>
 __attribute__((noinline)) void multiply_block(const Element<V>* a, int64_t k, const Element<V>* b, int64_t ldb,
                                               Element<V>* c, int64_t ldc, bool accumulate) {
+  using acc = Element<V>;
   constexpr int64_t lanes = kLanes<V>;
   V sum[M][U];
   unroll<M>([&](auto m) __attribute__((always_inline)) {
-    unroll<U>([&](auto u) __attribute__((always_inline)) {
-      sum[m][u] = accumulate ? load<V>(c + m * ldc + u * lanes) : V{};
-    });
+    unroll<U>([&](auto u) __attribute__((always_inline)) { sum[m][u] = V{}; });
   });
   for (; k > 0; --k) {
     V right[U];
@@ -79,7 +78,11 @@ __attribute__((noinline)) void multiply_block(const Element<V>* a, int64_t k, co
     b += ldb;
   }
   unroll<M>([&](auto m) __attribute__((always_inline)) {
-    unroll<U>([&](auto u) __attribute__((always_inline)) { store(c + m * ldc + u * lanes, sum[m][u]); });
+    unroll<U>([&](auto u) __attribute__((always_inline)) {
+      acc* out = c + m * ldc + u * lanes;
+      // C is added last: a sum that began with it would be rounded to its size at every step.
+      store(out, accumulate ? load<V>(out) + sum[m][u] : sum[m][u]);
+    });
   });
 }
 

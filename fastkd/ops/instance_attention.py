@@ -172,7 +172,7 @@ def instance_attention(
     if queries.device.type != "cpu" or not _COMPILED:
         return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)
     arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
-    output, logsumexp = torch.ops.fastkd.instance_attention(*arguments, list(values))
+    output, logsumexp, _ = torch.ops.fastkd.instance_attention(*arguments, list(values))
     return output.to(queries.dtype), logsumexp
 
 
@@ -194,14 +194,14 @@ def kernel_arguments(
     return wide, [level.detach() for level in levels], weight, *tables
 
 
-def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor]:
-    batch, heads, count, _ = queries.shape
-    depth = values[0].shape[1] // heads
-    return queries.new_empty((batch, heads, count, depth)), queries.new_empty((batch, heads, count))
+def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor, Tensor]:
+    rows = queries.shape[:3]
+    output = queries.new_empty((*rows, values[0].shape[1] // rows[1]))
+    return output, queries.new_empty(rows), queries.new_empty(rows)
 
 
 def _backward_fake(
-    grad, output, logsumexp, queries, levels, key_weight, row_bias, column_bias, values, for_keys, for_values
+    grad, output, logsumexp, rest, queries, levels, key_weight, row_bias, column_bias, values, for_keys, for_values
 ) -> list[Tensor]:
     small = [queries, *([] if key_weight is None else [key_weight]), *row_bias, *column_bias] if for_keys else []
     gradients = [value.new_empty(value.shape) for value in small]
@@ -211,24 +211,25 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output) -> None:
     queries, levels, key_weight, row_bias, column_bias, values = inputs
     ctx.levels, ctx.projected = len(levels), key_weight is not None
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     weight = [key_weight] if ctx.projected else []
     ctx.save_for_backward(*output, queries, *weight, *levels, *row_bias, *column_bias, *values)
 
 
-def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None):
+def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_rest: None):
     count = ctx.levels
     none = [None] * count
     if grad_output is None:
         return None, none, None, none, none, none
-    output, logsumexp, queries, *rest = ctx.saved_tensors
-    weight = rest.pop(0) if ctx.projected else None
-    levels, row_bias, column_bias, values = (rest[place * count : (place + 1) * count] for place in range(4))
+    *forward, queries = ctx.saved_tensors[:4]
+    saved = list(ctx.saved_tensors[4:])
+    weight = saved.pop(0) if ctx.projected else None
+    levels, row_bias, column_bias, values = (saved[place * count : (place + 1) * count] for place in range(4))
     needs = ctx.needs_input_grad
     for_keys, for_values = needs[0] or needs[2] or any(needs[3]) or any(needs[4]), any(needs[5])
     gradients = torch.ops.fastkd.instance_attention_backward(
-        grad_output, output, logsumexp, queries, levels, weight, row_bias, column_bias, values, for_keys, for_values
+        grad_output, *forward, queries, levels, weight, row_bias, column_bias, values, for_keys, for_values
     )
     grad_values = gradients[-count:] if for_values else none
     if not for_keys:
