@@ -1,0 +1,170 @@
+// The forward pass over the tiles of a split: running maximum m, sum l and output O of every query, and their merging.
+// attention_mass runs it without values where it has no logsumexp yet.
+#pragma once
+
+#include "attention.h"
+
+#include <cmath>
+
+FASTKD_KERNELS_BEGIN
+namespace fastkd {
+namespace {
+using attention::Call;
+using attention::Split;
+
+template <class acc, bool with_values = true>
+struct Forward {
+  using V = Vector<acc>;
+  using B = Buffers<acc>;
+  static constexpr int64_t lanes = kLanes<V>;
+
+  static int64_t scratch(const Call& call) { return B(call, nullptr).size; }
+
+  static int64_t vectors(int64_t length) { return round_up(length, lanes) / lanes; }
+
+  // The operands of a group of heads that the tiles multiply with.
+  static void prepare(const Call& call, int64_t index, void*) {
+    const int64_t image = index / call.heads, head = index % call.heads, n = call.queries, d = call.depth;
+    const acc* queries = static_cast<const acc*>(call.query_data);
+    acc* panels = static_cast<acc*>(call.query_panels) + index * n * d;
+    const int64_t count = call.count(image), rows = call.group() * count;
+    if (call.chosen == nullptr) {
+      pack_panels(queries + index * n * d, d, 1, rows, d, panels);
+    } else {
+      pack_chosen(call, queries, image, head, rows, panels);
+    }
+    if (call.projected && image == 0)
+      pack_panels(static_cast<const acc*>(call.weight_data) + head * d * call.channels, call.channels, 1, d,
+                  call.channels, static_cast<acc*>(call.weight_panels) + head * d * call.channels);
+  }
+
+  static void pack_chosen(const Call& call, const acc* queries, int64_t image, int64_t head, int64_t rows, acc* out) {
+    const Parts panels(rows, Panels::kRows);
+    const int64_t count = call.count(image);
+    for (int64_t panel = 0; panel < panels.count; ++panel)
+      for (int64_t step = 0; step < call.depth; ++step)
+        for (int64_t m = panels.first(panel); m < panels.first(panel + 1); ++m)
+          *out++ = queries[call.row(image, head + m / count, m % count) * call.depth + step];
+  }
+
+  // Running maximum and sum of a head's queries, and their output, `stride` apart.
+  struct State {
+    acc *maximum, *sum, *output;
+    int64_t stride;
+  };
+
+  static void forward(const Call& call, int64_t index, void* scratch) {
+    const Split& split = call.splits[index];
+    const B buffers(call, scratch);
+    const int64_t rows = call.heads * call.queries, stride = round_up(call.value_depth, lanes);
+    acc* maximum = static_cast<acc*>(call.partial) + split.partial;
+    acc *sum = maximum + rows, *output = sum + rows;
+    for (int64_t row = 0; row < rows; ++row) maximum[row] = -__builtin_inf(), sum[row] = 0;
+    std::memset(output, 0, rows * stride * sizeof(acc));
+    Tile tile;
+    const auto visit = [&](const Tile&) __attribute__((always_inline)) {
+      load_cells(call, buffers, tile, split.image, false);
+      const int64_t count = call.count(split.image);
+      for (int64_t head = 0; head < call.heads; ++head) {
+        if (head % call.group() == 0) tile_logits(call, buffers, tile, split.image, head);
+        acc* logits = buffers.logits + head % call.group() * count * kTile;
+        const int64_t row = head * call.queries;
+        const State state{maximum + row, sum + row, output + row * stride, stride};
+        soften(call, buffers, tile, split.image, head, logits, state);
+        if constexpr (with_values) {
+          load_values(call, buffers, tile, split.image, head, false);
+          multiply<V, TileRows>(logits, count, tile.cells, buffers.values_by_cell, buffers.value_stride, stride / lanes,
+                                state.output, stride, true);
+        }
+      }
+    };
+    each_tile(call, split, tile, visit, [](const attention::Level&, int64_t, int64_t) {});
+  }
+
+  static void load_cells(const Call& call, const B& buffers, const Tile& tile, int64_t image, bool by_cell) {
+    with_type<acc>(call.cells_type, [&](auto type) {
+      load_tile<acc, decltype(type)>(tile, &attention::Level::cells, image, call.channels, 0, call.channels,
+                                     buffers.cells, true, buffers.cells_by_cell, buffers.cell_stride, by_cell);
+    });
+  }
+
+  static void load_values(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
+                          bool by_channel) {
+    const int64_t dv = call.value_depth;
+    with_type<acc>(call.values_type, [&](auto type) {
+      load_tile<acc, decltype(type)>(tile, &attention::Level::values, image, call.heads * dv, head * dv, dv,
+                                     buffers.values, by_channel, buffers.values_by_cell, buffers.value_stride,
+                                     !by_channel);
+    });
+  }
+
+  // Logits -> exp(logits * scale - new maximum); what was summed before is rescaled to that maximum.
+  static void soften(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head, acc* logits,
+                     const State& state) {
+    const int64_t length = round_up(tile.cells, lanes);
+    const V scale = splat<V>(static_cast<acc>(call.scale));
+    for (int64_t n = 0; n < call.count(image); ++n) {
+      acc *row = logits + n * kTile, *output = state.output + n * state.stride;
+      bias_row(tile, call.row(image, head, n), buffers.bias);
+      V high = splat<V>(-__builtin_inf());
+      for (int64_t i = 0; i < length; i += lanes) {
+        const V scaled = (load<V>(row + i) + load<V>(buffers.bias + i)) * scale;
+        high = larger(scaled, high);
+        store(row + i, scaled);
+      }
+      const acc highest = largest_lane(high);
+      if (highest > state.maximum[n]) {
+        const acc factor = lane_exponential(state.maximum[n] - highest);
+        state.sum[n] *= factor;
+        for (int64_t c = 0; c < state.stride; c += lanes) store(output + c, load<V>(output + c) * factor);
+        state.maximum[n] = highest;
+      }
+      // All masked so far: exp(-inf - 0) = 0.
+      const V base = splat<V>(state.maximum[n] == -__builtin_inf() ? 0 : state.maximum[n]);
+      V total{};
+      for (int64_t i = 0; i < length; i += lanes) {
+        const V power = exponential(load<V>(row + i) - base);
+        total += power;
+        store(row + i, power);
+      }
+      state.sum[n] += sum_lanes(total);
+    }
+  }
+
+  static acc lane_exponential(acc value) { return exponential(splat<V>(value))[0]; }
+
+  // The splits' sums of a head as one: output and logsumexp.
+  static void merge(const Call& call, int64_t index, void*) {
+    const int64_t image = index / call.heads, dv = call.value_depth, rows = call.heads * call.queries;
+    const int64_t stride = round_up(dv, lanes);
+    for (int64_t n = 0; n < call.count(image); ++n) {
+      const int64_t row = index % call.heads * call.queries + n;
+      acc highest = -__builtin_inf(), total = 0;
+      acc* output = call.output == nullptr ? nullptr : static_cast<acc*>(call.output) + (index * call.queries + n) * dv;
+      for (int64_t c = 0; c < dv; ++c) output[c] = 0;
+      const auto each_split = [&](const auto& use) __attribute__((always_inline)) {
+        for (int64_t split = call.image_splits[image]; split < call.image_splits[image + 1]; ++split)
+          use(static_cast<const acc*>(call.partial) + call.splits[split].partial);
+      };
+      each_split([&](const acc* part) { highest = part[row] > highest ? part[row] : highest; });
+      const acc base = highest == -__builtin_inf() ? 0 : highest;
+      each_split([&](const acc* part) {
+        const acc factor = lane_exponential(part[row] - base);
+        total += part[rows + row] * factor;
+        for (int64_t c = 0; c < dv; ++c) output[c] += part[2 * rows + row * stride + c] * factor;
+      });
+      if (call.image_splits[image] < call.image_splits[image + 1])  // else there is no cell: nothing attended to, 0
+        for (int64_t c = 0; c < dv; ++c) output[c] /= total;
+      const int64_t table_row = call.row(image, index % call.heads, n);
+      const double exact = base + std::log(static_cast<double>(total));
+      const acc rounded = static_cast<acc>(exact);
+      static_cast<acc*>(call.logsumexp)[table_row] = rounded;
+      if (call.logsumexp_rest != nullptr)
+        static_cast<acc*>(call.logsumexp_rest)[table_row] = total > 0 ? static_cast<acc>(exact - rounded) : 0;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastkd
+FASTKD_KERNELS_END
