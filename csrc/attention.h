@@ -49,7 +49,7 @@ struct Call {
   const void *query_data, *weight_data, *grad_data, *output_data;
   void *query_panels, *query_columns, *weight_panels, *grad_panels, *grad_columns;  // operands of the products
   void* partial;
-  void *output, *logsumexp, *logsumexp_rest, *delta, *grad_queries, *grad_weight;
+  void *output, *logsumexp, *normal, *delta, *grad_queries, *grad_weight;
 
   int64_t group() const { return projected ? 1 : heads; }  // heads that share keys, and so one product
   int64_t count(int64_t image) const { return chosen == nullptr ? queries : chosen_count[image]; }

@@ -156,11 +156,11 @@ struct Forward {
       if (call.image_splits[image] < call.image_splits[image + 1])  // else there is no cell: nothing attended to, 0
         for (int64_t c = 0; c < dv; ++c) output[c] /= total;
       const int64_t table_row = call.row(image, index % call.heads, n);
-      const double exact = base + std::log(static_cast<double>(total));
-      const acc rounded = static_cast<acc>(exact);
-      static_cast<acc*>(call.logsumexp)[table_row] = rounded;
-      if (call.logsumexp_rest != nullptr)
-        static_cast<acc*>(call.logsumexp_rest)[table_row] = total > 0 ? static_cast<acc>(exact - rounded) : 0;
+      static_cast<acc*>(call.logsumexp)[table_row] = static_cast<acc>(base + std::log(static_cast<double>(total)));
+      if constexpr (with_values) {
+        static_cast<acc*>(call.normal)[2 * table_row] = base;
+        static_cast<acc*>(call.normal)[2 * table_row + 1] = 1 / total;
+      }
     }
   }
 };

@@ -2,9 +2,9 @@
 //
 //   logits = Q K + row bias + column bias, K = key_weight x or x itself; O = softmax(logits) V
 // forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits' (m, l, O)
-//           are then
-//           merged; also what rounding left out of logsumexp, which would be in all of a query's probabilities alike
-// backward  per tile, from logsumexp: P = exp(logits - lse), dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
+//           are then merged
+// backward  per tile: P = exp(logits - m) / l (not from logsumexp, whose rounding all of a query's P would share),
+//           dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
 //           sums over the tiles: dQ = dS K^T, row and column biases' gradients = dS over columns and rows,
 //           dK = dS^T Q of the tile, d key_weight = dK x^T
 // Products  per cell, multiply-adds, keys projected: C G d + 2 G d N forward, 2 C G d + 5 G d N backward;
@@ -127,12 +127,12 @@ struct Backward {
 
   static void probabilities(const Call& call, const B& buffers, const Tile& tile, int64_t table_row, acc* logits) {
     for (int64_t n = 0; n < call.queries; ++n) {
-      const V base = splat<V>(static_cast<const acc*>(call.logsumexp)[table_row + n]);
-      const V rest = splat<V>(static_cast<const acc*>(call.logsumexp_rest)[table_row + n]);
+      const acc* normal = static_cast<const acc*>(call.normal) + 2 * (table_row + n);
+      const V maximum = splat<V>(normal[0]), factor = splat<V>(normal[1]);
       acc* row = logits + n * kTile;
       bias_row(tile, table_row + n, buffers.bias);
       for (int64_t i = 0; i < tile.cells; i += lanes)
-        store(row + i, exponential(load<V>(row + i) + load<V>(buffers.bias + i) - base - rest));
+        store(row + i, exponential(load<V>(row + i) + load<V>(buffers.bias + i) - maximum) * factor);
     }
   }
 
@@ -281,15 +281,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> l
   attention::Call& call = arguments.call;
   Tensor output = arguments.make({call.images, call.heads, call.queries, call.value_depth});
   Tensor logsumexp = arguments.make({call.images, call.heads, call.queries});
-  Tensor rest = arguments.make({call.images, call.heads, call.queries});
+  Tensor normal = arguments.make({call.images, call.heads, call.queries, 2});
   call.output = output.mutable_data_ptr();
   call.logsumexp = logsumexp.mutable_data_ptr();
-  call.logsumexp_rest = rest.mutable_data_ptr();
+  call.normal = normal.mutable_data_ptr();
   arguments.prepare(kernels.prepare);
   arguments.allocate_sums(call.heads * call.queries * (2 + call.value_depth + arguments.line()), 0);
   arguments.run(kernels.forward, call.split_count, 1, kernels.scratch(call));
   arguments.run(kernels.merge, call.images * call.heads, 1, 0);
-  return {output, logsumexp, rest};
+  return {output, logsumexp, normal};
 }
 
 // Allocates the gradients of queries, key_weight and biases in this order.
@@ -309,7 +309,7 @@ void make_key_gradients(Arguments& arguments, std::vector<Tensor>& gradients) {
 
 // Gradients of queries, key_weight where given, row and column biases where for_keys; then of the values where
 // for_values.
-std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor rest, Tensor queries,
+std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor queries,
                              std::vector<Tensor> levels, std::optional<Tensor> key_weight,
                              std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
                              std::vector<Tensor> values, bool for_keys, bool for_values) {
@@ -320,9 +320,8 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor logsumexp, Tenso
   call.for_keys = for_keys, call.for_values = for_values;
   call.grad_data = arguments.small(grad, {call.images, call.heads, call.queries, call.value_depth}, "grad");
   call.output_data = arguments.small(output, {call.images, call.heads, call.queries, call.value_depth}, "output");
-  // The kernels of the forward pass write it, those of the backward pass only read it.
-  call.logsumexp = const_cast<void*>(arguments.small(logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
-  call.logsumexp_rest = const_cast<void*>(arguments.small(rest, {call.images, call.heads, call.queries}, "rest"));
+  // The forward pass writes it, the backward pass only reads it.
+  call.normal = const_cast<void*>(arguments.small(normal, {call.images, call.heads, call.queries, 2}, "normal"));
   call.query_columns = arguments.allocate(rows * call.depth);
   call.grad_panels = arguments.allocate(rows * call.value_depth);
   call.grad_columns = arguments.allocate(rows * call.value_depth);
@@ -354,7 +353,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
       "instance_attention(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] "
       "column_bias, Tensor[] values) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "instance_attention_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor rest, Tensor queries, Tensor[] "
+      "instance_attention_backward(Tensor grad, Tensor output, Tensor normal, Tensor queries, Tensor[] "
       "levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool for_values) "
       "-> Tensor[]");
 }

@@ -197,11 +197,11 @@ def kernel_arguments(
 def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor, Tensor]:
     rows = queries.shape[:3]
     output = queries.new_empty((*rows, values[0].shape[1] // rows[1]))
-    return output, queries.new_empty(rows), queries.new_empty(rows)
+    return output, queries.new_empty(rows), queries.new_empty((*rows, 2))
 
 
 def _backward_fake(
-    grad, output, logsumexp, rest, queries, levels, key_weight, row_bias, column_bias, values, for_keys, for_values
+    grad, output, normal, queries, levels, key_weight, row_bias, column_bias, values, for_keys, for_values
 ) -> list[Tensor]:
     small = [queries, *([] if key_weight is None else [key_weight]), *row_bias, *column_bias] if for_keys else []
     gradients = [value.new_empty(value.shape) for value in small]
@@ -214,22 +214,21 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     weight = [key_weight] if ctx.projected else []
-    ctx.save_for_backward(*output, queries, *weight, *levels, *row_bias, *column_bias, *values)
+    ctx.save_for_backward(output[0], output[2], queries, *weight, *levels, *row_bias, *column_bias, *values)
 
 
-def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_rest: None):
+def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_normal: None):
     count = ctx.levels
     none = [None] * count
     if grad_output is None:
         return None, none, None, none, none, none
-    *forward, queries = ctx.saved_tensors[:4]
-    saved = list(ctx.saved_tensors[4:])
+    output, normal, queries, *saved = ctx.saved_tensors
     weight = saved.pop(0) if ctx.projected else None
     levels, row_bias, column_bias, values = (saved[place * count : (place + 1) * count] for place in range(4))
     needs = ctx.needs_input_grad
     for_keys, for_values = needs[0] or needs[2] or any(needs[3]) or any(needs[4]), any(needs[5])
     gradients = torch.ops.fastkd.instance_attention_backward(
-        grad_output, *forward, queries, levels, weight, row_bias, column_bias, values, for_keys, for_values
+        grad_output, output, normal, queries, levels, weight, row_bias, column_bias, values, for_keys, for_values
     )
     grad_values = gradients[-count:] if for_values else none
     if not for_keys:
