@@ -2,14 +2,16 @@
 //
 // pool    reads the covered cells once; writes [L, K, C]. Sums in float over at most kBandRows x kSegmentCells cells,
 //         then pairwise over the segments of a band, then in double over bands.
-//         a task: channels of one image of one level, one vector of them (contiguous) or some cache lines (channels-last)
+//         a task: a block of channels of one image of one level
 // paint   writes every cell once; reads [L, K, C], widened and divided first (`widen_rows`).
-//         a task: one vector of channels of an image (contiguous) or one band, all channels (channels-last)
+//         a task: a block of channels of an image (contiguous) or one band, all channels (channels-last)
 // Results do not depend on the number of threads: a task's do not depend on who runs it.
 #include "pool_paint.h"
 
 #include "bands_kernels.h"
 #include "pyramid.h"
+
+#include <memory>
 
 namespace fastkd {
 namespace pool_paint {
@@ -37,7 +39,7 @@ using Kernel = void (*)(const Arguments&, const Task* begin, const Task* end, ch
 struct Table {  // of float, double, BFloat16, Half
   Kernel pool[4], paint[4];
   void (*widen_rows[4])(const Arguments&, const void* values, int64_t begin, int64_t end);
-  int64_t lanes[4], block[4];  // channels of a vector, and of a channels-last task of pool
+  int64_t lanes[4], block[4];  // channels of a vector, and of a task that pools a channels-last level
 };
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -108,17 +110,26 @@ struct PoolPaint {
     for (; channel < end; ++channel) pool_block<acc, 1>(arguments, task, channel, scratch);
   }
 
-  static void pool_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
+  template <int U>
+  static void pool_planes(const Arguments& arguments, const Task& task, char* scratch) {
+    constexpr int width = U * kWidth;
     const Level& level = arguments.levels[task.level];
     const int64_t plane = task.image * level.channels + task.channel, length = padded<V>(level.columns);
-    acc* sums = take<acc>(scratch, kWidth * length);
-    acc* cells = take<acc>(scratch, kWidth * length);
-    for (int64_t at = 0; at < kWidth * length; ++at) sums[at] = 0;  // channels that do not exist, columns beyond the row
+    acc* sums = take<acc>(scratch, width * length);
+    acc* cells = take<acc>(scratch, width * length);
+    for (int64_t at = 0; at < width * length; ++at) sums[at] = 0;  // channels that do not exist, columns beyond the row
     const scalar_t* planes = static_cast<const scalar_t*>(level.in) + plane * level.rows * level.columns;
-    const ContiguousLeaves<V, scalar_t> leaves{planes, task.channels, level.rows, level.columns, sums, cells};
-    double* totals = new_totals(arguments, task, kWidth, scratch);
-    pool_bands<V, 1>(level.bands[task.image], leaves, take<acc>(scratch, 2 * level.most_segments * kWidth), totals);
-    write_pooled(arguments, task, task.channel, kWidth, task.channels, totals);
+    const ContiguousLeaves<V, U, scalar_t> leaves{planes, task.channels, level.rows, level.columns, sums, cells};
+    double* totals = new_totals(arguments, task, width, scratch);
+    pool_bands<V, U>(level.bands[task.image], leaves, take<acc>(scratch, 2 * level.most_segments * width), totals);
+    write_pooled(arguments, task, task.channel, width, task.channels, totals);
+  }
+
+  static void pool_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
+    if (task.channels > kWidth)
+      pool_planes<2>(arguments, task, scratch);
+    else
+      pool_planes<1>(arguments, task, scratch);
   }
 
   static void pool(const Arguments& arguments, const Task* task, const Task* end, char* scratch) {
@@ -151,14 +162,15 @@ struct PoolPaint {
     const Level& level = arguments.levels[task.level];
     const Bands& bands = level.bands[task.image];
     const int64_t plane = task.image * level.channels + task.channel, length = padded<V>(level.columns);
-    scalar_t* sums = take<scalar_t>(scratch, kWidth * length);
-    acc* cells = take<acc>(scratch, kWidth * length);
-    for (int64_t at = 0; at < kWidth * length; ++at) cells[at] = 0;  // columns beyond the row
-    acc* nodes = take<acc>(scratch, 2 * level.most_segments * kWidth);
+    const int64_t width = (task.channels + kWidth - 1) / kWidth * kWidth;
+    scalar_t* sums = take<scalar_t>(scratch, width * length);
+    acc* cells = take<acc>(scratch, width * length);
+    for (int64_t at = 0; at < width * length; ++at) cells[at] = 0;  // columns beyond the row
+    acc* nodes = take<acc>(scratch, 2 * level.most_segments * width);
     scalar_t* planes = static_cast<scalar_t*>(level.out) + plane * level.rows * level.columns;
     for (const Band* band = bands.band; band != bands.band + bands.count; ++band) {
-      paint_nodes<V>(bands, *band, rows_of(arguments, task) + task.channel, arguments.width, kWidth, nodes);
-      write_contiguous<V>(*band, bands.segment + band->segment, nodes + band->segments * kWidth, task.channels,
+      paint_nodes<V>(bands, *band, rows_of(arguments, task) + task.channel, arguments.width, width, nodes);
+      write_contiguous<V>(*band, bands.segment + band->segment, nodes + band->segments * width, width, task.channels,
                           level.rows, level.columns, cells, sums, planes);
     }
   }
@@ -268,7 +280,7 @@ class Call {
       if (out != nullptr && channels_last) {
         for (int64_t band = 0; band < list.count(); ++band) tasks_.push_back({index, image, 0, channels, band});
       } else if (out != nullptr || objects > 0) {
-        const int64_t block = channels_last ? table.block[type] : lanes;
+        const int64_t block = channels_last ? table.block[type] : out != nullptr ? lanes : 2 * lanes;
         for (int64_t channel = 0; channel < channels; channel += block)
           tasks_.push_back({index, image, channel, std::min(block, channels - channel), 0});
       }
@@ -285,8 +297,8 @@ class Call {
     };
     const int64_t bytes = scratch_bytes();
     run_balanced(tasks_, cost, [&](const Task* begin, const Task* end) {
-      std::vector<char> scratch(bytes + 64);
-      char* start = scratch.data();
+      const std::unique_ptr<char[]> scratch(new char[bytes + 64]);
+      char* start = scratch.get();
       kernel(arguments, begin, end, start + (64 - reinterpret_cast<uintptr_t>(start) % 64));
     });
   }
@@ -298,12 +310,12 @@ class Call {
   std::vector<Task> tasks_;
   int64_t most_objects_ = 0;
 
-  // For the largest task: nodes, buffers of a row, and either totals (pool) or narrowed leaves (paint).
+  // For the largest task (no block is less than two vectors): nodes, buffers of a row, and either totals (pool) or narrowed leaves (paint).
   int64_t scratch_bytes() const {
     int64_t bytes = 0;
     for (const Level& level : levels_) {
-      const int64_t width = !level.channels_last ? lanes : level.out != nullptr ? arguments.width : table.block[type];
-      const int64_t row = level.channels_last ? 0 : 2 * lanes * (level.columns + 2 * lanes);
+      const int64_t width = level.channels_last && level.out != nullptr ? arguments.width : table.block[type];
+      const int64_t row = level.channels_last ? 0 : 2 * width * (level.columns + 2 * lanes);
       const int64_t totals = level.out != nullptr ? 0 : most_objects_ * width;
       bytes = std::max<int64_t>(bytes, sizeof(double) * (3 * level.most_segments * width + row + totals));
     }
