@@ -101,17 +101,17 @@ def _two_wide(level: Tensor) -> Tensor:
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
+    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or P2 .. P6 (P6 subsampled from P5).
 
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
-        two_stage: which of the two pyramids.
+        fine: whether it starts at P2.
     """
 
-    def __init__(self, in_channels: list[int], channels: int, two_stage: bool):
-        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(channels, channels)
-        self.first = 0 if two_stage else 1
+    def __init__(self, in_channels: list[int], channels: int, fine: bool):
+        extra = LastLevelMaxPool() if fine else CoarsestLevels(channels, channels)
+        self.first = 0 if fine else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -123,4 +123,4 @@ class Pyramid(FeaturePyramidNetwork):
 def build_backbone_and_neck(config: DetectorConfig) -> tuple[ScaledResNet, Pyramid]:
     """Backbone and neck that `config` asks for, with torchvision's random weights."""
     backbone = ScaledResNet(config.backbone, config.width, config.norm, config.frozen_stages)
-    return backbone, Pyramid(backbone.out_channels, config.channels, config.two_stage)
+    return backbone, Pyramid(backbone.out_channels, config.channels, config.fine)
