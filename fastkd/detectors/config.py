@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 DETECTORS = ("retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn", "mask_rcnn")
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2")
+DEFORMABLE = ("resnet50", "resnet101", "resnext101_32x8d")
+TIMM = "timm:"
 NORMS = ("frozen_bn", "bn", "gn")
 HEAD_NORMS = ("none", "gn")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 WITH_MASKS = ("mask_rcnn", "condinst", "solov2")
 WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
+
+_TIMM_NAME = re.compile(r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?")  # no addresses: a detector's file must not load others
 
 _POSITIVE_INTEGERS = (
     "num_classes",
@@ -45,12 +50,17 @@ class DetectorConfig:
     Args:
         detector: "retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn" or "mask_rcnn".
         num_classes: object classes, without background, >= 1.
-        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
-        width: scales every width of the ResNet (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8.
+        backbone: "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2", or
+            "timm:NAME" for a model of the timm package (pip install 'fastkd[timm]') with maps of strides 4 .. 32.
+        deformable: modulated deformable 3x3 convolutions (DCNv2) in the stages of strides 8 .. 32 of resnet50,
+            resnet101 and resnext101_32x8d.
+        width: scales every width of the backbone (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8
+            (Swin: of 24); 1 for timm's.
         channels: channels of every pyramid level and of the dense heads.
-        norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32 groups, or as
-            many of two channels as there are).
-        frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
+        norm: normalisation in ResNets and MobileNetV2: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32
+            groups, or as many of two channels as there are). Swin and timm's models have their own.
+        frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 also the stage of stride 4 (layer1
+            of a ResNet), .. 5 all; 0 for timm's.
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
             for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
             anchor_base / 2 and anchor_base strides from the location (None: 8); so in CondInst. ATSS compares boxes
@@ -87,6 +97,7 @@ class DetectorConfig:
     detector: str = "retinanet"
     num_classes: int = 80
     backbone: str = "resnet50"
+    deformable: bool = False
     width: float = 1.0
     channels: int = 256
     norm: str = "frozen_bn"
@@ -117,9 +128,10 @@ class DetectorConfig:
     grids: tuple[int, ...] = (40, 36, 24, 16, 12)
 
     def __post_init__(self) -> None:
-        named = (("detector", DETECTORS), ("backbone", BACKBONES), ("norm", NORMS), ("head_norm", HEAD_NORMS))
+        named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS))
         for name, choices in named:
             _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
+        self._check_backbone()
         for name in _POSITIVE_INTEGERS:
             _check(_is_integer(getattr(self, name), 1), name, "an integer >= 1", getattr(self, name))
         _check(
@@ -154,6 +166,18 @@ class DetectorConfig:
         good = isinstance(self.grids, (tuple, list)) and len(self.grids) == len(self.strides)
         _check(good and all(_is_integer(v, 1) for v in self.grids), "grids", "five integers >= 1", self.grids)
         object.__setattr__(self, "grids", tuple(self.grids))
+
+    def _check_backbone(self) -> None:
+        known = isinstance(self.backbone, str) and (self.backbone in BACKBONES or _TIMM_NAME.fullmatch(self.backbone))
+        wanted = "one of " + ", ".join(BACKBONES) + " or timm:NAME"
+        _check(bool(known), "backbone", wanted, self.backbone)
+        _check(isinstance(self.deformable, bool), "deformable", "True or False", self.deformable)
+        if self.deformable:
+            wanted = f"False for {self.backbone}; only {', '.join(DEFORMABLE)} have a deformable form"
+            _check(self.backbone in DEFORMABLE, "deformable", wanted, self.deformable)
+        if self.backbone.startswith(TIMM):
+            _check(self.width == 1, "width", "1 for a timm backbone", self.width)
+            _check(self.frozen_stages == 0, "frozen_stages", "0 for a timm backbone", self.frozen_stages)
 
     def _check_factors(self, name: str) -> None:
         value = getattr(self, name)

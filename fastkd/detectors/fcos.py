@@ -9,7 +9,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.backbone import group_norm
+from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.locations import LocationDetector, centerness
 from fastkd.detectors.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 
-from fastkd.detectors.backbone import build_backbone_and_neck, group_norm
+from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.detectors.backbone import group_norm
+from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.locations import by_location, predictor, tower
 

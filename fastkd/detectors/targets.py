@@ -146,9 +146,12 @@ def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Ten
 
     Dividing by it makes averaged gradients those of one process.
     """
+    return (global_mean(count.float()) + more / _processes()).clamp(min=least / _processes())
+
+
+def _processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if distributed else 1
-    return (global_mean(count.float()) + more / world).clamp(min=least / world)
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def in_full_precision(tensor: Tensor) -> torch.autocast:
