@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.locations import LocationDetector, LocationHead, centerness, near_cells
+from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, centerness, near_cells
 from fastkd.detectors.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
@@ -28,16 +28,15 @@ class ATSS(LocationDetector):
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, anchors = PaddedBoxes.of(batch), torch.cat(self.anchors(pyramid))
-        matched = self.assign(truth, pyramid)
-        positive = matched >= 0
-        count = shared_count(positive.sum())
-        image, place = positive.nonzero().unbind(1)
-        boxes, own = truth.boxes[image, matched[image, place]], anchors[place]  # [P, 4]
+        matches = Matches.of(self.assign(truth, pyramid))
+        count = shared_count((matches.rows >= 0).sum())
+        _, image, place, row = matches
+        boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], own)
         weight = centerness(self.box_coder.encode(own, boxes))
         error = generalized_box_iou_loss(predicted, boxes, reduction="none") * weight
         logit = outputs["bbox_ctrness"][image, place, 0]
-        classification = self._classification(outputs["cls_logits"], matched, anchors, truth, batch)
+        classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
             "box_regression": BOX_WEIGHT * error.sum() / shared_count(weight.sum(), least=1e-6),

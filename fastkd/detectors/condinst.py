@@ -16,6 +16,7 @@ from fastkd.detectors.instance_masks import (
     dice_loss,
     require_masks,
 )
+from fastkd.detectors.locations import Matches
 from fastkd.detectors.sampling import draw_keys, image_generators
 from fastkd.detectors.targets import PaddedBoxes, in_full_precision, shared_count
 from fastkd.types import Batch, Detections
@@ -41,14 +42,13 @@ class CondInst(FCOS):
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, levels = PaddedBoxes.of(batch), self.anchors(pyramid)
-        matched = self.assign(truth, levels)
-        losses = self._box_losses(outputs, matched, torch.cat(levels), truth, batch)
-        return losses | {"mask": self._mask_loss(outputs, matched, torch.cat(levels), batch)}
+        anchors, matches = torch.cat(levels), Matches.of(self.assign(truth, levels))
+        losses = self._box_losses(outputs, matches, anchors, truth, batch)
+        return losses | {"mask": self._mask_loss(outputs, matches, anchors, batch)}
 
-    def _mask_loss(self, outputs: dict[str, Tensor], matched: Tensor, anchors: Tensor, batch: Batch) -> Tensor:
-        image, place = self._sampled(matched >= 0, batch)
+    def _mask_loss(self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, batch: Batch) -> Tensor:
+        image, place, rows = self._sampled(matches, batch)
         targets = coarse_masks(batch).split(batch.counts)
-        rows = matched[image, place]
         total = (outputs["mask_features"].sum() + outputs["controller"].sum()) * 0.0  # the graph, should nothing follow
         for index, count in enumerate(torch.bincount(image, minlength=len(batch)).tolist()):
             own, place = place[:count], place[count:]
@@ -59,16 +59,16 @@ class CondInst(FCOS):
         return total / shared_count(torch.tensor(len(image), device=total.device))
 
     @torch.no_grad()
-    def _sampled(self, positive: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images (ascending) and places of the locations in the mask loss."""
-        image, place = positive.nonzero().unbind(1)
+    def _sampled(self, matches: Matches, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (ascending), places and rows of the locations in the mask loss."""
+        _, image, place, row = matches
         if len(image) <= self.config.mask_samples:
-            return image, place
+            return image, place, row
         counts = torch.bincount(image, minlength=len(batch)).tolist()
         keys = draw_keys(image_generators(batch), counts, image.device)
-        keys = torch.cat([row[:count] for row, count in zip(keys, counts, strict=True)])
+        keys = torch.cat([own[:count] for own, count in zip(keys, counts, strict=True)])
         chosen = keys.topk(self.config.mask_samples, largest=False).indices.sort().values
-        return image[chosen], place[chosen]
+        return image[chosen], place[chosen], row[chosen]
 
     def _masks(self, outputs: dict[str, Tensor], anchors: Tensor, image: int, place: Tensor) -> Tensor:
         """Mask logits [N, 2 * H_3, 2 * W_3] of locations of one image."""

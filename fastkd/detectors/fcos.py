@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.locations import LocationDetector, centerness
+from fastkd.detectors.locations import LocationDetector, Matches, centerness
 from fastkd.detectors.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
@@ -44,19 +44,19 @@ class FCOS(LocationDetector):
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, levels = PaddedBoxes.of(batch), self.anchors(pyramid)
-        return self._box_losses(outputs, self.assign(truth, levels), torch.cat(levels), truth, batch)
+        matches = Matches.of(self.assign(truth, levels))
+        return self._box_losses(outputs, matches, torch.cat(levels), truth, batch)
 
     def _box_losses(
-        self, outputs: dict[str, Tensor], matched: Tensor, anchors: Tensor, truth: PaddedBoxes, batch: Batch
+        self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
     ) -> dict[str, Tensor]:
-        positive = matched >= 0
-        count = shared_count(positive.sum())
-        image, place = positive.nonzero().unbind(1)
-        boxes, own = truth.boxes[image, matched[image, place]], anchors[place]  # [P, 4]
+        count = shared_count((matches.rows >= 0).sum())
+        _, image, place, row = matches
+        boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], own)
         target = centerness(self.box_coder.encode(own, boxes))  # positive locations lie strictly inside their box
         logit = outputs["bbox_ctrness"][image, place, 0]
-        classification = self._classification(outputs["cls_logits"], matched, anchors, truth, batch)
+        classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
             "box_regression": generalized_box_iou_loss(predicted, boxes, reduction="sum") / count,

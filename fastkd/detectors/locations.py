@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,24 @@ from fastkd.detectors.targets import PaddedBoxes, focal_loss, in_full_precision,
 from fastkd.types import Batch, Detections
 
 PRIOR = 0.01  # probability every class starts with
+
+
+class Matches(NamedTuple):
+    """Which row of the padded ground truth each location answers for: rows [B, A], BELOW where none.
+
+    And the P locations that answer for one: image [P] ascending, place [P], their row [P].
+    """
+
+    rows: Tensor
+    image: Tensor
+    place: Tensor
+    row: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> Matches:
+        """From what `assign` returns; waits for the device once."""
+        image, place = (rows >= 0).nonzero().unbind(1)
+        return Matches(rows, image, place, rows[image, place])
 
 
 class LocationDetector(Detector):
@@ -59,16 +78,15 @@ class LocationDetector(Detector):
         return (outputs["cls_logits"].float().sigmoid() * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
 
     def _classification(
-        self, logits: Tensor, matched: Tensor, anchors: Tensor, truth: PaddedBoxes, batch: Batch
+        self, logits: Tensor, matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
     ) -> Tensor:
-        """Sum of the focal loss of all locations but those in ignore regions; `matched` [B, A] as `assign` gives it."""
-        positive = matched >= 0
-        counted = torch.ones_like(positive)
+        """Sum of the focal loss of all locations but those in ignore regions."""
+        counted = torch.ones_like(matches.rows, dtype=torch.bool)
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
-            counted = positive | ~ignored
-        image, place = positive.nonzero().unbind(1)
-        return focal_loss(logits, counted.float(), image, place, truth.labels[image, matched[image, place]])
+            counted = (matches.rows >= 0) | ~ignored
+        label = truth.labels[matches.image, matches.row]
+        return focal_loss(logits, counted.float(), matches.image, matches.place, label)
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.detectors.atss import box_iou_of_pairs
-from fastkd.detectors.locations import LocationDetector, LocationHead, near_cells
+from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, near_cells
 from fastkd.detectors.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
@@ -41,13 +41,12 @@ class POTO(LocationDetector):
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, anchors = PaddedBoxes.of(batch), torch.cat(self.anchors(pyramid))
-        matched = self.assign(truth, outputs, pyramid, batch)
-        positive = matched >= 0
-        count = shared_count(positive.sum())
-        image, place = positive.nonzero().unbind(1)
-        boxes = truth.boxes[image, matched[image, place]]
+        matches = Matches.of(self.assign(truth, outputs, pyramid, batch))
+        count = shared_count((matches.rows >= 0).sum())
+        _, image, place, row = matches
+        boxes = truth.boxes[image, row]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], anchors[place])
-        classification = self._classification(outputs["cls_logits"], matched, anchors, truth, batch)
+        classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
             "box_regression": BOX_WEIGHT * generalized_box_iou_loss(predicted, boxes, reduction="sum") / count,
