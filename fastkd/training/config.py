@@ -320,15 +320,10 @@ class Recipe:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
         masks = isinstance(self.method, LGDConfig) and self.method.use_masks
         if masks and not self.with_masks:
-            raise ValueError(
-                f"Recipe: method.use_masks must be False for {self.detector.detector}, got True; "
-                "only mask_rcnn, condinst and solov2 load masks"
-            )
+            name = self.detector.detector
+            raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
         if isinstance(self.method, FGFIConfig) and self.detector.detector == "solov2":
-            raise ValueError(
-                "Recipe: method must not be FGFI for solov2, got FGFI; it imitates near the boxes a pyramid's cells "
-                "answer for, and those of solov2 answer for none: choose ICD or LGD"
-            )
+            raise ValueError("Recipe: method must not be FGFI for solov2, its cells answer for no boxes; take ICD or LGD")
 
     @property
     def with_masks(self) -> bool:
