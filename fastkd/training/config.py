@@ -323,7 +323,7 @@ class Recipe:
             name = self.detector.detector
             raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
         if isinstance(self.method, FGFIConfig) and self.detector.detector == "solov2":
-            raise ValueError("Recipe: method must not be FGFI for solov2, its cells answer for no boxes; take ICD or LGD")
+            raise ValueError("Recipe: method must not be FGFI for solov2, whose cells have no boxes; take ICD or LGD")
 
     @property
     def with_masks(self) -> bool:
