@@ -104,6 +104,11 @@ def test_data_scenes(capsys, tmp_path):
 def test_recipes_are_listed(capsys):
     out = fastkd_says(capsys, "recipes", code=0).out
     assert all(name in out for name in all_recipes())
+    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 6}
+    cells = {name: [cell.strip() for cell in line.split("│")[1:-1]] for name, line in lines.items()}
+    assert cells["coco-retinanet-icd"] == ["coco-retinanet-icd", "resnet50", "ICD + inherit", "90000", "40.7"]
+    assert cells["coco-fcos-r101-dcn-2x-lgd"][1:] == ["resnet101 DCNv2", "LGD", "180000", "46.3"]
+    assert cells["scenes-fcos-fgfi"][-1] == "-"
 
 
 def test_info(capsys):

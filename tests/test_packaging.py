@@ -48,7 +48,7 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     assert "dynamic" not in PYPROJECT
     names = {re.split(r"[<>=!; ]", requirement)[0] for requirement in requirements() if "extra ==" not in requirement}
-    expected = "torch torchvision numpy pillow pycocotools tyro rich tensorboard matplotlib safetensors"
+    expected = "torch torchvision numpy scipy pillow pycocotools tyro rich tensorboard matplotlib safetensors"
     assert names == set(expected.split())
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastkd")
     assert [script.value for script in scripts] == ["fastkd.cli:main"]

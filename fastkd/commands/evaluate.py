@@ -67,7 +67,7 @@ def evaluate(
     from fastkd.training.distributed import processes
 
     detector, class_names = load_detector(checkpoint)
-    masks = detector.config.detector == "mask_rcnn"
+    masks = detector.config.with_masks
     dataset = CocoDataset(annotations, images, strict=strict, with_masks=masks)
     require_same_classes(class_names, dataset.class_names, checkpoint, annotations)
     size = image_size(checkpoint, short_side, max_side)

@@ -1,54 +1,58 @@
-"""torchvision's ResNets of any width, and the feature pyramid on top."""
+"""torchvision's ResNets of any width, the feature pyramid on top, and which backbone a configuration asks for."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.backbone_base import NORM_LAYERS, Backbone
+from fastkd.detectors.backbone_deformable import make_deformable
+from fastkd.detectors.backbone_mobilenet import MobileNet
+from fastkd.detectors.backbone_swin import SwinTiny
+from fastkd.detectors.backbone_timm import TimmBackbone
+from fastkd.detectors.config import TIMM, DetectorConfig
 
-_BLOCKS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+_BLOCKS = {  # block, its number in each stage, groups, width of a group
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
 }
 
 
-def _frozen_batch_norm(channels: int) -> nn.Module:
-    return FrozenBatchNorm2d(channels, eps=1e-5)  # as BatchNorm2d in eval mode; torchvision's own default is 0
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or fewer so that each has at least two channels (the coarsest map may have one cell)."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
-
-
-_NORM_LAYERS = {"frozen_bn": _frozen_batch_norm, "bn": nn.BatchNorm2d, "gn": group_norm}
-
-
-class ScaledResNet(ResNet):
+class ScaledResNet(Backbone, ResNet):
     """A torchvision ResNet without its classifier, all widths scaled; state-dict keys are torchvision's.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50" or "resnet101".
+        name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnext101_32x8d".
         width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 8.
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
+        deformable: whether the 3x3 convolutions of layer2 .. layer4 are modulated deformable ones.
     """
 
-    def __init__(self, name: str, width: float = 1.0, norm: str = "frozen_bn", frozen_stages: int = 0):
+    fresh = ("conv2.offset.weight", "conv2.offset.bias")
+
+    def __init__(
+        self,
+        name: str,
+        width: float = 1.0,
+        norm: str = "frozen_bn",
+        frozen_stages: int = 0,
+        *,
+        deformable: bool = False,
+    ):
         nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
-        block, depths = _BLOCKS[name]
+        block, depths, self.groups, self.base_width = _BLOCKS[name]
         widths = [max(8, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
-        self._norm_layer = _NORM_LAYERS[norm]
-        self.inplanes, self.dilation, self.groups, self.base_width = widths[0], 1, 1, 64
+        self._norm_layer = NORM_LAYERS[norm]
+        self.inplanes, self.dilation = widths[0], 1
         self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(widths[0])
         self.relu = nn.ReLU(inplace=True)
@@ -61,16 +65,9 @@ class ScaledResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-        self.frozen = tuple(name for stage in stages[:frozen_stages] for name in stage)
-        for name in self.frozen:
-            self.get_submodule(name).requires_grad_(False)
-
-    def train(self, mode: bool = True) -> ScaledResNet:
-        super().train(mode)
-        for name in self.frozen:
-            self.get_submodule(name).eval()
-        return self
+        for layer in (self.layer2, self.layer3, self.layer4) if deformable else ():
+            make_deformable(layer)
+        self.freeze((("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), frozen_stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps C2 .. C5 (strides 4, 8, 16, 32) of images [B, 3, H, W]."""
@@ -101,17 +98,17 @@ def _two_wide(level: Tensor) -> Tensor:
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
+    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or P2 .. P6 (P6 subsampled from P5).
 
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
-        two_stage: which of the two pyramids.
+        fine: whether it starts at P2.
     """
 
-    def __init__(self, in_channels: list[int], channels: int, two_stage: bool):
-        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(channels, channels)
-        self.first = 0 if two_stage else 1
+    def __init__(self, in_channels: list[int], channels: int, fine: bool):
+        extra = LastLevelMaxPool() if fine else CoarsestLevels(channels, channels)
+        self.first = 0 if fine else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -120,7 +117,19 @@ class Pyramid(FeaturePyramidNetwork):
         return list(super().forward(named).values())
 
 
-def build_backbone_and_neck(config: DetectorConfig) -> tuple[ScaledResNet, Pyramid]:
-    """Backbone and neck that `config` asks for, with torchvision's random weights."""
-    backbone = ScaledResNet(config.backbone, config.width, config.norm, config.frozen_stages)
-    return backbone, Pyramid(backbone.out_channels, config.channels, config.two_stage)
+def build_backbone(config: DetectorConfig) -> Backbone:
+    """The backbone that `config` asks for, with random weights."""
+    if config.backbone.startswith(TIMM):
+        return TimmBackbone(config.backbone.removeprefix(TIMM))
+    if config.backbone == "swin_t":
+        return SwinTiny(config.width, config.frozen_stages, first=0 if config.fine else 1)
+    if config.backbone == "mobilenet_v2":
+        return MobileNet(config.width, config.norm, config.frozen_stages)
+    settings = (config.backbone, config.width, config.norm, config.frozen_stages)
+    return ScaledResNet(*settings, deformable=config.deformable)
+
+
+def build_backbone_and_neck(config: DetectorConfig) -> tuple[Backbone, Pyramid]:
+    """Backbone and neck that `config` asks for, with random weights."""
+    backbone = build_backbone(config)
+    return backbone, Pyramid(backbone.out_channels, config.channels, config.fine)

@@ -57,8 +57,9 @@ class MatchReport:
 def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict: bool = True) -> MatchReport:
     """Fill the detector's backbone from a local file with torchvision's names.
 
-    The names may be those of a ResNet classifier (conv1.weight, ..., its fc is not used) or of a torchvision detector
-    (backbone.body.conv1.weight, ...). Nothing is unpickled but tensors; nothing is downloaded.
+    The names may be those of torchvision's classifier (conv1.weight, ..., its fc is not used) or of a torchvision
+    detector (backbone.body.conv1.weight, ...), or timm's. What no classifier has (offsets of deformable convolutions,
+    the norms on Swin's maps) stays as it was made. Nothing is unpickled but tensors; nothing is downloaded.
 
     Args:
         path: a .safetensors file, or a .pth or .pt file of torch.save.
@@ -68,8 +69,10 @@ def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict
         no tensor, or (strict) not every tensor. The detector is unchanged then.
     """
     source = _read_state_dict(Path(path))
-    target = detector.backbone.state_dict()
-    source = {_plain_name(name, target): value for name, value in source.items()}
+    backbone = detector.backbone
+    target = backbone.state_dict()
+    source = {_plain_name(backbone.own_name(name, target), target): value for name, value in source.items()}
+    target = {name: value for name, value in target.items() if name in source or not name.endswith(backbone.fresh)}
     pairs, report = _match(target, source)
     if not pairs:
         raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {detector.config.backbone}; {report}")

@@ -319,16 +319,16 @@ class Recipe:
         if self.method_optimizer is not None and self.method is None:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
         masks = isinstance(self.method, LGDConfig) and self.method.use_masks
-        if masks and self.detector.detector != "mask_rcnn":
-            raise ValueError(
-                f"Recipe: method.use_masks must be False for {self.detector.detector}, got True; "
-                "only mask_rcnn loads masks"
-            )
+        if masks and not self.with_masks:
+            name = self.detector.detector
+            raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
+        if isinstance(self.method, FGFIConfig) and self.detector.detector == "solov2":
+            raise ValueError("Recipe: method must not be FGFI for solov2, whose cells have no boxes; take ICD or LGD")
 
     @property
     def with_masks(self) -> bool:
         """Whether training and evaluation need instance masks."""
-        return self.detector.detector == "mask_rcnn"
+        return self.detector.with_masks
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON types; a method says which one it is under "kind"."""

@@ -4,7 +4,8 @@
     scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
-    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
+    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2 (without fgfi)
+    coco-<detector>-<backbone>-...  the other rows of the papers' tables: see paper_recipes
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import tyro
 
 from fastkd.detectors import DetectorConfig
+from fastkd.detectors.config import WITH_MASKS, WITHOUT_ANCHORS
 from fastkd.training.config import (
     DataConfig,
     FGFIConfig,
@@ -29,12 +31,17 @@ from fastkd.training.config import (
     RuntimeConfig,
     Schedule,
 )
+from fastkd.training.paper_recipes import ROWS, SCHEDULES, apply_row
 
 DETECTORS = {
     "retinanet": "retinanet",
     "fcos": "fcos",
     "faster-rcnn": "faster_rcnn",
     "mask-rcnn": "mask_rcnn",
+    "atss": "atss",
+    "poto": "poto",
+    "condinst": "condinst",
+    "solov2": "solov2",
 }
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
@@ -86,7 +93,7 @@ def _method(name: str, detector: str, *, context: bool) -> MethodConfig | None:
     """The published hyper-parameters of a method for a detector (methods 1.4, 1.5, 2.5, 3)."""
     two_stage = detector in TWO_STAGE
     if name == "lgd":
-        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector == "mask_rcnn")
+        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector in WITH_MASKS)
     if name == "icd":
         return ICDConfig(weight=3.0 if two_stage else 8.0, max_queries=100 if two_stage else 300)
     return FGFIConfig() if name == "fgfi" else None
@@ -108,7 +115,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
     numbers, two_stage = SCENES, detector in TWO_STAGE
     anchors = {"anchor_base": numbers.anchor_base}
-    if detector != "fcos":
+    if detector not in WITHOUT_ANCHORS:
         anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
     return DetectorConfig(
         detector=detector,
@@ -118,7 +125,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         channels=numbers.channels,
         norm="bn" if teacher else "frozen_bn",
         head_convs=numbers.head_convs,
-        head_norm="gn" if detector == "retinanet" else "none",
+        head_norm="gn" if detector in ("retinanet", "condinst") else "none",
         rpn_pre_nms_train=200,
         rpn_pre_nms_test=200,
         rpn_post_nms_train=100,
@@ -128,6 +135,10 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         roi_canonical_size=64,
         box_head_channels=256,
         mask_head_channels=64,
+        mask_branch_channels=32,
+        instance_head_channels=64,
+        kernel_channels=64,
+        grids=(16, 14, 10, 6, 4),  # cells of 8 pixels and more for objects of 8 .. 80 in images of 128
         **anchors,
     )
 
@@ -237,10 +248,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
     teacher = method_name == "teacher"
     needs_teacher = method_name in ("inherit", "icd", "fgfi")
     backbone = "resnet101" if teacher else "resnet50"
-    steps, milestones = {
-        "teacher": (270_000, (210 / 270, 250 / 270)),
-        "lgd": (180_000, (120 / 180, 160 / 180)),
-    }.get(method_name, (90_000, (60 / 90, 80 / 90)))
+    steps, milestones = SCHEDULES[{"teacher": "3x", "lgd": "2x"}.get(method_name, "1x")]
     return Recipe(
         name=f"coco-{detector_name}-{method_name}",
         detector=DetectorConfig(
@@ -258,7 +266,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
             workers=4,
         ),
         # FCOS with R50 is published without a context object; two-stage detectors have none either.
-        method=_method(method_name, detector, context=detector == "retinanet"),
+        method=_method(method_name, detector, context=detector != "fcos" and detector not in TWO_STAGE),
         teacher=f"runs/coco-{detector_name}-teacher/student.safetensors" if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
         backbone_weights=f"weights/{backbone}.pth",
@@ -278,8 +286,9 @@ def recipe_names() -> list[str]:
         for family in ("scenes", "coco")
         for detector in DETECTORS
         for method in ("teacher", *METHODS)
+        if (detector, method) != ("solov2", "fgfi")  # its cells answer for no boxes
     ]
-    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS]
 
 
 def get_recipe(name: str) -> Recipe:
@@ -290,6 +299,9 @@ def get_recipe(name: str) -> Recipe:
         return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
+    if name in ROWS:
+        row = ROWS[name]
+        return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
     family, rest = name.split("-", 1)
     detector, method = rest.rsplit("-", 1)
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)

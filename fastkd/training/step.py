@@ -64,6 +64,11 @@ class StepModule(nn.Module):
         self.teacher = teacher
         self.dtype = dtype
         if isinstance(distiller, FGFI):
+            if not detector.imitation_anchors():
+                raise ValueError(
+                    f"StepModule: distiller must not be FGFI for {detector.config.detector}, whose cells answer for no "
+                    "boxes; use ICD or LGD"
+                )
             for level, anchors in enumerate(detector.imitation_anchors()):
                 self.register_buffer(f"anchors{level}", anchors.clone(), persistent=False)
 
