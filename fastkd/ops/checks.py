@@ -16,10 +16,26 @@ def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, fl
     """Raise unless value is a tensor with `dims` dimensions (described by `shape`), floating point if asked."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}; convert it first")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {value.layout}; call .to_dense()")
     if value.dim() != dims:
         raise ValueError(f"{op}: {name} must be {shape}, got {list(value.shape)}; it needs {dims} dimensions")
     if floating and not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}; call .float()")
+
+
+def check_kernel_dtype(op: str, name: str, value: Tensor) -> None:
+    """Raise unless value has a dtype that the compiled kernels take."""
+    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}; call .float()"
+        )
+
+
+def check_batch_size(op: str, batch_size: object) -> None:
+    """Raise unless batch_size is an int that is not negative."""
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise ValueError(f"{op}: batch_size must be an int >= 0, got {batch_size!r}; pass the number of images")
 
 
 def check_levels(op: str, name: str, levels: object, *, channels: int | None = None) -> None:
