@@ -1,0 +1,263 @@
+// imitation_mask: the cells with an anchor whose IoU with some box exceeds psi times that box's best IoU with any anchor.
+//
+// Two passes over the cells where an anchor can touch a box: the best IoU of every (box, anchor), then the cells above
+// the threshold, for the anchors whose best exceeds it. No matrix of boxes by anchors: K * sum A numbers between them.
+// The IoU is the reference's float32 operation for operation, so that the same cells exceed the same threshold.
+#include "cover.h"
+#include "pyramid.h"
+#include "simd.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace fastkd {
+namespace imitation_mask {
+
+struct Level {
+  const float* anchors;  // [anchors, 4] xyxy at the origin
+  int64_t count, rows, columns;
+  float stride_y, stride_x;
+};
+
+// A rectangle of cells: the anchor may touch the box there and nowhere else.
+struct Window {
+  int64_t y0, y1, x0, x1;
+};
+
+// One box against one anchor on the cells of a window.
+struct Pair {
+  const float* box;     // xyxy
+  const float* anchor;  // xyxy
+  float stride_y, stride_x;
+  Window window;
+};
+
+struct Table {
+  float (*best)(const Pair&);  // the largest IoU
+  void (*mark)(const Pair&, float threshold, bool* cells, int64_t columns);
+};
+
+}  // namespace imitation_mask
+}  // namespace fastkd
+
+#if FASTKD_COMPILES_KERNELS
+FASTKD_KERNELS_BEGIN
+namespace fastkd {
+namespace {
+using namespace imitation_mask;
+
+template <class V>
+FASTKD_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class V>
+FASTKD_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// 0, 1, 2, ... as float
+template <class V>
+FASTKD_INLINE V count_up() {
+  if constexpr (kLanes<V> == 1) return V(0);
+  float lanes[kLanes<V>];
+  for (int lane = 0; lane < kLanes<V>; ++lane) lanes[lane] = static_cast<float>(lane);
+  return load<V>(lanes);
+}
+
+// What of the IoU depends on the row.
+struct Row {
+  float height, anchor_height;
+
+  FASTKD_INLINE Row(const Pair& pair, int64_t y) {
+    const float shift = static_cast<float>(y) * pair.stride_y;
+    const float low = shift + pair.anchor[1], high = shift + pair.anchor[3];
+    height = larger(smaller(pair.box[3], high) - larger(pair.box[1], low), 0.0f);
+    anchor_height = high - low;
+  }
+};
+
+// The IoU of the cells x, x + 1, ... of a row.
+template <class V>
+FASTKD_INLINE V overlap(const Pair& pair, const Row& row, int64_t x) {
+  const V none{}, shift = (count_up<V>() + static_cast<float>(x)) * pair.stride_x;
+  const V low = shift + pair.anchor[0], high = shift + pair.anchor[2];
+  const V width = larger<V>(smaller<V>(none + pair.box[2], high) - larger<V>(none + pair.box[0], low), none);
+  const V inter = width * row.height, area = (high - low) * row.anchor_height;
+  const float box_area = (pair.box[2] - pair.box[0]) * (pair.box[3] - pair.box[1]);
+  return inter / larger<V>(box_area + area - inter, none + 1e-12f);
+}
+
+// run(lanes of type V or float, y, x) for all cells of the window, in vectors and then one by one.
+template <class Run>
+FASTKD_INLINE void over_window(const Pair& pair, const Run& run) {
+  for (int64_t y = pair.window.y0; y < pair.window.y1; ++y) {
+    const Row row(pair, y);
+    int64_t x = pair.window.x0;
+    for (; x + kFloats <= pair.window.x1; x += kFloats) run(overlap<FloatVector>(pair, row, x), y, x);
+    for (; x < pair.window.x1; ++x) run(overlap<float>(pair, row, x), y, x);
+  }
+}
+
+float best(const Pair& pair) {
+  FloatVector most{};
+  float rest = 0;
+  over_window(pair, [&](auto value, int64_t, int64_t) {
+    if constexpr (kLanes<decltype(value)> == 1) {
+      rest = larger(value, rest);
+    } else {
+      most = larger(value, most);
+    }
+  });
+  for (int lane = 0; lane < kFloats; ++lane) rest = larger<float>(most[lane], rest);
+  return rest;
+}
+
+void mark(const Pair& pair, float threshold, bool* cells, int64_t columns) {
+  over_window(pair, [&](auto value, int64_t y, int64_t x) {
+    constexpr int lanes = kLanes<decltype(value)>;
+    float values[lanes];
+    store(values, value);
+    for (int lane = 0; lane < lanes; ++lane) cells[y * columns + x + lane] |= values[lane] > threshold;
+  });
+}
+
+}  // namespace
+}  // namespace fastkd
+FASTKD_KERNELS_END
+
+namespace fastkd {
+template <>
+const imitation_mask::Table& kernels<imitation_mask::Table, FASTKD_CAPABILITY>() {
+  static const imitation_mask::Table table = {best, mark};
+  return table;
+}
+}  // namespace fastkd
+#endif  // FASTKD_COMPILES_KERNELS
+
+#if FASTKD_GENERIC_PASS
+namespace fastkd {
+namespace {
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The cells i in [0, cells) where i * stride lies between the bounds, and one more on either side for rounding.
+std::pair<int64_t, int64_t> touched(float low, float high, float stride, int64_t cells) {
+  const double first = std::floor(static_cast<double>(low) / stride) - 1;
+  const double last = std::ceil(static_cast<double>(high) / stride) + 2, end = static_cast<double>(cells);
+  if (!(first < last)) return {0, 0};
+  return {static_cast<int64_t>(std::clamp(first, 0.0, end)), static_cast<int64_t>(std::clamp(last, 0.0, end))};
+}
+
+Pair pair_of(const float* box, const Level& level, int64_t anchor) {
+  const float* sides = level.anchors + 4 * anchor;
+  const auto [y0, y1] = touched(box[1] - sides[3], box[3] - sides[1], level.stride_y, level.rows);
+  const auto [x0, x1] = touched(box[0] - sides[2], box[2] - sides[0], level.stride_x, level.columns);
+  return {box, sides, level.stride_y, level.stride_x, {y0, y1, x0, x1}};
+}
+
+constexpr int64_t kBoxesPerThread = 8;  // fewer do not pay for waking a thread
+
+struct Call {
+  Tensor boxes;
+  std::vector<Tensor> anchors;  // keep what levels point to
+  std::vector<Level> levels;
+  int64_t pairs = 0;  // anchors of all levels
+  const Table& table = active_kernels<Table>();
+
+  Call(const Tensor& unconverted, const std::vector<Tensor>& bases, const std::vector<int64_t>& strides,
+       const std::vector<int64_t>& sizes)
+      : boxes(floats(unconverted)) {
+    STD_TORCH_CHECK(strides.size() == 2 * bases.size() && sizes.size() == 2 * bases.size(),
+                    "imitation_mask: strides and level_sizes must have a pair for every level of anchors");
+    for (size_t index = 0; index < bases.size(); ++index) {
+      anchors.push_back(floats(bases[index]));
+      const int64_t *stride = strides.data() + 2 * index, *size = sizes.data() + 2 * index;
+      STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && size[0] >= 0 && size[1] >= 0,
+                      "imitation_mask: strides must be positive, level_sizes not negative");
+      levels.push_back({anchors.back().const_data_ptr<float>(), anchors.back().size(0), size[0], size[1],
+                        static_cast<float>(stride[0]), static_cast<float>(stride[1])});
+      pairs += levels.back().count;
+    }
+  }
+
+  static Tensor floats(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == 4 && tensor.is_cpu(),
+                    "imitation_mask: boxes and anchors must be [N, 4] on the CPU");
+    return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+  }
+
+  // The best IoU of every box with every anchor: [K, pairs].
+  std::vector<float> best() const {
+    const int64_t count = boxes.size(0);
+    const float* box = boxes.const_data_ptr<float>();
+    std::vector<float> values(count * pairs);
+    torch::stable::parallel_for(0, count, kBoxesPerThread, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        float* out = values.data() + k * pairs;
+        for (const Level& level : levels)
+          for (int64_t anchor = 0; anchor < level.count; ++anchor)
+            *out++ = table.best(pair_of(box + 4 * k, level, anchor));
+      }
+    });
+    return values;
+  }
+
+  // Marks the cells of one box in an image's masks.
+  void mark(int64_t k, const float* best, float psi, const std::vector<bool*>& cells) const {
+    const float* box = boxes.const_data_ptr<float>() + 4 * k;
+    const float threshold = psi * *std::max_element(best, best + pairs);
+    for (size_t index = 0; index < levels.size(); ++index)
+      for (int64_t anchor = 0; anchor < levels[index].count; ++anchor)
+        if (*best++ > threshold)
+          table.mark(pair_of(box, levels[index], anchor), threshold, cells[index], levels[index].columns);
+  }
+};
+
+std::vector<Tensor> forward(Tensor boxes, Tensor image_index, std::vector<Tensor> anchors, std::vector<int64_t> strides,
+                            int64_t batch_size, std::vector<int64_t> level_sizes, double psi) {
+  const Call call(boxes, anchors, strides, level_sizes);
+  STD_TORCH_CHECK(batch_size >= 0, "imitation_mask: batch_size must not be negative");
+  const ObjectsByImage objects = objects_by_image(image_index, boxes.size(0), batch_size);
+  std::vector<Tensor> masks;
+  std::vector<bool*> data;
+  for (const Level& level : call.levels) {
+    const int64_t shape[] = {batch_size, level.rows, level.columns};
+    masks.push_back(torch::stable::new_zeros(boxes, IntHeaderOnlyArrayRef(shape, 3), ScalarType::Bool));
+    data.push_back(masks.back().mutable_data_ptr<bool>());
+  }
+  if (call.pairs == 0) return masks;
+  const std::vector<float> best = call.best();
+  const int64_t grain = boxes.size(0) > kBoxesPerThread ? 1 : batch_size;
+  torch::stable::parallel_for(0, batch_size, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      std::vector<bool*> cells(data);
+      for (size_t index = 0; index < cells.size(); ++index)
+        cells[index] += image * call.levels[index].rows * call.levels[index].columns;
+      for (int64_t at = objects.first[image]; at < objects.first[image + 1]; ++at) {
+        const int64_t k = objects.object[at];
+        call.mark(k, best.data() + k * call.pairs, static_cast<float>(psi), cells);
+      }
+    }
+  });
+  return masks;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
+  library.def(
+      "imitation_mask(Tensor boxes, Tensor image_index, Tensor[] anchors, SymInt[] strides, SymInt batch_size, "
+      "SymInt[] level_sizes, float psi) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
+  library.impl("imitation_mask", TORCH_BOX(&forward));
+}
+
+}  // namespace fastkd
+#endif  // FASTKD_GENERIC_PASS
