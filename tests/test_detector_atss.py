@@ -152,7 +152,7 @@ def test_atss_assignment_of_crowded_boxes():
     found = detector.assign(PaddedBoxes.of(batch), pyramid)
     for image, boxes in enumerate(batch.boxes.split(batch.counts)):
         assert found[image].tolist() == atss_assignment(boxes, locations(pyramid, detector.strides))
-    assert set(found[0].tolist()) >= {0, 1, 3}
+    assert set(found[0].tolist()) == {BELOW, 0, 2, 3}  # one of the three on top of each other gets nothing
 
 
 def test_equal_boxes_of_atss_share_no_location():
