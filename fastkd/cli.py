@@ -66,7 +66,7 @@ def run(args: list[str]) -> None:
         return main_of_train(args[1:])
     import tyro
 
-    from fastkd.commands import data, demo, evaluate, export, info, predict, report, train
+    from fastkd.commands import convert, data, demo, evaluate, export, info, predict, report, train
 
     flags = (tyro.conf.FlagCreatePairsOff,)
     data_group = tyro.extras.SubcommandApp()
@@ -76,6 +76,7 @@ def run(args: list[str]) -> None:
     app.command(data_group, name="data")
     app.command(name="recipes")(train.recipes)
     app.command(name="train")(train.train)
+    app.command(name="convert")(convert.convert)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
     app.command(name="export")(export.export)

@@ -149,6 +149,12 @@ def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]
     return ids, [names[i] for i in ids]
 
 
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """The class names of a COCO annotation file, in label order. Raises: FileNotFoundError, ValueError."""
+    path = os.fspath(path)
+    return _read_categories(path, _load_json(path)["categories"])[1]
+
+
 def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> None:
     if not isinstance(item, dict) or not _is_id(item.get("id")):
         raise _Bad("malformed image entry", f"it must be an object with an integer 'id', got {item!r:.80}")

@@ -2,6 +2,7 @@
 
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.convert import Conversion, convert_checkpoint
 from fastkd.detectors.fcos import FCOS
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
@@ -17,6 +18,7 @@ from fastkd.detectors.weights import (
 
 __all__ = [
     "FCOS",
+    "Conversion",
     "Detector",
     "DetectorConfig",
     "MatchReport",
@@ -24,6 +26,7 @@ __all__ = [
     "TwoStage",
     "build_detector",
     "check_teacher",
+    "convert_checkpoint",
     "inherit",
     "load_backbone_weights",
     "load_detector",

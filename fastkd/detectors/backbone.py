@@ -41,9 +41,17 @@ class ScaledResNet(ResNet):
         width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 8.
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
+        stride_in_1x1: bottlenecks halve the map in their first convolution, not in the second.
     """
 
-    def __init__(self, name: str, width: float = 1.0, norm: str = "frozen_bn", frozen_stages: int = 0):
+    def __init__(
+        self,
+        name: str,
+        width: float = 1.0,
+        norm: str = "frozen_bn",
+        frozen_stages: int = 0,
+        stride_in_1x1: bool = False,
+    ):
         nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
         block, depths = _BLOCKS[name]
         widths = [max(8, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
@@ -61,6 +69,8 @@ class ScaledResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if stride_in_1x1 and isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
         stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
         self.frozen = tuple(name for stage in stages[:frozen_stages] for name in stage)
         for name in self.frozen:
@@ -83,15 +93,24 @@ class ScaledResNet(ResNet):
 
 
 class CoarsestLevels(LastLevelP6P7):
-    """torchvision's P6 and P7 from P5, right also for maps one cell wide in bfloat16 on a CPU.
+    """torchvision's P6 and P7 from P5 or C5, right also for maps one cell wide in bfloat16 on a CPU.
 
     There the weight gradient of oneDNN's convolution of stride 2 holds uninitialised memory (seen with torch 2.14.1). A
     column of zeros on the right changes nothing else: the convolution pads with zeros itself.
+
+    Args:
+        in_channels: channels of the map that P6 is made from.
+        channels: channels of P6 and P7.
+        from_c5: whether that map is C5.
     """
+
+    def __init__(self, in_channels: int, channels: int, from_c5: bool):
+        super().__init__(in_channels, channels)
+        self.use_P5 = not from_c5
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Levels and names with P6 and P7 appended."""
-        p6 = self.p6(_two_wide(p[-1]))
+        p6 = self.p6(_two_wide(p[-1] if self.use_P5 else c[-1]))
         p7 = self.p7(_two_wide(F.relu(p6)))
         return [*p, p6, p7], [*names, "p6", "p7"]
 
@@ -101,16 +120,19 @@ def _two_wide(level: Tensor) -> Tensor:
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
+    """torchvision's feature pyramid: P3 .. P7 (P6 from P5 or C5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
 
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
         two_stage: which of the two pyramids.
+        p6_source: "p5" or "c5", for P3 .. P7.
     """
 
-    def __init__(self, in_channels: list[int], channels: int, two_stage: bool):
-        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(channels, channels)
+    def __init__(self, in_channels: list[int], channels: int, two_stage: bool, p6_source: str = "p5"):
+        from_c5 = p6_source == "c5"
+        coarse = in_channels[-1] if from_c5 else channels
+        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(coarse, channels, from_c5)
         self.first = 0 if two_stage else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
@@ -122,5 +144,7 @@ class Pyramid(FeaturePyramidNetwork):
 
 def build_backbone_and_neck(config: DetectorConfig) -> tuple[ScaledResNet, Pyramid]:
     """Backbone and neck that `config` asks for, with torchvision's random weights."""
-    backbone = ScaledResNet(config.backbone, config.width, config.norm, config.frozen_stages)
-    return backbone, Pyramid(backbone.out_channels, config.channels, config.two_stage)
+    backbone = ScaledResNet(
+        config.backbone, config.width, config.norm, config.frozen_stages, stride_in_1x1=config.stride_in_1x1
+    )
+    return backbone, Pyramid(backbone.out_channels, config.channels, config.two_stage, config.p6_source)

@@ -10,6 +10,7 @@ DETECTORS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 NORMS = ("frozen_bn", "bn", "gn")
 HEAD_NORMS = ("none", "gn")
+P6_SOURCES = ("p5", "c5")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 
 _POSITIVE_INTEGERS = (
@@ -43,12 +44,16 @@ class DetectorConfig:
         norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32 groups, or as
             many of two channels as there are).
         frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
+        stride_in_1x1: a stage's first bottleneck halves the map in its first 1x1 convolution, as in the original ResNet
+            and detectron2's models, instead of in the 3x3 (torchvision).
+        p6_source: the map that P6 of a dense detector is made from: "p5", or "c5", the backbone's last (detectron2).
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
             for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
             anchor_base / 2 and anchor_base strides from the location (None: 8).
         anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for
             two-stage.
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
+        anchor_rounding: corners of anchors are whole pixels (torchvision); False leaves them exact (detectron2).
         head_convs: convolutions in each tower of a dense head.
         head_norm: normalisation in RetinaNet's towers: "none", or "gn" (groups of 8 channels, as torchvision's second
             version has at 256; trains a narrow head several times faster). FCOS always has its norms.
@@ -62,6 +67,8 @@ class DetectorConfig:
         roi_samples: proposals of one image in the box loss.
         roi_positive_fraction: largest share of positives among them.
         roi_canonical_size: side in pixels of the proposals that are pooled from P4 (half as large: P3, ...).
+        roi_aligned: pool with cell centres at half pixels and as many samples as a bin has cells (detectron2), not
+            torchvision's 2 x 2 samples of unshifted boxes.
         box_head_channels: width of the two fully connected layers on pooled boxes.
         mask_head_channels: width of the four convolutions on pooled masks.
     """
@@ -73,9 +80,12 @@ class DetectorConfig:
     channels: int = 256
     norm: str = "frozen_bn"
     frozen_stages: int = 0
+    stride_in_1x1: bool = False
+    p6_source: str = "p5"
     anchor_base: float | None = None
     anchor_scales: tuple[float, ...] | None = None
     anchor_ratios: tuple[float, ...] | None = None
+    anchor_rounding: bool = True
     head_convs: int = 4
     head_norm: str = "none"
     score_threshold: float = 0.05
@@ -90,12 +100,13 @@ class DetectorConfig:
     roi_samples: int = 512
     roi_positive_fraction: float = 0.25
     roi_canonical_size: int = 224
+    roi_aligned: bool = False
     box_head_channels: int = 1024
     mask_head_channels: int = 256
 
     def __post_init__(self) -> None:
         named = (("detector", DETECTORS), ("backbone", BACKBONES), ("norm", NORMS), ("head_norm", HEAD_NORMS))
-        for name, choices in named:
+        for name, choices in (*named, ("p6_source", P6_SOURCES)):
             _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
         for name in _POSITIVE_INTEGERS:
             _check(_is_integer(getattr(self, name), 1), name, "an integer >= 1", getattr(self, name))
@@ -118,6 +129,12 @@ class DetectorConfig:
             )
         for name in ("anchor_scales", "anchor_ratios"):
             self._check_factors(name)
+        for name in ("stride_in_1x1", "anchor_rounding", "roi_aligned"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        bottlenecks = self.backbone in ("resnet50", "resnet101")
+        _check(bottlenecks or not self.stride_in_1x1, "stride_in_1x1", f"False for {self.backbone}", self.stride_in_1x1)
+        if self.two_stage:
+            _check(self.p6_source == "p5", "p6_source", f'"p5" for {self.detector}', self.p6_source)
         if self.head_norm == "gn":
             _check(self.channels % 8 == 0, "channels", 'a multiple of 8 with head_norm "gn"', self.channels)
         if self.detector == "fcos":
@@ -142,15 +159,16 @@ class DetectorConfig:
         """Pixels from one cell to the next, level by level."""
         return (4, 8, 16, 32, 64) if self.two_stage else (8, 16, 32, 64, 128)
 
-    def anchor_sizes(self) -> list[tuple[int, ...]]:
-        """Sides in pixels of the square anchors, a tuple for each level, rounded down as torchvision does."""
+    def anchor_sizes(self) -> list[tuple[float, ...]]:
+        """Sides in pixels of the square anchors, level by level; rounded down, as torchvision does, or exact."""
         if self.detector == "retinanet":
             base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
         else:
             base, scales = 8, (1.0,)
         base = self.anchor_base if self.anchor_base is not None else base
         scales = self.anchor_scales if self.anchor_scales is not None else scales
-        return [tuple(max(1, int(base * stride * scale)) for scale in scales) for stride in self.strides]
+        sizes = [tuple(base * stride * scale for scale in scales) for stride in self.strides]
+        return [tuple(max(1, int(size)) for size in level) for level in sizes] if self.anchor_rounding else sizes
 
     def aspect_ratios(self) -> tuple[float, ...]:
         """Height / width of the anchors."""

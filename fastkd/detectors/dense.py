@@ -19,10 +19,25 @@ class PyramidAnchors:
     The distance between cells is the level's stride. torchvision's models take padded size // cells instead, which is
     the same where the padded size is a multiple of the coarsest stride and elsewhere moves an image's anchors with
     the size of its neighbours.
+
+    Args:
+        sizes: sides in pixels of a level's square anchors, level by level.
+        ratios: height / width.
+        strides: pixels from one cell to the next, level by level.
+        rounding: round the corners to whole pixels, as torchvision does.
     """
 
-    def __init__(self, sizes: list[tuple[int, ...]], ratios: tuple[float, ...], strides: tuple[int, ...]):
+    def __init__(
+        self,
+        sizes: list[tuple[float, ...]],
+        ratios: tuple[float, ...],
+        strides: tuple[int, ...],
+        *,
+        rounding: bool = True,
+    ):
         self.generator = AnchorGenerator(tuple(sizes), (tuple(ratios),) * len(sizes))
+        if not rounding:
+            self.generator.cell_anchors = [_exact_anchors(level, ratios) for level in sizes]
         self.strides = strides
         self._known: dict[tuple, list[Tensor]] = {}
 
@@ -46,6 +61,14 @@ class PyramidAnchors:
             grids = [list(level.shape[-2:]) for level in pyramid]
             self._known[key] = self.generator.grid_anchors(grids, [[stride, stride] for stride in self.strides])
         return self._known[key]
+
+
+def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
+    """torchvision's anchors of one cell before rounding, [len(ratios) * len(sizes), 4], ratio by ratio."""
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()[:, None]
+    sides = torch.tensor(sizes, dtype=torch.float64)[None]
+    half = torch.stack([sides / root, sides * root], -1).flatten(0, 1) / 2  # [A, 2] width, height
+    return torch.cat([-half, half], 1).float()
 
 
 def image_limits(batch: Batch) -> Tensor:
