@@ -71,6 +71,7 @@ def run(args: list[str]) -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     data_group = tyro.extras.SubcommandApp()
     data_group.command(name="scenes")(data.scenes)
+    data_group.command(name="crowd")(data.crowd)
     app = tyro.extras.SubcommandApp()
     app.command(name="demo")(demo.demo)
     app.command(data_group, name="data")

@@ -130,8 +130,8 @@ DAMAGED = {
     "unhashable key": b"\x80\x04}]Ns.",
     "build of nothing": b"\x80\x04Nb.",
     "short array": pickle.dumps(ARRAYS[0], protocol=2).replace(b"K\x02K\x03", b"K\x02K\x04"),
-    "huge array": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I99999999999999\ntcnumpy\n"
-    b"dtype\n(S'f4'\ntRI00\nS'x'\ntb.",
+    "huge array": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I99999999999999\nt"
+    b"cnumpy\ndtype\n(S'f4'\ntRI00\nS'x'\ntb.",
     "deep": b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b".",
 }
 

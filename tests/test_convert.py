@@ -144,7 +144,7 @@ TORCHVISION = ("retinanet", "retinanet_v2", "faster_rcnn", "mask_rcnn")
 
 
 def torchvision_model(kind, classes):
-    """As torchvision builds it for its published files (frozen norms, but in the second version), with drawn numbers."""
+    """As torchvision builds its published ones (frozen norms, but in the second version), with drawn numbers."""
     torch.manual_seed(3)
     if kind == "retinanet_v2":
         build = detection.retinanet_resnet50_fpn_v2

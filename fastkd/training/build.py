@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastkd import assets
-from fastkd.data import CocoDataset, measure_priors
+from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
@@ -37,36 +37,42 @@ class Built:
     """
 
     recipe: Recipe
-    train_set: CocoDataset
-    val_set: CocoDataset
+    train_set: DetectionDataset
+    val_set: DetectionDataset
     module: StepModule
     priors: ClassPriors | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: str | None = None
 
 
-def open_data(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of a recipe.
 
     Raises: FileNotFoundError or ValueError if a file is missing or malformed, or the two disagree about the classes.
     """
     data, root = recipe.data, Path(recipe.data.root)
-    train_set = CocoDataset(
-        root / data.train_annotations, root / data.train_images, strict=data.strict, with_masks=recipe.with_masks
+    options = {"strict": data.strict, "crowd_boxes": data.crowd_boxes}
+    train_set = open_dataset(
+        data.format,
+        root / data.train_annotations,
+        root / data.train_images,
+        with_masks=recipe.with_masks,
+        **options,
     )
-    val_set = CocoDataset(root / data.val_annotations, root / data.val_images, strict=data.strict)
+    val_set = open_dataset(data.format, root / data.val_annotations, root / data.val_images, **options)
     if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
         raise ValueError(
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
             f"{val_set.class_names} against {train_set.class_names}; use files with one category table"
         )
-    # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
-    images = val_set.image_ids.tolist()
-    load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
+    if data.format == "coco":
+        # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
+        images = val_set.image_ids.tolist()
+        load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
     return train_set, val_set
 
 
-def resolve(recipe: Recipe, train_set: CocoDataset) -> Recipe:
+def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
     """The recipe with the number of classes of the data.
 
     Raises: ValueError if they differ and `data.match_classes` is False.

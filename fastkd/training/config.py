@@ -32,10 +32,12 @@ class DataConfig:
 
     Args:
         root: folder of the data set; the four paths below are relative to it (absolute ones are taken as they are).
-        train_annotations: COCO annotation file to train on.
+        train_annotations: annotation file to train on.
         train_images: folder of its images.
-        val_annotations: COCO annotation file to evaluate on.
+        val_annotations: annotation file to evaluate on.
         val_images: folder of its images.
+        format: of the annotation files: "coco" (JSON) or "crowdhuman" (odgt, evaluated by AP, MR^-2 and JI).
+        crowd_boxes: what the objects are in the crowdhuman format: "full", "visible" or "head" boxes.
         short_sides: lengths of the short side, pixels; each training image draws one.
         val_short_side: length of the short side in evaluation, pixels.
         max_side: longest side after resizing, pixels.
@@ -53,6 +55,8 @@ class DataConfig:
     train_images: str = "train"
     val_annotations: str = "annotations/val.json"
     val_images: str = "val"
+    format: Literal["coco", "crowdhuman"] = "coco"
+    crowd_boxes: Literal["full", "visible", "head"] = "full"
     short_sides: tuple[int, ...] = (128,)
     val_short_side: int = 128
     max_side: int = 256
@@ -65,6 +69,9 @@ class DataConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        _require(self.format in ("coco", "crowdhuman"), "DataConfig: format", "'coco' or 'crowdhuman'", self.format)
+        known = self.crowd_boxes in ("full", "visible", "head")
+        _require(known, "DataConfig: crowd_boxes", "'full', 'visible' or 'head'", self.crowd_boxes)
         _require(len(self.short_sides) > 0, "DataConfig: short_sides", "one or more lengths", self.short_sides)
         for side in (*self.short_sides, self.val_short_side):
             _require(1 <= side <= self.max_side, "DataConfig: short_sides", f"in [1, max_side = {self.max_side}]", side)
@@ -318,6 +325,8 @@ class Recipe:
             )
         if self.method_optimizer is not None and self.method is None:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
+        if self.data.format == "crowdhuman" and self.with_masks:
+            raise ValueError("Recipe: detector must have no masks on crowdhuman data, got mask_rcnn; use faster_rcnn")
         masks = isinstance(self.method, LGDConfig) and self.method.use_masks
         if masks and self.detector.detector != "mask_rcnn":
             raise ValueError(

@@ -5,6 +5,7 @@
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
+    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -29,6 +30,7 @@ from fastkd.training.config import (
     RuntimeConfig,
     Schedule,
 )
+from fastkd.training.crowd_recipes import CROWD_RECIPES, crowd_recipe
 
 DETECTORS = {
     "retinanet": "retinanet",
@@ -279,7 +281,7 @@ def recipe_names() -> list[str]:
         for detector in DETECTORS
         for method in ("teacher", *METHODS)
     ]
-    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *CROWD_RECIPES]
 
 
 def get_recipe(name: str) -> Recipe:
@@ -288,6 +290,8 @@ def get_recipe(name: str) -> Recipe:
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
         return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
+    if name in CROWD_RECIPES:
+        return crowd_recipe(name)
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
     family, rest = name.split("-", 1)
