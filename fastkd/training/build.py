@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkd import assets
 from fastkd.data import DetectionDataset, measure_priors, open_dataset
@@ -16,7 +17,7 @@ from fastkd.detectors import Detector, build_detector, check_teacher, inherit, l
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.checkpoint import sha256_of
-from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, Recipe
+from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, MethodConfig, Recipe
 from fastkd.training.step import FrozenTeacher, StepModule
 from fastkd.types import ClassPriors
 
@@ -113,9 +114,20 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
     return teacher
 
 
-def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None) -> LGD | ICD | FGFI | None:
-    """The method of a recipe with fresh weights, drawn from the global generator."""
-    method, detector = recipe.method, recipe.detector
+def build_distiller(
+    recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+) -> LGD | ICD | FGFI | nn.ModuleDict | None:
+    """The method of a recipe with fresh weights, drawn from the global generator; two of them as "lgd" and "icd"."""
+    if isinstance(recipe.method, LGDICDConfig):
+        parts = {"lgd": recipe.method.lgd, "icd": recipe.method.icd}
+        return nn.ModuleDict({name: _distiller(part, recipe, teacher, priors) for name, part in parts.items()})
+    return _distiller(recipe.method, recipe, teacher, priors)
+
+
+def _distiller(
+    method: MethodConfig | None, recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+) -> LGD | ICD | FGFI | None:
+    detector = recipe.detector
     if isinstance(method, LGDConfig):
         return LGD(
             detector.num_classes,
@@ -173,10 +185,10 @@ def build(recipe: Recipe) -> Built:
     for name in ("backbone_weights", "inherited"):
         if name in notes:
             log.info("%s: %s", name, notes[name])
-    priors = measure_priors(train_set) if isinstance(recipe.method, ICDConfig) else None
+    priors = measure_priors(train_set) if recipe.icd else None
     torch.manual_seed(recipe.seed + 1)
     distiller = build_distiller(recipe, teacher, priors)
-    needs_teacher = isinstance(recipe.method, (ICDConfig, FGFIConfig))
+    needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
     module = StepModule(
         student,
         distiller,

@@ -5,6 +5,7 @@
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
+    {scenes,coco}-<detector>-lgdicd   both methods on one student (pair_recipes.py)
     {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
@@ -31,6 +32,7 @@ from fastkd.training.config import (
     Schedule,
 )
 from fastkd.training.crowd_recipes import CROWD_RECIPES, crowd_recipe
+from fastkd.training.pair_recipes import pair_of
 
 DETECTORS = {
     "retinanet": "retinanet",
@@ -39,6 +41,7 @@ DETECTORS = {
     "mask-rcnn": "mask_rcnn",
 }
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
+PAIR = "lgdicd"
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
 STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
@@ -279,7 +282,7 @@ def recipe_names() -> list[str]:
         f"{family}-{detector}-{method}"
         for family in ("scenes", "coco")
         for detector in DETECTORS
-        for method in ("teacher", *METHODS)
+        for method in ("teacher", *METHODS, PAIR)
     ]
     return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *CROWD_RECIPES]
 
@@ -296,6 +299,8 @@ def get_recipe(name: str) -> Recipe:
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
     family, rest = name.split("-", 1)
     detector, method = rest.rsplit("-", 1)
+    if method == PAIR:
+        return pair_of(get_recipe(f"{family}-{detector}-lgd"), get_recipe(f"{family}-{detector}-icd"))
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
 
 
