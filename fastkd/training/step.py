@@ -81,10 +81,11 @@ class StepModule(nn.Module):
             pyramid = self.detector.features(batch.images)
             losses = dict(self.detector.loss(pyramid, batch))
             if self.distiller is not None and phase.distill:
-                losses.update(self._distill(pyramid, batch, phase))
+                losses.update(self.distill(pyramid, batch, phase))
         return losses
 
-    def _distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
         if not isinstance(self.distiller, nn.ModuleDict):
             return self._distill_by(self.distiller, pyramid, batch, phase)
         losses: dict[str, Tensor] = {}
