@@ -133,7 +133,7 @@ def test_zoo_file_becomes_a_teacher(tmp_path, capsys):
     assert main(["convert", str(file), "--out", str(out)]) == 0
     said = capsys.readouterr().err
     assert "detectron2's retinanet with resnet50, 80 classes" in said and "matched 301 of 301 tensors" in said
-    assert "BGR to RGB" in said and "--detector.p6-source c5" in said and "--detector.no-anchor-rounding" in said
+    assert "BGR to RGB" in said and "needs: --detector.p6-source c5 --detector.no-anchor-rounding\n" in said
     detector, names = load_detector(out)
     assert names[:2] == ["person", "bicycle"] and detector.config.stride_in_1x1
     expected = torch.from_numpy(tensors["backbone.bottom_up.stem.conv1.weight"][:, ::-1].copy()) * STD_RGB

@@ -102,7 +102,7 @@ def test_class_tables(scenes, trained, tmp_path):
     assert "agree on 10" in named(look(names), "classes", "ok")
     assert f"in another order: label 0 is {names[-1]!r} to it" in named(look(names[::-1]), "classes")
     assert "10 (a, b, c, ...) against 10 of the data" in named(
-        look(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]), "classes"
+        look(list("abcdefghij")), "classes"
     )
     fewer = dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, num_classes=7))
     assert "says 7 classes, the data have 10" in named(check_classes(fewer), "classes", "warning")

@@ -49,12 +49,12 @@ def convert(
     changed = {
         name: value
         for name, value in config.to_dict().items()
-        if name in ("stride_in_1x1", "p6_source", "anchor_rounding", "roi_aligned", "norm", "head_norm")
+        if name in ("p6_source", "anchor_rounding", "roi_aligned", "head_norm")  # of neck and head
         and value != type(config)(detector=config.detector).to_dict()[name]
     }
     if changed:
         options = " ".join(_option(name, value) for name, value in changed.items())
-        say(f"it computes otherwise than our default; a student that is to inherit all of its head: {options}")
+        say(f"a student that is to inherit all of its neck and head needs: {options}")
     say(f"wrote {out}; use it with --teacher {out}")
 
 

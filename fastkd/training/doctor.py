@@ -219,7 +219,7 @@ def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
         leaves = [level.detach().requires_grad_() for level in pyramid]
         values, detector, method = _gradients(built, leaves, batch)
         for name, value in values.items():
-            losses[name] = losses.get(name, 0.0) + float(value) / len(batches)
+            losses[name] = losses.get(name, 0.0) + float(value.detach()) / len(batches)
         own = [a + b / len(batches) for a, b in zip(own, detector)]
         taught = [a + b / len(batches) for a, b in zip(taught, method)]
     yield from judge_losses(losses)
