@@ -72,12 +72,25 @@ def test_help_is_quick_and_lists_all_commands():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "data", "recipes", "train", "evaluate", "predict", "export", "report", "info"):
+    for command in ("demo", "data", "recipes", "doctor", "train", "convert", "evaluate", "predict", "export", "report"):
         assert f"• {command}" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "data scenes", "recipes", "train", "evaluate", "predict", "export", "report", "info"]
+    "command",
+    [
+        "demo",
+        "data scenes",
+        "data crowd",
+        "recipes",
+        "train",
+        "convert",
+        "evaluate",
+        "predict",
+        "export",
+        "report",
+        "info",
+    ],
 )
 def test_every_command_has_help(capsys, command):
     said = fastkd_says(capsys, *command.split(), "--help", code=0)

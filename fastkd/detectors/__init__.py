@@ -4,6 +4,7 @@ from fastkd.detectors.atss import ATSS
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.condinst import CondInst
 from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.convert import Conversion, convert_checkpoint
 from fastkd.detectors.fcos import FCOS
 from fastkd.detectors.poto import POTO
 from fastkd.detectors.protocol import Detector
@@ -24,6 +25,7 @@ __all__ = [
     "FCOS",
     "POTO",
     "CondInst",
+    "Conversion",
     "Detector",
     "DetectorConfig",
     "MatchReport",
@@ -32,6 +34,7 @@ __all__ = [
     "TwoStage",
     "build_detector",
     "check_teacher",
+    "convert_checkpoint",
     "inherit",
     "load_backbone_weights",
     "load_detector",

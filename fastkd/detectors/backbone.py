@@ -35,6 +35,7 @@ class ScaledResNet(Backbone, ResNet):
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
         deformable: whether the 3x3 convolutions of layer2 .. layer4 are modulated deformable ones.
+        stride_in_1x1: bottlenecks halve the map in their first convolution, not in the second.
     """
 
     fresh = ("conv2.offset.weight", "conv2.offset.bias")
@@ -47,6 +48,7 @@ class ScaledResNet(Backbone, ResNet):
         frozen_stages: int = 0,
         *,
         deformable: bool = False,
+        stride_in_1x1: bool = False,
     ):
         nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
         block, depths, self.groups, self.base_width = _BLOCKS[name]
@@ -65,6 +67,8 @@ class ScaledResNet(Backbone, ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if stride_in_1x1 and isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
         for layer in (self.layer2, self.layer3, self.layer4) if deformable else ():
             make_deformable(layer)
         self.freeze((("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), frozen_stages)
@@ -80,15 +84,24 @@ class ScaledResNet(Backbone, ResNet):
 
 
 class CoarsestLevels(LastLevelP6P7):
-    """torchvision's P6 and P7 from P5, right also for maps one cell wide in bfloat16 on a CPU.
+    """torchvision's P6 and P7 from P5 or C5, right also for maps one cell wide in bfloat16 on a CPU.
 
     There the weight gradient of oneDNN's convolution of stride 2 holds uninitialised memory (seen with torch 2.14.1). A
     column of zeros on the right changes nothing else: the convolution pads with zeros itself.
+
+    Args:
+        in_channels: channels of the map that P6 is made from.
+        channels: channels of P6 and P7.
+        from_c5: whether that map is C5.
     """
+
+    def __init__(self, in_channels: int, channels: int, from_c5: bool):
+        super().__init__(in_channels, channels)
+        self.use_P5 = not from_c5
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Levels and names with P6 and P7 appended."""
-        p6 = self.p6(_two_wide(p[-1]))
+        p6 = self.p6(_two_wide(p[-1] if self.use_P5 else c[-1]))
         p7 = self.p7(_two_wide(F.relu(p6)))
         return [*p, p6, p7], [*names, "p6", "p7"]
 
@@ -98,16 +111,19 @@ def _two_wide(level: Tensor) -> Tensor:
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or P2 .. P6 (P6 subsampled from P5).
+    """torchvision's feature pyramid: P3 .. P7 (P6 from P5 or C5) or P2 .. P6 (P6 subsampled from P5).
 
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
         fine: whether it starts at P2.
+        p6_source: "p5" or "c5", for P3 .. P7.
     """
 
-    def __init__(self, in_channels: list[int], channels: int, fine: bool):
-        extra = LastLevelMaxPool() if fine else CoarsestLevels(channels, channels)
+    def __init__(self, in_channels: list[int], channels: int, fine: bool, p6_source: str = "p5"):
+        from_c5 = p6_source == "c5"
+        coarse = in_channels[-1] if from_c5 else channels
+        extra = LastLevelMaxPool() if fine else CoarsestLevels(coarse, channels, from_c5)
         self.first = 0 if fine else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
@@ -126,10 +142,10 @@ def build_backbone(config: DetectorConfig) -> Backbone:
     if config.backbone == "mobilenet_v2":
         return MobileNet(config.width, config.norm, config.frozen_stages)
     settings = (config.backbone, config.width, config.norm, config.frozen_stages)
-    return ScaledResNet(*settings, deformable=config.deformable)
+    return ScaledResNet(*settings, deformable=config.deformable, stride_in_1x1=config.stride_in_1x1)
 
 
 def build_backbone_and_neck(config: DetectorConfig) -> tuple[Backbone, Pyramid]:
     """Backbone and neck that `config` asks for, with random weights."""
     backbone = build_backbone(config)
-    return backbone, Pyramid(backbone.out_channels, config.channels, config.fine)
+    return backbone, Pyramid(backbone.out_channels, config.channels, config.fine, config.p6_source)

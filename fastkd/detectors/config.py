@@ -13,6 +13,7 @@ DEFORMABLE = ("resnet50", "resnet101", "resnext101_32x8d")
 TIMM = "timm:"
 NORMS = ("frozen_bn", "bn", "gn")
 HEAD_NORMS = ("none", "gn")
+P6_SOURCES = ("p5", "c5")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 WITH_MASKS = ("mask_rcnn", "condinst", "solov2")
 WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
@@ -61,6 +62,9 @@ class DetectorConfig:
             groups, or as many of two channels as there are). Swin and timm's models have their own.
         frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 also the stage of stride 4 (layer1
             of a ResNet), .. 5 all; 0 for timm's.
+        stride_in_1x1: a stage's first bottleneck halves the map in its first 1x1 convolution, as in the original ResNet
+            and detectron2's models, instead of in the 3x3 (torchvision).
+        p6_source: the map that P6 of a dense detector is made from: "p5", or "c5", the backbone's last (detectron2).
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
             for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
             anchor_base / 2 and anchor_base strides from the location (None: 8); so in CondInst. ATSS compares boxes
@@ -69,6 +73,7 @@ class DetectorConfig:
         anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for
             two-stage.
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
+        anchor_rounding: corners of anchors are whole pixels (torchvision); False leaves them exact (detectron2).
         head_convs: convolutions in each tower of a dense head.
         head_norm: "none" is the published head. "gn" has GroupNorm in RetinaNet's towers (groups of 8 channels, as
             torchvision's second version has at 256; trains a narrow head several times faster) and instead of the batch
@@ -85,6 +90,8 @@ class DetectorConfig:
         roi_samples: proposals of one image in the box loss.
         roi_positive_fraction: largest share of positives among them.
         roi_canonical_size: side in pixels of the proposals that are pooled from P4 (half as large: P3, ...).
+        roi_aligned: pool with cell centres at half pixels and as many samples as a bin has cells (detectron2), not
+            torchvision's 2 x 2 samples of unshifted boxes.
         box_head_channels: width of the two fully connected layers on pooled boxes.
         mask_head_channels: width of the four convolutions on pooled masks.
         mask_branch_channels: width of the convolutions that make the mask features of CondInst and SOLOv2.
@@ -102,9 +109,12 @@ class DetectorConfig:
     channels: int = 256
     norm: str = "frozen_bn"
     frozen_stages: int = 0
+    stride_in_1x1: bool = False
+    p6_source: str = "p5"
     anchor_base: float | None = None
     anchor_scales: tuple[float, ...] | None = None
     anchor_ratios: tuple[float, ...] | None = None
+    anchor_rounding: bool = True
     head_convs: int = 4
     head_norm: str = "none"
     score_threshold: float = 0.05
@@ -119,6 +129,7 @@ class DetectorConfig:
     roi_samples: int = 512
     roi_positive_fraction: float = 0.25
     roi_canonical_size: int = 224
+    roi_aligned: bool = False
     box_head_channels: int = 1024
     mask_head_channels: int = 256
     mask_branch_channels: int = 128
@@ -128,7 +139,7 @@ class DetectorConfig:
     grids: tuple[int, ...] = (40, 36, 24, 16, 12)
 
     def __post_init__(self) -> None:
-        named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS))
+        named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS), ("p6_source", P6_SOURCES))
         for name, choices in named:
             _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
         self._check_backbone()
@@ -154,6 +165,12 @@ class DetectorConfig:
             )
         for name in ("anchor_scales", "anchor_ratios"):
             self._check_factors(name)
+        for name in ("stride_in_1x1", "anchor_rounding", "roi_aligned"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        bottlenecks = self.backbone in ("resnet50", "resnet101")
+        _check(bottlenecks or not self.stride_in_1x1, "stride_in_1x1", f"False for {self.backbone}", self.stride_in_1x1)
+        if self.fine:
+            _check(self.p6_source == "p5", "p6_source", f'"p5" for {self.detector}', self.p6_source)
         if self.head_norm == "gn":
             _check(self.channels % 8 == 0, "channels", 'a multiple of 8 with head_norm "gn"', self.channels)
         if self.detector in WITHOUT_ANCHORS:
@@ -214,15 +231,16 @@ class DetectorConfig:
             return self.nms_threshold
         return {"atss": 0.6, "condinst": 0.6, "poto": None, "solov2": None}.get(self.detector, 0.5)
 
-    def anchor_sizes(self) -> list[tuple[int, ...]]:
-        """Sides in pixels of the square anchors, a tuple for each level, rounded down as torchvision does."""
+    def anchor_sizes(self) -> list[tuple[float, ...]]:
+        """Sides in pixels of the square anchors, level by level; rounded down, as torchvision does, or exact."""
         if self.detector == "retinanet":
             base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
         else:
             base, scales = 8, (1.0,)
         base = self.anchor_base if self.anchor_base is not None else base
         scales = self.anchor_scales if self.anchor_scales is not None else scales
-        return [tuple(max(1, int(base * stride * scale)) for scale in scales) for stride in self.strides]
+        sizes = [tuple(base * stride * scale for scale in scales) for stride in self.strides]
+        return [tuple(max(1, int(size)) for size in level) for level in sizes] if self.anchor_rounding else sizes
 
     def aspect_ratios(self) -> tuple[float, ...]:
         """Height / width of the anchors."""

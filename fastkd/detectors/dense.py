@@ -27,17 +27,21 @@ class PyramidAnchors:
         strides: pixels between cells, level by level.
         centered: whether anchors lie around the cells' centres (floor(stride / 2) + index * stride) and not, as
             torchvision's, around their upper left corners.
+        rounding: round the corners to whole pixels, as torchvision does.
     """
 
     def __init__(
         self,
-        sizes: list[tuple[int, ...]],
+        sizes: list[tuple[float, ...]],
         ratios: tuple[float, ...],
         strides: tuple[int, ...],
         *,
         centered: bool = False,
+        rounding: bool = True,
     ):
         self.generator = AnchorGenerator(tuple(sizes), (tuple(ratios),) * len(sizes))
+        if not rounding:
+            self.generator.cell_anchors = [_exact_anchors(level, ratios) for level in sizes]
         self.strides = strides
         self.offsets = [stride // 2 if centered else 0 for stride in strides]
         self._known: dict[tuple, list[Tensor]] = {}
@@ -63,6 +67,14 @@ class PyramidAnchors:
             corners = self.generator.grid_anchors(grids, [[stride, stride] for stride in self.strides])
             self._known[key] = [anchors + offset for anchors, offset in zip(corners, self.offsets)]
         return self._known[key]
+
+
+def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
+    """torchvision's anchors of one cell before rounding, [len(ratios) * len(sizes), 4], ratio by ratio."""
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()[:, None]
+    sides = torch.tensor(sizes, dtype=torch.float64)[None]
+    half = torch.stack([sides / root, sides * root], -1).flatten(0, 1) / 2  # [A, 2] width, height
+    return torch.cat([-half, half], 1).float()
 
 
 def image_limits(batch: Batch) -> Tensor:

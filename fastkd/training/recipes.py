@@ -6,6 +6,8 @@
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2 (without fgfi)
     coco-<detector>-<backbone>-...  the other rows of the papers' tables: see paper_recipes
+    {scenes,coco}-<detector>-lgdicd   both methods on one student (pair_recipes.py)
+    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -31,6 +33,8 @@ from fastkd.training.config import (
     RuntimeConfig,
     Schedule,
 )
+from fastkd.training.crowd_recipes import CROWD_RECIPES, crowd_recipe
+from fastkd.training.pair_recipes import pair_of
 from fastkd.training.paper_recipes import ROWS, SCHEDULES, apply_row
 
 DETECTORS = {
@@ -44,6 +48,7 @@ DETECTORS = {
     "solov2": "solov2",
 }
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
+PAIR = "lgdicd"
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
 STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
@@ -285,10 +290,10 @@ def recipe_names() -> list[str]:
         f"{family}-{detector}-{method}"
         for family in ("scenes", "coco")
         for detector in DETECTORS
-        for method in ("teacher", *METHODS)
+        for method in ("teacher", *METHODS, PAIR)
         if (detector, method) != ("solov2", "fgfi")  # its cells answer for no boxes
     ]
-    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS, *CROWD_RECIPES]
 
 
 def get_recipe(name: str) -> Recipe:
@@ -297,6 +302,8 @@ def get_recipe(name: str) -> Recipe:
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
         return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
+    if name in CROWD_RECIPES:
+        return crowd_recipe(name)
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
     if name in ROWS:
@@ -304,6 +311,8 @@ def get_recipe(name: str) -> Recipe:
         return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
     family, rest = name.split("-", 1)
     detector, method = rest.rsplit("-", 1)
+    if method == PAIR:
+        return pair_of(get_recipe(f"{family}-{detector}-lgd"), get_recipe(f"{family}-{detector}-icd"))
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
 
 
