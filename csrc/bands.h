@@ -91,13 +91,16 @@ class BandList {
     Band band{y0, y1, 0, static_cast<int32_t>(runs.size()), size(segments_), size(spans_), size(nodes_)};
     band.segments = add_segments(columns, runs);
     for (const Run& run : runs) {
-      const int64_t before = size(nodes_);
+      int32_t nodes[64], count = 0;  // written without branches: whether a node belongs to a span is not predictable
       int32_t low = at_[run.x0] + band.segments, high = at_[run.x1] + band.segments;
-      for (; low < high; low /= 2, high /= 2) {
-        if (low % 2 == 1) nodes_.push_back(low++);
-        if (high % 2 == 1) nodes_.push_back(--high);
+      for (; low < high; low = (low + 1) / 2, high /= 2) {
+        nodes[count] = low;
+        count += low % 2;
+        nodes[count] = high - 1;
+        count += high % 2;
       }
-      spans_.push_back({run.object, static_cast<int32_t>(size(nodes_) - before)});
+      nodes_.insert(nodes_.end(), nodes, nodes + count);
+      spans_.push_back({run.object, count});
     }
     bands_.push_back(band);
     most_segments = std::max<int64_t>(most_segments, band.segments);
@@ -183,6 +186,42 @@ inline Cover cover_by_boxes(const torch::stable::Tensor& boxes, const torch::sta
     const Rectangle& box = rectangles[level * objects + object];
     if (box.y0 <= y && y < box.y1 && box.x0 < box.x1)
       runs.push_back({slot, static_cast<int32_t>(box.x0), static_cast<int32_t>(box.x1)});
+  });
+  return cover;
+}
+
+// The cells whose nearest pixel of a mask [K, H, W] is set: cell (y, x) of a level of H_l x W_l looks at the pixel
+// (floor(y H / H_l), floor(x W / W_l)).
+inline Cover cover_by_masks(const torch::stable::Tensor& masks, const torch::stable::Tensor& image_index,
+                            int64_t images, const std::vector<std::pair<int64_t, int64_t>>& sizes) {
+  check_sizes(sizes);
+  STD_TORCH_CHECK(masks.dim() == 3 && masks.is_cpu() &&
+                      masks.scalar_type() == torch::headeronly::ScalarType::Bool && masks.size(1) > 0 &&
+                      masks.size(2) > 0,
+                  "fastkd: masks must be [K, H, W] bool on the CPU with H and W at least 1");
+  const torch::stable::Tensor plain = torch::stable::contiguous(masks);
+  const auto* mask = static_cast<const unsigned char*>(plain.const_data_ptr());
+  const int64_t objects = masks.size(0), height = masks.size(1), width = masks.size(2);
+  Cover cover{images, objects, sizes, objects_by_image(image_index, objects, images), {}, {}};
+  std::vector<std::vector<int64_t>> pixel;  // of each column of each level
+  for (const auto& [rows, columns] : sizes) {
+    pixel.emplace_back(columns);
+    for (int64_t x = 0; x < columns; ++x) pixel.back()[x] = x * width / columns;
+  }
+  cover.cells.assign(sizes.size() * objects, 0);
+  fill_lists(cover, [&](int64_t level, int64_t object, int32_t slot, int32_t y, std::vector<Run>& runs) {
+    const auto [rows, columns] = sizes[level];
+    const unsigned char* row = mask + (object * height + y * height / rows) * width;
+    const int64_t* at = pixel[level].data();
+    int64_t cells = 0;
+    for (int32_t x = 0; x < columns; ++x) {
+      if (row[at[x]] == 0) continue;
+      const int32_t x0 = x;
+      while (x < columns && row[at[x]] != 0) ++x;
+      runs.push_back({slot, x0, x});
+      cells += x - x0;
+    }
+    cover.cells[level * objects + object] += cells;
   });
   return cover;
 }

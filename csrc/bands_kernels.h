@@ -64,34 +64,36 @@ FASTKD_INLINE int64_t padded(int64_t columns) {
   return (columns + 2 * kLanes<V>) / kLanes<V> * kLanes<V>;
 }
 
-// Leaves of a contiguous image: one vector of channels. `sums` [lanes, padded] holds the rows of a band added up, a
-// channel each, `cells` [padded, lanes] the same with a channel a lane; padded(columns) is their length.
-template <class V, class scalar_t>
+// Leaves of a contiguous image: U vectors of channels. `sums` [channels, padded] holds the rows of a band added up, a
+// channel each, `cells` [padded, channels] the same with a channel a lane.
+template <class V, int U, class scalar_t>
 struct ContiguousLeaves {
   using acc = Element<V>;
   const scalar_t* planes;  // the first of the channels
-  int64_t channels, rows, columns;  // at most kLanes<V> channels
+  int64_t channels, rows, columns;  // those that exist, at most U * kLanes<V>; sums of others must be 0
   acc *sums, *cells;
 
   FASTKD_INLINE void operator()(const Band& band, const Segment* segment, acc* leaf) const {
-    constexpr int lanes = kLanes<V>;
+    constexpr int lanes = kLanes<V>, width = U * lanes;
     int64_t first = 0, last = band.segments - 1;
     while (!segment[first].covered) ++first;
     while (!segment[last].covered) --last;
     const int64_t x0 = segment[first].x0, x1 = segment[last].x1, length = padded<V>(columns);
     for (int64_t channel = 0; channel < channels; ++channel)
       add_plane(planes + channel * rows * columns, band, x0, x1, sums + channel * length);
-    for (int64_t x = x0; x < x1; x += lanes) {
-      V tile[lanes];
-      for (int i = 0; i < lanes; ++i) tile[i] = load<V>(sums + i * length + x);
-      transpose(tile);
-      for (int i = 0; i < lanes; ++i) store(cells + (x + i) * lanes, tile[i]);
-    }
+    for (int64_t x = x0; x < x1; x += lanes)
+      for (int u = 0; u < U; ++u) {
+        V tile[lanes];
+        for (int i = 0; i < lanes; ++i) tile[i] = load<V>(sums + (u * lanes + i) * length + x);
+        transpose(tile);
+        for (int i = 0; i < lanes; ++i) store(cells + (x + i) * width + u * lanes, tile[i]);
+      }
     for (int64_t s = 0; s < band.segments; ++s) {
-      V sum = {};
+      V sum[U] = {};
       if (segment[s].covered)
-        for (int64_t x = segment[s].x0; x < segment[s].x1; ++x) sum += load<V>(cells + x * lanes);
-      store(leaf + s * lanes, sum);
+        for (int64_t x = segment[s].x0; x < segment[s].x1; ++x)
+          for (int u = 0; u < U; ++u) sum[u] += load<V>(cells + x * width + u * lanes);
+      for (int u = 0; u < U; ++u) store(leaf + s * width + u * lanes, sum[u]);
     }
   }
 
@@ -185,20 +187,24 @@ FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment,
         copy_bytes(out, values + s * width * size, channels * size);
 }
 
-// Writes the rows of a band of at most kLanes<V> contiguous channels: leaf [n, lanes]; buffers as in ContiguousLeaves.
+// Writes the rows of a band of contiguous channels: leaf [n, width] with as many lanes as channels, or a few more; sums
+// [width, padded] and cells [padded, width] are room for a row.
 template <class V, class scalar_t>
-FASTKD_INLINE void write_contiguous(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t channels,
-                                    int64_t rows, int64_t columns, Element<V>* cells, scalar_t* sums, scalar_t* planes) {
+FASTKD_INLINE void write_contiguous(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
+                                    int64_t channels, int64_t rows, int64_t columns, Element<V>* cells, scalar_t* sums,
+                                    scalar_t* planes) {
   constexpr int lanes = kLanes<V>;
   for (int64_t s = 0; s < band.segments; ++s)
-    for (int64_t x = segment[s].x0; x < segment[s].x1; ++x) store(cells + x * lanes, load<V>(leaf + s * lanes));
+    for (int64_t x = segment[s].x0; x < segment[s].x1; ++x)
+      for (int64_t at = 0; at < width; at += lanes) store(cells + x * width + at, load<V>(leaf + s * width + at));
   const int64_t length = padded<V>(columns);
-  for (int64_t x = 0; x < columns; x += lanes) {
-    V tile[lanes];
-    for (int i = 0; i < lanes; ++i) tile[i] = load<V>(cells + (x + i) * lanes);
-    transpose(tile);
-    for (int i = 0; i < lanes; ++i) store(sums + i * length + x, tile[i]);
-  }
+  for (int64_t x = 0; x < columns; x += lanes)
+    for (int64_t at = 0; at < width; at += lanes) {
+      V tile[lanes];
+      for (int i = 0; i < lanes; ++i) tile[i] = load<V>(cells + (x + i) * width + at);
+      transpose(tile);
+      for (int i = 0; i < lanes; ++i) store(sums + (at + i) * length + x, tile[i]);
+    }
   for (int64_t channel = 0; channel < channels; ++channel)
     for (int64_t y = band.y0; y < band.y1; ++y)
       copy_bytes(reinterpret_cast<char*>(planes + (channel * rows + y) * columns),

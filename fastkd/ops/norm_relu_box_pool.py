@@ -11,9 +11,15 @@ from torch.nn import functional as F
 from fastkd.ops import _library
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.box_pool import box_pool_reference
-from fastkd.ops.checks import check_boxes, check_device, check_levels, check_object_values, check_size
+from fastkd.ops.checks import (
+    check_boxes,
+    check_device,
+    check_kernel_dtype,
+    check_levels,
+    check_object_values,
+    check_size,
+)
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPILED = _library.has_kernel("norm_relu_box_pool")
 
 
@@ -53,10 +59,7 @@ def norm_relu_box_pool(
 def _check(levels, boxes, image_index, image_size, eps) -> None:
     op = "norm_relu_box_pool"
     check_levels(op, "levels", levels)
-    if levels[0].dtype not in _FLOATS:
-        raise ValueError(
-            f"{op}: levels must be float32, float64, bfloat16 or float16, got {levels[0].dtype}; call .float()"
-        )
+    check_kernel_dtype(op, "levels", levels[0])
     check_boxes(op, boxes, image_index)
     check_size(op, "image_size", image_size)
     check_device(op, "boxes", boxes, "levels", levels[0])
