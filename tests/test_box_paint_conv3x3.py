@@ -133,9 +133,7 @@ def test_gradcheck(capability):
     assert torch.autograd.gradcheck(op, call[:3])
     embeddings, weight, bias = (value.detach() for value in call[:3])
     narrow = [weight[:, :1].clone().requires_grad_(), bias[:1].clone().requires_grad_()]
-    assert torch.autograd.gradcheck(
-        lambda w, b: op(strided(embeddings), w.expand(-1, 2, -1, -1), b.expand(3)), narrow
-    )
+    assert torch.autograd.gradcheck(lambda w, b: op(strided(embeddings), w.expand(-1, 2, -1, -1), b.expand(3)), narrow)
 
 
 def test_double_backward_is_a_clear_error():

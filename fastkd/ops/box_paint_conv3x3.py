@@ -132,7 +132,8 @@ def _check_dtypes(op: str, embeddings: Tensor, others: dict[str, Tensor | None])
         check_device(op, name, value, "embeddings", embeddings)
         if value.dtype not in allowed:
             raise ValueError(
-                f"{op}: {name} must be {embeddings.dtype} as embeddings, got {value.dtype}; convert one, or use autocast"
+                f"{op}: {name} must be {embeddings.dtype} as embeddings, got {value.dtype}; "
+                "convert one, or use autocast"
             )
 
 

@@ -36,8 +36,9 @@ def norm_relu_box_pool(
 ) -> Tensor:
     """Mean of relu(GroupNorm with one group, no affine) of every pyramid level over the cells each box covers.
 
-    out[l, k] = mean over the cells of level l that box k covers (see `box_pool`) of max((x - mean) / sqrt(var + eps), 0),
-    mean and var (without Bessel's correction) over all channels and cells of the box's image; 0 where no cell is covered.
+    out[l, k] = mean over the cells of level l that box k covers (see `box_pool`) of max((x - mean) / sqrt(var + eps),
+    0), mean and var (without Bessel's correction) over all channels and cells of the box's image; 0 where no cell is
+    covered.
 
     Args:
         levels: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
@@ -52,7 +53,8 @@ def norm_relu_box_pool(
     """
     _check(levels, boxes, image_index, image_size, eps)
     if levels[0].device.type == "cpu" and _COMPILED:
-        return torch.ops.fastkd.norm_relu_box_pool(list(levels), boxes.detach(), image_index, *image_size, float(eps))[0]
+        arguments = list(levels), boxes.detach(), image_index, *image_size, float(eps)
+        return torch.ops.fastkd.norm_relu_box_pool(*arguments)[0]
     return norm_relu_box_pool_reference(levels, boxes, image_index, image_size, eps)
 
 
