@@ -141,7 +141,7 @@ struct Paint {
       pool_bands<Lane, U>(bands, leaves, nodes, work.totals);
     } else {
       acc *sums = static_cast<acc*>(work.sums), *columns = static_cast<acc*>(work.cells);
-      const ContiguousLeaves<Lane, scalar_t> leaves{grad, channels, level.rows, level.columns, sums, columns};
+      const ContiguousLeaves<Lane, U, scalar_t> leaves{grad, channels, level.rows, level.columns, sums, columns};
       pool_bands<Lane, U>(bands, leaves, nodes, work.totals);
     }
     const double* total = work.totals;

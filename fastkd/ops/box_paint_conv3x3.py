@@ -12,16 +12,17 @@ from fastkd.ops import _library
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.box_paint import box_paint_reference
 from fastkd.ops.checks import (
+    check_batch_size,
     check_boxes,
     check_device,
     check_embeddings,
+    check_kernel_dtype,
     check_object_values,
     check_size,
     check_tensor,
 )
 from fastkd.ops.coverage import full_precision, widen
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPILED = _library.has_kernel("box_paint_conv3x3")
 
 
@@ -101,10 +102,6 @@ def _check(embeddings, weight, bias, boxes, image_index, image_size, batch_size,
     op = "box_paint_conv3x3"
     check_boxes(op, boxes, image_index)
     check_size(op, "image_size", image_size)
-    if not isinstance(level_sizes, (list, tuple)):
-        raise TypeError(
-            f"{op}: level_sizes must be a list of (H_l, W_l), got {type(level_sizes).__name__}; pass one pair a level"
-        )
     check_embeddings(op, embeddings, boxes.shape[0], level_sizes)
     check_tensor(op, "weight", weight, "[C_out, C, 3, 3]", 4)
     if weight.shape[1:] != (embeddings.shape[2], 3, 3):
@@ -120,17 +117,13 @@ def _check(embeddings, weight, bias, boxes, image_index, image_size, batch_size,
                 "pass the bias of the same convolution"
             )
     check_device(op, "boxes", boxes, "embeddings", embeddings)
-    if not isinstance(batch_size, int) or batch_size < 0:
-        raise ValueError(f"{op}: batch_size must be an int, at least 0, got {batch_size!r}; pass the number of images")
+    check_batch_size(op, batch_size)
     _check_dtypes(op, embeddings, {"weight": weight, "bias": bias})
     check_object_values(op, image_index, batch_size, boxes)
 
 
 def _check_dtypes(op: str, embeddings: Tensor, others: dict[str, Tensor | None]) -> None:
-    if embeddings.dtype not in _FLOATS:
-        raise ValueError(
-            f"{op}: embeddings must be float32, float64, bfloat16 or float16, got {embeddings.dtype}; call .float()"
-        )
+    check_kernel_dtype(op, "embeddings", embeddings)
     mixed = torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64
     allowed = (torch.float32, torch.bfloat16, torch.float16) if mixed else (embeddings.dtype,)
     for name, value in others.items():
@@ -139,7 +132,8 @@ def _check_dtypes(op: str, embeddings: Tensor, others: dict[str, Tensor | None])
         check_device(op, name, value, "embeddings", embeddings)
         if value.dtype not in allowed:
             raise ValueError(
-                f"{op}: {name} must be {embeddings.dtype} as embeddings, got {value.dtype}; convert one, or use autocast"
+                f"{op}: {name} must be {embeddings.dtype} as embeddings, got {value.dtype}; "
+                "convert one, or use autocast"
             )
 
 

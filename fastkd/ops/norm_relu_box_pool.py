@@ -11,9 +11,15 @@ from torch.nn import functional as F
 from fastkd.ops import _library
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.box_pool import box_pool_reference
-from fastkd.ops.checks import check_boxes, check_device, check_levels, check_object_values, check_size
+from fastkd.ops.checks import (
+    check_boxes,
+    check_device,
+    check_kernel_dtype,
+    check_levels,
+    check_object_values,
+    check_size,
+)
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _COMPILED = _library.has_kernel("norm_relu_box_pool")
 
 
@@ -30,8 +36,9 @@ def norm_relu_box_pool(
 ) -> Tensor:
     """Mean of relu(GroupNorm with one group, no affine) of every pyramid level over the cells each box covers.
 
-    out[l, k] = mean over the cells of level l that box k covers (see `box_pool`) of max((x - mean) / sqrt(var + eps), 0),
-    mean and var (without Bessel's correction) over all channels and cells of the box's image; 0 where no cell is covered.
+    out[l, k] = mean over the cells of level l that box k covers (see `box_pool`) of max((x - mean) / sqrt(var + eps),
+    0), mean and var (without Bessel's correction) over all channels and cells of the box's image; 0 where no cell is
+    covered.
 
     Args:
         levels: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
@@ -46,17 +53,15 @@ def norm_relu_box_pool(
     """
     _check(levels, boxes, image_index, image_size, eps)
     if levels[0].device.type == "cpu" and _COMPILED:
-        return torch.ops.fastkd.norm_relu_box_pool(list(levels), boxes.detach(), image_index, *image_size, float(eps))[0]
+        arguments = list(levels), boxes.detach(), image_index, *image_size, float(eps)
+        return torch.ops.fastkd.norm_relu_box_pool(*arguments)[0]
     return norm_relu_box_pool_reference(levels, boxes, image_index, image_size, eps)
 
 
 def _check(levels, boxes, image_index, image_size, eps) -> None:
     op = "norm_relu_box_pool"
     check_levels(op, "levels", levels)
-    if levels[0].dtype not in _FLOATS:
-        raise ValueError(
-            f"{op}: levels must be float32, float64, bfloat16 or float16, got {levels[0].dtype}; call .float()"
-        )
+    check_kernel_dtype(op, "levels", levels[0])
     check_boxes(op, boxes, image_index)
     check_size(op, "image_size", image_size)
     check_device(op, "boxes", boxes, "levels", levels[0])
