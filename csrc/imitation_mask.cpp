@@ -3,7 +3,6 @@
 // Two passes over the cells where an anchor can touch a box: the best IoU of every (box, anchor), then the cells above
 // the threshold, for the anchors whose best exceeds it. No matrix of boxes by anchors: K * sum A numbers between them.
 // The IoU is the reference's float32 operation for operation, so that the same cells exceed the same threshold.
-#include "cover.h"
 #include "pyramid.h"
 #include "simd.h"
 
@@ -11,7 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <utility>
+#include <vector>
 
 namespace fastkd {
 namespace imitation_mask {
@@ -218,30 +218,48 @@ struct Call {
   }
 };
 
+// The boxes image by image, in ascending order: pairs of image and box.
+std::vector<std::pair<int64_t, int64_t>> by_image(const Tensor& image_index, int64_t count, int64_t images) {
+  STD_TORCH_CHECK(image_index.dim() == 1 && image_index.size(0) == count && image_index.is_cpu() &&
+                      image_index.scalar_type() == ScalarType::Long,
+                  "imitation_mask: image_index must be [K] int64 on the CPU");
+  const Tensor plain = torch::stable::contiguous(image_index);
+  const int64_t* image = plain.const_data_ptr<int64_t>();
+  std::vector<std::pair<int64_t, int64_t>> order;
+  for (int64_t k = 0; k < count; ++k) {
+    STD_TORCH_CHECK(image[k] >= 0 && image[k] < images, "imitation_mask: image_index must be in [0, ", images,
+                    "), got ", image[k]);
+    order.push_back({image[k], k});
+  }
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
 std::vector<Tensor> forward(Tensor boxes, Tensor image_index, std::vector<Tensor> anchors, std::vector<int64_t> strides,
                             int64_t batch_size, std::vector<int64_t> level_sizes, double psi) {
   const Call call(boxes, anchors, strides, level_sizes);
   STD_TORCH_CHECK(batch_size >= 0, "imitation_mask: batch_size must not be negative");
-  const ObjectsByImage objects = objects_by_image(image_index, boxes.size(0), batch_size);
+  const std::vector<std::pair<int64_t, int64_t>> order = by_image(image_index, boxes.size(0), batch_size);
   std::vector<Tensor> masks;
-  std::vector<bool*> data;
   for (const Level& level : call.levels) {
     const int64_t shape[] = {batch_size, level.rows, level.columns};
     masks.push_back(torch::stable::new_zeros(boxes, IntHeaderOnlyArrayRef(shape, 3), ScalarType::Bool));
-    data.push_back(masks.back().mutable_data_ptr<bool>());
   }
-  if (call.pairs == 0) return masks;
+  if (call.pairs == 0 || order.empty()) return masks;
   const std::vector<float> best = call.best();
-  const int64_t grain = boxes.size(0) > kBoxesPerThread ? 1 : batch_size;
-  torch::stable::parallel_for(0, batch_size, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      std::vector<bool*> cells(data);
-      for (size_t index = 0; index < cells.size(); ++index)
-        cells[index] += image * call.levels[index].rows * call.levels[index].columns;
-      for (int64_t at = objects.first[image]; at < objects.first[image + 1]; ++at) {
-        const int64_t k = objects.object[at];
-        call.mark(k, best.data() + k * call.pairs, static_cast<float>(psi), cells);
-      }
+  const int64_t count = order.size(), grain = count > kBoxesPerThread ? kBoxesPerThread : count;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    // Whole images: those that begin in this range.
+    const auto same_as_before = [&](int64_t at) { return at > 0 && order[at].first == order[at - 1].first; };
+    while (begin < end && same_as_before(begin)) ++begin;
+    if (begin == end) return;
+    for (int64_t at = begin; at < count && (at < end || same_as_before(at)); ++at) {
+      const auto [image, k] = order[at];
+      std::vector<bool*> cells;
+      for (size_t index = 0; index < masks.size(); ++index)
+        cells.push_back(masks[index].mutable_data_ptr<bool>() +
+                        image * call.levels[index].rows * call.levels[index].columns);
+      call.mark(k, best.data() + k * call.pairs, static_cast<float>(psi), cells);
     }
   });
   return masks;

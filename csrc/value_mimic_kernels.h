@@ -125,7 +125,8 @@ struct Tiles {
       for (int64_t at = 0; at < length; at += line) __builtin_prefetch(x + row * stride + at, 1);
   }
 
-  // A lane a cell: normal(x) = (x - mean) * scale + offset; offset is what rounding left out of the mean.
+  // A lane a cell: x becomes (x - mean) * scale + offset; offset is what rounding left out of the mean. v - t is the
+  // difference of the large parts plus that of the offsets: where they are nearly equal nothing more is rounded.
   struct Normal {
     V mean[U], scale[U], offset[U];
 
@@ -155,7 +156,7 @@ struct Tiles {
       }
     }
 
-    FASTKD_INLINE V operator()(V x, int u) const { return multiply_add(x - mean[u], scale[u], offset[u]); }
+    FASTKD_INLINE V without_offset(V x, int u) const { return (x - mean[u]) * scale[u]; }
   };
 
   // total[u] += what add(channel, u, part) puts into part, kChannels at a time: the error does not grow with depth.
@@ -181,8 +182,9 @@ struct Tiles {
     V square[U] = {};
     over_channels(arguments.depth, square, [&](int64_t channel, int u, V (&part)[U]) {
       const int64_t at = channel * kTile + u * kLane;
-      const V e = v(load<V>(student + at), u) - t(load<V>(teacher + at), u);
-      part[u] = multiply_add(e, e, part[u]);
+      const V e = v.without_offset(load<V>(student + at), u) - t.without_offset(load<V>(teacher + at), u);
+      const V error = e + (v.offset[u] - t.offset[u]);
+      part[u] = multiply_add(error, error, part[u]);
     });
     V weight[U];
     for (int u = 0; u < U; ++u) {
@@ -200,10 +202,11 @@ struct Tiles {
     V slope[U] = {};
     over_channels(arguments.depth, slope, [&](int64_t channel, int u, V (&part)[U]) {
       const int64_t at = channel * kTile + u * kLane;
-      const V a = v(load<V>(student + at), u), e = a - t(load<V>(teacher + at), u);
-      store(student + at, a);
-      store(teacher + at, e);
-      part[u] = multiply_add(e, a, part[u]);
+      const V a = v.without_offset(load<V>(student + at), u), b = t.without_offset(load<V>(teacher + at), u);
+      const V value = a + v.offset[u], error = (a - b) + (v.offset[u] - t.offset[u]);
+      store(student + at, value);
+      store(teacher + at, error);
+      part[u] = multiply_add(error, value, part[u]);
     });
     V scale[U];
     for (int u = 0; u < U; ++u) {
