@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -153,7 +154,7 @@ def collect(chosen: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     }
     timings, green = measure(settings)
     found = results.gather(timings, arithmetic_limit(device))
-    arguments = " ".join(sys.argv[1:])
+    arguments = shlex.join(sys.argv[1:])
     return {
         "command": f"python -m benchmarks.ops {arguments}".strip(),
         "commit": commit(),

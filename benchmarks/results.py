@@ -212,9 +212,9 @@ def report(saved: dict[str, Any]) -> str:
         *main_table(saved["rows"]),
         "",
         "Memory: peak of a call over what was there before, results and gradients included. `at most`: what the caller",
-        "keeps (results and gradients) where the target is 'no more than that'; else that plus the allowed fraction of",
-        "plain torch's scratch. Share of the limit: bytes that must move at least once, or multiply-adds without",
-        "recomputation, a second, against the rate measured above.",
+        "keeps (results and gradients, and 2 % more) where the target is 'no more than that'; else that plus the",
+        "allowed fraction of plain torch's scratch. Share of the limit: bytes that must move at least once, or",
+        "multiply-adds without recomputation, a second, against the rate measured above.",
         "",
         *variant_table(saved["rows"]),
     ]

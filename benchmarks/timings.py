@@ -55,12 +55,12 @@ def check(case: Case, step: Step, dtype: torch.dtype) -> None:
     assert_same(step, Step(first, wide if dtype != torch.float32 else case.arguments), dtype)
 
 
-def run(benchmark, call) -> None:
-    """Rounds for about the seconds of the plan, after a warm-up."""
+def run(benchmark, call, seconds: float = PLAN["seconds"]) -> None:
+    """Rounds for about so many seconds, after a warm-up."""
     begin = time.perf_counter()
     call()
     taken = max(time.perf_counter() - begin, 1e-6)
-    rounds = int(min(max(PLAN["seconds"] / taken, PLAN["rounds"]), 100 * PLAN["rounds"]))
+    rounds = int(min(max(seconds / taken, PLAN["rounds"]), 100 * PLAN["rounds"]))
     benchmark.pedantic(call, rounds=rounds, warmup_rounds=1, iterations=1)
 
 
@@ -97,4 +97,4 @@ def test_point(benchmark, point):
     del kept
     if point["kind"] == "main":
         benchmark.extra_info["memory"] = dataclasses.asdict(memory.measure(step, DEVICE))
-    run(benchmark, step)
+    run(benchmark, step, PLAN["seconds"] * (0.4 if point["kind"] == "growth" else 1))  # half of the points
