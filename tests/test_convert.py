@@ -230,6 +230,8 @@ def test_old_retinanet_names():
     logits = found.detector.head.classification_head.cls_logits.weight
     theirs = tensors["head.classification_head.cls_logits.weight"].view(9, 91, 256, 3, 3)
     assert torch.equal(logits.view(9, 80, 256, 3, 3)[:, -1], theirs[:, 90])
+    ninety = convert_torchvision(old, [f"class {i}" for i in range(90)]).detector.head.classification_head.cls_logits
+    assert torch.equal(ninety.weight.view(9, 90, 256, 3, 3), theirs[:, 1:])
     for i in range(4):
         one = found.detector.state_dict()[f"head.regression_head.conv.{i}.0.weight"]
         assert torch.equal(one, tensors[f"head.regression_head.conv.{i}.0.weight"])

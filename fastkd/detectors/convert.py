@@ -174,7 +174,8 @@ def convert_torchvision(
         raise ValueError(
             f"convert: class names must be given for {where}, whose {rows} classes are not COCO's; pass --annotations"
         )
-    kept = list(COCO_CLASSES) if rows == _TORCHVISION_ROWS else list(range(1, rows))
+    coco = rows == _TORCHVISION_ROWS and (class_names is None or len(class_names) == len(COCO_CLASSES))
+    kept = list(COCO_CLASSES) if coco else list(range(1, rows))
     names = _class_names(class_names, len(kept), where)
     trainable = any(name.endswith("num_batches_tracked") for name in tensors)
     config = DetectorConfig(
@@ -189,7 +190,7 @@ def convert_torchvision(
     _select_classes(named, layers, rows, kept if dense else [0, *kept])
     notes = (f"classes {kept[0]} .. {kept[-1]} of {rows}: {len(kept)} kept",)
     if norm_eps is None:
-        norm_eps = 0.0 if rows == _TORCHVISION_ROWS and not trainable else 1e-5
+        norm_eps = 0.0 if coco and not trainable else 1e-5
     if norm_eps != 1e-5:
         _change_eps(named, norm_eps)
         notes += (f"eps {norm_eps:g} of the original's batch norms worked into their weights",)

@@ -29,7 +29,7 @@ from fastkd.training.step import sum_losses
 from fastkd.types import Batch
 
 WEAK, STRONG = 0.01, 0.95  # the method's share of the gradient in the pyramid
-ONE_LEVEL = 0.9  # a level's share of the method's gradient (a sum of norms)
+ONE_LEVEL, OWN_LEVEL = 0.9, 0.6  # a level's share of the method's gradient (a sum of norms), of the detector's own
 FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # laterals differ where the backbones do
 UNIT_SIZE = (0.2, 3.0)  # standard deviation of what ICD's decoder sees
 PRACTICE_STEPS, PRACTICE_RATE = 12, 1e-3
@@ -252,17 +252,16 @@ def judge_gradients(own: list[float], taught: list[float], levels: list[str]) ->
         yield Finding("problem", "gradient", f"{text}: it drowns the detector's own; lower its weight")
     else:
         yield Finding("ok", "gradient", text)
+    by_level = ", ".join(f"{name} {value / total:.0%}" for name, value in zip(levels, taught))
     most = max(range(len(taught)), key=taught.__getitem__)
-    if len(taught) > 1 and taught[most] / total > ONE_LEVEL:
-        yield Finding(
-            "problem",
-            "levels",
-            f"{levels[most]} alone makes {taught[most] / total:.0%} of the method's gradient, the others are hardly "
-            "taught; look at the teacher's features there, or lower the weight and normalise them",
-        )
-    else:
-        by_level = ", ".join(f"{name} {value / total:.0%}" for name, value in zip(levels, taught))
+    if len(taught) == 1 or taught[most] / total <= ONE_LEVEL:
         yield Finding("ok", "levels", f"the method's gradient by level: {by_level}")
+    elif own[most] < OWN_LEVEL * mine:
+        advice = "the others are hardly taught; look at the teacher's features there, or normalise them"
+        yield Finding("problem", "levels", f"{levels[most]} alone swamps the method's gradient ({by_level}): {advice}")
+    else:
+        text = f"{levels[most]} makes most of the method's gradient ({by_level}), as of the detector's own"
+        yield Finding("warning", "levels", f"{text}: do all objects lie there?")
 
 
 def _first_batches(built: Built, count: int) -> tuple[list[Batch], float]:
