@@ -45,7 +45,7 @@ $(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES)
 	touch $@
 
 test: build cmake
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 demo: build
 	$(BIN)/fastkd demo
