@@ -59,13 +59,11 @@ FASTKD_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// 0, 1, 2, ... as float
-template <class V>
-FASTKD_INLINE V count_up() {
-  if constexpr (kLanes<V> == 1) return V(0);
-  float lanes[kLanes<V>];
-  for (int lane = 0; lane < kLanes<V>; ++lane) lanes[lane] = static_cast<float>(lane);
-  return load<V>(lanes);
+// 0, 1, 2, ...
+FASTKD_INLINE FloatVector count_up() {
+  float lanes[kFloats];
+  for (int lane = 0; lane < kFloats; ++lane) lanes[lane] = static_cast<float>(lane);
+  return load<FloatVector>(lanes);
 }
 
 // What of the IoU depends on the row.
@@ -81,9 +79,9 @@ struct Row {
 };
 
 // The IoU of the cells x, x + 1, ... of a row.
-template <class V>
-FASTKD_INLINE V overlap(const Pair& pair, const Row& row, int64_t x) {
-  const V none{}, shift = (count_up<V>() + static_cast<float>(x)) * pair.stride_x;
+FASTKD_INLINE FloatVector overlap(const Pair& pair, const Row& row, int64_t x) {
+  using V = FloatVector;
+  const V none{}, shift = (count_up() + static_cast<float>(x)) * pair.stride_x;
   const V low = shift + pair.anchor[0], high = shift + pair.anchor[2];
   const V width = larger<V>(smaller<V>(none + pair.box[2], high) - larger<V>(none + pair.box[0], low), none);
   const V inter = width * row.height, area = (high - low) * row.anchor_height;
@@ -91,37 +89,35 @@ FASTKD_INLINE V overlap(const Pair& pair, const Row& row, int64_t x) {
   return inter / larger<V>(box_area + area - inter, none + 1e-12f);
 }
 
-// run(lanes of type V or float, y, x) for all cells of the window, in vectors and then one by one.
+// run(IoU of some cells, 0 past the window, y, x, how many) for all cells of the window.
 template <class Run>
 FASTKD_INLINE void over_window(const Pair& pair, const Run& run) {
   for (int64_t y = pair.window.y0; y < pair.window.y1; ++y) {
     const Row row(pair, y);
     int64_t x = pair.window.x0;
-    for (; x + kFloats <= pair.window.x1; x += kFloats) run(overlap<FloatVector>(pair, row, x), y, x);
-    for (; x < pair.window.x1; ++x) run(overlap<float>(pair, row, x), y, x);
+    for (; x + kFloats <= pair.window.x1; x += kFloats) run(overlap(pair, row, x), y, x, int64_t{kFloats});
+    const int64_t rest = pair.window.x1 - x;
+    if (rest > 0) {
+      const FloatVector value = overlap(pair, row, x), none{};
+      run(count_up() < none + static_cast<float>(rest) ? value : none, y, x, rest);
+    }
   }
 }
 
 float best(const Pair& pair) {
   FloatVector most{};
-  float rest = 0;
-  over_window(pair, [&](auto value, int64_t, int64_t) {
-    if constexpr (kLanes<decltype(value)> == 1) {
-      rest = larger(value, rest);
-    } else {
-      most = larger(value, most);
-    }
-  });
-  for (int lane = 0; lane < kFloats; ++lane) rest = larger<float>(most[lane], rest);
-  return rest;
+  over_window(pair, [&](FloatVector value, int64_t, int64_t, int64_t) { most = larger(value, most); });
+  float lanes[kFloats], best = 0;
+  store(lanes, most);
+  for (const float lane : lanes) best = larger(lane, best);
+  return best;
 }
 
 void mark(const Pair& pair, float threshold, bool* cells, int64_t columns) {
-  over_window(pair, [&](auto value, int64_t y, int64_t x) {
-    constexpr int lanes = kLanes<decltype(value)>;
-    float values[lanes];
-    store(values, value);
-    for (int lane = 0; lane < lanes; ++lane) cells[y * columns + x + lane] |= values[lane] > threshold;
+  over_window(pair, [&](FloatVector value, int64_t y, int64_t x, int64_t count) {
+    float lanes[kFloats];
+    store(lanes, value);
+    for (int64_t lane = 0; lane < count; ++lane) cells[y * columns + x + lane] |= lanes[lane] > threshold;
   });
 }
 

@@ -137,18 +137,16 @@ struct Tiles {
       });
       const acc count = static_cast<acc>(depth);
       for (int u = 0; u < U; ++u) mean[u] = sum[u] / count;
-      V left[U] = {}, square[U] = {};
-      over_channels(depth, left, [&](int64_t channel, int u, V (&part)[U]) {
-        part[u] += load<V>(tile + channel * kTile + u * kLane) - mean[u];
-      });
-      over_channels(depth, square, [&](int64_t channel, int u, V (&part)[U]) {
+      V left[2 * U] = {};  // what is left of the sum, then the squares
+      over_channels(depth, left, [&](int64_t channel, int u, V (&part)[2 * U]) {
         const V centred = load<V>(tile + channel * kTile + u * kLane) - mean[u];
-        part[u] = multiply_add(centred, centred, part[u]);
+        part[u] += centred;
+        part[U + u] = multiply_add(centred, centred, part[U + u]);
       });
       for (int u = 0; u < U; ++u) {
         left[u] /= count;
         acc lanes[kLane];
-        store(lanes, V(square[u] / count - left[u] * left[u]));
+        store(lanes, V(left[U + u] / count - left[u] * left[u]));
         for (int lane = 0; lane < kLane; ++lane)
           lanes[lane] = acc(1) / std::sqrt((lanes[lane] < 0 ? acc(0) : lanes[lane]) + static_cast<acc>(eps));
         scale[u] = load<V>(lanes);
@@ -160,14 +158,14 @@ struct Tiles {
   };
 
   // total[u] += what add(channel, u, part) puts into part, kChannels at a time: the error does not grow with depth.
-  template <class Add>
-  static FASTKD_INLINE void over_channels(int64_t depth, V (&total)[U], const Add& add) {
+  template <int sums, class Add>
+  static FASTKD_INLINE void over_channels(int64_t depth, V (&total)[sums], const Add& add) {
     for (int64_t first = 0; first < depth; first += kChannels) {
       const int64_t last = first + kChannels < depth ? first + kChannels : depth;
-      V part[U] = {};
+      V part[sums] = {};
       for (int64_t channel = first; channel < last; ++channel)
         for (int u = 0; u < U; ++u) add(channel, u, part);
-      for (int u = 0; u < U; ++u) total[u] += part[u];
+      for (int sum = 0; sum < sums; ++sum) total[sum] += part[sum];
     }
   }
 
@@ -216,7 +214,8 @@ struct Tiles {
     for (int64_t channel = 0; channel < arguments.depth; ++channel)
       for (int u = 0; u < U; ++u) {
         const int64_t at = channel * kTile + u * kLane;
-        store(student + at, V((load<V>(teacher + at) - slope[u] * load<V>(student + at)) * scale[u]));
+        const V value = load<V>(student + at), error = load<V>(teacher + at);
+        store(student + at, V(multiply_add(-slope[u], value, error) * scale[u]));
       }
   }
 
