@@ -1,10 +1,10 @@
 // box_paint_conv3x3: the 3x3 convolution of painted boxes, painted from the nine products of each embedding with the
 // weight (taps): a cell of the output sums, over the boxes, the taps that reach the box from it.
 //
-// A box is the sum of two kinds of three shifted ranges: tap (i, j) reaches cells y0 + 1 - i <= y < y1 + 1 - i, x alike. So
-// rows fall into at most five classes by the set of i that reach: {2}, {1, 2}, {0, 1, 2}, {0, 1}, {0}; a side of two cells
-// lacks the middle one, of a side of one cell it is {1} and has no neighbours. Columns alike: at most 25 regions of
-// constant value, which bands.h takes as objects of their own. The bias is one more object that covers every cell.
+// Tap (i, j) reaches the box of rows [y0, y1) from the cells y0 + 1 - i <= y < y1 + 1 - i, x alike. So rows fall into
+// at most five classes by the set of i that reach: {2}, {1, 2}, {0, 1, 2}, {0, 1}, {0}; a side of two cells lacks the
+// middle one, and a side of one cell has {2}, {1}, {0}. Columns alike: at most 25 regions of constant value, which
+// bands.h takes as objects of their own. The bias is one more object that covers every cell.
 //
 // forward   sums taps to regions, paints them: every cell of the output is written once, channels-last
 // backward  reads the gradient once, pools it over the regions; a tap's gradient is the sum of the regions it reaches
