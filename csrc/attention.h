@@ -11,6 +11,9 @@
 namespace fastkd {
 namespace attention {
 
+// Queries of a head at a time, where keys are projected: their logits and slopes stay near the core.
+constexpr int64_t kChunk = 48;
+
 // One level [images, channels, rows, columns], dense in either memory order.
 struct Map {
   const void* data;
@@ -52,6 +55,7 @@ struct Call {
   void *output, *logsumexp, *normal, *delta, *grad_queries, *grad_weight;
 
   int64_t group() const { return projected ? 1 : heads; }  // heads that share keys, and so one product
+  int64_t most_at_a_time() const { return projected ? kChunk : queries; }
   int64_t count(int64_t image) const { return chosen == nullptr ? queries : chosen_count[image]; }
   // Row of the tables [images * heads * queries, ...] of the n-th query in use.
   int64_t row(int64_t image, int64_t head, int64_t n) const {
@@ -215,6 +219,9 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
   }
 }
 
+// Queries whose rows of the tables are asked for ahead of their use: each begins in a place of its own in memory.
+constexpr int64_t kAhead = 4;
+
 // Row bias + column bias of one query at the tile's cells, -inf behind them up to a whole vector. Writes up to a vector
 // past that.
 template <class acc>
@@ -223,13 +230,17 @@ FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   for (int64_t index = 0; index < tile.segment_count; ++index) {
     const Segment& part = tile.segments[index];
     const attention::Level& level = *part.level;
-    const acc row = static_cast<const acc*>(level.row_bias)[table_row * level.rows + part.y];
+    const acc* row_bias = static_cast<const acc*>(level.row_bias) + table_row * level.rows + part.y;
+    __builtin_prefetch(row_bias + kAhead * level.rows);
+    const V row = splat<V>(*row_bias);
     const acc* column = static_cast<const acc*>(level.column_bias) + table_row * level.columns + part.x;
     const int64_t readable = static_cast<const acc*>(level.column_end) - column;
     int64_t i = 0;
-    for (; i < part.length && i + kLanes<V> <= readable; i += kLanes<V>)
-      store(out + part.offset + i, splat<V>(row) + load<V>(column + i));
-    for (; i < part.length; ++i) out[part.offset + i] = row + column[i];
+    for (; i < part.length && i + kLanes<V> <= readable; i += kLanes<V>) {
+      __builtin_prefetch(column + kAhead * level.columns + i);
+      store(out + part.offset + i, row + load<V>(column + i));
+    }
+    for (; i < part.length; ++i) out[part.offset + i] = *row_bias + column[i];
   }
   const int64_t padded = round_up(tile.cells, kLanes<V>);
   for (int64_t i = tile.cells; i < padded; i += kLanes<V>) store(out + i, splat<V>(-__builtin_inf()));
@@ -249,7 +260,8 @@ struct Buffers {
     cell_stride = (lines + 1 - lines % 2) * kLine;  // odd: tile.h, kTile
     key_stride = round_up(call.depth, kLine);
     value_stride = round_up(call.value_depth, kLine);
-    const int64_t rows = call.group() * call.queries, keys_rows = call.projected ? call.depth : 0;
+    const int64_t most = call.most_at_a_time() < call.queries ? call.most_at_a_time() : call.queries;
+    const int64_t rows = call.group() * most, keys_rows = call.projected ? call.depth : 0;
     acc** const buffers[] = {&cells,          &cells_by_cell, &keys,   &keys_by_cell, &values,
                              &values_by_cell, &logits,        &slopes, &grad_keys,    &grad_values, &bias};
     const int64_t sizes[] = {call.channels * kTile,    kTile * cell_stride,  keys_rows * kTile,
@@ -263,18 +275,24 @@ struct Buffers {
   }
 };
 
-// Logits without their bias of the heads head .. head + group of a tile, [group * count, kTile]; the tile's cells are in
-// the buffers. The bias is added to the finished product: a sum that began with it would round it at every step.
+// Projected keys [depth, kTile] of a head; the tile's cells are in the buffers.
+template <class acc>
+void tile_keys(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t head) {
+  using V = Vector<acc>;
+  const acc* panels = static_cast<const acc*>(call.weight_panels) + head * call.depth * call.channels;
+  multiply<V, Panels>(panels, call.depth, call.channels, buffers.cells, kTile, round_up(tile.cells, kLanes<V>) / kLanes<V>,
+                      buffers.keys, kTile, false);
+}
+
+// Logits without their bias, [rows, kTile]: of `rows` queries of a head from `first` on where keys are projected, else
+// of all heads. The bias is added to the finished product: a sum that began with it would round it at every step.
 template <class acc>
 void tile_logits(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
-                 int64_t head) {
+                 int64_t head, int64_t first, int64_t rows) {
   using V = Vector<acc>;
-  const int64_t count = call.count(image), rows = call.group() * count, vectors = round_up(tile.cells, kLanes<V>) / kLanes<V>;
-  if (call.projected)
-    multiply<V, Panels>(static_cast<const acc*>(call.weight_panels) + head * call.depth * call.channels, call.depth,
-                        call.channels, buffers.cells, kTile, vectors, buffers.keys, kTile, false);
-  const acc* panels = static_cast<const acc*>(call.query_panels) + (image * call.heads + head) * call.queries * call.depth;
-  multiply<V, Panels>(panels, rows, call.depth, call.projected ? buffers.keys : buffers.cells, kTile, vectors,
+  const int64_t row = (image * call.heads + head) * call.queries + first;
+  multiply<V, Panels>(static_cast<const acc*>(call.query_panels) + row * call.depth, rows, call.depth,
+                      call.projected ? buffers.keys : buffers.cells, kTile, round_up(tile.cells, kLanes<V>) / kLanes<V>,
                       buffers.logits, kTile, false);
 }
 

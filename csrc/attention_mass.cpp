@@ -39,8 +39,14 @@ struct Mass {
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
       if (call.count(split.image) > 0) F::load_cells(call, buffers, tile, split.image, false);
       for (int64_t head = 0; head < call.heads; ++head) {
-        if (head % call.group() == 0) tile_logits(call, buffers, tile, split.image, head);
-        sum_probabilities(call, buffers, tile, split.image, head);
+        if (call.projected) tile_keys(call, buffers, tile, head);
+        F::prefetch_next(call, tile, split.image, head);
+        acc total[kTile] = {};
+        F::each_chunk(call, call.count(split.image), [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+          const acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count);
+          add_probabilities(call, buffers, tile, split.image, head, first, count, logits, total);
+        });
+        store_mass(call, tile, split.image, head, total);
       }
     };
     each_tile(call, split, tile, visit, [&](const attention::Level& level, int64_t cell, int64_t length) {
@@ -48,14 +54,12 @@ struct Mass {
     });
   }
 
-  static void sum_probabilities(const Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
-                                int64_t head) {
-    const int64_t count = call.count(image), length = round_up(tile.cells, kLanes<V>);
-    const acc* logits = buffers.logits + head % call.group() * count * kTile;
+  static void add_probabilities(const Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
+                                int64_t head, int64_t first, int64_t count, const acc* logits, acc* total) {
+    const int64_t length = round_up(tile.cells, kLanes<V>);
     const V scale = splat<V>(static_cast<acc>(call.scale));
-    acc total[kTile] = {};
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t row = call.row(image, head, n);
+      const int64_t row = call.row(image, head, first + n);
       const V base = splat<V>(static_cast<const acc*>(call.logsumexp)[row]);
       bias_row(tile, row, buffers.bias);
       for (int64_t i = 0; i < length; i += kLanes<V>) {
@@ -63,6 +67,9 @@ struct Mass {
         store(total + i, load<V>(total + i) + exponential(logit - base));
       }
     }
+  }
+
+  static void store_mass(const Call& call, const Tile& tile, int64_t image, int64_t head, const acc* total) {
     for (int64_t each = 0; each < tile.run_count; ++each) {
       const Run& run = tile.runs[each];
       const int64_t cells = run.level->rows * run.level->columns;

@@ -45,21 +45,25 @@ template <class acc>
 struct Backward {
   using V = Vector<acc>;
   using B = Buffers<acc>;
+  using F = Forward<acc>;
   static constexpr int64_t lanes = kLanes<V>;
 
   static int64_t vectors(int64_t length) { return round_up(length, lanes) / lanes; }
 
-  // What the products with the output's gradient read, and D, of a group of heads.
+  // What the products with the output's gradient read, and D, of a group of heads; a chunk of queries after the other.
   static void prepare(const Call& call, int64_t index, void*) {
     const int64_t n = call.queries, d = call.depth, dv = call.value_depth;
-    if (call.projected)
-      pack_panels(static_cast<const acc*>(call.query_data) + index * n * d, 1, d, d, n,
-                  static_cast<acc*>(call.query_columns) + index * n * d);
     for (int64_t head = index; head < index + call.group(); ++head) {
       const acc* grad = static_cast<const acc*>(call.grad_data) + head * n * dv;
       const acc* output = static_cast<const acc*>(call.output_data) + head * n * dv;
-      pack_panels(grad, dv, 1, n, dv, static_cast<acc*>(call.grad_panels) + head * n * dv);
-      pack_panels(grad, 1, dv, dv, n, static_cast<acc*>(call.grad_columns) + head * n * dv);
+      F::each_chunk(call, n, [&](int64_t first, int64_t count) {
+        const int64_t row = head * n + first;
+        if (call.projected)
+          pack_panels(static_cast<const acc*>(call.query_data) + row * d, 1, d, d, count,
+                      static_cast<acc*>(call.query_columns) + row * d);
+        pack_panels(grad + first * dv, dv, 1, count, dv, static_cast<acc*>(call.grad_panels) + row * dv);
+        pack_panels(grad + first * dv, 1, dv, dv, count, static_cast<acc*>(call.grad_columns) + row * dv);
+      });
       for (int64_t row = 0; row < n; ++row) {
         double sum = 0;
         for (int64_t c = 0; c < dv; ++c) sum += static_cast<double>(grad[row * dv + c]) * output[row * dv + c];
@@ -93,18 +97,26 @@ struct Backward {
     }
     Tile tile;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
-      Forward<acc>::load_cells(call, buffers, tile, split.image, call.for_keys);
+      F::load_cells(call, buffers, tile, split.image, call.for_keys);
       for (int64_t head = 0; head < call.heads; ++head) {
-        if (head % call.group() == 0) tile_logits(call, buffers, tile, split.image, head);
-        const int64_t offset = head % call.group() * call.queries * kTile;
-        const int64_t row = (split.image * call.heads + head) * call.queries;
-        probabilities(call, buffers, tile, row, buffers.logits + offset);
-        if (call.for_values) value_gradient(call, buffers, tile, split.image, head, buffers.logits + offset);
-        if (!call.for_keys) continue;
-        logit_gradient(call, buffers, tile, split.image, head, offset);
-        bias_gradient(call, split, sums, tile, head, buffers.slopes + offset);
-        if ((head + 1) % call.group() == 0) key_gradient(call, buffers, sums, tile, split.image, head + 1 - call.group());
+        if (call.projected) tile_keys(call, buffers, tile, head);
+        if (call.for_keys) F::load_values(call, buffers, tile, split.image, head, true);
+        if (call.for_keys && call.projected)
+          transpose<V>(buffers.keys, kTile, call.depth, round_up(tile.cells, lanes), buffers.keys_by_cell,
+                       buffers.key_stride);
+        F::prefetch_next(call, tile, split.image, head);
+        F::each_chunk(call, call.queries, [&](int64_t first, int64_t count) {
+          chunk(call, split, buffers, sums, tile, head, first, count);
+        });
+        if (call.for_values) store_value_gradient(call, buffers, tile, split.image, head);
+        if (call.for_keys && call.projected)
+          multiply<V, TileRows>(buffers.grad_keys, call.depth, tile.cells, buffers.cells_by_cell, buffers.cell_stride,
+                                vectors(call.channels), sums.weight + head * call.depth * sums.weight_stride,
+                                sums.weight_stride, true);
       }
+      if (call.for_keys && !call.projected)
+        multiply<V, TileRows>(buffers.slopes, call.heads * call.queries, tile.cells, buffers.cells_by_cell,
+                              buffers.cell_stride, vectors(call.depth), sums.queries, sums.query_stride, true);
     };
     each_tile(call, split, tile, visit, [&](const attention::Level& level, int64_t cell, int64_t length) {
       if (!call.for_values) return;
@@ -125,8 +137,31 @@ struct Backward {
     }
   }
 
-  static void probabilities(const Call& call, const B& buffers, const Tile& tile, int64_t table_row, acc* logits) {
-    for (int64_t n = 0; n < call.queries; ++n) {
+  // What `count` queries of a head from `first` on add to the gradients.
+  static void chunk(const Call& call, const Split& split, const B& buffers, const Sums& sums, const Tile& tile,
+                    int64_t head, int64_t first, int64_t count) {
+    const int64_t d = call.depth, dv = call.value_depth, row = (split.image * call.heads + head) * call.queries + first;
+    acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count);
+    acc* slopes = buffers.slopes + (logits - buffers.logits);
+    probabilities(call, buffers, tile, row, count, logits);
+    if (call.for_values)
+      multiply<V, Panels>(static_cast<const acc*>(call.grad_columns) + row * dv, dv, count, logits, kTile,
+                          vectors(tile.cells), buffers.grad_values, kTile, first > 0);
+    if (!call.for_keys) return;
+    multiply<V, Panels>(static_cast<const acc*>(call.grad_panels) + row * dv, count, dv, buffers.values, kTile,
+                        vectors(tile.cells), slopes, kTile, false);
+    logit_gradient(call, tile, row, count, logits, slopes);
+    bias_gradient(call, split, sums, tile, head, first, count, slopes);
+    if (!call.projected) return;
+    multiply<V, TileRows>(slopes, count, tile.cells, buffers.keys_by_cell, buffers.key_stride, vectors(d),
+                          sums.queries + (head * call.queries + first) * sums.query_stride, sums.query_stride, true);
+    multiply<V, Panels>(static_cast<const acc*>(call.query_columns) + row * d, d, count, slopes, kTile,
+                        vectors(tile.cells), buffers.grad_keys, kTile, first > 0);
+  }
+
+  static void probabilities(const Call& call, const B& buffers, const Tile& tile, int64_t table_row, int64_t count,
+                            acc* logits) {
+    for (int64_t n = 0; n < count; ++n) {
       const acc* normal = static_cast<const acc*>(call.normal) + 2 * (table_row + n);
       const V maximum = splat<V>(normal[0]), factor = splat<V>(normal[1]);
       acc* row = logits + n * kTile;
@@ -136,46 +171,42 @@ struct Backward {
     }
   }
 
-  static void value_gradient(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
-                             const acc* probability) {
-    const int64_t dv = call.value_depth, n = call.queries;
-    const acc* panels = static_cast<const acc*>(call.grad_columns) + (image * call.heads + head) * n * dv;
-    multiply<V, Panels>(panels, dv, n, probability, kTile, vectors(tile.cells), buffers.grad_values, kTile, false);
+  static void store_value_gradient(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head) {
+    const int64_t dv = call.value_depth;
     with_type<acc>(call.values_type, [&](auto type) {
       store_tile<acc, decltype(type)>(tile, image, call.heads * dv, head * dv, dv, buffers.grad_values,
                                       buffers.values_by_cell, buffers.value_stride);
     });
   }
 
-  // slopes = P (dO V - D)
-  static void logit_gradient(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
-                             int64_t offset) {
-    const int64_t dv = call.value_depth, n = call.queries, row = (image * call.heads + head) * n;
-    acc* slopes = buffers.slopes + offset;
-    Forward<acc>::load_values(call, buffers, tile, image, head, true);
-    multiply<V, Panels>(static_cast<const acc*>(call.grad_panels) + row * dv, n, dv, buffers.values, kTile,
-                        vectors(tile.cells), slopes, kTile, false);
-    for (int64_t query = 0; query < n; ++query) {
-      const V delta = splat<V>(static_cast<const acc*>(call.delta)[row + query]);
-      for (int64_t i = query * kTile; i < query * kTile + tile.cells; i += lanes)
-        store(slopes + i, load<V>(buffers.logits + offset + i) * (load<V>(slopes + i) - delta));
+  // slopes: dO V -> P (dO V - D)
+  static void logit_gradient(const Call& call, const Tile& tile, int64_t table_row, int64_t count, const acc* logits,
+                             acc* slopes) {
+    for (int64_t n = 0; n < count; ++n) {
+      const V delta = splat<V>(static_cast<const acc*>(call.delta)[table_row + n]);
+      for (int64_t i = n * kTile; i < n * kTile + tile.cells; i += lanes)
+        store(slopes + i, load<V>(logits + i) * (load<V>(slopes + i) - delta));
     }
   }
 
   static void bias_gradient(const Call& call, const Split& split, const Sums& sums, const Tile& tile, int64_t head,
-                            const acc* slopes) {
-    for (int64_t n = 0; n < call.queries; ++n)
+                            int64_t first, int64_t count, const acc* slopes) {
+    for (int64_t n = 0; n < count; ++n)
       for (int64_t index = 0; index < tile.segment_count; ++index) {
         const Segment& part = tile.segments[index];
         const attention::Level& level = *part.level;
         const acc* slope = slopes + n * kTile + part.offset;
-        const int64_t place = head * call.queries + n;
+        const int64_t place = head * call.queries + first + n;
         acc* column = sums.columns + place * sums.column_count + level.first_column - split.first_column + part.x;
+        acc* row = static_cast<acc*>(level.grad_row) +
+                   (split.image * call.heads * call.queries + place) * level.rows + part.y;
+        __builtin_prefetch(row + kAhead * level.rows, 1);
         V total{};
         acc rest = 0;
         int64_t i = 0;
         for (; i + lanes <= part.length; i += lanes) {
           const V value = load<V>(slope + i);
+          __builtin_prefetch(column + kAhead * sums.column_count + i, 1);
           total += value;
           store(column + i, load<V>(column + i) + value);
         }
@@ -183,28 +214,8 @@ struct Backward {
           rest += slope[i];
           column[i] += slope[i];
         }
-        const int64_t table_row = split.image * call.heads * call.queries + place;
-        static_cast<acc*>(level.grad_row)[table_row * level.rows + part.y] += sum_lanes(total) + rest;
+        *row += sum_lanes(total) + rest;
       }
-  }
-
-  // What the slopes of a group of heads from `head` on add to the gradients of queries and key_weight.
-  static void key_gradient(const Call& call, const B& buffers, const Sums& sums, const Tile& tile, int64_t image,
-                           int64_t head) {
-    const int64_t n = call.queries, d = call.depth;
-    acc* queries = sums.queries + head * n * sums.query_stride;
-    if (!call.projected) {
-      multiply<V, TileRows>(buffers.slopes, call.heads * n, tile.cells, buffers.cells_by_cell, buffers.cell_stride,
-                            vectors(d), queries, sums.query_stride, true);
-      return;
-    }
-    transpose<V>(buffers.keys, kTile, d, round_up(tile.cells, lanes), buffers.keys_by_cell, buffers.key_stride);
-    multiply<V, TileRows>(buffers.slopes, n, tile.cells, buffers.keys_by_cell, buffers.key_stride, vectors(d), queries,
-                          sums.query_stride, true);
-    const acc* panels = static_cast<const acc*>(call.query_columns) + (image * call.heads + head) * n * d;
-    multiply<V, Panels>(panels, d, n, buffers.slopes, kTile, vectors(tile.cells), buffers.grad_keys, kTile, false);
-    multiply<V, TileRows>(buffers.grad_keys, d, tile.cells, buffers.cells_by_cell, buffers.cell_stride,
-                          vectors(call.channels), sums.weight + head * d * sums.weight_stride, sums.weight_stride, true);
   }
 
   // The splits' sums of a head: gradients of queries and column biases.

@@ -14,6 +14,7 @@ namespace {
 // floats are an odd number of cache lines, so that a column of them does not fall into few sets of the cache.
 constexpr int64_t kTile = 144;
 constexpr int64_t kDepth = 144;  // products added in registers before C is stored: that much of B stays in L1
+constexpr int64_t kShortDepth = 24;  // for sums that one term may dominate: those after it are rounded to its size
 constexpr bool kWide = FASTKD_CAPABILITY >= 2;  // 32 vector registers
 
 template <class F, int... I>
@@ -101,12 +102,12 @@ FASTKD_INLINE Block<Element<V>> block_of(int64_t rows, int64_t vectors) {
   return block_of_rows<V, A, 1>(rows, Rows{});
 }
 
-// C [rows, vectors * lanes] = A [rows, k] B [k, ...], added to C where accumulate.
+// C [rows, vectors * lanes] = A [rows, k] B [k, ...], added to C where accumulate; at most `most` products in a row.
 template <class V, class A, class acc = Element<V>>
 void multiply(const acc* a, int64_t rows, int64_t k, const acc* b, int64_t ldb, int64_t vectors, acc* c, int64_t ldc,
-              bool accumulate) {
+              bool accumulate, int64_t most = kDepth) {
   if (rows == 0 || vectors == 0) return;
-  const Parts depths(k, kDepth), columns(vectors, A::kVectors), panels(rows, A::kRows);
+  const Parts depths(k, most), columns(vectors, A::kVectors), panels(rows, A::kRows);
   for (int64_t depth = 0; depth < depths.count; ++depth) {
     const int64_t k0 = depths.first(depth), steps = depths.first(depth + 1) - k0;
     for (int64_t column = 0; column < columns.count; ++column) {

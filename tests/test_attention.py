@@ -86,8 +86,9 @@ def test_both_ways_to_the_logits_are_covered():
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_no_worse_than_plain(capability, shape, layout, dtype):
+    count = 12 if shape is FEW else 3  # the fewer numbers, the more of them are exact by luck
     check_draws(
-        instance_attention, instance_attention_reference, lambda: convert(draw(*shape, layout=layout), dtype), count=3
+        instance_attention, instance_attention_reference, lambda: convert(draw(*shape, layout=layout), dtype), count
     )
 
 
