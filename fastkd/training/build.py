@@ -119,6 +119,8 @@ def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPrior
             detach_appearance=method.detach_appearance,
             use_masks=method.use_masks,
             adapter_query=method.adapter_query,
+            weight=method.weight,
+            instructive_weight=method.instructive_weight,
         )
     if isinstance(method, ICDConfig):
         return ICD(
