@@ -49,6 +49,7 @@ def test_published_numbers(detector):
     two_stage = "rcnn" in detector
     lgd, icd = (get_recipe(f"coco-{detector}-{m}") for m in ("lgd", "icd"))
     assert lgd.method.context == (not two_stage and detector != "fcos") and lgd.method.detach_appearance == two_stage
+    assert (lgd.method.weight, lgd.method.instructive_weight, lgd.method.adapter_query) == (1.0, 1.0, "appearance")
     assert lgd.schedule == Schedule(steps=180_000, batch_size=16)
     assert [steps_of(m, 180_000) for m in lgd.optimizer.milestones] == [120_000, 160_000]
     assert lgd.optimizer.learning_rate == (0.02 if two_stage else 0.01) and lgd.method_optimizer is None
@@ -140,6 +141,8 @@ def test_command_line_errors(capsys):
         (lambda r: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None"),
         (lambda r: LGDConfig(detach_fraction=-0.1), "detach_fraction must be a fraction"),
         (lambda r: LGDConfig(heads=0), "heads must be at least 1"),
+        (lambda r: LGDConfig(weight=-1.0), "LGDConfig: weight must be 0 or more"),
+        (lambda r: LGDConfig(instructive_weight=-1.0), "instructive_weight must be 0 or more"),
         (lambda r: ICDConfig(temperature=0), "temperature must be positive"),
         (lambda r: FGFIConfig(psi=2), "psi must be in"),
         (lambda r: dataclasses.replace(r.data, short_sides=()), "short_sides must be one or more"),

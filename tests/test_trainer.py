@@ -15,7 +15,7 @@ from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
 from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
-from fastkd.training.config import FGFIConfig, OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.config import FGFIConfig, LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
 from fastkd.training.logging import RunLog
 from fastkd.training.optimizers import NamedOptimizer, build_optimizers
 from fastkd.training.run_directory import RunDirectoryError
@@ -212,6 +212,18 @@ def test_detached_student_learns_from_its_own_loss_alone(tiny_data):
     plain = gradients(Phase(distill=False))
     assert all(torch.equal(one, two) for one, two in zip(plain, gradients(Phase(detach_student=True))))
     assert any(not torch.equal(one, two) for one, two in zip(plain, gradients(Phase())))
+
+
+def test_the_instructive_weight_is_that_of_the_head_s_second_loss(tiny_data):
+    losses = {}
+    for weight in (1.0, 0.25):
+        method = LGDConfig(instructive_weight=weight)
+        built = build(dataclasses.replace(tiny_recipe(tiny_data, method="lgd", runtime=FLOAT), method=method))
+        losses[weight] = built.module.eval()(first_batch(built), Phase())
+    for name, value in losses[1.0].items():
+        factor = 0.25 if name.startswith("instructive_") else 1.0
+        torch.testing.assert_close(losses[0.25][name], factor * value)
+    assert {"instructive_classification", "instructive_box_regression"} <= losses[1.0].keys()
 
 
 def test_accumulated_gradients_are_the_mean_of_the_parts(tiny_data, tmp_path):

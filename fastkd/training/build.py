@@ -137,6 +137,8 @@ def _distiller(
             detach_appearance=method.detach_appearance,
             use_masks=method.use_masks,
             adapter_query=method.adapter_query,
+            weight=method.weight,
+            instructive_weight=method.instructive_weight,
         )
     if isinstance(method, ICDConfig):
         return ICD(

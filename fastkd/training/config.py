@@ -191,6 +191,8 @@ class LGDConfig:
         detach_appearance: keep the gradient of the appearance encoder from the student (two-stage detectors).
         use_masks: pool and paint with instance masks instead of boxes, and describe them to the label encoder.
         adapter_query: which embeddings ask and which answer in the relation adapter.
+        weight: of the distillation loss.
+        instructive_weight: of the detector's loss on the instructive pyramid.
         detach_fraction: first part of the run in which the distillation loss does not reach the student.
         freeze_fraction: first part in which the backbone below the FPN gets no update; only if it is pretrained.
         final_fraction: last part of the run without distillation.
@@ -201,12 +203,16 @@ class LGDConfig:
     detach_appearance: bool = False
     use_masks: bool = False
     adapter_query: Literal["appearance", "label", "appearance_only", "label_only"] = "appearance"
+    weight: float = 1.0
+    instructive_weight: float = 1.0
     detach_fraction: float = 30 / 180
     freeze_fraction: float = 20 / 180
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
+        for name in ("weight", "instructive_weight"):
+            require(getattr(self, name) >= 0, f"LGDConfig: {name}", "0 or more", getattr(self, name))
         _require_fraction(self, "detach_fraction", "freeze_fraction", "final_fraction")
 
 

@@ -105,7 +105,8 @@ class StepModule(nn.Module):
         if isinstance(distiller, LGD):
             losses, instructive = distiller(pyramid, batch, detach_student=phase.detach_student)
             supervision = self.detector.loss(instructive, batch)
-            return dict(losses) | {f"instructive_{name}": value for name, value in supervision.items()}
+            weight = self.distiller.instructive_weight
+            return dict(losses) | {f"instructive_{name}": weight * value for name, value in supervision.items()}
         teacher_pyramid = self.teacher.pyramid(batch.images)
         if isinstance(distiller, ICD):
             return distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student)
