@@ -105,7 +105,7 @@ class StepModule(nn.Module):
         if isinstance(distiller, LGD):
             losses, instructive = distiller(pyramid, batch, detach_student=phase.detach_student)
             supervision = self.detector.loss(instructive, batch)
-            weight = self.distiller.instructive_weight
+            weight = distiller.instructive_weight
             return dict(losses) | {f"instructive_{name}": weight * value for name, value in supervision.items()}
         teacher_pyramid = self.teacher.pyramid(batch.images)
         if isinstance(distiller, ICD):
