@@ -73,6 +73,8 @@ def attention_mass(
     check_attention(op, queries, levels, key_weight, row_bias, column_bias)
     check_tensor(op, "chosen", chosen, "[B, N]", 2, floating=False)
     batch, heads, count, _ = queries.shape
+    if chosen.layout != torch.strided:
+        raise ValueError(f"{op}: chosen must be a dense tensor, got {chosen.layout}; call .to_dense()")
     if chosen.dtype != torch.bool:
         raise TypeError(f"{op}: chosen must be bool, got {chosen.dtype}; call .bool()")
     if tuple(chosen.shape) != (batch, count):

@@ -113,15 +113,15 @@ def check_attention(
                     f"{op}: {name}[{index}] must be {list(expected)}, got {list(table.shape)}; "
                     "it holds one number for each query and each row or column of the level"
                 )
-    named = [("queries", queries), ("key_weight", key_weight), ("levels", levels[0])]
-    named += [(f"row_bias[{index}]", table) for index, table in enumerate(row_bias)]
-    named += [(f"column_bias[{index}]", table) for index, table in enumerate(column_bias)]
-    for name, value in named:
+    for name, value in (("queries", queries), ("key_weight", key_weight)):
         check_dtype_and_device(op, name, value, queries)
+    for name, values in (("levels", levels), ("row_bias", row_bias), ("column_bias", column_bias)):
+        for index, value in enumerate(values):
+            check_dtype_and_device(op, f"{name}[{index}]", value, queries)
 
 
 def check_dtype_and_device(op: str, name: str, value: Tensor, queries: Tensor) -> None:
-    """Raise unless value has a dtype of the kernels, float64 only where the queries have it, and the queries' device."""
+    """Raise unless value is dense, of a dtype of the kernels, float64 only where the queries are, on their device."""
     check_device(op, name, value, "the queries", queries)
     if value.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got {value.layout}; call .to_dense()")
@@ -168,7 +168,8 @@ def instance_attention(
             f"instance_attention: values must have a multiple of {queries.shape[1]} channels (heads), "
             f"got {values[0].shape[1]}; project to heads * depth channels"
         )
-    check_dtype_and_device("instance_attention", "values", values[0], queries)
+    for index, value in enumerate(values):
+        check_dtype_and_device("instance_attention", f"values[{index}]", value, queries)
     if queries.device.type != "cpu" or not _COMPILED:
         return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)
     arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
