@@ -31,7 +31,8 @@ class ScaledResNet(Backbone, ResNet):
 
     Args:
         name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnext101_32x8d".
-        width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 8.
+        width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 16 (the
+            weight gradient of oneDNN's 1x1 convolution of stride 2 from 8 channels crashes the process, torch 2.14.1).
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
         deformable: whether the 3x3 convolutions of layer2 .. layer4 are modulated deformable ones.
@@ -52,7 +53,7 @@ class ScaledResNet(Backbone, ResNet):
     ):
         nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
         block, depths, self.groups, self.base_width = _BLOCKS[name]
-        widths = [max(8, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
+        widths = [max(16, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
         self._norm_layer = NORM_LAYERS[norm]
         self.inplanes, self.dilation = widths[0], 1
         self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
