@@ -39,12 +39,12 @@ SHAPES = {"few": FEW, "many": MANY, "whole": WHOLE, "long": LONG}
 
 
 def draw(images, heads, count, depth, channels, value_depth, sizes, layout=contiguous, other=None, mask=True):
-    """Arguments of instance_attention, float32 leaves, values laid out by `other`; with `mask` the first image is smaller."""
+    """Arguments of instance_attention, float32 leaves, values laid out by `other`; `mask`: the first image smaller."""
     queries = torch.randn(images, heads, count, depth) * max(depth, 1) ** -0.5
     levels = [layout(torch.randn(images, channels, *size)) for size in sizes]
     weight = torch.randn(heads * depth, channels) * max(channels, 1) ** -0.5
-    # Weak biases: where one cell takes all, the gradient is a difference of nearly equal numbers, ours and plain torch's
-    # rounded independently, and the largest of few errors says little (`test_fuzz` takes the largest of many).
+    # Weak biases: where one cell takes all, gradients are differences of nearly equal numbers, which plain torch and
+    # we round independently, and the largest of few errors says little (`test_fuzz` takes the largest of many).
     rows, columns = ([torch.randn(images, heads, count, size[axis]) / 2 for size in sizes] for axis in (0, 1))
     if mask and images:
         for table in rows + columns:
