@@ -141,29 +141,42 @@ struct Cover {
   std::vector<std::pair<int64_t, int64_t>> sizes;  // (H_l, W_l) of the levels
   ObjectsByImage by_image;
   std::vector<int64_t> cells;  // [L, K] how many each object covers
-  std::vector<BandList> lists;  // [L, B]
+  std::vector<BandList> lists;  // of each level without objects, then of each level of each image that has some
+  std::vector<int64_t> place;  // [L, B] in lists
 
   int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
-  const BandList& list(int64_t level, int64_t image) const { return lists[level * images + image]; }
+  const BandList& list(int64_t level, int64_t image) const { return lists[place[level * images + image]]; }
 };
 
 // Calls add_runs(level, object, slot, y, runs) for the objects of each image, in ascending order; slot counts them.
 template <class AddRuns>
 void fill_lists(Cover& cover, const AddRuns& add_runs) {
-  cover.lists.resize(cover.levels() * cover.images);
-  const auto build = [&](int64_t level, int64_t image) {
+  const int64_t levels = cover.levels();
+  const std::vector<int64_t>& first = cover.by_image.first;
+  std::vector<int64_t> images;  // those that have objects
+  cover.place.resize(levels * cover.images);
+  for (int64_t image = 0; image < cover.images; ++image) {
+    const bool empty = first[image] == first[image + 1];
+    const int64_t place = empty ? 0 : levels * (1 + static_cast<int64_t>(images.size()));
+    for (int64_t level = 0; level < levels; ++level) cover.place[level * cover.images + image] = place + level;
+    if (!empty) images.push_back(image);
+  }
+  const int64_t count = 1 + static_cast<int64_t>(images.size());
+  cover.lists.resize(levels * count);
+  const auto build = [&](int64_t level, int64_t group) {
     const auto [rows, columns] = cover.sizes[level];
     if (columns == 0) return;
-    const int64_t first = cover.by_image.first[image], end = cover.by_image.first[image + 1];
     const auto row = [&](int32_t y, std::vector<Run>& runs) {
-      for (int64_t at = first; at < end; ++at)
-        add_runs(level, cover.by_image.object[at], static_cast<int32_t>(at - first), y, runs);
+      if (group == 0) return;
+      const int64_t begin = first[images[group - 1]], end = first[images[group - 1] + 1];
+      for (int64_t at = begin; at < end; ++at)
+        add_runs(level, cover.by_image.object[at], static_cast<int32_t>(at - begin), y, runs);
     };
-    cover.lists[level * cover.images + image].build(static_cast<int32_t>(rows), static_cast<int32_t>(columns), row);
+    cover.lists[group * levels + level].build(static_cast<int32_t>(rows), static_cast<int32_t>(columns), row);
   };
-  torch::stable::parallel_for(0, cover.images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image)
-      for (int64_t level = 0; level < cover.levels(); ++level) build(level, image);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t level = 0; level < levels; ++level) build(level, group);
   });
 }
 
@@ -180,7 +193,7 @@ inline Cover cover_by_boxes(const torch::stable::Tensor& boxes, const torch::sta
   check_sizes(sizes);
   const std::vector<Rectangle> rectangles = cover_boxes(boxes, height, width, sizes);
   const int64_t objects = boxes.size(0);
-  Cover cover{images, objects, sizes, objects_by_image(image_index, objects, images), {}, {}};
+  Cover cover{images, objects, sizes, objects_by_image(image_index, objects, images), {}, {}, {}};
   for (const Rectangle& rectangle : rectangles) cover.cells.push_back(rectangle.cells());
   fill_lists(cover, [&](int64_t level, int64_t object, int32_t slot, int32_t y, std::vector<Run>& runs) {
     const Rectangle& box = rectangles[level * objects + object];
@@ -202,7 +215,7 @@ inline Cover cover_by_masks(const torch::stable::Tensor& masks, const torch::sta
   const torch::stable::Tensor plain = torch::stable::contiguous(masks);
   const auto* mask = static_cast<const unsigned char*>(plain.const_data_ptr());
   const int64_t objects = masks.size(0), height = masks.size(1), width = masks.size(2);
-  Cover cover{images, objects, sizes, objects_by_image(image_index, objects, images), {}, {}};
+  Cover cover{images, objects, sizes, objects_by_image(image_index, objects, images), {}, {}, {}};
   std::vector<std::vector<int64_t>> pixel;  // of each column of each level
   for (const auto& [rows, columns] : sizes) {
     pixel.emplace_back(columns);

@@ -263,7 +263,7 @@ class Call {
     arguments.objects = cover.objects;
     arguments.channels = channels;
     arguments.width = (channels + lanes - 1) / lanes * lanes;
-    for (const BandList& list : cover.lists) bands_.push_back(list.view());
+    for (const int64_t place : cover.place) bands_.push_back(cover.lists[place].view());
   }
 
   // in or out is a level in the given order. A level without elements, or one that is read for no object, has no tasks.

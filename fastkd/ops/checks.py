@@ -158,6 +158,8 @@ def check_embeddings(op: str, embeddings: object, objects: int, level_sizes: Seq
         )
     for size in level_sizes:
         check_size(op, "level_sizes", size)
+        if max(size) >= 2**30:
+            raise ValueError(f"{op}: level_sizes must be below 2^30, got {tuple(size)}; pass (H_l, W_l) in cells")
     if embeddings.shape[0] != len(level_sizes) or embeddings.shape[1] != objects:
         raise ValueError(
             f"{op}: embeddings must be [{len(level_sizes)}, {objects}, C] for {len(level_sizes)} levels and "
