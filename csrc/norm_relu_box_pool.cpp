@@ -68,7 +68,7 @@ struct Call {
     channels = given[0].size(1);
     cover = cover_by_boxes(boxes, image_index, height, width, images, sizes);
     for (const Tensor& level : given) add_level(level);
-    for (const BandList& list : cover.lists) bands.push_back(list.view());
+    for (const int64_t place : cover.place) bands.push_back(cover.lists[place].view());
     normals.resize(levels.size() * images);
     arguments.levels = levels.data();
     arguments.bands = bands.data();
