@@ -94,6 +94,8 @@ def measure(settings: dict[str, Any]) -> tuple[list[dict], bool]:
         command += ["--benchmark-disable-gc", f"--benchmark-json={timings}", "--benchmark-columns=min,median,rounds"]
         command.append(str(Path(__file__).with_name("timings.py")))
         environment = {**KEEP_MEMORY, **os.environ, "FASTKD_BENCH_PLAN": str(plan_file)}
+        for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
+            del environment[name]  # pytest-benchmark measures nothing in a worker of xdist
         LOG.parent.mkdir(exist_ok=True)
         with open(LOG, "w", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode

@@ -18,7 +18,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSplitCells = 2048;  // of an image, about: enough splits for many threads, few sums to keep
+constexpr int64_t kSplitCells = 2048;  // of an image, at least: enough splits for many threads, few sums to keep
+constexpr int64_t kMostSplits = 8;     // of an image: the sums of the splits must not grow with its cells
 
 // Arguments of an op, held while its kernels run.
 struct Arguments {
@@ -161,7 +162,7 @@ struct Arguments {
   void add_splits(int64_t image, const std::vector<int64_t>& row_cells) {
     int64_t total = 0, done = 0, first = 0, part = 1;
     for (const int64_t cells : row_cells) total += cells;
-    const int64_t parts = std::max<int64_t>(1, (total + kSplitCells - 1) / kSplitCells);
+    const int64_t parts = std::clamp<int64_t>((total + kSplitCells - 1) / kSplitCells, 1, kMostSplits);
     for (int64_t row = 0; row < call.all_rows; ++row) {
       done += row_cells[row];
       const bool last = row + 1 == call.all_rows;

@@ -65,9 +65,10 @@ struct Backward {
         pack_panels(grad + first * dv, 1, dv, dv, count, static_cast<acc*>(call.grad_columns) + row * dv);
       });
       for (int64_t row = 0; row < n; ++row) {
-        double sum = 0;
-        for (int64_t c = 0; c < dv; ++c) sum += static_cast<double>(grad[row * dv + c]) * output[row * dv + c];
-        static_cast<acc*>(call.delta)[head * n + row] = static_cast<acc>(sum);
+        // Rounded as the tile's product of grad and values is: where one cell takes all, the two cancel exactly.
+        V sum{};
+        for (int64_t c = 0; c < dv; ++c) sum = multiply_add(splat<V>(grad[row * dv + c]), splat<V>(output[row * dv + c]), sum);
+        static_cast<acc*>(call.delta)[head * n + row] = sum[0];
       }
     }
   }

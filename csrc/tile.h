@@ -171,9 +171,10 @@ void transpose(const acc* in, int64_t ld_in, int64_t rows, int64_t columns, acc*
       out[column * ld_out + row] = in[row * ld_in + column];
 }
 
-// e^x to 1.5 ulp; 0 below the smallest normal number, e^-inf = 0, NaN stays NaN.
-FASTKD_INLINE FloatVector exponential(FloatVector x) {
+// e^x to 1.5 ulp, to a few bits where the result is no normal number; e^-inf = 0, NaN stays NaN.
+FASTKD_INLINE FloatVector exponential(FloatVector given) {
   typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  const FloatVector x = given < -87.0f ? given + 16.6355324f : given;  // e^16.6355... = 2^24
   const FloatVector magic = splat<FloatVector>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const FloatVector shifted = multiply_add(x, splat<FloatVector>(1.44269504f), magic);
   const FloatVector power = shifted - magic;
@@ -184,7 +185,8 @@ FASTKD_INLINE FloatVector exponential(FloatVector x) {
     series = multiply_add(series, rest, splat<FloatVector>(factor));
   const FloatVector scaled = (FloatVector)((Integers)series + (((Integers)shifted - (Integers)magic) << 23));
   const FloatVector infinite = x * __builtin_inff();  // NaN of NaN
-  return x < -87.0f ? FloatVector{} : x <= 88.0f ? scaled : infinite;
+  const FloatVector normal = x < -87.0f ? FloatVector{} : x <= 88.0f ? scaled : infinite;
+  return given < -87.0f ? normal * 5.9604645e-8f : normal;
 }
 
 FASTKD_INLINE DoubleVector exponential(DoubleVector x) {

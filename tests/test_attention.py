@@ -88,7 +88,7 @@ def test_both_ways_to_the_logits_are_covered():
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_no_worse_than_plain(capability, shape, layout, dtype):
-    count = 8 if shape is FEW else 3  # the fewer numbers, the more of them are exact by luck
+    count = 24 if shape is FEW else 3  # the fewer numbers, the more of them are exact by luck
     check_draws(
         instance_attention, instance_attention_reference, lambda: convert(draw(*shape, layout=layout), dtype), count
     )
@@ -97,12 +97,16 @@ def test_no_worse_than_plain(capability, shape, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_mass_is_no_worse_than_plain(capability, shape, dtype):
+
+    def whole(op):  # the pyramid as one result: the rule measures errors by the largest value of a result
+        return lambda *arguments: torch.cat([level.flatten(2) for level in op(*arguments)], dim=2)
+
     for given, temperature in ((True, 1.0), (False, 1.0), (False, 2.5)):
         check_draws(
-            attention_mass,
-            attention_mass_reference,
+            whole(attention_mass),
+            whole(attention_mass_reference),
             lambda given=given, temperature=temperature: for_mass(convert(draw(*shape), dtype), given, temperature),
-            count=2,
+            count=24,  # largest errors of few numbers: many draws, or plain torch's is small by luck
         )
 
 
@@ -198,10 +202,14 @@ def test_nan_comes_through(capability):
 
 def test_large_logits(capability):
     """Logits of thousands: one cell takes all."""
-    arguments = draw(*MANY)
-    with torch.no_grad():
-        arguments[0] *= 3000
-    check_draws(instance_attention, instance_attention_reference, lambda: arguments, count=1)
+
+    def large():
+        arguments = draw(*MANY)
+        with torch.no_grad():
+            arguments[0] *= 3000
+        return arguments
+
+    check_draws(instance_attention, instance_attention_reference, large, count=8)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (2,), (3,), (4,), (5,), (0, 5)])

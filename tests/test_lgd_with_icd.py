@@ -135,7 +135,7 @@ def test_recipes():
     with pytest.raises(ValueError, match="ICD must have a teacher"):
         dataclasses.replace(both, teacher=None, inherit=False)
     masks = dataclasses.replace(both.lgd, use_masks=True)
-    with pytest.raises(ValueError, match="only mask_rcnn loads masks"):
+    with pytest.raises(ValueError, match="must be False for fcos, got True; it loads no masks"):
         dataclasses.replace(get_recipe("coco-fcos-lgdicd"), method=LGDICDConfig(masks, both.icd))
 
 
