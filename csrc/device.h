@@ -190,6 +190,43 @@ inline int64_t narrow_limit() {
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <class T>
+FASTKD_DEVICE sum_t<T> widened(T value) {
+  return static_cast<sum_t<T>>(value);
+}
+
+// visit(i, value) for the elements of a short dense row, by the lanes of one warp: 16 bytes at a time between an
+// unaligned head and a tail.
+template <class T, class Visit>
+FASTKD_DEVICE void load_row(Global<const T> row, int count, Visit visit) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int unaligned = static_cast<int>((kPackBytes - address_of<const T>(row) % kPackBytes) % kPackBytes / sizeof(T));
+  const int head = unaligned < count ? unaligned : count, packs = (count - head) / kPack<T>;
+  for (int i = lane; i < head; i += kWarpSize) visit(i, widened<T>(row[i]));
+  for (int pack = lane; pack < packs; pack += kWarpSize) {
+    const Pack<T> values = load_pack(row + (head + pack * kPack<T>));
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) visit(head + pack * kPack<T> + j, widened<T>(values.value[j]));
+  }
+  for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) visit(i, widened<T>(row[i]));
+}
+
+// row[i] = value(i), likewise.
+template <class T, class Value>
+FASTKD_DEVICE void store_row(Global<T> row, int count, Value value) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int unaligned = static_cast<int>((kPackBytes - address_of<T>(row) % kPackBytes) % kPackBytes / sizeof(T));
+  const int head = unaligned < count ? unaligned : count, packs = (count - head) / kPack<T>;
+  for (int i = lane; i < head; i += kWarpSize) row[i] = static_cast<T>(value(i));
+  for (int pack = lane; pack < packs; pack += kWarpSize) {
+    Pack<T> values;
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) values.value[j] = static_cast<T>(value(head + pack * kPack<T> + j));
+    store_pack(row + (head + pack * kPack<T>), values);
+  }
+  for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) row[i] = static_cast<T>(value(i));
+}
+
 // The sum over the threads of a block, in every thread; the order is fixed. `scratch` holds kWarpSize values.
 template <class Sum>
 FASTKD_DEVICE Sum block_sum(Sum value, Shared<Sum> scratch) {

@@ -7,16 +7,13 @@
 // channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; statistics of a chunk
 //                are centred on its own mean and merged in double (Chan et al.), then a second read sums the errors
 // Sums are in a fixed order, without atomics: deterministic.
-#include "device.h"
+#include "device_call.h"
 
-#include <algorithm>
 #include <tuple>
-#include <vector>
 
 namespace fastkd {
 namespace {
 
-constexpr int kMaxLevels = 16;
 constexpr int kThreads = 256;
 constexpr int kChunk = 128;  // cells of a channels-last block
 // as in instance_norm_mse.cpp
@@ -39,11 +36,6 @@ struct Levels {
   int count;
   int64_t rows, own_rows, channels;  // of the pyramid, of the levels of this launch
 };
-
-template <class T>
-FASTKD_DEVICE sum_t<T> widened(T value) {
-  return static_cast<sum_t<T>>(value);
-}
 
 // a = IN(s), b = IN(t) and e = a - b, subtracted so that equal sides give exactly 0.
 template <class Sum>
@@ -406,6 +398,7 @@ FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
       }
     }
   }
+#pragma unroll
   for (int error = 0; error < kErrors; ++error) {
     sum_over_warps<Sum, width>(sums[error], scratch, place.warp, place.warps);
     if (place.warp != 0 || !place.inside) continue;
@@ -470,18 +463,7 @@ struct Call {
   std::vector<Tensor> grad_student, grad_teacher;
   int64_t rows = 0, elements = 0;
 
-  static bool is_channels_last(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return false;
-    int64_t expected = 1;
-    for (const int64_t dim : {1, 3, 2, 0}) {
-      if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-      expected *= tensor.size(dim);
-    }
-    return true;
-  }
-
   Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers) {
-    using torch::headeronly::MemoryFormat;
     STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() <= kMaxLevels,
                     "instance_norm_mse: student and teacher must have as many levels, 1 to ", kMaxLevels);
     for (size_t index = 0; index < students.size(); ++index) {
@@ -493,18 +475,11 @@ struct Call {
       STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type(),
                       "instance_norm_mse: levels must have one dtype");
       STD_TORCH_CHECK(s.size(2) * s.size(3) <= 2147483647, "instance_norm_mse: a level has at most 2^31 - 1 cells");
-      const auto order = is_channels_last(s) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-      student.push_back(torch::stable::contiguous(s, order));
-      teacher.push_back(torch::stable::contiguous(t, order));
+      student.push_back(dense(s, is_channels_last(s)));
+      teacher.push_back(dense(t, is_channels_last(s)));
       elements += s.numel();
       if (s.size(2) * s.size(3) > 0) rows += s.size(0) * s.size(1);
     }
-  }
-
-  bool narrow() const {
-    for (const Tensor& level : student)
-      if (level.numel() > narrow_limit()) return false;
-    return true;
   }
 
   // The levels of one memory order, for one launch; `width` is the channels of a channels-last thread.
@@ -554,27 +529,13 @@ int threads_for(int64_t cells) {
   return threads;
 }
 
-bool is_aligned(const std::vector<Tensor>& tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kPackBytes == 0;
-  });
-}
-
-Tensor scratch_like(const Tensor& like, std::vector<int64_t> shape, torch::headeronly::ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
-}
-
-template <class T>
-constexpr auto kSumType = std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double
-                                                    : torch::headeronly::ScalarType::Float;
-
 template <class T, class index_t, int width>
 void forward_channels_last(const Call& call, Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
   int64_t blocks = 0, chunk_rows = 0;
   const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
   if (blocks == 0) return;
   const Tensor& on = call.student[0];
-  const Tensor partial = scratch_like(on, {6, chunk_rows}, kSumType<T>);
+  const Tensor partial = new_tensor(on, {6, chunk_rows}, kSumType<T>);
   const Global<sum_t<T>> sums = output<sum_t<T>>(partial);
   const Grid rows((levels.own_rows + kThreads - 1) / kThreads);
   launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_moments_kernel<T, index_t, width>, levels, sums, chunk_rows);
@@ -587,9 +548,9 @@ template <class T, class index_t>
 std::tuple<Tensor, Tensor> forward_typed(const Call& call, double eps) {
   using torch::headeronly::ScalarType;
   const Tensor& on = call.student[0];
-  const Tensor moments = scratch_like(on, {kMoments, call.rows}, kSumType<T>);
-  const Tensor loss = scratch_like(on, {}, kSumType<T>);
-  const Tensor errors = scratch_like(on, {call.rows}, ScalarType::Double);
+  const Tensor moments = new_tensor(on, {kMoments, call.rows}, kSumType<T>);
+  const Tensor loss = new_tensor(on, {}, kSumType<T>);
+  const Tensor errors = new_tensor(on, {call.rows}, ScalarType::Double);
   const auto out = output<sum_t<T>>(moments);
   const auto row_errors = output<double>(errors);
   int64_t blocks = 0, chunk_rows = 0;
@@ -635,26 +596,12 @@ void backward_typed(const Call& call, const Tensor& grad, const Tensor& moments)
   }
 }
 
-// run(T{}) with the type of the levels, run's index type by their size.
-template <class Run>
-auto by_type(const Tensor& tensor, const Run& run) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return run(float{});
-    case ScalarType::Double: return run(double{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    case ScalarType::Half: return run(Half{});
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "instance_norm_mse: levels must be float32, float64, bfloat16 or float16");
-}
-
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher, double eps) {
   const Call call(student, teacher);
   const DeviceScope scope(call.student[0]);
-  return by_type(call.student[0], [&](auto value) {
+  return by_type("instance_norm_mse", call.student[0], [&](auto value) {
     using T = decltype(value);
-    return call.narrow() ? forward_typed<T, narrow_index>(call, eps) : forward_typed<T, int64_t>(call, eps);
+    return is_narrow(call.student) ? forward_typed<T, narrow_index>(call, eps) : forward_typed<T, int64_t>(call, eps);
   });
 }
 
@@ -669,10 +616,10 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
     for (const Tensor& level : call.student) call.grad_student.push_back(torch::stable::empty_like(level));
   if (for_teacher)
     for (const Tensor& level : call.teacher) call.grad_teacher.push_back(torch::stable::empty_like(level));
-  by_type(call.student[0], [&](auto value) {
+  by_type("instance_norm_mse", call.student[0], [&](auto value) {
     using T = decltype(value);
     STD_TORCH_CHECK(moments.scalar_type() == kSumType<T>, "instance_norm_mse_backward: moments must be the forward call's");
-    call.narrow() ? backward_typed<T, narrow_index>(call, grad, moments) : backward_typed<T, int64_t>(call, grad, moments);
+    is_narrow(call.student) ? backward_typed<T, narrow_index>(call, grad, moments) : backward_typed<T, int64_t>(call, grad, moments);
     return 0;
   });
   std::vector<Tensor> gradients = call.grad_student;
