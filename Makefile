@@ -3,6 +3,7 @@
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
 #   make test     build, the CMake build, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
+#   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test study build cmake lint test-install sanitize clean
+.PHONY: demo test study bench build cmake lint test-install sanitize clean
 
 build: $(STAMPS)/built
 
@@ -44,13 +45,16 @@ $(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES)
 	touch $@
 
 test: build cmake
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 demo: build
 	$(BIN)/fastkd demo
 
 study: build
 	$(BIN)/python -m benchmarks.study
+
+bench: build
+	$(BIN)/python -m benchmarks.ops
 
 lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .
@@ -66,12 +70,17 @@ test-install: $(STAMPS)/dependencies
 	cd $(INSTALL) && venv/bin/python -I -c "import sys, fastkd.ops._library as l; sys.exit(l.why_not_loaded())"
 	rm -rf $(INSTALL)
 
+# The tests of every op, picked up by name: fastkd/ops/<op>.py has tests/test_<op>.py. What compiles or traces runs no
+# kernel that the other tests do not run. Then the bugs planted in tests/planted, which must all be found.
+OP_TESTS = $(wildcard $(patsubst fastkd/ops/%.py,tests/test_%.py,$(wildcard fastkd/ops/*.py)))
+SANITIZERS := address,undefined,float-cast-overflow
 sanitize: build
-	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=address,undefined -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
-	$(CMAKE) --build build/sanitize --parallel 2
+	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(CMAKE) --build build/sanitize --parallel 2 --target fastkd_cpu planted
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
-	$(BIN)/python -m pytest tests/test_instance_norm_mse.py -k "not compile and not opcheck"
+	$(BIN)/python -m pytest -q $(OP_TESTS) tests/test_ops_reference.py -k "not compile and not opcheck and not export"
+	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py
 
 clean:
 	rm -rf build dist *.egg-info fastkd/_cpu*.so .pytest_cache .ruff_cache .benchmarks

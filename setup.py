@@ -172,7 +172,10 @@ class BuildPerCapability(BuildExtension):
         folder.mkdir(parents=True, exist_ok=True)
         generated = []
         for source in map(Path, sources):
+            has_bf16 = "#define FASTKD_BF16_KERNELS" in (ROOT / source).read_text()
             for name, number in CAPABILITIES.items():
+                if name == "avx512_bf16" and not has_bf16:
+                    continue
                 target = folder / f"{source.stem}_{name}.cpp"
                 text = f'#define FASTKD_CAPABILITY {number}\n#include "{(ROOT / source).as_posix()}"\n'
                 if not target.exists() or target.read_text() != text:

@@ -57,11 +57,11 @@ inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor, bool cha
 // Calls run(first task, end) on contiguous runs of tasks, one run a thread, each of about the same number of
 // elements: the tasks of a large level cost more, so counting tasks would leave the other threads waiting. Which
 // thread runs a task does not change its result.
-template <class Cost, class Run>
-void run_balanced(const std::vector<Task>& tasks, const Cost& cost, const Run& run) {
+template <class Work, class Cost, class Run>
+void run_balanced(const std::vector<Work>& tasks, const Cost& cost, const Run& run) {
   constexpr int64_t kElementsPerThread = 16384;  // fewer do not pay for waking a thread
   int64_t total = 0;
-  for (const Task& task : tasks) total += cost(task);
+  for (const Work& task : tasks) total += cost(task);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::max<int64_t>(1, std::min(threads, total / kElementsPerThread));
   std::vector<int64_t> first(parts + 1, static_cast<int64_t>(tasks.size()));

@@ -22,10 +22,12 @@ FASTKD_INLINE void flush(const V (&sum)[U], double* total) {
   for (int lane = 0; lane < U * kLanes<V>; ++lane) total[lane] += lanes[lane];
 }
 
-// total[0] = sum over the lanes
+// total[0] = sum over the lanes, pair by pair; total[1] .. total[width - 1] are lost
 template <int width>
 FASTKD_INLINE void gather(double* total) {
-  for (int lane = 1; lane < width; ++lane) total[0] += total[lane];
+  static_assert((width & (width - 1)) == 0);
+  for (int half = width / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
 }
 
 // The values of the rows as vectors: one for all lanes of a contiguous row, else one a lane.

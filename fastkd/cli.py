@@ -64,18 +64,25 @@ def run(args: list[str]) -> None:
         from fastkd.commands.train import main as main_of_train
 
         return main_of_train(args[1:])
+    if args[:1] == ["doctor"]:
+        from fastkd.commands.doctor import main as main_of_doctor
+
+        return main_of_doctor(args[1:])
     import tyro
 
-    from fastkd.commands import data, demo, evaluate, export, info, predict, report, train
+    from fastkd.commands import convert, data, demo, doctor, evaluate, export, info, predict, report, train
 
     flags = (tyro.conf.FlagCreatePairsOff,)
     data_group = tyro.extras.SubcommandApp()
     data_group.command(name="scenes")(data.scenes)
+    data_group.command(name="crowd")(data.crowd)
     app = tyro.extras.SubcommandApp()
     app.command(name="demo")(demo.demo)
     app.command(data_group, name="data")
     app.command(name="recipes")(train.recipes)
+    app.command(name="doctor")(doctor.doctor)
     app.command(name="train")(train.train)
+    app.command(name="convert")(convert.convert)
     app.command(name="evaluate")(evaluate.evaluate)
     app.command(name="predict")(predict.predict)
     app.command(name="export")(export.export)

@@ -247,6 +247,11 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+def _anchors(detector) -> list[list[list[float]]]:
+    """The boxes the cell at the origin answers for, level by level; none for SOLOv2."""
+    return [anchors.tolist() for anchors in detector.imitation_anchors()] or [[] for _ in detector.strides]
+
+
 def description(detector, class_names: list[str], reports: list[OnnxReport]) -> dict[str, Any]:
     """What a program needs to know to use the exported files, as JSON values."""
     from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -262,8 +267,8 @@ def description(detector, class_names: list[str], reports: list[OnnxReport]) -> 
             "sides_are_multiples_of": max(detector.strides),
         },
         "levels": [
-            {"name": name, "stride": stride, "anchors_at_the_origin_xyxy": anchors.tolist()}
-            for name, stride, anchors in zip(level_names(detector), detector.strides, detector.imitation_anchors())
+            {"name": name, "stride": stride, "anchors_at_the_origin_xyxy": anchors}
+            for name, stride, anchors in zip(level_names(detector), detector.strides, _anchors(detector))
         ],
         "graphs": {
             report.path.name: {

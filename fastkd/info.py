@@ -15,7 +15,7 @@ from fastkd import ops
 from fastkd.ops import _library
 
 PACKAGES = (
-    "torch", "torchvision", "numpy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib",
+    "torch", "torchvision", "numpy", "scipy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib",
     "safetensors", "onnx", "onnxscript", "onnxruntime",
 )  # fmt: skip
 

@@ -7,7 +7,9 @@ import torch
 from fastkd.detectors import DetectorConfig
 from fastkd.types import Batch
 
-KINDS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
+KINDS = ("retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn", "mask_rcnn")
+WITH_MASKS = ("condinst", "solov2", "mask_rcnn")
+WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
 
 
 def small_config(kind: str, num_classes: int = 3, **changes) -> DetectorConfig:
@@ -29,6 +31,10 @@ def small_config(kind: str, num_classes: int = 3, **changes) -> DetectorConfig:
         "roi_samples": 32,
         "box_head_channels": 64,
         "mask_head_channels": 16,
+        "mask_branch_channels": 16,
+        "instance_head_channels": 32,
+        "kernel_channels": 16,
+        "grids": (8, 6, 4, 3, 2),
     }
     return DetectorConfig(**(values | changes))
 

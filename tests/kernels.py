@@ -187,7 +187,7 @@ def _corrupt(value, choose):
         ]
         if value.is_floating_point():
             extremes = [math.nan, math.inf, -math.inf, 1e30, -1e30, -1.0]
-            changes.append(lambda: torch.full_like(value.detach(), choose.choice(extremes)))
+            changes.append(lambda: torch.full_like(value.detach().double(), choose.choice(extremes)).to(value.dtype))
         elif value.dtype == torch.int64:
             extremes = [-1, 2**31, 2**62, -(2**63), 10]
             changes += [lambda: torch.full_like(value, choose.choice(extremes))] * 4

@@ -72,12 +72,25 @@ def test_help_is_quick_and_lists_all_commands():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "data", "recipes", "train", "evaluate", "predict", "export", "report", "info"):
+    for command in ("demo", "data", "recipes", "doctor", "train", "convert", "evaluate", "predict", "export", "report"):
         assert f"• {command}" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "data scenes", "recipes", "train", "evaluate", "predict", "export", "report", "info"]
+    "command",
+    [
+        "demo",
+        "data scenes",
+        "data crowd",
+        "recipes",
+        "train",
+        "convert",
+        "evaluate",
+        "predict",
+        "export",
+        "report",
+        "info",
+    ],
 )
 def test_every_command_has_help(capsys, command):
     said = fastkd_says(capsys, *command.split(), "--help", code=0)
@@ -104,6 +117,11 @@ def test_data_scenes(capsys, tmp_path):
 def test_recipes_are_listed(capsys):
     out = fastkd_says(capsys, "recipes", code=0).out
     assert all(name in out for name in all_recipes())
+    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 6}
+    cells = {name: [cell.strip() for cell in line.split("│")[1:-1]] for name, line in lines.items()}
+    assert cells["coco-retinanet-icd"] == ["coco-retinanet-icd", "resnet50", "ICD + inherit", "90000", "40.7"]
+    assert cells["coco-fcos-r101-dcn-2x-lgd"][1:] == ["resnet101 DCNv2", "LGD", "180000", "46.3"]
+    assert cells["scenes-fcos-fgfi"][-1] == "-"
 
 
 def test_info(capsys):
@@ -378,7 +396,11 @@ def test_demo_table_shows_gain_and_cost(capsys):
     student, extra = {"seconds_per_step": 0.2}, {"seconds_per_step": 0.05, "peak_bytes": 3 * 2**20}
     ledger = {"method": "icd", "student": student, "extra": extra, "extra_with_teacher": {"seconds_per_step": 0.4}}
     demo_module.show_table(metrics, {"icd": ledger, "baseline": None})
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    said = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
+    assert "--control also trains what that alone gives" in said
+    demo_module.show_table(metrics | {"inherit": {"bbox": {"AP": 29.0, **box}, "seconds": 60.0}}, {})
+    assert "over that it gains -0.5." in capsys.readouterr().out
     for text in ("28.5", "+3.5", "1.5 min", "+25%", "+3 MiB", "+200%"):
         assert text in rows["icd"]
     assert "+" not in rows["baseline"] and "+" not in rows["teacher"]

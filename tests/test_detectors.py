@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torchvision
-from detector_cases import KINDS, images_of, rectangles, small_config
+from detector_cases import KINDS, WITH_MASKS, WITHOUT_ANCHORS, images_of, rectangles, small_config
 from torchvision.ops import box_iou
 
 from fastkd.detectors import DetectorConfig, build_detector, targets
@@ -36,7 +36,7 @@ def gradients(detector):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_overfit_detector_finds_its_boxes(kind):
-    batch = rectangles([2, 1], masks=kind == "mask_rcnn")
+    batch = rectangles([2, 1], masks=kind in WITH_MASKS)
     detector = build_detector(small_config(kind, norm="gn", head_norm="gn", head_convs=2, roi_samples=16))
     history = train(detector, batch, 60)
     assert history[-1] < 0.4 * history[0]
@@ -48,7 +48,7 @@ def test_an_overfit_detector_finds_its_boxes(kind):
         iou = box_iou(batch.boxes[own], detections.boxes)
         right = (batch.labels[own][:, None] == detections.labels) & (iou > 0.5) & (detections.scores > 0.3)
         assert right.any(1).all()
-        if kind == "mask_rcnn":
+        if kind in WITH_MASKS:
             best = (iou * right).argmax(1)
             overlap = (detections.masks[best] & batch.masks[own]).sum((1, 2))
             assert (overlap > 0.6 * batch.masks[own].sum((1, 2))).all()
@@ -94,7 +94,7 @@ def test_detections_are_sorted_and_inside_their_image(kind):
         assert detections.boxes.min() >= 0
         assert (detections.boxes.amax(0) <= torch.tensor([width, height, width, height])).all()
         assert (detections.scores.diff() <= 0).all() and detections.scores.min() > 0.001
-        if kind == "mask_rcnn":
+        if kind in WITH_MASKS:
             assert detections.masks.shape == (len(detections), height, width) and detections.masks.dtype == torch.bool
         else:
             assert detections.masks is None
@@ -125,11 +125,12 @@ def test_bfloat16_autocast_and_channels_last(kind):
 def test_halves_of_a_batch_average_to_its_gradient(kind, monkeypatch):
     batch = rectangles([3, 0, 1, 2])
     batch.ignore_boxes, batch.ignore_index = torch.tensor([[0.0, 0.0, 30.0, 64.0]]), torch.tensor([1])
-    detector = build_detector(small_config(kind, norm="gn"))
+    detector = build_detector(small_config(kind, norm="gn", head_norm="gn"))
     total(detector.loss(detector.features(batch.images), batch)).backward()
     whole = {name: gradient.clone() for name, gradient in gradients(detector).items()}
     halves = [images_of(batch, 0, 2), images_of(batch, 2, 4)]
 
+    monkeypatch.setattr(targets, "_processes", lambda: 2)
     counts = []  # of each call, as two processes would send them round
     for half in halves:
         counts.append([])
@@ -148,7 +149,7 @@ def test_halves_of_a_batch_average_to_its_gradient(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_does_not_depend_on_the_mode_and_repeats(kind):
     batch = rectangles([2, 1])
-    detector = build_detector(small_config(kind, norm="gn"))
+    detector = build_detector(small_config(kind, norm="gn", head_norm="gn"))
     pyramid = detector.features(batch.images)
     first = detector.train().loss(pyramid, batch)
     torch.manual_seed(5)
@@ -178,9 +179,13 @@ def test_pyramid_and_anchors_have_the_promised_geometry(kind):
             pyramid = detector.features(torch.zeros(1, 3, height, width))
         shapes = [(1, 32, -(-height // stride), -(-width // stride)) for stride in detector.strides]
         assert [tuple(level.shape) for level in pyramid] == shapes
+    if kind == "solov2":
+        assert detector.imitation_anchors() == []
+        return
     for anchors, stride in zip(detector.imitation_anchors(), detector.strides, strict=True):
-        assert anchors.shape == (1 if kind == "fcos" else 9 if kind == "retinanet" else 3, 4)
-        torch.testing.assert_close(anchors[:, :2], -anchors[:, 2:])
+        assert anchors.shape == (1 if kind in WITHOUT_ANCHORS else 9 if kind == "retinanet" else 3, 4)
+        middle = stride // 2 if kind in ("atss", "poto", "condinst") else 0
+        torch.testing.assert_close(anchors[:, :2] - middle, middle - anchors[:, 2:])
         sides = (anchors[:, 2:] - anchors[:, :2]).prod(1).sqrt()
         assert sides.min() == pytest.approx(4 * stride, rel=0.04)
 
@@ -281,8 +286,9 @@ def test_two_stage_draws_from_the_seeds():
         detector.loss(pyramid, batch)
 
 
-def test_mask_rcnn_asks_for_masks():
-    detector = build_detector(small_config("mask_rcnn"))
+@pytest.mark.parametrize("kind", WITH_MASKS)
+def test_mask_detectors_ask_for_masks(kind):
+    detector = build_detector(small_config(kind))
     batch = rectangles([1], masks=False)
     with pytest.raises(ValueError, match="masks must be"):
         detector.loss(detector.features(batch.images), batch)
@@ -311,7 +317,7 @@ def test_fewer_head_convolutions():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_survives_json(kind):
-    config = DetectorConfig(kind, 7, anchor_base=2.5, anchor_ratios=None if kind == "fcos" else (0.5, 1.0))
+    config = DetectorConfig(kind, 7, anchor_base=2.5, anchor_ratios=None if kind in WITHOUT_ANCHORS else (0.5, 1.0))
     assert DetectorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -334,6 +340,10 @@ def test_config_survives_json(kind):
         ("anchor_ratios", (1.0, 0.0)),
         ("score_threshold", 1.5),
         ("roi_samples", 0),
+        ("nms_threshold", -0.1),
+        ("mask_samples", 0),
+        ("grids", (8, 6, 4)),
+        ("grids", (8, 6, 4, 3, 0)),
     ],
 )
 def test_bad_configurations_name_the_field(field, value):
@@ -341,9 +351,15 @@ def test_bad_configurations_name_the_field(field, value):
         DetectorConfig(**{field: value})
 
 
-def test_bad_fcos_configurations():
+@pytest.mark.parametrize("kind", WITHOUT_ANCHORS)
+def test_detectors_without_anchors_have_no_ratios(kind):
     with pytest.raises(ValueError, match="no anchors"):
-        DetectorConfig("fcos", anchor_ratios=(1.0,))
+        DetectorConfig(kind, anchor_ratios=(1.0,))
+
+
+def test_bad_solov2_configurations():
+    with pytest.raises(ValueError, match="matrix NMS"):
+        DetectorConfig("solov2", nms_threshold=0.5)
 
 
 def test_unknown_fields_and_types_are_refused():

@@ -79,14 +79,24 @@ def test_two_stage_detectors_have_graphs_for_regions_and_masks(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(report.path.name for report in reports)
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos", "faster_rcnn", "mask_rcnn"])
+def test_solov2_describes_levels_without_anchors():
+    detector = build_detector(DetectorConfig(detector="solov2", **TINY))
+    described = export.description(detector, SCENE_CLASSES, [])
+    assert [(level["stride"], level["anchors_at_the_origin_xyxy"]) for level in described["levels"]] == [
+        (stride, []) for stride in (4, 8, 16, 32, 64)
+    ]
+    names = [name for name, _ in export.raw_head_outputs(detector, detector.features(torch.randn(1, 3, 64, 64)))]
+    assert names == ["cls_logits", "kernels", "mask_features"]
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "atss", "poto", "condinst", "faster_rcnn", "mask_rcnn"])
 def test_raw_outputs_are_what_the_detectors_use(kind):
     detector = build_detector(DetectorConfig(detector=kind, **TINY)).eval()
     pyramid = detector.features(torch.randn(1, 3, 128, 128))
     outputs = dict(export.raw_head_outputs(detector, pyramid))
     cells = [level.shape[-2] * level.shape[-1] for level in pyramid]
     anchors = [len(cell) for cell in detector.imitation_anchors()]
-    if kind in ("retinanet", "fcos"):
+    if not detector.config.two_stage:
         total = sum(count * per_cell for count, per_cell in zip(cells, anchors))
         assert outputs["cls_logits"].shape == (1, total, 10) and outputs["bbox_regression"].shape == (1, total, 4)
     else:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from kernels import DTYPES, channels_last, contiguous, strided, transposed
+from kernels import DTYPES, LAYOUTS, channels_last, contiguous, fuzz, fuzz_hostile, fuzz_raw, strided, transposed
 from tolerance import assert_no_worse
 from torch.nn import functional
 
@@ -247,6 +247,36 @@ def test_same_bits_with_any_number_of_threads(capability):
             assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
 
 
+def test_rows_whose_first_guess_is_wrong(capability):
+    """The guess of the mean looks at a few cells: where just those are far off, the row is summed again."""
+    for layout in (contiguous, channels_last):
+        student, teacher = pyramids([(2, 40, 40, 41)], torch.float32, layout, layout)
+        with torch.no_grad():
+            for place in range(1, 16, 2):
+                y, x = divmod(1640 * place // 16, 41)
+                student[0][:, ::2, y, x] += 1e4
+                teacher[0][:, 1::2, y, x] -= 1e4
+        check(student, teacher)
+
+
+def draw(choose):
+    dtype, layouts = choose.choice(DTYPES), (choose.choice(LAYOUTS), choose.choice(LAYOUTS))
+    images, channels = choose.randint(1, 2), choose.choice([1, 3, 17, 40])
+    # Not two cells: IN gives -1 and 1 there but for eps, so that most of the gradient is rounding, in plain torch too.
+    sizes = [choose.choice([(1, 1), (choose.randint(1, 6), choose.randint(3, 9))]) for _ in range(choose.randint(1, 3))]
+    shapes = [(images, channels, *size) for size in sizes]
+    return [*pyramids(shapes, dtype, *layouts), choose.choice([1e-5, 1e-3])]
+
+
+def test_fuzz():
+    fuzz(instance_norm_mse, instance_norm_mse_reference, draw)
+
+
+def test_fuzz_hostile():
+    assert fuzz_hostile("instance_norm_mse", instance_norm_mse, draw) > 300
+    assert fuzz_raw(torch.ops.fastkd.instance_norm_mse, draw) > 100
+
+
 def test_without_the_library_the_reference_runs(monkeypatch):
     student, teacher = pyramids(PYRAMID)
     monkeypatch.setattr(sys.modules["fastkd.ops.instance_norm_mse"], "_COMPILED", False)
@@ -266,6 +296,7 @@ BAD = [
     (ValueError, r"teacher must be on cpu as the student, got meta", [LEVEL], [LEVEL.to("meta")], 1e-5),
     (ValueError, r"teacher must be torch.float32 as .*, got torch.float64", [LEVEL], [LEVEL.double()], 1e-5),
     (ValueError, r"eps must be finite and not negative, got -1", [LEVEL], [LEVEL], -1),
+    (TypeError, r"eps must be a number, got str", [LEVEL], [LEVEL], "small"),
     (ValueError, r"eps must be finite and not negative, got nan", [LEVEL], [LEVEL], float("nan")),
 ]  # fmt: skip
 

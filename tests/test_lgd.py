@@ -280,6 +280,13 @@ def test_gradient_flows():
         assert found["appearance.conv.weight"].any()
 
 
+def test_weight_is_the_distillation_loss_s_alone():
+    batch, pyramid = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS)
+    plain, weighted = build()(pyramid, batch), build(weight=0.25)(pyramid, batch)
+    torch.testing.assert_close(weighted[0]["lgd_distill"], 0.25 * plain[0]["lgd_distill"])
+    assert all(torch.equal(one, two) for one, two in zip(plain[1], weighted[1], strict=True))
+
+
 def test_objects_of_a_batch():
     batch = ragged_batch((2, 0, 3))
     with_context = gather_objects(batch, context=True, use_masks=False)
@@ -389,6 +396,10 @@ def test_bad_arguments():
         LGD(2, 12, heads=8)
     with pytest.raises(ValueError, match="adapter_query must be one of"):
         LGD(2, 16, adapter_query="both")
+    with pytest.raises(ValueError, match="LGD: weight must be at least 0, got -1"):
+        LGD(2, 16, weight=-1)
+    with pytest.raises(ValueError, match="LGD: instructive_weight must be at least 0, got nan"):
+        LGD(2, 16, instructive_weight=float("nan"))
     batch, pyramid = ragged_batch((1, 1)), ragged_pyramid(2, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="pyramid must have 24 channels, got 16"):
         LGD(3, 24)(pyramid, batch)

@@ -313,7 +313,7 @@ EMBEDDINGS, KERNEL = torch.zeros(1, 2, 4), torch.zeros(4, 4, 3, 3)
     (lambda: ops.attention_mass(*attention_arguments(2)[:5], torch.zeros(2, 2)), TypeError, "chosen must be bool"),
     (lambda: ops.attention_mass(*attention_arguments(2)[:5], torch.zeros(2, 2).bool(), None, 0.0),
      ValueError, "temperature must be > 0"),
-    (lambda: ops.attention_mass(*attention_arguments(2)[:5], torch.zeros(2, 2).bool(), torch.zeros(2, 2, 2), 2.0),
+    (lambda: ops.attention_mass(*attention_arguments(2)[:5], torch.zeros(2, 2).bool(), torch.zeros(2, 2, 2).double(), 2.0),
      ValueError, "logsumexp must be None"),
     (lambda: ops.value_mimic([LEVEL], [LEVEL], [LEVEL[:, :3]]), ValueError, "divides 4 channels"),
     (lambda: ops.value_mimic([LEVEL], [LEVEL[:, :2]], [LEVEL]), ValueError, "student's 4 channels"),

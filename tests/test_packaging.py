@@ -23,6 +23,7 @@ from fastkd.ops import _library
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 CMAKE_BUILD = ROOT / "build" / "cmake"
+BF16 = "#define FASTKD_BF16_KERNELS"
 
 
 def requirements():
@@ -48,7 +49,7 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     assert "dynamic" not in PYPROJECT
     names = {re.split(r"[<>=!; ]", requirement)[0] for requirement in requirements() if "extra ==" not in requirement}
-    expected = "torch torchvision numpy pillow pycocotools tyro rich tensorboard matplotlib safetensors"
+    expected = "torch torchvision numpy scipy pillow pycocotools tyro rich tensorboard matplotlib safetensors"
     assert names == set(expected.split())
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastkd")
     assert [script.value for script in scripts] == ["fastkd.cli:main"]
@@ -97,11 +98,14 @@ def test_the_library_needs_the_stable_abi_alone(folder):
     assert [line for line in symbols if "PyInit" in line] == []
 
 
-@pytest.mark.parametrize("capability", [1, 2])
+@pytest.mark.parametrize("capability", [1, 2, 3])
 def test_no_inline_function_is_compiled_for_more_than_the_baseline(capability):
     """A weak symbol of an AVX unit could be the one the linker keeps, and crash an older CPU from generic code."""
     units = sorted((CMAKE_BUILD / "CMakeFiles" / f"fastkd_capability_{capability}.dir" / "csrc").glob("*.o"))
-    assert len(units) == len(list((ROOT / "csrc").glob("*.cpp"))), "run `make cmake`"
+    sources = [path for path in (ROOT / "csrc").glob("*.cpp") if capability < 3 or BF16 in path.read_text()]
+    assert len(units) == len(sources), "run `make cmake`"
+    if not units:
+        return  # no source has kernels of this instruction set: checked above
     output = subprocess.run(["nm", "-C", *units], check=True, capture_output=True, text=True).stdout
     assert [line for line in output.splitlines() if re.search(r" [WVu] ", line)] == []
 
@@ -172,7 +176,7 @@ def test_info_is_complete_and_serialisable():
     assert collected["cpu"]["capability"] == _library.cpu_capability()
     assert "stable ABI of torch 2.10" in collected["cpu"]["build"]
     assert collected["ops"]["instance_norm_mse"]["cpu"] == "compiled"
-    assert collected["ops"]["box_pool"]["cpu"].startswith("plain torch")
+    assert {where["cpu"] for where in collected["ops"].values()} == {"compiled"}
 
 
 def test_info_prints_with_a_wrong_capability(monkeypatch):

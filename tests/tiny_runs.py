@@ -13,7 +13,16 @@ from fastkd.data import generate_scenes
 from fastkd.detectors import DetectorConfig, build_detector, save_detector
 from fastkd.training import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule, get_recipe
 
-KINDS = {"retinanet": "retinanet", "fcos": "fcos", "faster-rcnn": "faster_rcnn", "mask-rcnn": "mask_rcnn"}
+KINDS = {
+    "retinanet": "retinanet",
+    "fcos": "fcos",
+    "atss": "atss",
+    "poto": "poto",
+    "condinst": "condinst",
+    "solov2": "solov2",
+    "faster-rcnn": "faster_rcnn",
+    "mask-rcnn": "mask_rcnn",
+}
 CLASSES = 10
 
 
@@ -29,6 +38,10 @@ def tiny_detector(kind: str, **changes) -> DetectorConfig:
         "head_convs": 1,
         "box_head_channels": 32,
         "mask_head_channels": 16,
+        "mask_branch_channels": 16,
+        "instance_head_channels": 16,
+        "kernel_channels": 16,
+        "grids": (8, 6, 4, 3, 2),
         "rpn_post_nms_train": 40,
         "rpn_post_nms_test": 20,
         "roi_samples": 32,

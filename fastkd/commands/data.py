@@ -1,4 +1,4 @@
-"""`fastkd data scenes`: write the generated data set."""
+"""`fastkd data scenes` and `fastkd data crowd`: write the generated data sets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from fastkd.commands.common import progress_bar, say
 
 TRAIN_IMAGES, VAL_IMAGES = 8000, 500  # what the demo trains on
+CROWD_TRAIN, CROWD_VAL = 4000, 400
 
 
 def scenes(
@@ -32,18 +33,52 @@ def scenes(
     say(f"scenes: {train} training and {val} validation images in {root}")
 
 
+def crowd(
+    root: Path = Path("data/crowd"),
+    train: int = CROWD_TRAIN,
+    val: int = CROWD_VAL,
+    seed: int = 0,
+    processes: int = 2,
+) -> None:
+    """Write a generated data set of people in crowds, in CrowdHuman's format (odgt).
+
+    Full, visible and head boxes, and regions to ignore. The same arguments always give the same files; if they are
+    there already, nothing is done.
+
+    Args:
+        root: Folder for the images and annotations; new, empty, or written by this command before.
+        train: Number of training images.
+        val: Number of validation images.
+        seed: Other seeds give other images.
+        processes: Processes that draw; changes only the time it takes.
+    """
+    write_crowd(root, train=train, val=val, seed=seed, processes=processes)
+    say(f"crowd: {train} training and {val} validation images in {root}")
+
+
 def write_scenes(root: Path, **options) -> None:
     """generate_scenes with a progress bar."""
     from fastkd.data import generate_scenes
 
+    _write(generate_scenes, "scenes", root, options)
+
+
+def write_crowd(root: Path, **options) -> None:
+    """generate_crowd with a progress bar."""
+    from fastkd.data import generate_crowd
+
+    _write(generate_crowd, "crowd", root, options)
+
+
+def _write(generate, name: str, root: Path, options: dict) -> None:
     bar = progress_bar("images")
-    task = bar.add_task("scenes", total=None)
+    task = bar.add_task(name, total=None)
 
     def show(done: int, total: int) -> None:
         bar.start()  # only now: nothing is drawn where the files are there already or an argument is wrong
         bar.update(task, completed=done, total=total)
 
     try:
-        generate_scenes(root, **options, progress=show)
+        generate(root, **options, progress=show)
     finally:
         bar.stop()

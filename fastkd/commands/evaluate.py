@@ -1,9 +1,9 @@
-"""`fastkd evaluate`: COCO metrics of a trained detector."""
+"""`fastkd evaluate`: COCO or CrowdHuman metrics of a trained detector."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,30 +21,36 @@ def evaluate(
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")],
     annotations: Path,
     images: Path,
+    format: Literal["coco", "crowdhuman"] = "coco",
+    crowd_boxes: Literal["full", "visible", "head"] = "full",
     out: Path | None = None,
     detections: Path | None = None,
     short_side: int | None = None,
     max_side: int | None = None,
-    max_detections: Annotated[int, tyro.conf.arg(metavar="N")] = 100,
+    max_detections: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
     batch_size: int = 16,
     workers: int = 1,
     device: str = "auto",
     bf16: bool = False,
     strict: bool = False,
 ) -> None:
-    """Measure a trained detector on COCO-format data: AP of boxes (and masks), by size and by class.
+    """Measure a trained detector: on COCO-format data AP of boxes (and masks), by size and by class.
+
+    On CrowdHuman's format (--format crowdhuman) MR^-2, AP and JI of its people.
 
     In several processes: torchrun --nproc-per-node N -m fastkd.cli evaluate ...
 
     Args:
         checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
-        annotations: COCO annotation file.
+        annotations: Annotation file: COCO JSON, or odgt.
         images: Folder of its images.
+        format: Of the annotation file.
+        crowd_boxes: Which boxes of the crowdhuman format are the objects.
         out: Write the metrics to this JSON file.
         detections: Write the detections, in COCO's result format, to this JSON file.
         short_side: Length of the images' short side, pixels. Default: as in the run's own evaluation.
         max_side: Longest side after resizing, pixels. Default: as in the run's own evaluation.
-        max_detections: Detections of an image that count, the best first.
+        max_detections: Detections of an image that count, the best first. Default: 100, crowdhuman 500.
         batch_size: Images at a time.
         workers: Processes that read images.
         device: auto, cpu, cuda or cuda:N.
@@ -54,21 +60,20 @@ def evaluate(
     checkpoint = find_checkpoint(checkpoint)
     require_file(annotations, "--annotations")
     require_folder(images, "--images")
-    if max_detections < 1:
+    if max_detections is not None and max_detections < 1:
         raise ValueError(f"--max-detections must be at least 1, got {max_detections}")
-    limits = tuple(sorted({min(1, max_detections), min(10, max_detections), max_detections}))
 
     import torch
 
-    from fastkd.data import CocoDataset, build_eval_loader
+    from fastkd.data import build_eval_loader, open_dataset
     from fastkd.detectors import load_detector
-    from fastkd.evaluation import CocoEvaluator, print_metrics
     from fastkd.evaluation import evaluate as run
+    from fastkd.evaluation import evaluator_of, print_metrics
     from fastkd.training.distributed import processes
 
     detector, class_names = load_detector(checkpoint)
-    masks = detector.config.detector == "mask_rcnn"
-    dataset = CocoDataset(annotations, images, strict=strict, with_masks=masks)
+    masks = detector.config.with_masks and format == "coco"
+    dataset = open_dataset(format, annotations, images, strict=strict, with_masks=masks, crowd_boxes=crowd_boxes)
     require_same_classes(class_names, dataset.class_names, checkpoint, annotations)
     size = image_size(checkpoint, short_side, max_side)
     with processes(device_argument(device)) as group:
@@ -82,7 +87,7 @@ def evaluate(
             max_side=size.max_side,
             divisor=size.divisor,
         )
-        evaluator = CocoEvaluator(dataset, max_detections=limits)
+        evaluator = evaluator_of(dataset, max_detections)
         dtype = torch.bfloat16 if bf16 else None
         metrics = run(detector.to(group.device), loader, evaluator, device=group.device, dtype=dtype)
         if not group.first:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from fastkd.commands.common import Interrupted, device_argument, say
 
+TABLE_WIDTH = 130  # names are not cut where the output is no terminal
+
 USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
 
 Train a detector, alone or with distillation, and evaluate it.
@@ -23,6 +25,7 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
   your own images   fastkd train scenes-retinanet-baseline --data.root my-data
                     where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
   interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
+  other batches     --scale-batch 4 takes 4 images a step and scales learning rates and steps along
   several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...
 """
 
@@ -84,6 +87,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     import tyro
 
     from fastkd.training.config import Recipe
+    from fastkd.training.scaling import scale_to_batch
 
     default = find_recipe(name)
 
@@ -92,6 +96,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
+        scale_batch: Annotated[int | None, tyro.conf.arg(metavar="IMAGES")] = None,
     ) -> tuple:
         """Train a recipe. The defaults shown are the recipe's own.
 
@@ -100,7 +105,11 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             run_dir: Folder for checkpoints, logs and results.
             resume: Continue from the newest checkpoint in the run directory; start if there is none.
             device: auto, cpu, cuda or cuda:N.
+            scale_batch: Images of a step instead of --schedule.batch-size, with learning rates and steps scaled along:
+                rate * new / old, steps * old / new. --schedule.batch-size alone changes neither.
         """
+        if scale_batch is not None:
+            recipe = scale_to_batch(recipe, scale_batch)
         return recipe, {"run_dir": run_dir, "resume": resume, "device": device}
 
     return tyro.cli(train, args=list(args), prog=f"fastkd train {name}")
@@ -129,10 +138,11 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fastkd.training.paper_recipes import published_ap
     from fastkd.training.recipes import all_recipes
 
     table = Table(header_style="bold")
-    for column in ("recipe", "backbone", "method", "steps"):
+    for column in ("recipe", "backbone", "method", "steps", "published AP"):
         table.add_column(column, no_wrap=True, justify="right" if column == "steps" else "left")
     for name, recipe in all_recipes().items():
         width = "" if recipe.detector.width == 1 else f" x {recipe.detector.width:g}"
@@ -141,9 +151,11 @@ def recipes() -> None:
         method = "inherit" if recipe.inherit and not recipe.method else method
         table.add_row(
             name,
-            recipe.detector.backbone + width,
+            recipe.detector.backbone + width + (" DCNv2" if recipe.detector.deformable else ""),
             method,
             str(recipe.schedule.steps),
+            published_ap(name),
         )
-    Console().print(table)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table)
+    say("published AP: box AP on COCO val as the papers report it; - where none does. Nothing of it is fastkd's own")
     say("fastkd train RECIPE runs one; fastkd train RECIPE --help shows every field")

@@ -1,6 +1,10 @@
-"""Data: the generated scenes, COCO-format folders, transforms, loaders and class priors."""
+"""Data: generated scenes and crowds, COCO and CrowdHuman folders, transforms, loaders and class priors."""
 
-from fastkd.data.coco import CocoDataset, Sample
+from fastkd.data.coco import CocoDataset, DetectionDataset, Sample
+from fastkd.data.crowd import generate_crowd
+from fastkd.data.crowd_render import CrowdStyle
+from fastkd.data.crowdhuman import CrowdHumanDataset
+from fastkd.data.formats import open_dataset
 from fastkd.data.images import BadImageError
 from fastkd.data.loader import BatchLoader, build_eval_loader, build_train_loader
 from fastkd.data.priors import measure_priors
@@ -16,10 +20,15 @@ __all__ = [
     "BadImageError",
     "BatchLoader",
     "CocoDataset",
+    "CrowdHumanDataset",
+    "CrowdStyle",
+    "DetectionDataset",
     "Sample",
     "SceneStyle",
     "build_eval_loader",
     "build_train_loader",
+    "generate_crowd",
     "generate_scenes",
     "measure_priors",
+    "open_dataset",
 ]

@@ -23,6 +23,7 @@ log = logging.getLogger("fastkd.data")
 
 SHOWN = 3  # examples of each reason that are logged one by one
 MIN_SIDE = 0.01  # pixels; a box of less inside the image has no usable logarithm of its size
+OUTSIDE = "box outside the image"
 
 
 class Problems:
@@ -31,16 +32,18 @@ class Problems:
     Args:
         source: file named in messages.
         strict: raise ValueError at the first problem.
+        who: the data set named in messages.
     """
 
-    def __init__(self, source: str, strict: bool):
+    def __init__(self, source: str, strict: bool, who: str = "CocoDataset"):
         self.source = source
+        self.who = who
         self.strict = strict
         self.counts: Counter[str] = Counter()
 
     def report(self, reason: str, what: str) -> None:
         """One thing is wrong: `what` names the image or annotation id and what was found."""
-        message = f"CocoDataset: {self.source}: {what}"
+        message = f"{self.who}: {self.source}: {what}"
         if self.strict:
             raise ValueError(f"{message}; correct the file, or pass strict=False to leave it out")
         self.counts[reason] += 1
@@ -51,7 +54,7 @@ class Problems:
         return ", ".join(f"{count} x {reason}" for reason, count in sorted(self.counts.items()))
 
 
-class _Bad(ValueError):
+class BadEntry(ValueError):
     """One entry is bad: short reason (counted), explanation."""
 
     def __init__(self, reason: str, explanation: str):
@@ -149,21 +152,29 @@ def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]
     return ids, [names[i] for i in ids]
 
 
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """The class names of a COCO annotation file, in label order. Raises: FileNotFoundError, ValueError."""
+    path = os.fspath(path)
+    return _read_categories(path, _load_json(path)["categories"])[1]
+
+
 def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> None:
     if not isinstance(item, dict) or not _is_id(item.get("id")):
-        raise _Bad("malformed image entry", f"it must be an object with an integer 'id', got {item!r:.80}")
+        raise BadEntry("malformed image entry", f"it must be an object with an integer 'id', got {item!r:.80}")
     if item["id"] in known:
-        raise _Bad("duplicate image id", "its id must be unique, got it twice")
+        raise BadEntry("duplicate image id", "its id must be unique, got it twice")
     width, height, name = item.get("width"), item.get("height"), item.get("file_name")
     if not isinstance(name, str):
-        raise _Bad("malformed image entry", f"file_name must be text, got {name!r:.80}")
+        raise BadEntry("malformed image entry", f"file_name must be text, got {name!r:.80}")
     if type(width) is not int or type(height) is not int or width < 1 or height < 1:
-        raise _Bad("malformed image entry", f"width and height must be integers >= 1, got {width!r:.9}, {height!r:.9}")
+        raise BadEntry(
+            "malformed image entry", f"width and height must be integers >= 1, got {width!r:.9}, {height!r:.9}"
+        )
     if width * height > max_pixels:
-        raise _Bad("image too large", f"{width} x {height} pixels are more than the limit of {max_pixels}")
+        raise BadEntry("image too large", f"{width} x {height} pixels are more than the limit of {max_pixels}")
     problem = folder.problem(name)
     if problem:
-        raise _Bad(problem[0], f"file_name {name!r:.200}: {problem[1]}")
+        raise BadEntry(problem[0], f"file_name {name!r:.200}: {problem[1]}")
 
 
 def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Problems):
@@ -174,7 +185,7 @@ def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Pr
     for place, item in enumerate(items):
         try:
             _check_image(item, known, folder, max_pixels)
-        except _Bad as bad:
+        except BadEntry as bad:
             has_id = isinstance(item, dict) and _is_id(item.get("id"))
             if has_id and item["id"] not in known:
                 left_out.add(item["id"])
@@ -189,23 +200,32 @@ def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Pr
     return known, left_out, size_array, np.frombuffer(bytes(name_bytes), np.uint8), np.array(name_ends, np.int64)
 
 
-def _check_box(bbox, width: int, height: int) -> tuple[float, float, float, float, bool]:
-    """xyxy clipped to the image, and whether that moved it by more than a pixel. Raises: _Bad."""
+def check_box(
+    bbox, width: int, height: int, name: str = "bbox"
+) -> tuple[tuple[float, float, float, float], tuple[float, float, float, float], bool]:
+    """A box [x, y, width, height] as xyxy, the same clipped to the image, and whether that moved it more than a pixel.
+
+    Args:
+        bbox: what the file holds.
+        width, height: of the image, pixels.
+        name: of the box in the file, for messages.
+    Raises: BadEntry.
+    """
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
-        raise _Bad("malformed box", f"bbox must be 4 numbers [x, y, width, height], got {bbox!r:.80}")
+        raise BadEntry("malformed box", f"{name} must be 4 numbers [x, y, width, height], got {bbox!r:.80}")
     try:
         x, y, w, h = (float(v) for v in bbox)
     except OverflowError:
-        raise _Bad("box not finite", f"bbox must be finite, got {bbox!r:.80}") from None
+        raise BadEntry("box not finite", f"{name} must be finite, got {bbox!r:.80}") from None
     if not all(map(math.isfinite, (x, y, w, h))):
-        raise _Bad("box not finite", f"bbox must be finite, got {bbox}")
+        raise BadEntry("box not finite", f"{name} must be finite, got {bbox}")
     if w < MIN_SIDE or h < MIN_SIDE:
-        raise _Bad("box of no size", f"bbox must be at least {MIN_SIDE} pixels wide and high, got {bbox}")
+        raise BadEntry("box of no size", f"{name} must be at least {MIN_SIDE} pixels wide and high, got {bbox}")
     x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
-        raise _Bad("box outside the image", f"bbox must overlap the image of {width} x {height} pixels, got {bbox}")
+        raise BadEntry(OUTSIDE, f"{name} must overlap the image of {width} x {height} pixels, got {bbox}")
     moved = x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
-    return x1, y1, x2, y2, moved
+    return (x, y, x + w, y + h), (x1, y1, x2, y2), moved
 
 
 class _BoxReader:
@@ -221,23 +241,23 @@ class _BoxReader:
         self.clipped = 0
 
     def add(self, item) -> None:
-        """Append one annotation. Raises: _Bad, with nothing appended."""
+        """Append one annotation. Raises: BadEntry, with nothing appended."""
         if not isinstance(item, dict) or not _is_id(item.get("id")):
-            raise _Bad("malformed annotation", f"it must be an object with an integer 'id', got {item!r:.80}")
+            raise BadEntry("malformed annotation", f"it must be an object with an integer 'id', got {item!r:.80}")
         if item["id"] in self.seen:
-            raise _Bad("duplicate annotation id", "its id must be unique, got it twice")
+            raise BadEntry("duplicate annotation id", "its id must be unique, got it twice")
         image_id, category, crowd = item.get("image_id"), item.get("category_id"), item.get("iscrowd", 0)
         if type(image_id) is not int or image_id not in self.images:
             if type(image_id) is int and image_id in self.left_out:
-                raise _Bad("box of an image left out", f"image {image_id} was left out")
-            raise _Bad("unknown image id", f"image_id must be an image of the file, got {image_id!r:.40}")
+                raise BadEntry("box of an image left out", f"image {image_id} was left out")
+            raise BadEntry("unknown image id", f"image_id must be an image of the file, got {image_id!r:.40}")
         if type(category) is not int or category not in self.labels_of:
-            raise _Bad("unknown category id", f"category_id must be a category of the file, got {category!r:.40}")
+            raise BadEntry("unknown category id", f"category_id must be a category of the file, got {category!r:.40}")
         if type(crowd) not in (int, bool) or crowd not in (0, 1):
-            raise _Bad("malformed annotation", f"iscrowd must be 0 or 1, got {crowd!r:.40}")
+            raise BadEntry("malformed annotation", f"iscrowd must be 0 or 1, got {crowd!r:.40}")
         index = self.images[image_id]
         width, height = self.sizes[index]
-        *box, moved = _check_box(item.get("bbox"), width, height)
+        _, box, moved = check_box(item.get("bbox"), width, height)
         mask = self._check_mask(item, crowd, width, height) if self.masks is not None else None
         self.seen.add(item["id"])
         self.clipped += moved
@@ -256,7 +276,7 @@ class _BoxReader:
         try:
             return self.masks.check(segmentation, height, width)
         except ValueError as error:
-            raise _Bad("bad segmentation", f"segmentation: {error}") from None
+            raise BadEntry("bad segmentation", f"segmentation: {error}") from None
 
 
 def read_annotations(
@@ -284,7 +304,7 @@ def read_annotations(
     for place, item in enumerate(content["annotations"]):
         try:
             reader.add(item)
-        except _Bad as bad:
+        except BadEntry as bad:
             has_id = isinstance(item, dict) and _is_id(item.get("id"))
             which = item["id"] if has_id else f"number {place}"
             problems.report(bad.reason, f"annotation {which}: {bad}")

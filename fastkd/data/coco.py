@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastkd.data.annotations import log, read_annotations
+from fastkd.data.annotations import AnnotationArrays, Problems, log, read_annotations
 from fastkd.data.images import MAX_PIXELS, ImageFolder, read_image
 
 
@@ -32,67 +32,38 @@ class Sample:
     image_id: int
 
 
-class CocoDataset:
-    """Images, boxes and masks of a COCO annotation file.
-
-    Category ids may be sparse; label c is the c-th smallest id. Crowd annotations are regions to ignore, not objects.
-    Bad images and boxes (see fastkd.data.annotations) are left out and counted in `skipped`, or raise with strict.
-
-    Args:
-        annotation_file: COCO JSON.
-        image_dir: folder of the images; no file name may lead out of it.
-        strict: raise ValueError naming the file and the id at the first bad image or box; also makes the loaders
-            raise at an image that cannot be decoded instead of counting and replacing it.
-        with_masks: read the segmentations; an object without a good one is then bad.
-        keep_empty: keep images without objects (they teach the background).
-        max_pixels: a larger image is bad.
-    Raises: FileNotFoundError if file or folder is missing; ValueError if the file is malformed or nothing is usable.
+class DetectionDataset:
+    """Images with boxes of a few classes and regions to ignore, from checked flat arrays; formats are subclasses.
 
     Attributes: num_classes, class_names, category_ids (by label), image_ids [n], sizes [n, 2] (width, height),
-        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image).
+        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image), format.
     """
 
-    def __init__(
-        self,
-        annotation_file: str | os.PathLike,
-        image_dir: str | os.PathLike,
-        *,
-        strict: bool = False,
-        with_masks: bool = False,
-        keep_empty: bool = True,
-        max_pixels: int = MAX_PIXELS,
-    ):
-        self.annotation_file = os.fspath(annotation_file)
-        self.image_dir = os.fspath(image_dir)
-        self.strict = strict
-        self.with_masks = with_masks
-        self.max_pixels = max_pixels
-        arrays, problems = read_annotations(
-            self.annotation_file, ImageFolder(image_dir), strict=strict, with_masks=with_masks, max_pixels=max_pixels
-        )
-        if not keep_empty:
-            objects = np.concatenate([[0], np.cumsum(~arrays.crowd)])[arrays.starts]
-            rows = np.flatnonzero(np.diff(objects) > 0)
-            if not rows.size:
-                raise ValueError(
-                    f"CocoDataset: {self.annotation_file}: at least one image must have an object, got none; "
-                    "pass keep_empty=True to use images without"
-                )
-            arrays = arrays.keep_images(rows)
-        self._arrays = arrays
-        self.skipped: dict[str, int] = dict(problems.counts)
-        self.clipped = arrays.clipped
+    format = ""  # what says which files these are: "coco", "crowdhuman"
+    annotation_file: str
+    image_dir: str
+    strict: bool
+    with_masks: bool
+    max_pixels: int
+    skipped: dict[str, int]
+    clipped: int
+    _arrays: AnnotationArrays
+
+    def _note(self, problems: Problems) -> None:
+        """Keeps and logs what was left out."""
+        self.skipped, self.clipped = dict(problems.counts), self._arrays.clipped
+        kind = type(self).__name__
         if self.skipped:
-            log.warning("CocoDataset: %s: left out %s", self.annotation_file, problems.summary())
+            log.warning("%s: %s: left out %s", kind, self.annotation_file, problems.summary())
         if self.clipped:
-            log.info("CocoDataset: %s: clipped %d boxes to their images", self.annotation_file, self.clipped)
+            log.info("%s: %s: clipped %d boxes to their images", kind, self.annotation_file, self.clipped)
 
     def __len__(self) -> int:
         return len(self._arrays.image_ids)
 
     def __repr__(self) -> str:
         return (
-            f"CocoDataset({self.annotation_file}: {len(self)} images, {len(self._arrays.labels)} boxes, "
+            f"{type(self).__name__}({self.annotation_file}: {len(self)} images, {len(self._arrays.labels)} boxes, "
             f"{self.num_classes} classes)"
         )
 
@@ -174,3 +145,56 @@ class CocoDataset:
         boxes, labels, ignore = self.targets(index)
         masks = self.masks(index) if self.with_masks else None
         return Sample(self.read_image(index), boxes, labels, ignore, masks, int(self._arrays.image_ids[index]))
+
+
+class CocoDataset(DetectionDataset):
+    """Images, boxes and masks of a COCO annotation file.
+
+    Category ids may be sparse; label c is the c-th smallest id. Crowd annotations are regions to ignore, not objects.
+    Bad images and boxes (see fastkd.data.annotations) are left out and counted in `skipped`, or raise with strict.
+
+    Args:
+        annotation_file: COCO JSON.
+        image_dir: folder of the images; no file name may lead out of it.
+        strict: raise ValueError naming the file and the id at the first bad image or box; also makes the loaders
+            raise at an image that cannot be decoded instead of counting and replacing it.
+        with_masks: read the segmentations; an object without a good one is then bad.
+        keep_empty: keep images without objects (they teach the background).
+        max_pixels: a larger image is bad.
+    Raises: FileNotFoundError if file or folder is missing; ValueError if the file is malformed or nothing is usable.
+
+    Attributes: num_classes, class_names, category_ids (by label), image_ids [n], sizes [n, 2] (width, height),
+        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image).
+    """
+
+    format = "coco"
+
+    def __init__(
+        self,
+        annotation_file: str | os.PathLike,
+        image_dir: str | os.PathLike,
+        *,
+        strict: bool = False,
+        with_masks: bool = False,
+        keep_empty: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.annotation_file = os.fspath(annotation_file)
+        self.image_dir = os.fspath(image_dir)
+        self.strict = strict
+        self.with_masks = with_masks
+        self.max_pixels = max_pixels
+        arrays, problems = read_annotations(
+            self.annotation_file, ImageFolder(image_dir), strict=strict, with_masks=with_masks, max_pixels=max_pixels
+        )
+        if not keep_empty:
+            objects = np.concatenate([[0], np.cumsum(~arrays.crowd)])[arrays.starts]
+            rows = np.flatnonzero(np.diff(objects) > 0)
+            if not rows.size:
+                raise ValueError(
+                    f"CocoDataset: {self.annotation_file}: at least one image must have an object, got none; "
+                    "pass keep_empty=True to use images without"
+                )
+            arrays = arrays.keep_images(rows)
+        self._arrays = arrays
+        self._note(problems)

@@ -23,13 +23,14 @@ class ImageFolder:
 
     Args:
         root: the folder; may itself be a symbolic link.
+        who: the data set named in messages.
     Raises: FileNotFoundError if it is no folder.
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike, who: str = "CocoDataset"):
         self.root = os.path.realpath(root)
         if not os.path.isdir(self.root):
-            raise FileNotFoundError(f"CocoDataset: image_dir must be an existing folder, got {os.fspath(root)!r}")
+            raise FileNotFoundError(f"{who}: image_dir must be an existing folder, got {os.fspath(root)!r}")
         self._listings: dict[str, dict[str, str] | None] = {}
 
     def _inside(self, path: str) -> bool:
@@ -73,6 +74,23 @@ class ImageFolder:
                 return "file name outside the image folder", f"it is a symbolic link to {target}"
             kind = "file" if os.path.isfile(target) else "other"
         return None if kind == "file" else ("image file missing", "it is not a regular file")
+
+
+def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of an image file, from its header alone.
+
+    Raises: BadImageError if missing, no regular file, no image or too large.
+    """
+    try:
+        with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+    except BadImageError as error:
+        raise BadImageError(f"image {path}: {error}") from None
+    except Exception as error:  # decoders raise nearly anything on hostile files
+        raise BadImageError(f"image {path}: cannot be read, {type(error).__name__}: {error}") from error
+    if width * height > max_pixels:
+        raise BadImageError(f"image {path}: {width} x {height} pixels are more than the limit of {max_pixels}")
+    return width, height
 
 
 def read_image(path: str, expected_size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> np.ndarray:

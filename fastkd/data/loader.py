@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd.data.coco import CocoDataset
+from fastkd.data.coco import DetectionDataset
 from fastkd.data.images import BadImageError
 from fastkd.data.transforms import Augmentation, Geometry, normalise, resized_size
 from fastkd.types import Batch
@@ -25,7 +25,9 @@ EPOCH_STREAM, SAMPLE_STREAM = 1, 2  # keeps the two uses of a seed apart
 ASPECT_EDGES = (0.8, 1.25)  # width / height: upright, about square, lying
 
 
-def collate(dataset: CocoDataset, items: list[tuple[int, np.ndarray, Geometry, int]], padded: tuple[int, int]) -> Batch:
+def collate(
+    dataset: DetectionDataset, items: list[tuple[int, np.ndarray, Geometry, int]], padded: tuple[int, int]
+) -> Batch:
     """Put decoded images and their ground truth into one batch.
 
     Args:
@@ -276,7 +278,7 @@ def _check_rank(name: str, rank: int, world_size: int) -> None:
 
 
 def build_train_loader(
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     *,
     batch_size: int,
     total_steps: int,
@@ -303,7 +305,7 @@ def build_train_loader(
     padding differ between ranks).
 
     Args:
-        dataset: CocoDataset.
+        dataset: DetectionDataset.
         batch_size: images of the global batch, a multiple of world_size.
         total_steps: steps of the whole run.
         seed: >= 0.
@@ -340,7 +342,7 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     *,
     batch_size: int = 16,
     world_size: int = 1,
@@ -358,7 +360,7 @@ def build_eval_loader(
     counted in `bad_images`.
 
     Args:
-        dataset: CocoDataset.
+        dataset: DetectionDataset.
         batch_size: most images of a batch.
         world_size, rank, workers, divisor, channels_last, pin_memory: as in build_train_loader.
         short_side, max_side: size of the images, see resized_size.

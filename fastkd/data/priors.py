@@ -15,7 +15,7 @@ def measure_priors(dataset) -> ClassPriors:
     (width / image width, height / image height). A class without boxes has frequency 0, mean 0 and std 0.
 
     Args:
-        dataset: CocoDataset.
+        dataset: DetectionDataset.
     Returns: ClassPriors in float64.
     Raises: ValueError if the data set has no box at all.
     Source: ICD (arXiv 2110.12724), fake queries; methods.md 1.1.

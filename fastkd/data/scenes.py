@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from fastkd.data.generated import GeneratedFolder, check_counts, draw_all, write_whole
 from fastkd.data.scenes_render import SCENE_KINDS, SceneStyle, render_scene
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
@@ -48,39 +46,7 @@ def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, 
     return picture.shape[1], picture.shape[0], annotations
 
 
-def _write_json(path: Path, content: dict) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")))
-    os.replace(partial, path)
-
-
-def _parameters(train: int, val: int, seed: int, style: SceneStyle) -> dict:
-    values = {"generator": "fastkd scenes", "version": GENERATOR_VERSION, "seed": seed, "train": train, "val": val}
-    return json.loads(json.dumps({**values, "style": dataclasses.asdict(style)}))
-
-
-def _stamp_agrees(root: Path, parameters: dict) -> bool:
-    try:
-        return json.loads((root / STAMP).read_text()) == parameters
-    except (OSError, ValueError):
-        return False
-
-
-def _clear(root: Path) -> None:
-    """Remove an earlier generation; refuse a folder holding anything that is not ours."""
-    entries = {entry.name for entry in root.iterdir()} if root.exists() else set()
-    foreign = entries - {*SPLITS, "annotations", STAMP}
-    if foreign or (entries and STAMP not in entries):
-        raise ValueError(
-            f"generate_scenes: root must be a new, empty or formerly generated folder, got {root} which holds "
-            f"{sorted(foreign or entries)[:3]}; choose another folder"
-        )
-    for name in (*SPLITS, "annotations"):
-        shutil.rmtree(root / name, ignore_errors=True)
-
-
-def _write_split(root: Path, split: str, count: int, parameters: dict, style: SceneStyle, results) -> None:
+def _write_split(root: Path, split: str, count: int, parameters: dict, results: list) -> None:
     """Collect the drawn images in order and write the split's annotation file."""
     images, annotations = [], []
     for index, (width, height, found) in enumerate(results):
@@ -91,7 +57,7 @@ def _write_split(root: Path, split: str, count: int, parameters: dict, style: Sc
     categories = [{"id": kind[0], "name": name, "supercategory": kind[1]} for name, kind in SCENE_KINDS.items()]
     info = {"description": f"fastkd scenes, {split}: {count} generated images", **parameters}
     content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    _write_json(root / "annotations" / f"{split}.json", content)
+    write_whole(root / "annotations" / f"{split}.json", json.dumps(content, separators=(",", ":")))
 
 
 def generate_scenes(
@@ -119,40 +85,23 @@ def generate_scenes(
     Returns: root as a Path.
     Raises: ValueError for bad arguments or a folder that holds something else.
     """
-    for name, value, low in (("train", train, 0), ("val", val, 0), ("seed", seed, 0), ("processes", processes, 1)):
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"generate_scenes: {name} must be an int >= {low}, got {value!r}")
+    check_counts("generate_scenes", train=(train, 0), val=(val, 0), seed=(seed, 0), processes=(processes, 1))
     known = {item.name for item in dataclasses.fields(SceneStyle)}
     if set(style) - known:
         raise TypeError(f"generate_scenes: unknown arguments {sorted(set(style) - known)}; known: {sorted(known)}")
     look = SceneStyle(**style)
     root = Path(root)
-    parameters = _parameters(train, val, seed, look)
-    if _stamp_agrees(root, parameters):
+    parameters = {"generator": "fastkd scenes", "version": GENERATOR_VERSION, "seed": seed, "train": train, "val": val}
+    parameters["style"] = dataclasses.asdict(look)
+    folder = GeneratedFolder("generate_scenes", root, STAMP, (*SPLITS, "annotations"), parameters)
+    if folder.is_there():
         return root
-    _clear(root)
-    (root / "annotations").mkdir(parents=True)
-    _write_json(root / STAMP, {"unfinished": True})  # marks the folder as ours; replaced when all is written
-    pool = None
-    if processes > 1:
-        method = "fork" if sys.platform == "linux" else "spawn"
-        pool = multiprocessing.get_context(method).Pool(processes)
-    try:
-        done = 0
+    with folder.writing():
+        jobs = {}
         for number, (split, count) in enumerate(zip(SPLITS, (train, val), strict=True)):
             (root / split).mkdir()
-            tasks = [(str(root / split), seed, number, index, look) for index in range(count)]
-            results = pool.imap(_draw_image, tasks, chunksize=16) if pool else map(_draw_image, tasks)
-            collected = []
-            for result in results:
-                collected.append(result)
-                done += 1
-                if progress and (done % 50 == 0 or done == train + val):
-                    progress(done, train + val)
-            _write_split(root, split, count, parameters, look, collected)
-    finally:
-        if pool:
-            pool.terminate()
-            pool.join()
-    _write_json(root / STAMP, parameters)
+            jobs[split] = [(str(root / split), seed, number, index, look) for index in range(count)]
+        (root / "annotations").mkdir()
+        for split, results in draw_all(_draw_image, jobs, processes, progress):
+            _write_split(root, split, len(results), folder.parameters, results)
     return root

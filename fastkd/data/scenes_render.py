@@ -296,7 +296,7 @@ def _colours(rng: np.random.Generator, style: SceneStyle, ground: np.ndarray) ->
     return pair[0], pair[1]
 
 
-def _background(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> np.ndarray:
+def paint_background(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> np.ndarray:
     """Smooth colour clouds, a finer mottle and a few thin lines: [height, width, 3] float32."""
     base = rng.uniform(50, 205, 3)
     cells = rng.normal(0, 22, (int(rng.integers(2, 6)), int(rng.integers(2, 6)), 3)) * style.contrast + base
@@ -321,7 +321,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, item: _Item, style: Sce
     area += item.alpha[..., None] * (colour - area)
 
 
-def _finish(rng: np.random.Generator, canvas: np.ndarray, style: SceneStyle) -> np.ndarray:
+def finish_picture(rng: np.random.Generator, canvas: np.ndarray, style: SceneStyle) -> np.ndarray:
     """Lighting, blur and noise: uint8 [height, width, 3]."""
     height, width = canvas.shape[:2]
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.45)
@@ -351,9 +351,9 @@ def render_scene(rng: np.random.Generator, style: SceneStyle):
     if len(kept) < len(items):  # without the hidden ones the others only gain
         items = [items[k] for k in kept]
         owner = _owners(items, width, height)
-    canvas = _background(rng, style, width, height)
+    canvas = paint_background(rng, style, width, height)
     for item in items:
         _paint(rng, canvas, item, style)
     objects = [k for k, item in enumerate(items) if item.label >= 0]
     masks = np.stack([owner == k for k in objects]) if objects else np.zeros((0, height, width), bool)
-    return _finish(rng, canvas, style), [items[k].label for k in objects], masks
+    return finish_picture(rng, canvas, style), [items[k].label for k in objects], masks

@@ -1,54 +1,61 @@
-"""torchvision's ResNets of any width, and the feature pyramid on top."""
+"""torchvision's ResNets of any width, the feature pyramid on top, and which backbone a configuration asks for."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.backbone_base import NORM_LAYERS, Backbone
+from fastkd.detectors.backbone_deformable import make_deformable
+from fastkd.detectors.backbone_mobilenet import MobileNet
+from fastkd.detectors.backbone_swin import SwinTiny
+from fastkd.detectors.backbone_timm import TimmBackbone
+from fastkd.detectors.config import TIMM, DetectorConfig
 
-_BLOCKS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+_BLOCKS = {  # block, its number in each stage, groups, width of a group
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
 }
 
 
-def _frozen_batch_norm(channels: int) -> nn.Module:
-    return FrozenBatchNorm2d(channels, eps=1e-5)  # as BatchNorm2d in eval mode; torchvision's own default is 0
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or fewer so that each has at least two channels (the coarsest map may have one cell)."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
-
-
-_NORM_LAYERS = {"frozen_bn": _frozen_batch_norm, "bn": nn.BatchNorm2d, "gn": group_norm}
-
-
-class ScaledResNet(ResNet):
+class ScaledResNet(Backbone, ResNet):
     """A torchvision ResNet without its classifier, all widths scaled; state-dict keys are torchvision's.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50" or "resnet101".
-        width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 8.
+        name: "resnet18", "resnet34", "resnet50", "resnet101" or "resnext101_32x8d".
+        width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 16 (the
+            weight gradient of oneDNN's 1x1 convolution of stride 2 from 8 channels crashes the process, torch 2.14.1).
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
+        deformable: whether the 3x3 convolutions of layer2 .. layer4 are modulated deformable ones.
+        stride_in_1x1: bottlenecks halve the map in their first convolution, not in the second.
     """
 
-    def __init__(self, name: str, width: float = 1.0, norm: str = "frozen_bn", frozen_stages: int = 0):
+    fresh = ("conv2.offset.weight", "conv2.offset.bias")
+
+    def __init__(
+        self,
+        name: str,
+        width: float = 1.0,
+        norm: str = "frozen_bn",
+        frozen_stages: int = 0,
+        *,
+        deformable: bool = False,
+        stride_in_1x1: bool = False,
+    ):
         nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
-        block, depths = _BLOCKS[name]
-        widths = [max(8, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
-        self._norm_layer = _NORM_LAYERS[norm]
-        self.inplanes, self.dilation, self.groups, self.base_width = widths[0], 1, 1, 64
+        block, depths, self.groups, self.base_width = _BLOCKS[name]
+        widths = [max(16, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
+        self._norm_layer = NORM_LAYERS[norm]
+        self.inplanes, self.dilation = widths[0], 1
         self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(widths[0])
         self.relu = nn.ReLU(inplace=True)
@@ -61,16 +68,11 @@ class ScaledResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-        self.frozen = tuple(name for stage in stages[:frozen_stages] for name in stage)
-        for name in self.frozen:
-            self.get_submodule(name).requires_grad_(False)
-
-    def train(self, mode: bool = True) -> ScaledResNet:
-        super().train(mode)
-        for name in self.frozen:
-            self.get_submodule(name).eval()
-        return self
+            if stride_in_1x1 and isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
+        for layer in (self.layer2, self.layer3, self.layer4) if deformable else ():
+            make_deformable(layer)
+        self.freeze((("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)), frozen_stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps C2 .. C5 (strides 4, 8, 16, 32) of images [B, 3, H, W]."""
@@ -83,15 +85,24 @@ class ScaledResNet(ResNet):
 
 
 class CoarsestLevels(LastLevelP6P7):
-    """torchvision's P6 and P7 from P5, right also for maps one cell wide in bfloat16 on a CPU.
+    """torchvision's P6 and P7 from P5 or C5, right also for maps one cell wide in bfloat16 on a CPU.
 
     There the weight gradient of oneDNN's convolution of stride 2 holds uninitialised memory (seen with torch 2.14.1). A
     column of zeros on the right changes nothing else: the convolution pads with zeros itself.
+
+    Args:
+        in_channels: channels of the map that P6 is made from.
+        channels: channels of P6 and P7.
+        from_c5: whether that map is C5.
     """
+
+    def __init__(self, in_channels: int, channels: int, from_c5: bool):
+        super().__init__(in_channels, channels)
+        self.use_P5 = not from_c5
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Levels and names with P6 and P7 appended."""
-        p6 = self.p6(_two_wide(p[-1]))
+        p6 = self.p6(_two_wide(p[-1] if self.use_P5 else c[-1]))
         p7 = self.p7(_two_wide(F.relu(p6)))
         return [*p, p6, p7], [*names, "p6", "p7"]
 
@@ -101,17 +112,20 @@ def _two_wide(level: Tensor) -> Tensor:
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid: P3 .. P7 (P6 from P5) or, two-stage, P2 .. P6 (P6 subsampled from P5).
+    """torchvision's feature pyramid: P3 .. P7 (P6 from P5 or C5) or P2 .. P6 (P6 subsampled from P5).
 
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
-        two_stage: which of the two pyramids.
+        fine: whether it starts at P2.
+        p6_source: "p5" or "c5", for P3 .. P7.
     """
 
-    def __init__(self, in_channels: list[int], channels: int, two_stage: bool):
-        extra = LastLevelMaxPool() if two_stage else CoarsestLevels(channels, channels)
-        self.first = 0 if two_stage else 1
+    def __init__(self, in_channels: list[int], channels: int, fine: bool, p6_source: str = "p5"):
+        from_c5 = p6_source == "c5"
+        coarse = in_channels[-1] if from_c5 else channels
+        extra = LastLevelMaxPool() if fine else CoarsestLevels(coarse, channels, from_c5)
+        self.first = 0 if fine else 1
         super().__init__(in_channels[self.first :], channels, extra)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -120,7 +134,19 @@ class Pyramid(FeaturePyramidNetwork):
         return list(super().forward(named).values())
 
 
-def build_backbone_and_neck(config: DetectorConfig) -> tuple[ScaledResNet, Pyramid]:
-    """Backbone and neck that `config` asks for, with torchvision's random weights."""
-    backbone = ScaledResNet(config.backbone, config.width, config.norm, config.frozen_stages)
-    return backbone, Pyramid(backbone.out_channels, config.channels, config.two_stage)
+def build_backbone(config: DetectorConfig) -> Backbone:
+    """The backbone that `config` asks for, with random weights."""
+    if config.backbone.startswith(TIMM):
+        return TimmBackbone(config.backbone.removeprefix(TIMM))
+    if config.backbone == "swin_t":
+        return SwinTiny(config.width, config.frozen_stages, first=0 if config.fine else 1)
+    if config.backbone == "mobilenet_v2":
+        return MobileNet(config.width, config.norm, config.frozen_stages)
+    settings = (config.backbone, config.width, config.norm, config.frozen_stages)
+    return ScaledResNet(*settings, deformable=config.deformable, stride_in_1x1=config.stride_in_1x1)
+
+
+def build_backbone_and_neck(config: DetectorConfig) -> tuple[Backbone, Pyramid]:
+    """Backbone and neck that `config` asks for, with random weights."""
+    backbone = build_backbone(config)
+    return backbone, Pyramid(backbone.out_channels, config.channels, config.fine, config.p6_source)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from fastkd.detectors.atss import ATSS
+from fastkd.detectors.condinst import CondInst
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.fcos import FCOS
+from fastkd.detectors.poto import POTO
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
+from fastkd.detectors.solov2 import SOLOv2
 from fastkd.detectors.two_stage import TwoStage
 
-_DETECTORS = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": TwoStage, "mask_rcnn": TwoStage}
+_DETECTORS = {
+    "retinanet": RetinaNet,
+    "fcos": FCOS,
+    "atss": ATSS,
+    "poto": POTO,
+    "condinst": CondInst,
+    "solov2": SOLOv2,
+    "faster_rcnn": TwoStage,
+    "mask_rcnn": TwoStage,
+}
 
 
 def build_detector(config: DetectorConfig) -> Detector:

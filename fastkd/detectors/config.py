@@ -1,16 +1,24 @@
-"""What a detector is made of: one frozen dataclass for all four kinds."""
+"""What a detector is made of: one frozen dataclass for all kinds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
-DETECTORS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+DETECTORS = ("retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn", "mask_rcnn")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2")
+DEFORMABLE = ("resnet50", "resnet101", "resnext101_32x8d")
+TIMM = "timm:"
 NORMS = ("frozen_bn", "bn", "gn")
 HEAD_NORMS = ("none", "gn")
+P6_SOURCES = ("p5", "c5")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+WITH_MASKS = ("mask_rcnn", "condinst", "solov2")
+WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
+
+_TIMM_NAME = re.compile(r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?")  # no addresses: a detector's file must not load others
 
 _POSITIVE_INTEGERS = (
     "num_classes",
@@ -27,59 +35,90 @@ _POSITIVE_INTEGERS = (
     "roi_canonical_size",
     "box_head_channels",
     "mask_head_channels",
+    "mask_branch_channels",
+    "mask_samples",
+    "instance_head_channels",
+    "kernel_channels",
 )
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """A detector: its kind, its size, its anchors and its thresholds. Defaults are torchvision's.
+    """A detector: its kind, its size, its anchors and its thresholds.
+
+    Defaults are torchvision's, and the papers' for what torchvision has not.
 
     Args:
-        detector: "retinanet", "fcos", "faster_rcnn" or "mask_rcnn".
+        detector: "retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn" or "mask_rcnn".
         num_classes: object classes, without background, >= 1.
-        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
-        width: scales every width of the ResNet (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8.
+        backbone: "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2", or
+            "timm:NAME" for a model of the timm package (pip install 'fastkd[timm]') with maps of strides 4 .. 32.
+        deformable: modulated deformable 3x3 convolutions (DCNv2) in the stages of strides 8 .. 32 of resnet50,
+            resnet101 and resnext101_32x8d.
+        width: scales every width of the backbone (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8
+            (Swin: of 24); 1 for timm's.
         channels: channels of every pyramid level and of the dense heads.
-        norm: normalisation in the backbone: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32 groups, or as
-            many of two channels as there are).
-        frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 stem and layer1, .. 5 all.
+        norm: normalisation in ResNets and MobileNetV2: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32
+            groups, or as many of two channels as there are). Swin and timm's models have their own.
+        frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 also the stage of stride 4 (layer1
+            of a ResNet), .. 5 all; 0 for timm's.
+        stride_in_1x1: a stage's first bottleneck halves the map in its first 1x1 convolution, as in the original ResNet
+            and detectron2's models, instead of in the 3x3 (torchvision).
+        p6_source: the map that P6 of a dense detector is made from: "p5", or "c5", the backbone's last (detectron2).
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
             for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
-            anchor_base / 2 and anchor_base strides from the location (None: 8).
+            anchor_base / 2 and anchor_base strides from the location (None: 8); so in CondInst. ATSS compares boxes
+            with squares of anchor_base strides around the locations (None: 8). In SOLOv2 a level owns the instances
+            whose box has an area of (anchor_base / 2)^2 to (2 * anchor_base)^2 square strides (None: 12).
         anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for
             two-stage.
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
+        anchor_rounding: corners of anchors are whole pixels (torchvision); False leaves them exact (detectron2).
         head_convs: convolutions in each tower of a dense head.
-        head_norm: normalisation in RetinaNet's towers: "none", or "gn" (groups of 8 channels, as torchvision's second
-            version has at 256; trains a narrow head several times faster). FCOS always has its norms.
-        score_threshold: detections at or below this score are dropped.
-        nms_threshold: of two detections of a class that overlap more than this (IoU) the weaker is dropped.
+        head_norm: "none" is the published head. "gn" has GroupNorm in RetinaNet's towers (groups of 8 channels, as
+            torchvision's second version has at 256; trains a narrow head several times faster) and instead of the batch
+            norms of CondInst's mask branch. The other heads have the norms they were published with.
+        score_threshold: detections at or below this score are dropped. SOLOv2's candidates must have twice as much
+            before matrix NMS.
+        nms_threshold: of two detections of a class that overlap more than this (IoU) the weaker is dropped. None: 0.6
+            for ATSS and CondInst, no suppression for POTO, 0.5 else; SOLOv2 has matrix NMS and takes None only.
         detections_per_image: most detections of one image.
-        candidates_per_level: dense detectors: most detections of one level that enter non-maximum suppression.
+        candidates_per_level: one-stage detectors: most detections of one level that enter non-maximum suppression.
         rpn_pre_nms_train, rpn_pre_nms_test: proposals of one level and image that enter non-maximum suppression.
         rpn_post_nms_train, rpn_post_nms_test: proposals of one image that leave it.
         rpn_samples: anchors of one image in the proposal loss, at most half of them positive.
         roi_samples: proposals of one image in the box loss.
         roi_positive_fraction: largest share of positives among them.
         roi_canonical_size: side in pixels of the proposals that are pooled from P4 (half as large: P3, ...).
+        roi_aligned: pool with cell centres at half pixels and as many samples as a bin has cells (detectron2), not
+            torchvision's 2 x 2 samples of unshifted boxes.
         box_head_channels: width of the two fully connected layers on pooled boxes.
         mask_head_channels: width of the four convolutions on pooled masks.
+        mask_branch_channels: width of the convolutions that make the mask features of CondInst and SOLOv2.
+        mask_samples: CondInst: most locations of a process whose masks enter the loss.
+        instance_head_channels: SOLOv2: width of the towers.
+        kernel_channels: SOLOv2: channels of the mask features and of the kernels applied to them.
+        grids: SOLOv2: cells along a side of each level's grid.
     """
 
     detector: str = "retinanet"
     num_classes: int = 80
     backbone: str = "resnet50"
+    deformable: bool = False
     width: float = 1.0
     channels: int = 256
     norm: str = "frozen_bn"
     frozen_stages: int = 0
+    stride_in_1x1: bool = False
+    p6_source: str = "p5"
     anchor_base: float | None = None
     anchor_scales: tuple[float, ...] | None = None
     anchor_ratios: tuple[float, ...] | None = None
+    anchor_rounding: bool = True
     head_convs: int = 4
     head_norm: str = "none"
     score_threshold: float = 0.05
-    nms_threshold: float = 0.5
+    nms_threshold: float | None = None
     detections_per_image: int = 100
     candidates_per_level: int = 1000
     rpn_pre_nms_train: int = 2000
@@ -90,13 +129,20 @@ class DetectorConfig:
     roi_samples: int = 512
     roi_positive_fraction: float = 0.25
     roi_canonical_size: int = 224
+    roi_aligned: bool = False
     box_head_channels: int = 1024
     mask_head_channels: int = 256
+    mask_branch_channels: int = 128
+    mask_samples: int = 500
+    instance_head_channels: int = 512
+    kernel_channels: int = 256
+    grids: tuple[int, ...] = (40, 36, 24, 16, 12)
 
     def __post_init__(self) -> None:
-        named = (("detector", DETECTORS), ("backbone", BACKBONES), ("norm", NORMS), ("head_norm", HEAD_NORMS))
+        named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS), ("p6_source", P6_SOURCES))
         for name, choices in named:
             _check(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
+        self._check_backbone()
         for name in _POSITIVE_INTEGERS:
             _check(_is_integer(getattr(self, name), 1), name, "an integer >= 1", getattr(self, name))
         _check(
@@ -108,7 +154,8 @@ class DetectorConfig:
         _check(_is_number(self.width) and 0 < self.width <= 8, "width", "a number in (0, 8]", self.width)
         for name in ("score_threshold", "nms_threshold", "roi_positive_fraction"):
             value = getattr(self, name)
-            _check(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
+            if value is not None or name != "nms_threshold":
+                _check(_is_number(value) and 0 <= value <= 1, name, "a number in [0, 1]", value)
         if self.anchor_base is not None:
             _check(
                 _is_number(self.anchor_base) and self.anchor_base > 0,
@@ -118,11 +165,36 @@ class DetectorConfig:
             )
         for name in ("anchor_scales", "anchor_ratios"):
             self._check_factors(name)
+        for name in ("stride_in_1x1", "anchor_rounding", "roi_aligned"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        bottlenecks = self.backbone in ("resnet50", "resnet101")
+        _check(bottlenecks or not self.stride_in_1x1, "stride_in_1x1", f"False for {self.backbone}", self.stride_in_1x1)
+        if self.fine:
+            _check(self.p6_source == "p5", "p6_source", f'"p5" for {self.detector}', self.p6_source)
         if self.head_norm == "gn":
             _check(self.channels % 8 == 0, "channels", 'a multiple of 8 with head_norm "gn"', self.channels)
-        if self.detector == "fcos":
+        if self.detector in WITHOUT_ANCHORS:
+            wanted = f"None for {self.detector}, which has no anchors"
             for name in ("anchor_scales", "anchor_ratios"):
-                _check(getattr(self, name) is None, name, "None for fcos, which has no anchors", getattr(self, name))
+                _check(getattr(self, name) is None, name, wanted, getattr(self, name))
+        if self.detector == "solov2":
+            wanted = "None for solov2, which has matrix NMS"
+            _check(self.nms_threshold is None, "nms_threshold", wanted, self.nms_threshold)
+        good = isinstance(self.grids, (tuple, list)) and len(self.grids) == len(self.strides)
+        _check(good and all(_is_integer(v, 1) for v in self.grids), "grids", "five integers >= 1", self.grids)
+        object.__setattr__(self, "grids", tuple(self.grids))
+
+    def _check_backbone(self) -> None:
+        known = isinstance(self.backbone, str) and (self.backbone in BACKBONES or _TIMM_NAME.fullmatch(self.backbone))
+        wanted = "one of " + ", ".join(BACKBONES) + " or timm:NAME"
+        _check(bool(known), "backbone", wanted, self.backbone)
+        _check(isinstance(self.deformable, bool), "deformable", "True or False", self.deformable)
+        if self.deformable:
+            wanted = f"False for {self.backbone}; only {', '.join(DEFORMABLE)} have a deformable form"
+            _check(self.backbone in DEFORMABLE, "deformable", wanted, self.deformable)
+        if self.backbone.startswith(TIMM):
+            _check(self.width == 1, "width", "1 for a timm backbone", self.width)
+            _check(self.frozen_stages == 0, "frozen_stages", "0 for a timm backbone", self.frozen_stages)
 
     def _check_factors(self, name: str) -> None:
         value = getattr(self, name)
@@ -134,27 +206,45 @@ class DetectorConfig:
 
     @property
     def two_stage(self) -> bool:
-        """Whether the pyramid is P2 .. P6 and regions are proposed first."""
+        """Whether regions are proposed first."""
         return self.detector in TWO_STAGE
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether it learns and predicts instance masks."""
+        return self.detector in WITH_MASKS
+
+    @property
+    def fine(self) -> bool:
+        """Whether the pyramid is P2 .. P6 and not P3 .. P7."""
+        return self.two_stage or self.detector == "solov2"
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels from one cell to the next, level by level."""
-        return (4, 8, 16, 32, 64) if self.two_stage else (8, 16, 32, 64, 128)
+        return (4, 8, 16, 32, 64) if self.fine else (8, 16, 32, 64, 128)
 
-    def anchor_sizes(self) -> list[tuple[int, ...]]:
-        """Sides in pixels of the square anchors, a tuple for each level, rounded down as torchvision does."""
+    @property
+    def nms(self) -> float | None:
+        """The IoU above which the weaker of two detections goes; None suppresses nothing."""
+        if self.nms_threshold is not None:
+            return self.nms_threshold
+        return {"atss": 0.6, "condinst": 0.6, "poto": None, "solov2": None}.get(self.detector, 0.5)
+
+    def anchor_sizes(self) -> list[tuple[float, ...]]:
+        """Sides in pixels of the square anchors, level by level; rounded down, as torchvision does, or exact."""
         if self.detector == "retinanet":
             base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
         else:
             base, scales = 8, (1.0,)
         base = self.anchor_base if self.anchor_base is not None else base
         scales = self.anchor_scales if self.anchor_scales is not None else scales
-        return [tuple(max(1, int(base * stride * scale)) for scale in scales) for stride in self.strides]
+        sizes = [tuple(base * stride * scale for scale in scales) for stride in self.strides]
+        return [tuple(max(1, int(size)) for size in level) for level in sizes] if self.anchor_rounding else sizes
 
     def aspect_ratios(self) -> tuple[float, ...]:
         """Height / width of the anchors."""
-        if self.detector == "fcos":
+        if self.detector in WITHOUT_ANCHORS:
             return (1.0,)
         return self.anchor_ratios if self.anchor_ratios is not None else (0.5, 1.0, 2.0)
 

@@ -1,8 +1,9 @@
-"""What RetinaNet and FCOS share: anchors of a pyramid, and detections from the outputs of their heads."""
+"""What the one-stage detectors share: anchors of a pyramid, and detections from the outputs of their heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +20,36 @@ class PyramidAnchors:
     The distance between cells is the level's stride. torchvision's models take padded size // cells instead, which is
     the same where the padded size is a multiple of the coarsest stride and elsewhere moves an image's anchors with
     the size of its neighbours.
+
+    Args:
+        sizes: sides of the square anchors of each level, pixels.
+        ratios: height / width.
+        strides: pixels between cells, level by level.
+        centered: whether anchors lie around the cells' centres (floor(stride / 2) + index * stride) and not, as
+            torchvision's, around their upper left corners.
+        rounding: round the corners to whole pixels, as torchvision does.
     """
 
-    def __init__(self, sizes: list[tuple[int, ...]], ratios: tuple[float, ...], strides: tuple[int, ...]):
+    def __init__(
+        self,
+        sizes: list[tuple[float, ...]],
+        ratios: tuple[float, ...],
+        strides: tuple[int, ...],
+        *,
+        centered: bool = False,
+        rounding: bool = True,
+    ):
         self.generator = AnchorGenerator(tuple(sizes), (tuple(ratios),) * len(sizes))
+        if not rounding:
+            self.generator.cell_anchors = [_exact_anchors(level, ratios) for level in sizes]
         self.strides = strides
+        self.offsets = [stride // 2 if centered else 0 for stride in strides]
         self._known: dict[tuple, list[Tensor]] = {}
 
     @property
     def cells(self) -> list[Tensor]:
         """L tensors [A, 4]: the anchors of the cell at the origin."""
-        return [anchors.clone() for anchors in self.generator.cell_anchors]
+        return [anchors + offset for anchors, offset in zip(self.generator.cell_anchors, self.offsets)]
 
     @property
     def per_cell(self) -> int:
@@ -44,8 +64,17 @@ class PyramidAnchors:
                 self._known.pop(next(iter(self._known)))
             self.generator.set_cell_anchors(torch.float32, pyramid[0].device)
             grids = [list(level.shape[-2:]) for level in pyramid]
-            self._known[key] = self.generator.grid_anchors(grids, [[stride, stride] for stride in self.strides])
+            corners = self.generator.grid_anchors(grids, [[stride, stride] for stride in self.strides])
+            self._known[key] = [anchors + offset for anchors, offset in zip(corners, self.offsets)]
         return self._known[key]
+
+
+def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
+    """torchvision's anchors of one cell before rounding, [len(ratios) * len(sizes), 4], ratio by ratio."""
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()[:, None]
+    sides = torch.tensor(sizes, dtype=torch.float64)[None]
+    half = torch.stack([sides / root, sides * root], -1).flatten(0, 1) / 2  # [A, 2] width, height
+    return torch.cat([-half, half], 1).float()
 
 
 def image_limits(batch: Batch) -> Tensor:
@@ -58,36 +87,72 @@ def clip_boxes(boxes: Tensor, batch: Batch) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), image_limits(batch))
 
 
+class Candidates(NamedTuple):
+    """What enters non-maximum suppression: boxes [B, N, 4] clipped to the images, scores, labels, place [B, N].
+
+    A negative score marks an empty entry; `place` counts the anchors of all levels.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    place: Tensor
+
+
 @torch.no_grad()
-def dense_detections(
+def dense_candidates(
     scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
-) -> list[Detections]:
-    """The best boxes of every level, clipped, after non-maximum suppression class by class.
+) -> Candidates:
+    """The best boxes of every level.
 
     Args:
         scores: L tensors [B, N_l, num_classes] float32.
         decode: (level, index [B, M]) -> boxes [B, M, 4] of these anchors of the level.
     """
-    kept_scores, kept_labels, kept_boxes = [], [], []
+    kept_scores, kept_labels, kept_boxes, kept_places, first = [], [], [], [], 0
     for level, level_scores in enumerate(scores):
         flat = level_scores.flatten(1)
         flat = flat.masked_fill(~(flat > config.score_threshold), -1.0)  # also drops NaN
         best, index = flat.topk(min(config.candidates_per_level, flat.shape[1]), dim=1)
         used = max(1, int((best > 0).sum(1).max()))  # the other columns are empty in every image
         best, index = best[:, :used], index[:, :used]
+        place = index // level_scores.shape[-1]
         kept_scores.append(best)
         kept_labels.append(index % level_scores.shape[-1])
-        kept_boxes.append(decode(level, index // level_scores.shape[-1]))
+        kept_boxes.append(decode(level, place))
+        kept_places.append(place + first)
+        first += level_scores.shape[1]
     boxes = clip_boxes(torch.cat(kept_boxes, 1), batch)
-    return suppress(boxes, torch.cat(kept_scores, 1), torch.cat(kept_labels, 1), config)
+    return Candidates(boxes, torch.cat(kept_scores, 1), torch.cat(kept_labels, 1), torch.cat(kept_places, 1))
+
+
+def dense_detections(
+    scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
+) -> list[Detections]:
+    """The best boxes of every level, clipped, after non-maximum suppression class by class; arguments as above."""
+    boxes, scores, labels, _ = dense_candidates(scores, decode, batch, config)
+    return suppress(boxes, scores, labels, config)
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Detections]:
     """Non-maximum suppression of boxes [B, N, 4], scores and labels [B, N]; a negative score marks an empty place."""
-    found = []
+    return [
+        Detections(image_boxes[kept], image_scores[kept], image_labels[kept])
+        for kept, image_boxes, image_scores, image_labels in zip(
+            survivors(boxes, scores, labels, config), boxes, scores, labels, strict=True
+        )
+    ]
+
+
+def survivors(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Tensor]:
+    """What non-maximum suppression keeps (without one: the best): B index tensors, strongest first; as `suppress`."""
+    kept, threshold = [], config.nms
     for image_boxes, image_scores, image_labels in zip(boxes, scores, labels, strict=True):
         used = (image_scores > 0).nonzero()[:, 0]
-        image_boxes, image_scores, image_labels = image_boxes[used], image_scores[used], image_labels[used]
-        keep = batched_nms(image_boxes, image_scores, image_labels, config.nms_threshold)[: config.detections_per_image]
-        found.append(Detections(image_boxes[keep], image_scores[keep], image_labels[keep]))
-    return found
+        own = image_scores[used]
+        if threshold is None:
+            order = own.argsort(descending=True, stable=True)
+        else:
+            order = batched_nms(image_boxes[used], own, image_labels[used], threshold)
+        kept.append(used[order[: config.detections_per_image]])
+    return kept

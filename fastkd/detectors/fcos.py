@@ -9,20 +9,11 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.backbone import build_backbone_and_neck, group_norm
+from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.protocol import Detector
-from fastkd.detectors.targets import (
-    BELOW,
-    MAX_PAIRS,
-    PaddedBoxes,
-    focal_loss,
-    in_full_precision,
-    inside_ignored,
-    shared_count,
-)
-from fastkd.types import Batch, Detections
+from fastkd.detectors.locations import LocationDetector, Matches, centerness
+from fastkd.detectors.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
+from fastkd.types import Batch
 
 CENTER_RADIUS = 1.5  # strides from a box's centre within which locations are positive
 
@@ -40,7 +31,7 @@ class NarrowFCOSHead(FCOSHead):
         self.regression_head = FCOSRegressionHead(norm_layer=group_norm, **sizes)
 
 
-class FCOS(Detector):
+class FCOS(LocationDetector):
     """FCOS: focal classification, GIoU box regression and centre-ness of the locations of P3 .. P7.
 
     A location is positive for a box if it lies inside, within 1.5 strides of the centre, and its farthest side is in
@@ -48,46 +39,28 @@ class FCOS(Detector):
     Source: FCOS (Tian et al., 2019), as torchvision's FCOS.
     """
 
-    def __init__(self, config: DetectorConfig):
-        super().__init__(config, *build_backbone_and_neck(config), NarrowFCOSHead(config))
-        self.reach = config.anchor_base if config.anchor_base is not None else 8
-        self.anchors = PyramidAnchors([(stride,) for stride in config.strides], (1.0,), config.strides)
-        self.box_coder = BoxLinearCoder(normalize_by_size=True)
+    head_class = NarrowFCOSHead
+    centered = False
 
-    def imitation_anchors(self) -> list[Tensor]:
-        half = [self.reach * stride / 2 for stride in self.strides]
-        return [torch.tensor([[-side, -side, side, side]]) for side in half]
+    def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        truth, levels = PaddedBoxes.of(batch), self.anchors(pyramid)
+        matches = Matches.of(self.assign(truth, levels))
+        return self._box_losses(outputs, matches, torch.cat(levels), truth, batch)
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
-            outputs = {name: value.float() for name, value in outputs.items()}
-            return self._losses(outputs, self.anchors(pyramid), batch)
-
-    def _losses(self, outputs: dict[str, Tensor], levels: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        anchors, truth = torch.cat(levels), PaddedBoxes.of(batch)
-        matched = self.assign(truth, levels)  # [B, A]
-        positive = matched >= 0
-        count = shared_count(positive.sum())
-        counted = torch.ones_like(positive)
-        ignored = inside_ignored(batch, anchors)
-        if ignored is not None:
-            counted = positive | ~ignored
-        image, place = positive.nonzero().unbind(1)
-        row = matched[image, place]
+    def _box_losses(
+        self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
+    ) -> dict[str, Tensor]:
+        count = shared_count((matches.rows >= 0).sum())
+        _, image, place, row = matches
         boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], own)
-        sides = self.box_coder.encode(own, boxes)
-        horizontal, vertical = sides[:, [0, 2]], sides[:, [1, 3]]
-        centerness = torch.sqrt(
-            horizontal.amin(1) / horizontal.amax(1) * (vertical.amin(1) / vertical.amax(1))
-        )  # positive locations lie strictly inside their box
+        target = centerness(self.box_coder.encode(own, boxes))  # positive locations lie strictly inside their box
         logit = outputs["bbox_ctrness"][image, place, 0]
+        classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
-            "classification": focal_loss(outputs["cls_logits"], counted.float(), image, place, truth.labels[image, row])
-            / count,
+            "classification": classification / count,
             "box_regression": generalized_box_iou_loss(predicted, boxes, reduction="sum") / count,
-            "centerness": F.binary_cross_entropy_with_logits(logit, centerness, reduction="sum") / count,
+            "centerness": F.binary_cross_entropy_with_logits(logit, target, reduction="sum") / count,
         }
 
     def assign(self, truth: PaddedBoxes, levels: list[Tensor]) -> Tensor:
@@ -100,21 +73,6 @@ class FCOS(Detector):
         step = max(1, MAX_PAIRS // (truth.boxes.shape[1] * len(anchors)))
         rows = [slice(start, start + step) for start in range(0, len(truth.boxes), step)]
         return torch.cat([_match(truth.images(some), anchors, size, lower, upper) for some in rows])
-
-    @torch.no_grad()
-    def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
-        outputs = self.head(pyramid)
-        anchors = self.anchors(pyramid)
-        sizes = [len(level) for level in anchors]
-        with in_full_precision(pyramid[0]):
-            scores = (outputs["cls_logits"].float().sigmoid() * outputs["bbox_ctrness"].float().sigmoid()).sqrt()
-            sides = outputs["bbox_regression"].float().split(sizes, dim=1)
-
-            def decode(level: int, index: Tensor) -> Tensor:
-                chosen = sides[level].gather(1, index[..., None].expand(-1, -1, 4))
-                return self.box_coder.decode(chosen, anchors[level][index])
-
-            return dense_detections(list(scores.split(sizes, dim=1)), decode, batch, self.config)
 
 
 def _match(truth: PaddedBoxes, anchors: Tensor, size: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -67,5 +67,6 @@ class Detector(nn.Module):
     def imitation_anchors(self) -> list[Tensor]:
         """The boxes a cell answers for: L tensors [A, 4] xyxy around the origin.
 
-        Those of cell (y, x) of a level lie at (x, y, x, y) * stride from them.
+        Those of cell (y, x) of a level lie at (x, y, x, y) * stride from them. Without levels where a pyramid's cells
+        answer for no boxes (SOLOv2): FGFI cannot imitate there.
         """

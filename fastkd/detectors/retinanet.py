@@ -28,7 +28,9 @@ class RetinaNet(Detector):
     """
 
     def __init__(self, config: DetectorConfig):
-        anchors = PyramidAnchors(config.anchor_sizes(), config.aspect_ratios(), config.strides)
+        anchors = PyramidAnchors(
+            config.anchor_sizes(), config.aspect_ratios(), config.strides, rounding=config.anchor_rounding
+        )
         norm_layer = _group_norm if config.head_norm == "gn" else None
         head = RetinaNetHead(config.channels, anchors.per_cell, config.num_classes, norm_layer)
         for tower in (head.classification_head, head.regression_head):

@@ -53,12 +53,12 @@ class RegionHeads(nn.Module):
         super().__init__()
         self.config = config
         self.box_coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-        self.box_roi_pool = PyramidRoIAlign(7, config.roi_canonical_size)
+        self.box_roi_pool = PyramidRoIAlign(7, config.roi_canonical_size, config.roi_aligned)
         self.box_head = TwoMLPHead(config.channels * 7 * 7, config.box_head_channels)
         self.box_predictor = FastRCNNPredictor(config.box_head_channels, config.num_classes + 1)
         if config.detector == "mask_rcnn":
             width = config.mask_head_channels
-            self.mask_roi_pool = PyramidRoIAlign(14, config.roi_canonical_size)
+            self.mask_roi_pool = PyramidRoIAlign(14, config.roi_canonical_size, config.roi_aligned)
             self.mask_head = MaskRCNNHeads(config.channels, [width] * 4, dilation=1)
             self.mask_predictor = MaskRCNNPredictor(width, width, config.num_classes + 1)
 

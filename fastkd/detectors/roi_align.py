@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 
@@ -14,24 +14,47 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     """torchvision's multi-scale RoI align on P2 .. P5, two samples along each side of a bin.
 
     The strides are fixed, not inferred from the first batch. On a CPU the same numbers come from `align_on_cpu`.
+    The aligned form (detectron2's) is torchvision's on both.
 
     Args:
         size: side of the pooled maps.
         canonical_size: proposals of this side in pixels come from P4, half as large ones from P3, and so on.
+        aligned: cell centres at half pixels and as many samples as a bin has cells.
     """
 
-    def __init__(self, size: int, canonical_size: int):
+    def __init__(self, size: int, canonical_size: int, aligned: bool = False):
         super().__init__(["0", "1", "2", "3"], size, sampling_ratio=2, canonical_scale=canonical_size)
-        self.size = size
+        self.size, self.aligned = size, aligned
         self.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
         self.map_levels = LevelMapper(2, 5, canonical_scale=canonical_size)
 
     def forward(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """Pooled maps [R, C, size, size] of B tensors of boxes [R_b, 4], image after image."""
         levels = pyramid[: len(self.scales)]
+        if self.aligned:
+            return align_adaptively(levels, self.scales, boxes, self.map_levels(boxes), self.size)
         if levels[0].is_cpu:
             return align_on_cpu(levels, self.scales, boxes, self.map_levels(boxes), self.size)
         return super().forward({str(level): x for level, x in enumerate(levels)}, boxes, [])
+
+
+def align_adaptively(
+    levels: list[Tensor], scales: list[float], boxes: list[Tensor], chosen: Tensor, size: int
+) -> Tensor:
+    """RoI align in its aligned form, ceil(bin size) samples along each side of a bin.
+
+    Args: as of `align_on_cpu`.
+    Returns: [R, C, size, size] float32.
+    """
+    counts = torch.tensor([len(own) for own in boxes], device=chosen.device)
+    image = torch.repeat_interleave(counts)[:, None]
+    rois = torch.cat([image.float(), torch.cat(boxes).float()], 1)
+    pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size, dtype=torch.float32)
+    for number, (level, scale) in enumerate(zip(levels, scales, strict=True)):
+        rows = (chosen == number).nonzero()[:, 0]
+        own = roi_align(level.float(), rois[rows], size, scale, sampling_ratio=-1, aligned=True)
+        pooled = pooled.index_put((rows,), own)
+    return pooled
 
 
 def align_on_cpu(levels: list[Tensor], scales: list[float], boxes: list[Tensor], chosen: Tensor, size: int) -> Tensor:

@@ -40,7 +40,9 @@ class RegionProposals(nn.Module):
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self.config = config
-        self.anchors = PyramidAnchors(config.anchor_sizes(), config.aspect_ratios(), config.strides)
+        self.anchors = PyramidAnchors(
+            config.anchor_sizes(), config.aspect_ratios(), config.strides, rounding=config.anchor_rounding
+        )
         self.head = RPNHead(config.channels, self.anchors.per_cell)
         self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 

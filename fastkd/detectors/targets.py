@@ -141,11 +141,17 @@ def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, la
     return total + ((hit - miss) * weight[image, anchor]).sum()
 
 
-def shared_count(count: Tensor) -> Tensor:
-    """max(1, count over all processes) / processes: dividing by it makes averaged gradients those of one process."""
+def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Tensor:
+    """max(least, count over all processes + more) / processes.
+
+    Dividing by it makes averaged gradients those of one process.
+    """
+    return (global_mean(count.float()) + more / _processes()).clamp(min=least / _processes())
+
+
+def _processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if distributed else 1
-    return global_mean(count.float()).clamp(min=1 / world)
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def in_full_precision(tensor: Tensor) -> torch.autocast:

@@ -57,8 +57,9 @@ class MatchReport:
 def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict: bool = True) -> MatchReport:
     """Fill the detector's backbone from a local file with torchvision's names.
 
-    The names may be those of a ResNet classifier (conv1.weight, ..., its fc is not used) or of a torchvision detector
-    (backbone.body.conv1.weight, ...). Nothing is unpickled but tensors; nothing is downloaded.
+    The names may be those of torchvision's classifier (conv1.weight, ..., its fc is not used) or of a torchvision
+    detector (backbone.body.conv1.weight, ...), or timm's. What no classifier has (offsets of deformable convolutions,
+    the norms on Swin's maps) stays as it was made. Nothing is unpickled but tensors; nothing is downloaded.
 
     Args:
         path: a .safetensors file, or a .pth or .pt file of torch.save.
@@ -67,10 +68,12 @@ def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict
     Raises: FileNotFoundError; ValueError if the file is not readable, not a state dict, holds non-finite numbers, fits
         no tensor, or (strict) not every tensor. The detector is unchanged then.
     """
-    source = _read_state_dict(Path(path))
-    target = detector.backbone.state_dict()
-    source = {_plain_name(name, target): value for name, value in source.items()}
-    pairs, report = _match(target, source)
+    source = read_state_dict("load_backbone_weights", Path(path))
+    backbone = detector.backbone
+    target = backbone.state_dict()
+    source = {_plain_name(backbone.own_name(name, target), target): value for name, value in source.items()}
+    target = {name: value for name, value in target.items() if name in source or not name.endswith(backbone.fresh)}
+    pairs, report = match_tensors(target, source)
     if not pairs:
         raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {detector.config.backbone}; {report}")
     if strict and not report.complete:
@@ -79,8 +82,8 @@ def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict
             f"{detector.config.width} with norm {detector.config.norm}: {report}\n"
             "use the file of that backbone, or strict=False to take what fits"
         )
-    _check_finite("load_backbone_weights", path, {name: source[name] for name in pairs})
-    _copy(target, source, pairs)
+    check_finite("load_backbone_weights", path, {name: source[name] for name in pairs})
+    copy_tensors(target, source, pairs)
     return report
 
 
@@ -92,10 +95,10 @@ def inherit(student: Detector, teacher: Detector) -> MatchReport:
     Source: Instance-Conditional Knowledge Distillation (Kang et al., NeurIPS 2021).
     """
     target, source = _neck_and_head(student), _neck_and_head(teacher)
-    pairs, report = _match(target, source)
+    pairs, report = match_tensors(target, source)
     if not pairs:
         raise ValueError(f"inherit: no tensor of the teacher's neck and head fits the student's; {report}")
-    _copy(target, source, pairs)
+    copy_tensors(target, source, pairs)
     return report
 
 
@@ -143,7 +146,7 @@ def save_detector(
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in detector.state_dict().items()
     }
-    _check_finite(f"save_detector: as {dtype}", path, tensors)
+    check_finite(f"save_detector: as {dtype}", path, tensors)
     header = {"format": FORMAT, "config": json.dumps(detector.config.to_dict()), "class_names": json.dumps(names)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -170,11 +173,11 @@ def load_detector(path: str | os.PathLike) -> tuple[Detector, list[str]]:
         raise ValueError(f"load_detector: the header of {path} is not readable: {error}") from error
     if len(names) != config.num_classes:
         raise ValueError(f"load_detector: {path} must name its {config.num_classes} classes, got {len(names)} names")
-    _check_finite("load_detector", path, tensors)
+    check_finite("load_detector", path, tensors)
     pairs = _check_fits(config, tensors, path)
     with torch.random.fork_rng(devices=[]):  # the random weights to be overwritten leave no trace
         detector = build_detector(config)
-    _copy(detector.state_dict(), tensors, pairs)
+    copy_tensors(detector.state_dict(), tensors, pairs)
     return detector.eval(), names
 
 
@@ -185,7 +188,7 @@ def _check_fits(config: DetectorConfig, tensors: Mapping[str, Tensor], path: Pat
             target = build_detector(config).state_dict()
     except (RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"load_detector: the configuration in {path} cannot be built: {_first_line(error)}") from error
-    pairs, report = _match(target, tensors)
+    pairs, report = match_tensors(target, tensors)
     if not report.complete or report.unexpected:
         raise ValueError(f"load_detector: the tensors of {path} do not fit its configuration: {report}")
     return pairs
@@ -206,7 +209,8 @@ def _plain_name(name: str, known: Mapping[str, Tensor]) -> str:
     return shorter
 
 
-def _match(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> tuple[list[str], MatchReport]:
+def match_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> tuple[list[str], MatchReport]:
+    """Names that both have with one shape, and the report of all."""
     both = [name for name in target if name in source]
     agree = [name for name in both if target[name].shape == source[name].shape]
     mismatched = [
@@ -219,40 +223,44 @@ def _match(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> tuple[
 
 
 @torch.no_grad()
-def _copy(target: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Iterable[str]) -> None:
+def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Writes the named tensors of `source` into those of `target`."""
     for name in names:
         target[name].copy_(source[name])  # state_dict() shares memory with the module
 
 
-def _check_finite(who: str, path, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(who: str, path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError in the name of `who` if a number is infinite or NaN."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(f"{who}: weights must be finite, got inf or nan in {_listed(bad)} ({path})")
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(who: str, path: Path) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors, .pth or .pt file, out of what is wrapped around them; nothing else is read.
+
+    Raises: FileNotFoundError, ValueError, in the name of `who`.
+    """
     if path.suffix == ".safetensors":
-        return _read_safetensors("load_backbone_weights", path)[1]
+        return _read_safetensors(who, path)[1]
     if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"load_backbone_weights: path must end in .safetensors, .pth or .pt, got {path}")
+        raise ValueError(f"{who}: path must end in .safetensors, .pth or .pt, got {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"load_backbone_weights: {path} is not a file")
+        raise FileNotFoundError(f"{who}: {path} is not a file")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged input
-        raise ValueError(
-            f"load_backbone_weights: {path} is damaged or holds more than tensors: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{who}: {path} is damaged or holds more than tensors: {_first_line(error)}") from error
     while isinstance(values, Mapping):
         inner = next((values[key] for key in _WRAPPERS if isinstance(values.get(key), Mapping)), None)
         if inner is None:
             break
         values = inner
     if not isinstance(values, Mapping) or not values:
-        raise ValueError(f"load_backbone_weights: {path} must hold a state dict, got {type(values).__name__}")
+        raise ValueError(f"{who}: {path} must hold a state dict, got {type(values).__name__}")
     tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"load_backbone_weights: {path} must hold named tensors, got none")
+        raise ValueError(f"{who}: {path} must hold named tensors, got none")
     return tensors
 
 

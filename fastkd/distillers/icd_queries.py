@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,23 @@ def query_count(count: int, rho: float, max_queries: int) -> int:
     return min(max(1, math.floor(count * (1 + rho))), max(max_queries, count))
 
 
-def _random_numbers(batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+# An op of its own, so that torch.compile and torch.export keep the draws in the graph: they can trace no generator.
+@torch.library.custom_op(
+    "fastkd::seeded_draws", mutates_args=(), schema="(SymInt[] seeds, SymInt[] totals) -> (Tensor, Tensor)"
+)
+def _seeded_draws(seeds: Sequence[int], totals: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Uniforms [sum of totals, 5] and normals [sum of totals, 2]; image b's come from a generator seeded seeds[b]."""
     uniform, normal = [], []
-    for seed, total in zip(batch.seeds, totals, strict=True):
+    for seed, total in zip(seeds, totals, strict=True):
         generator = torch.Generator().manual_seed(seed)
         uniform.append(torch.rand(total, 5, generator=generator))
         normal.append(torch.randn(total, 2, generator=generator))
-    device = batch.boxes.device
-    return torch.cat(uniform).to(device, non_blocking=True), torch.cat(normal).to(device, non_blocking=True)
+    return torch.cat(uniform), torch.cat(normal)
+
+
+@_seeded_draws.register_fake
+def _(seeds, totals):
+    return torch.empty(sum(totals), 5), torch.empty(sum(totals), 2)
 
 
 def _fake_boxes(uniform: Tensor, normal: Tensor, frequency: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +109,10 @@ def draw_queries(
         for numbers in (totals, counts)
     )
     uniform, normal = (
-        draws.new_zeros(images * longest, draws.shape[1]).index_copy(0, slots, draws)
-        for draws in _random_numbers(batch, totals)
+        boxes.new_zeros(images * longest, draws.shape[1], dtype=draws.dtype).index_copy(
+            0, slots, draws.to(boxes.device, non_blocking=True)
+        )
+        for draws in _seeded_draws(batch.seeds, totals)
     )
     flags = torch.zeros(images * longest, dtype=torch.bool, device=boxes.device)
     sides = batch.image_sizes.to(boxes.device, torch.float32).flip(1).repeat(1, 2)  # [B, 4] = (w, h, w, h)

@@ -265,6 +265,9 @@ class LGD(nn.Module):
         detach_appearance: the appearance encoder sends no gradient into the student (published: two-stage detectors).
         use_masks: instance masks instead of boxes say what an object covers; needs batch.masks.
         adapter_query: which side asks in the relation adapter, see `RelationAdapter`.
+        weight: of the distillation loss (published: 1).
+        instructive_weight: what the caller multiplies the detector's loss on the instructive pyramid with (published:
+            1). Below 1 a head under AdamW, whose step the two losses share, follows the student.
     Source: methods.md section 2.
     """
 
@@ -278,6 +281,8 @@ class LGD(nn.Module):
         detach_appearance: bool = False,
         use_masks: bool = False,
         adapter_query: str = "appearance",
+        weight: float = 1.0,
+        instructive_weight: float = 1.0,
     ):
         super().__init__()
         if num_classes < 1:
@@ -288,8 +293,12 @@ class LGD(nn.Module):
             )
         if adapter_query not in ADAPTER_QUERIES:
             raise ValueError(f"LGD: adapter_query must be one of {ADAPTER_QUERIES}, got {adapter_query!r}; choose one")
+        for name, value in (("weight", weight), ("instructive_weight", instructive_weight)):
+            if not value >= 0:
+                raise ValueError(f"LGD: {name} must be at least 0, got {value}; 1 is the published value")
         self.num_classes, self.channels, self.context = num_classes, channels, context
         self.detach_appearance, self.use_masks = detach_appearance, use_masks
+        self.weight, self.instructive_weight = weight, instructive_weight
         descriptor = 4 + num_classes + (MASK_SIZE**2 if use_masks else 0)
         self.labels = None if adapter_query == "appearance_only" else LabelEncoder(descriptor, channels)
         self.appearance = None if adapter_query == "label_only" else AppearanceEncoder(channels)
@@ -308,6 +317,8 @@ class LGD(nn.Module):
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The distillation loss and the instructive pyramid, on which the caller takes the detector's own loss.
 
+        That loss times `instructive_weight` joins the sum that trains.
+
         Args:
             pyramid: L tensors [B, channels, H_l, W_l] of the student; receive gradients.
             batch: images, boxes, labels, and masks where use_masks.
@@ -319,7 +330,7 @@ class LGD(nn.Module):
         instructive = self.instruct(pyramid, batch)
         student = [self.student_adapter(level.detach() if detach_student else level) for level in pyramid]
         loss = instance_norm_mse(student, [level.detach() for level in instructive])
-        return {"lgd_distill": loss}, instructive
+        return {"lgd_distill": self.weight * loss}, instructive
 
     def instruct(self, pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The instructive pyramid: L tensors like pyramid."""

@@ -1,4 +1,4 @@
-"""COCO metrics as tables for the terminal."""
+"""COCO and CrowdHuman metrics as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -55,9 +55,21 @@ def class_table(metrics: dict[str, dict]) -> Table:
     return table
 
 
+def crowd_table(metrics: dict[str, dict]) -> Table:
+    """One row: AP, MR^-2 (the lower the better), JI with its score threshold, and recall."""
+    values = metrics["bbox"]
+    table = _table("CrowdHuman metrics, %", "", ["AP", "MR^-2", "JI", "at score", "recall", "images", "people"])
+    cells = [number(values[name]) for name in ("AP", "MR", "JI", "JI_score", "recall")]
+    table.add_row(KINDS["bbox"], *cells, str(values["images"]), str(values["instances"]))
+    return table
+
+
 def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> None:
-    """The summary, the sizes and the classes."""
+    """The summary, the sizes and the classes; of CrowdHuman's metrics their one table."""
     console = console or Console()
+    if "MR" in metrics["bbox"]:
+        console.print(crowd_table(metrics))
+        return
     for table in (summary_table(metrics), size_table(metrics), class_table(metrics)):
         console.print(table)
 

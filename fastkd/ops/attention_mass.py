@@ -7,9 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_tensor
+from fastkd.ops import _library
+from fastkd.ops._registration import register
+from fastkd.ops.checks import check_device, check_tensor
 from fastkd.ops.coverage import full_precision, widen
-from fastkd.ops.instance_attention import attention_logits_reference, check_attention
+from fastkd.ops.instance_attention import (
+    attention_logits_reference,
+    check_attention,
+    check_dtype_and_device,
+    kernel_arguments,
+)
+
+_COMPILED = _library.has_kernel("attention_mass")
 
 
 @torch.no_grad()
@@ -34,6 +43,7 @@ def attention_mass_reference(
         return [part.unflatten(2, tuple(level.shape[2:])) for part, level in zip(parts, levels, strict=True)]
 
 
+@torch.no_grad()
 def attention_mass(
     queries: Tensor,
     levels: Sequence[Tensor],
@@ -63,14 +73,18 @@ def attention_mass(
     check_attention(op, queries, levels, key_weight, row_bias, column_bias)
     check_tensor(op, "chosen", chosen, "[B, N]", 2, floating=False)
     batch, heads, count, _ = queries.shape
+    if chosen.layout != torch.strided:
+        raise ValueError(f"{op}: chosen must be a dense tensor, got {chosen.layout}; call .to_dense()")
     if chosen.dtype != torch.bool:
         raise TypeError(f"{op}: chosen must be bool, got {chosen.dtype}; call .bool()")
     if tuple(chosen.shape) != (batch, count):
         raise ValueError(f"{op}: chosen must be [{batch}, {count}], got {list(chosen.shape)}; one flag for each query")
-    if temperature <= 0:
-        raise ValueError(f"{op}: temperature must be > 0, got {temperature}; 1 is the published value")
+    check_device(op, "chosen", chosen, "the queries", queries)
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise ValueError(f"{op}: temperature must be > 0 and finite, got {temperature!r}; 1 is the published value")
     if logsumexp is not None:
         check_tensor(op, "logsumexp", logsumexp, "[B, G, N]", 3)
+        check_dtype_and_device(op, "logsumexp", logsumexp, queries)
         if tuple(logsumexp.shape) != (batch, heads, count):
             raise ValueError(
                 f"{op}: logsumexp must be [{batch}, {heads}, {count}], got {list(logsumexp.shape)}; "
@@ -81,4 +95,18 @@ def attention_mass(
                 f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
                 "instance_attention's is that of temperature 1"
             )
-    return attention_mass_reference(queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature)
+    if queries.device.type != "cpu" or not _COMPILED:
+        return attention_mass_reference(
+            queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature
+        )
+    arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
+    logsumexp = None if logsumexp is None else widen(logsumexp)
+    return torch.ops.fastkd.attention_mass(*arguments, chosen, logsumexp, float(temperature))
+
+
+def _fake(queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature) -> list[Tensor]:
+    return [queries.new_empty((*queries.shape[:2], *level.shape[2:])) for level in levels]
+
+
+if _COMPILED:
+    register("attention_mass", fake=_fake)

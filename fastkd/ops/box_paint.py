@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_boxes, check_device, check_embeddings, check_size
+from fastkd.ops import _library
+from fastkd.ops._pool_paint import flat, new_levels, new_pooled
+from fastkd.ops._registration import register_with_backward
+from fastkd.ops.checks import (
+    check_batch_size,
+    check_boxes,
+    check_device,
+    check_embeddings,
+    check_kernel_dtype,
+    check_object_values,
+    check_size,
+)
 from fastkd.ops.coverage import box_cover, paint_cover
+
+_COMPILED = _library.has_kernel("box_paint")
 
 
 def box_paint_reference(
@@ -51,6 +65,38 @@ def box_paint(
     """
     check_boxes("box_paint", boxes, image_index)
     check_size("box_paint", "image_size", image_size)
+    check_batch_size("box_paint", batch_size)
     check_embeddings("box_paint", embeddings, boxes.shape[0], level_sizes)
+    check_kernel_dtype("box_paint", "embeddings", embeddings)
     check_device("box_paint", "boxes", boxes, "embeddings", embeddings)
+    check_object_values("box_paint", image_index, batch_size, boxes)
+    if embeddings.device.type == "cpu" and _COMPILED and level_sizes:
+        return torch.ops.fastkd.box_paint(
+            embeddings, boxes.detach(), image_index, list(image_size), batch_size, flat(level_sizes)
+        )
     return box_paint_reference(embeddings, boxes, image_index, image_size, batch_size, level_sizes)
+
+
+def _fake(embeddings, boxes, image_index, image_size, batch_size, level_sizes) -> list[Tensor]:
+    return new_levels(embeddings, batch_size, level_sizes, [True] * (len(level_sizes) // 2))
+
+
+def _backward_fake(grads: list[Tensor], boxes: Tensor, image_index: Tensor, image_size: list[int]) -> Tensor:
+    return new_pooled(grads, boxes.shape[0])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, boxes, image_index, ctx.image_size, _, _ = inputs
+    ctx.save_for_backward(boxes, image_index)
+
+
+def _backward(ctx, grads: list[Tensor]):
+    boxes, image_index = ctx.saved_tensors
+    gradient = torch.ops.fastkd.box_paint_backward(grads, boxes, image_index, ctx.image_size)
+    return gradient, None, None, None, None, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "box_paint", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
+    )

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd.ops import _library
+from fastkd.ops._registration import register_with_backward
 from fastkd.ops.box_paint import box_paint_reference
-from fastkd.ops.checks import check_boxes, check_device, check_embeddings, check_size, check_tensor
+from fastkd.ops.checks import (
+    check_batch_size,
+    check_boxes,
+    check_device,
+    check_embeddings,
+    check_kernel_dtype,
+    check_object_values,
+    check_size,
+    check_tensor,
+)
+from fastkd.ops.coverage import full_precision, widen
+
+_COMPILED = _library.has_kernel("box_paint_conv3x3")
 
 
 def box_paint_conv3x3_reference(
@@ -40,17 +55,50 @@ def box_paint_conv3x3(
 
     Args:
         embeddings: [L, K, C], floating point; receives gradients.
-        weight: [C_out, C, 3, 3], shared by the levels; receives gradients.
-        bias: [C_out] or None; receives gradients.
+        weight: [C_out, C, 3, 3], shared by the levels, of the same dtype; receives gradients.
+        bias: [C_out], of the same dtype, or None; receives gradients.
         boxes: [K, 4] xyxy in pixels of the padded batch, clamped to [0, W - 1] x [0, H - 1]; no gradient.
         image_index: [K] int64 in [0, batch_size).
         image_size: (H, W) of the padded batch, pixels.
         batch_size: B.
         level_sizes: L pairs (H_l, W_l).
-    Returns: L tensors [B, C_out, H_l, W_l].
-    Raises: ValueError or TypeError if shapes, dtypes or devices disagree.
+    Returns: L tensors [B, C_out, H_l, W_l], channels-last; dtype of embeddings, under autocast (as a convolution's)
+        autocast's. Under autocast embeddings, weight and bias may differ in dtype.
+    Raises: ValueError or TypeError if shapes, dtypes, devices or values disagree with this; RuntimeError on double
+        backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), intra-object knowledge mapper.
     """
+    _check(embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes)
+    if embeddings.device.type != "cpu" or not _COMPILED:
+        return box_paint_conv3x3_reference(
+            embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes
+        )
+    like = embeddings.new_empty(0, dtype=_result_dtype(embeddings))
+    sides = [side for size in level_sizes for side in size]
+    with full_precision(embeddings):
+        taps = multiply_taps(embeddings, weight)
+        bias = None if bias is None else widen(bias)
+        levels = torch.ops.fastkd.box_paint_conv3x3(
+            taps, bias, boxes.detach(), image_index, *image_size, batch_size, sides, like
+        )
+    return [level.permute(0, 3, 1, 2) for level in levels]
+
+
+def multiply_taps(embeddings: Tensor, weight: Tensor) -> Tensor:
+    """The nine products of every embedding [L, K, C] with the weight [C_out, C, 3, 3]: [L, K, 9, C_out], widened."""
+    outputs, channels = weight.shape[:2]
+    matrix = widen(weight).permute(1, 2, 3, 0).reshape(channels, 9 * outputs)
+    return (widen(embeddings) @ matrix).reshape(*embeddings.shape[:2], 9, outputs)
+
+
+def _result_dtype(embeddings: Tensor) -> torch.dtype:
+    device = embeddings.device.type
+    if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return embeddings.dtype
+
+
+def _check(embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes) -> None:
     op = "box_paint_conv3x3"
     check_boxes(op, boxes, image_index)
     check_size(op, "image_size", image_size)
@@ -69,6 +117,55 @@ def box_paint_conv3x3(
                 "pass the bias of the same convolution"
             )
     check_device(op, "boxes", boxes, "embeddings", embeddings)
-    return box_paint_conv3x3_reference(
-        embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes
+    check_batch_size(op, batch_size)
+    _check_dtypes(op, embeddings, {"weight": weight, "bias": bias})
+    check_object_values(op, image_index, batch_size, boxes)
+
+
+def _check_dtypes(op: str, embeddings: Tensor, others: dict[str, Tensor | None]) -> None:
+    check_kernel_dtype(op, "embeddings", embeddings)
+    mixed = torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64
+    allowed = (torch.float32, torch.bfloat16, torch.float16) if mixed else (embeddings.dtype,)
+    for name, value in others.items():
+        if value is None:
+            continue
+        check_device(op, name, value, "embeddings", embeddings)
+        if value.dtype not in allowed:
+            raise ValueError(
+                f"{op}: {name} must be {embeddings.dtype} as embeddings, got {value.dtype}; "
+                "convert one, or use autocast"
+            )
+
+
+def _forward_fake(taps, bias, boxes, image_index, height, width, batch_size, sizes, like) -> list[Tensor]:
+    pairs = zip(sizes[::2], sizes[1::2], strict=True)
+    return [like.new_empty((batch_size, rows, columns, taps.shape[3])) for rows, columns in pairs]
+
+
+def _backward_fake(grads, boxes, image_index, height, width) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    channels = grads[0].shape[3]
+    taps = grads[0].new_empty((len(grads), boxes.shape[0], 9, channels), dtype=dtype)
+    return taps, grads[0].new_empty((channels,), dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, bias, boxes, image_index, ctx.height, ctx.width, _, _, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(boxes, image_index)
+
+
+def _backward(ctx, grads: list[Tensor]):
+    boxes, image_index = ctx.saved_tensors
+    taps, bias = torch.ops.fastkd.box_paint_conv3x3_backward(grads, boxes, image_index, ctx.height, ctx.width)
+    return taps, bias if ctx.has_bias else None, None, None, None, None, None, None, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "box_paint_conv3x3",
+        fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        backward_fake=_backward_fake,
     )

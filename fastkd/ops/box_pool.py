@@ -7,8 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_boxes, check_device, check_levels, check_size
+from fastkd.ops import _library
+from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
+from fastkd.ops._registration import register_with_backward
+from fastkd.ops.checks import (
+    check_boxes,
+    check_device,
+    check_kernel_dtype,
+    check_levels,
+    check_object_values,
+    check_size,
+)
 from fastkd.ops.coverage import box_cover, pool_cover
+
+_COMPILED = _library.has_kernel("box_pool")
 
 
 def box_pool_reference(
@@ -35,7 +47,41 @@ def box_pool(levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, image
     Source: LGD (Zhang et al., AAAI 2022), sparse label-appearance encoding.
     """
     check_levels("box_pool", "levels", levels)
+    check_kernel_dtype("box_pool", "levels", levels[0])
     check_boxes("box_pool", boxes, image_index)
     check_size("box_pool", "image_size", image_size)
     check_device("box_pool", "boxes", boxes, "levels", levels[0])
+    check_object_values("box_pool", image_index, levels[0].shape[0], boxes)
+    if levels[0].device.type == "cpu" and _COMPILED:
+        return torch.ops.fastkd.box_pool(list(levels), boxes.detach(), image_index, list(image_size))
     return box_pool_reference(levels, boxes, image_index, image_size)
+
+
+def _fake(levels: list[Tensor], boxes: Tensor, image_index: Tensor, image_size: list[int]) -> Tensor:
+    return new_pooled(levels, boxes.shape[0])
+
+
+def _backward_fake(grad, boxes, image_index, image_size, batch_size, level_sizes, channels_last) -> list[Tensor]:
+    return new_levels(grad, batch_size, level_sizes, channels_last)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    levels, boxes, image_index, ctx.image_size = inputs
+    ctx.batch_size = levels[0].shape[0]
+    ctx.level_sizes = flat([level.shape[2:] for level in levels])
+    ctx.channels_last = [is_channels_last(level) for level in levels]
+    ctx.save_for_backward(boxes, image_index)
+
+
+def _backward(ctx, grad: Tensor):
+    boxes, image_index = ctx.saved_tensors
+    gradients = torch.ops.fastkd.box_pool_backward(
+        grad, boxes, image_index, ctx.image_size, ctx.batch_size, ctx.level_sizes, ctx.channels_last
+    )
+    return gradients, None, None, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "box_pool", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
+    )

@@ -16,10 +16,26 @@ def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, fl
     """Raise unless value is a tensor with `dims` dimensions (described by `shape`), floating point if asked."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}; convert it first")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {value.layout}; call .to_dense()")
     if value.dim() != dims:
         raise ValueError(f"{op}: {name} must be {shape}, got {list(value.shape)}; it needs {dims} dimensions")
     if floating and not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}; call .float()")
+
+
+def check_kernel_dtype(op: str, name: str, value: Tensor) -> None:
+    """Raise unless value has a dtype that the compiled kernels take."""
+    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}; call .float()"
+        )
+
+
+def check_batch_size(op: str, batch_size: object) -> None:
+    """Raise unless batch_size is an int that is not negative."""
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise ValueError(f"{op}: batch_size must be an int >= 0, got {batch_size!r}; pass the number of images")
 
 
 def check_levels(op: str, name: str, levels: object, *, channels: int | None = None) -> None:
@@ -119,6 +135,8 @@ def check_masks(op: str, masks: object, image_index: object) -> None:
     check_tensor(op, "masks", masks, "[K, H, W]", 3, floating=False)
     if masks.dtype != torch.bool:
         raise TypeError(f"{op}: masks must be bool, got {masks.dtype}; compare with a threshold first")
+    if 0 in masks.shape[1:]:
+        raise ValueError(f"{op}: masks must have pixels, got {list(masks.shape)}; pass masks over the padded batch")
     check_index(op, "masks", masks, image_index)
 
 
@@ -133,8 +151,15 @@ def check_size(op: str, name: str, size: object) -> None:
 def check_embeddings(op: str, embeddings: object, objects: int, level_sizes: Sequence[tuple[int, int]]) -> None:
     """Raise unless embeddings is [L, K, C] for the K objects and the L level sizes."""
     check_tensor(op, "embeddings", embeddings, "[L, K, C]", 3)
+    if not isinstance(level_sizes, (list, tuple)):
+        raise TypeError(
+            f"{op}: level_sizes must be a list of (H_l, W_l), got {type(level_sizes).__name__}; "
+            "pass a pair for each level"
+        )
     for size in level_sizes:
         check_size(op, "level_sizes", size)
+        if max(size) >= 2**30:
+            raise ValueError(f"{op}: level_sizes must be below 2^30, got {tuple(size)}; pass (H_l, W_l) in cells")
     if embeddings.shape[0] != len(level_sizes) or embeddings.shape[1] != objects:
         raise ValueError(
             f"{op}: embeddings must be [{len(level_sizes)}, {objects}, C] for {len(level_sizes)} levels and "

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_boxes, check_size, check_tensor
+from fastkd.ops import _library
+from fastkd.ops._registration import register
+from fastkd.ops.checks import (
+    check_batch_size,
+    check_boxes,
+    check_device,
+    check_kernel_dtype,
+    check_object_values,
+    check_size,
+    check_tensor,
+    values_at_hand,
+)
+
+_COMPILED = _library.has_kernel("imitation_mask")
 
 
 def _cell_anchors(anchors: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -77,24 +90,60 @@ def imitation_mask(
         level_sizes: L pairs (H_l, W_l).
         psi: share of the best IoU, in [0, 1].
     Returns: L tensors [B, H_l, W_l] bool; nothing receives a gradient.
-    Raises: ValueError or TypeError if shapes or dtypes disagree.
+    Raises: ValueError or TypeError if shapes, dtypes or devices disagree; on the CPU also if boxes or anchors are not
+        finite or image_index is out of range.
     Source: FGFI (Wang et al., CVPR 2019), section 3.1.
     """
+    _check(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)
+    if boxes.device.type != "cpu" or not _COMPILED:
+        return imitation_mask_reference(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)
+    return torch.ops.fastkd.imitation_mask(
+        boxes.detach(),
+        image_index,
+        [base.detach() for base in anchors],
+        [side for stride in strides for side in stride],
+        batch_size,
+        [side for size in level_sizes for side in size],
+        float(psi),
+    )
+
+
+def _check(boxes, image_index, anchors, strides, batch_size, level_sizes, psi) -> None:
     op = "imitation_mask"
     check_boxes(op, boxes, image_index)
-    if not len(anchors) == len(strides) == len(level_sizes):
+    check_kernel_dtype(op, "boxes", boxes)
+    for name, value in (("anchors", anchors), ("strides", strides), ("level_sizes", level_sizes)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{op}: {name} must be a list, got {type(value).__name__}; pass one entry a level")
+    if not len(anchors) == len(strides) == len(level_sizes) > 0:
         raise ValueError(
-            f"{op}: anchors, strides and level_sizes must have one entry a level, got {len(anchors)}, "
+            f"{op}: anchors, strides and level_sizes must have one entry a level, at least one, got {len(anchors)}, "
             f"{len(strides)} and {len(level_sizes)}; pass all three for the same levels"
         )
     for index, (base, stride, size) in enumerate(zip(anchors, strides, level_sizes, strict=True)):
-        check_tensor(op, f"anchors[{index}]", base, "[A, 4]", 2)
-        if base.shape[0] < 1 or base.shape[1] != 4:
-            raise ValueError(
-                f"{op}: anchors[{index}] must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors"
-            )
+        _check_anchors(op, f"anchors[{index}]", base, boxes)
         check_size(op, f"strides[{index}]", stride)
         check_size(op, f"level_sizes[{index}]", size)
-    if not 0 <= psi <= 1:
+    check_batch_size(op, batch_size)
+    if not isinstance(psi, (int, float)) or not 0 <= psi <= 1:
         raise ValueError(f"{op}: psi must be in [0, 1], got {psi}; 0.5 is the published value")
-    return imitation_mask_reference(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)
+    check_object_values(op, image_index, batch_size, boxes)
+
+
+def _check_anchors(op: str, name: str, base: object, boxes: Tensor) -> None:
+    check_tensor(op, name, base, "[A, 4]", 2)
+    check_kernel_dtype(op, name, base)
+    if base.shape[0] < 1 or base.shape[1] != 4:
+        raise ValueError(f"{op}: {name} must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors")
+    check_device(op, name, base, "boxes", boxes)
+    if values_at_hand(base) and not base.detach().isfinite().all():
+        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity; pass xyxy anchors in pixels")
+
+
+def _fake(boxes, image_index, anchors, strides, batch_size, level_sizes, psi) -> list[Tensor]:
+    sizes = zip(level_sizes[::2], level_sizes[1::2])
+    return [boxes.new_empty((batch_size, *size), dtype=torch.bool) for size in sizes]
+
+
+if _COMPILED:
+    register("imitation_mask", fake=_fake)

@@ -7,13 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_levels, check_same_sizes, check_tensor
+from fastkd.ops import _library
+from fastkd.ops._registration import dense_like, register_with_backward
+from fastkd.ops.checks import check_device, check_levels, check_same_sizes, check_tensor
 from fastkd.ops.coverage import full_precision, widen
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPILED = _library.has_kernel("instance_attention")
 
 
 def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
     """[B, C, S]: the cells of all levels in a row, float32 or wider."""
     return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
+
+
+def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
+    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x)."""
+    heads, count, depth = queries.shape[1:]
+    return heads * count * channels < heads * depth * (channels + count)
 
 
 def attention_logits_reference(
@@ -31,7 +42,7 @@ def attention_logits_reference(
     cells = flatten_pyramid([level.detach() for level in levels])  # [B, C, S]
     channels = cells.shape[1]
     weight = widen(key_weight).unflatten(0, (heads, depth))  # [G, d, C]
-    if heads * count * channels < heads * depth * (channels + count):
+    if absorbing_is_cheaper(queries, channels):
         absorbed = torch.einsum("bgnd,gdc->bgnc", widen(queries), weight)
         logits = (absorbed.flatten(1, 2) @ cells).unflatten(1, (heads, count))
     else:
@@ -74,6 +85,8 @@ def check_attention(
     check_levels(op, "levels", levels)
     check_tensor(op, "key_weight", key_weight, "[G * d, C]", 2)
     batch, heads, count, depth = queries.shape
+    if heads < 1:
+        raise ValueError(f"{op}: queries must have at least one head, got {list(queries.shape)}; pass [B, G, N, d]")
     if levels[0].shape[0] != batch:
         raise ValueError(
             f"{op}: levels must hold the {batch} images of the queries, got {levels[0].shape[0]}; "
@@ -85,6 +98,11 @@ def check_attention(
             "it projects the levels' channels to all heads"
         )
     for name, tables, axis in (("row_bias", row_bias, 2), ("column_bias", column_bias, 3)):
+        if not isinstance(tables, (list, tuple)):
+            raise TypeError(
+                f"{op}: {name} must be a list of [B, G, N, side] tensors, got {type(tables).__name__}; "
+                "pass one for each level"
+            )
         if len(tables) != len(levels):
             raise ValueError(f"{op}: {name} must hold {len(levels)} tables, got {len(tables)}; pass one for each level")
         for index, (table, level) in enumerate(zip(tables, levels, strict=True)):
@@ -95,6 +113,25 @@ def check_attention(
                     f"{op}: {name}[{index}] must be {list(expected)}, got {list(table.shape)}; "
                     "it holds one number for each query and each row or column of the level"
                 )
+    for name, value in (("queries", queries), ("key_weight", key_weight)):
+        check_dtype_and_device(op, name, value, queries)
+    for name, values in (("levels", levels), ("row_bias", row_bias), ("column_bias", column_bias)):
+        for index, value in enumerate(values):
+            check_dtype_and_device(op, f"{name}[{index}]", value, queries)
+
+
+def check_dtype_and_device(op: str, name: str, value: Tensor, queries: Tensor) -> None:
+    """Raise unless value is dense, of a dtype of the kernels, float64 only where the queries are, on their device."""
+    check_device(op, name, value, "the queries", queries)
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {value.layout}; call .to_dense()")
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert it")
+    if (value.dtype == torch.float64) != (queries.dtype == torch.float64):
+        raise ValueError(
+            f"{op}: {name} must be float64 if and only if the queries ({queries.dtype}) are, got {value.dtype}; "
+            "convert one of them"
+        )
 
 
 def instance_attention(
@@ -131,4 +168,82 @@ def instance_attention(
             f"instance_attention: values must have a multiple of {queries.shape[1]} channels (heads), "
             f"got {values[0].shape[1]}; project to heads * depth channels"
         )
-    return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)
+    for index, value in enumerate(values):
+        check_dtype_and_device("instance_attention", f"values[{index}]", value, queries)
+    if queries.device.type != "cpu" or not _COMPILED:
+        return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)
+    arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
+    output, logsumexp, _ = torch.ops.fastkd.instance_attention(*arguments, list(values))
+    return output.to(queries.dtype), logsumexp
+
+
+def kernel_arguments(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    key_weight: Tensor,
+    row_bias: Sequence[Tensor],
+    column_bias: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
+    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries."""
+    weight: Tensor | None = widen(key_weight)
+    wide = widen(queries)
+    if absorbing_is_cheaper(queries, levels[0].shape[1]):
+        with full_precision(queries):
+            wide = torch.einsum("bgnd,gdc->bgnc", wide, weight.unflatten(0, (queries.shape[1], -1)))
+        weight = None
+    tables = [[widen(table) for table in side] for side in (row_bias, column_bias)]
+    return wide, [level.detach() for level in levels], weight, *tables
+
+
+def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor, Tensor]:
+    rows = queries.shape[:3]
+    output = queries.new_empty((*rows, values[0].shape[1] // rows[1]))
+    return output, queries.new_empty(rows), queries.new_empty((*rows, 2))
+
+
+def _backward_fake(
+    grad, output, normal, queries, levels, key_weight, row_bias, column_bias, values, for_keys, for_values
+) -> list[Tensor]:
+    small = [queries, *([] if key_weight is None else [key_weight]), *row_bias, *column_bias] if for_keys else []
+    gradients = [value.new_empty(value.shape) for value in small]
+    return gradients + [dense_like(value) for value in values if for_values]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    queries, levels, key_weight, row_bias, column_bias, values = inputs
+    ctx.levels, ctx.projected = len(levels), key_weight is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    weight = [key_weight] if ctx.projected else []
+    ctx.save_for_backward(output[0], output[2], queries, *weight, *levels, *row_bias, *column_bias, *values)
+
+
+def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_normal: None):
+    count = ctx.levels
+    none = [None] * count
+    if grad_output is None:
+        return None, none, None, none, none, none
+    output, normal, queries, *saved = ctx.saved_tensors
+    weight = saved.pop(0) if ctx.projected else None
+    levels, row_bias, column_bias, values = (saved[place * count : (place + 1) * count] for place in range(4))
+    needs = ctx.needs_input_grad
+    for_keys, for_values = needs[0] or needs[2] or any(needs[3]) or any(needs[4]), any(needs[5])
+    gradients = torch.ops.fastkd.instance_attention_backward(
+        grad_output, output, normal, queries, levels, weight, row_bias, column_bias, values, for_keys, for_values
+    )
+    grad_values = gradients[-count:] if for_values else none
+    if not for_keys:
+        return None, none, None, none, none, grad_values
+    grad_queries = gradients.pop(0)
+    grad_weight = gradients.pop(0) if ctx.projected else None
+    return grad_queries, none, grad_weight, gradients[:count], gradients[count : 2 * count], grad_values
+
+
+if _COMPILED:
+    register_with_backward(
+        "instance_attention",
+        fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        backward_fake=_backward_fake,
+    )

@@ -43,7 +43,7 @@ def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps:
         eps: added to the variance, >= 0.
     Returns: scalar; float32 for half types (they accumulate in float32), else the dtype of the levels.
     Raises: ValueError if shapes, dtypes, devices or eps disagree with this; TypeError if a level is no floating-point
-        tensor; RuntimeError on double backward of the compiled kernel.
+        tensor or eps no number; RuntimeError on double backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
@@ -68,6 +68,8 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> 
             raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {one}; call .float()")
     if dtype != other and not torch.is_autocast_enabled(device.type):
         raise ValueError(f"{op}: teacher must be {dtype} as the student, got {other}; convert one, or use autocast")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}; 1e-5 is usual")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}; 1e-5 is usual")
 

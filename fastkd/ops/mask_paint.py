@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_device, check_embeddings, check_masks
+from fastkd.ops import _library
+from fastkd.ops._pool_paint import flat, new_levels, new_pooled
+from fastkd.ops._registration import register_with_backward
+from fastkd.ops.checks import (
+    check_batch_size,
+    check_device,
+    check_embeddings,
+    check_kernel_dtype,
+    check_masks,
+    check_object_values,
+)
 from fastkd.ops.coverage import mask_cover, paint_cover
+
+_COMPILED = _library.has_kernel("mask_paint")
 
 
 def mask_paint_reference(
@@ -36,6 +49,36 @@ def mask_paint(
     Source: LGD (Zhang et al., AAAI 2022), intra-object knowledge mapper with instance masks.
     """
     check_masks("mask_paint", masks, image_index)
+    check_batch_size("mask_paint", batch_size)
     check_embeddings("mask_paint", embeddings, masks.shape[0], level_sizes)
+    check_kernel_dtype("mask_paint", "embeddings", embeddings)
     check_device("mask_paint", "masks", masks, "embeddings", embeddings)
+    check_object_values("mask_paint", image_index, batch_size)
+    if embeddings.device.type == "cpu" and _COMPILED and level_sizes:
+        return torch.ops.fastkd.mask_paint(embeddings, masks, image_index, batch_size, flat(level_sizes))
     return mask_paint_reference(embeddings, masks, image_index, batch_size, level_sizes)
+
+
+def _fake(embeddings, masks, image_index, batch_size, level_sizes) -> list[Tensor]:
+    return new_levels(embeddings, batch_size, level_sizes, [True] * (len(level_sizes) // 2))
+
+
+def _backward_fake(grads: list[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
+    return new_pooled(grads, masks.shape[0])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, masks, image_index, _, _ = inputs
+    ctx.save_for_backward(masks, image_index)
+
+
+def _backward(ctx, grads: list[Tensor]):
+    masks, image_index = ctx.saved_tensors
+    gradient = torch.ops.fastkd.mask_paint_backward(grads, masks, image_index)
+    return gradient, None, None, None, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "mask_paint", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
+    )

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_device, check_levels, check_masks
+from fastkd.ops import _library
+from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
+from fastkd.ops._registration import register_with_backward
+from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
 from fastkd.ops.coverage import mask_cover, pool_cover
+
+_COMPILED = _library.has_kernel("mask_pool")
 
 
 def mask_pool_reference(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
@@ -28,6 +33,40 @@ def mask_pool(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> T
     Source: LGD (Zhang et al., AAAI 2022), appearance encoder with instance masks.
     """
     check_levels("mask_pool", "levels", levels)
+    check_kernel_dtype("mask_pool", "levels", levels[0])
     check_masks("mask_pool", masks, image_index)
     check_device("mask_pool", "masks", masks, "levels", levels[0])
+    check_object_values("mask_pool", image_index, levels[0].shape[0])
+    if levels[0].device.type == "cpu" and _COMPILED:
+        return torch.ops.fastkd.mask_pool(list(levels), masks, image_index)
     return mask_pool_reference(levels, masks, image_index)
+
+
+def _fake(levels: list[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
+    return new_pooled(levels, masks.shape[0])
+
+
+def _backward_fake(grad, masks, image_index, batch_size, level_sizes, channels_last) -> list[Tensor]:
+    return new_levels(grad, batch_size, level_sizes, channels_last)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    levels, masks, image_index = inputs
+    ctx.batch_size = levels[0].shape[0]
+    ctx.level_sizes = flat([level.shape[2:] for level in levels])
+    ctx.channels_last = [is_channels_last(level) for level in levels]
+    ctx.save_for_backward(masks, image_index)
+
+
+def _backward(ctx, grad: Tensor):
+    masks, image_index = ctx.saved_tensors
+    gradients = torch.ops.fastkd.mask_pool_backward(
+        grad, masks, image_index, ctx.batch_size, ctx.level_sizes, ctx.channels_last
+    )
+    return gradients, None, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "mask_pool", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
+    )

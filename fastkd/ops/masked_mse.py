@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_levels, check_same_sizes, check_tensor
+from fastkd.ops import _library
+from fastkd.ops._registration import dense_like, register_with_backward
+from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_same_sizes, check_tensor
 from fastkd.ops.coverage import full_precision, widen
+
+_COMPILED = _library.has_kernel("masked_mse")
 
 
 def masked_mse_reference(
@@ -32,26 +36,81 @@ def masked_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequ
     Two numbers instead of their quotient, so that the caller can divide by the cells of all processes.
 
     Args:
-        student: L tensors [B, C, H_l, W_l], floating point; receive gradients.
-        teacher: L tensors of the same shapes; no gradient.
+        student: L tensors [B, C, H_l, W_l], floating point; receive gradients, 0 outside the mask.
+        teacher: L tensors of the same shapes; no gradient. Where its dtype differs, the narrower one is widened.
         masks: L tensors [B, H_l, W_l] bool.
-    Returns: error and count, scalars, float32 (float64 of float64).
-    Raises: ValueError or TypeError if shapes or dtypes disagree.
+    Returns: error and count, scalars, float32 (float64 where any argument is).
+    Raises: ValueError or TypeError if shapes, dtypes or devices disagree; RuntimeError on double backward of the
+        compiled kernel.
     Source: FGFI (Wang et al., CVPR 2019), section 3.2.
     """
-    check_levels("masked_mse", "student", student)
-    check_levels("masked_mse", "teacher", teacher, channels=student[0].shape[1])
-    check_same_sizes("masked_mse", "teacher", teacher, "student", student)
-    if len(masks) != len(student):
+    _check(student, teacher, masks)
+    if student[0].device.type != "cpu" or not _COMPILED:
+        return masked_mse_reference(student, teacher, masks)
+    dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
+    ours, theirs = [level.to(dtype) for level in student], [level.detach().to(dtype) for level in teacher]
+    return torch.ops.fastkd.masked_mse(ours, theirs, list(masks))
+
+
+def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    op = "masked_mse"
+    check_levels(op, "student", student)
+    check_levels(op, "teacher", teacher)
+    for name, levels in (("student", student), ("teacher", teacher)):
+        check_kernel_dtype(op, name, levels[0])
+    if teacher[0].shape[1] != student[0].shape[1]:
         raise ValueError(
-            f"masked_mse: masks must hold {len(student)} levels, got {len(masks)}; pass one for each level"
+            f"{op}: teacher must have the student's {student[0].shape[1]} channels, got {teacher[0].shape[1]}; "
+            "adapt the student to the teacher's width"
         )
+    check_same_sizes(op, "teacher", teacher, "student", student)
+    check_device(op, "teacher", teacher[0], "student", student[0])
+    if not isinstance(masks, (list, tuple)):
+        raise TypeError(f"{op}: masks must be a list of [B, H_l, W_l] tensors, got {type(masks).__name__}; list them")
+    if len(masks) != len(student):
+        raise ValueError(f"{op}: masks must hold {len(student)} levels, got {len(masks)}; pass one for each level")
     for index, (mask, level) in enumerate(zip(masks, student, strict=True)):
-        check_tensor("masked_mse", f"masks[{index}]", mask, "[B, H_l, W_l]", 3, floating=False)
+        check_tensor(op, f"masks[{index}]", mask, "[B, H_l, W_l]", 3, floating=False)
         expected = (level.shape[0], *level.shape[2:])
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
             raise ValueError(
-                f"masked_mse: masks[{index}] must be bool {list(expected)}, got {mask.dtype} "
-                f"{list(mask.shape)}; pass one flag for each cell"
+                f"{op}: masks[{index}] must be bool {list(expected)}, got {mask.dtype} {list(mask.shape)}; "
+                "pass one flag for each cell"
             )
-    return masked_mse_reference(student, teacher, masks)
+        check_device(op, f"masks[{index}]", mask, "student", level)
+
+
+def _forward_fake(student, teacher, masks) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    return student[0].new_empty((), dtype=dtype), student[0].new_empty((), dtype=dtype)
+
+
+def _backward_fake(grad, student, teacher, masks) -> list[Tensor]:
+    return [dense_like(level) for level in student]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, masks = inputs
+    ctx.levels = len(student)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*student, *teacher, *masks)
+
+
+def _backward(ctx, grad: Tensor | None, grad_count: None):
+    none = [None] * ctx.levels
+    if grad is None or not any(ctx.needs_input_grad[0]):
+        return none, none, none
+    saved = ctx.saved_tensors
+    student, teacher, masks = (list(saved[start * ctx.levels : (start + 1) * ctx.levels]) for start in range(3))
+    return torch.ops.fastkd.masked_mse_backward(grad, student, teacher, masks), none, none
+
+
+if _COMPILED:
+    register_with_backward(
+        "masked_mse",
+        fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        backward_fake=_backward_fake,
+    )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastkd.ops.checks import check_levels, check_same_sizes
+from fastkd.ops import _library
+from fastkd.ops._registration import dense_like, register_with_backward
+from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
 from fastkd.ops.instance_attention import flatten_pyramid
+
+_COMPILED = _library.has_kernel("value_mimic")
 
 
 def _head_norm(value: Tensor, eps: float) -> Tensor:
@@ -40,26 +45,86 @@ def value_mimic(
 
     Args:
         student: L tensors [B, G * d, H_l, W_l], floating point; receive gradients.
-        teacher: L tensors of the same shapes; no gradient.
+        teacher: L tensors of the same shapes; no gradient. Where its dtype differs, the narrower one is widened.
         mass: L tensors [B, G, H_l, W_l]; no gradient.
-        eps: added to the variance.
-    Returns: [B, G], float32 (float64 of float64).
-    Raises: ValueError or TypeError if shapes or dtypes disagree.
+        eps: added to the variance, >= 0.
+    Returns: [B, G], float32 (float64 where any argument is).
+    Raises: ValueError or TypeError if shapes, dtypes or devices disagree; RuntimeError on double backward of the
+        compiled kernel.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
     """
+    _check(student, teacher, mass, eps)
+    if student[0].device.type != "cpu" or not _COMPILED:
+        return value_mimic_reference(student, teacher, mass, eps)
+    dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
+    if torch.float64 in (dtype, mass[0].dtype):
+        dtype = torch.float64
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.ops.fastkd.value_mimic(
+        [level.to(dtype) for level in student],
+        [level.detach().to(dtype) for level in teacher],
+        [level.detach().to(sums) for level in mass],
+        float(eps),
+    )[0]
+
+
+def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], mass: Sequence[Tensor], eps: float) -> None:
+    op = "value_mimic"
     for name, levels in (("student", student), ("teacher", teacher), ("mass", mass)):
-        check_levels("value_mimic", name, levels)
-    check_same_sizes("value_mimic", "teacher", teacher, "student", student)
-    check_same_sizes("value_mimic", "mass", mass, "student", student)
+        check_levels(op, name, levels)
+        check_kernel_dtype(op, name, levels[0])
+    for name, levels in (("teacher", teacher), ("mass", mass)):
+        check_same_sizes(op, name, levels, "student", student)
+        check_device(op, name, levels[0], "student", student[0])
     channels, heads = student[0].shape[1], mass[0].shape[1]
     if teacher[0].shape[1] != channels:
         raise ValueError(
-            f"value_mimic: teacher must have the student's {channels} channels, got {teacher[0].shape[1]}; "
+            f"{op}: teacher must have the student's {channels} channels, got {teacher[0].shape[1]}; "
             "project both to the same width"
         )
-    if heads < 1 or channels % heads:
+    if channels < 1 or heads < 1 or channels % heads:
         raise ValueError(
-            f"value_mimic: mass must have a number of heads that divides {channels} channels, got {heads}; "
+            f"{op}: mass must have a number of heads that divides {channels} channels, got {heads}; "
             "pass the mass of the attention the values belong to"
         )
-    return value_mimic_reference(student, teacher, mass, eps)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}; 1e-5 is usual")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}; 1e-5 is usual")
+
+
+def _forward_fake(student, teacher, mass, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    shape = mass[0].shape[:2]
+    return student[0].new_empty(shape, dtype=dtype), student[0].new_empty(shape, dtype=dtype)
+
+
+def _backward_fake(grad, student, teacher, mass, total, eps: float) -> list[Tensor]:
+    return [dense_like(level) for level in student]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, mass, ctx.eps = inputs
+    ctx.levels = len(student)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*student, *teacher, *mass, output[1])
+
+
+def _backward(ctx, grad: Tensor | None, grad_total: None):
+    none = [None] * ctx.levels
+    if grad is None or not any(ctx.needs_input_grad[0]):
+        return none, none, none, None
+    *saved, total = ctx.saved_tensors
+    student, teacher, mass = (list(saved[start * ctx.levels : (start + 1) * ctx.levels]) for start in range(3))
+    return torch.ops.fastkd.value_mimic_backward(grad, student, teacher, mass, total, ctx.eps), none, none, None
+
+
+if _COMPILED:
+    register_with_backward(
+        "value_mimic",
+        fake=_forward_fake,
+        setup_context=_setup_context,
+        backward=_backward,
+        backward_fake=_backward_fake,
+    )

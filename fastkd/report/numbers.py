@@ -9,6 +9,8 @@ from fastkd.report.html import Cell, PictureBook, Section, card, clean, escape, 
 from fastkd.report.runs import Run, baseline_of, difference_in_conditions, number
 
 SIZE_KEYS = {"APs": "small", "APm": "medium", "APl": "large"}
+COCO_DETAILS = {"AP50": "AP50", "AP75": "AP75"} | {name: key for key, name in SIZE_KEYS.items()}
+CROWD_DETAILS = {"MR\u207b\u00b2 (lower is better)": "MR", "JI": "JI", "recall": "recall"}
 UNKNOWN = "\u2013"
 MOST_CLASSES_IN_PLOT = 16
 MOST_PANELS = 14
@@ -87,7 +89,9 @@ def _ap_table(runs: list[Run], colours: dict[str, str]) -> str:
     control = any(baseline_of(run, runs, inherits=True) for run in runs)
     masks = any(run.score("segm", "AP") is not None for run in runs)
     header = ["run", "what it is"] + (["detector"] if several_detectors else []) + ["AP", "gain"]
-    header += (["gain over inheriting alone"] if control else []) + ["AP50", "AP75", "small", "medium", "large"]
+    crowd = any(run.score("bbox", "MR") is not None for run in runs)
+    details = CROWD_DETAILS if crowd else COCO_DETAILS
+    header += (["gain over inheriting alone"] if control else []) + list(details)
     header += (["mask AP", "gain"] if masks else []) + ["steps", "seed"]
     best = max((run.score("bbox", "AP") or 0.0 for run in runs if not run.is_teacher), default=0.0)
     rows = []
@@ -103,7 +107,7 @@ def _ap_table(runs: list[Run], colours: dict[str, str]) -> str:
             row.append(
                 gain_cell(gain(run, baseline_of(run, runs, inherits=True), "bbox", "AP")) if inherits else UNKNOWN
             )
-        row += [shown(run.score("bbox", key)) for key in ("AP50", "AP75", *SIZE_KEYS)]
+        row += [shown(run.score("bbox", key)) for key in details.values()]
         if masks:
             row += [shown(run.score("segm", "AP")), gain_cell(gain(run, baseline_of(run, runs), "segm", "AP"))]
         row += [_count(run.metrics.get("steps")), _count(run.metrics.get("seed", run.recipe.get("seed")))]

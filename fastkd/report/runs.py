@@ -10,7 +10,7 @@ from pathlib import Path
 from fastkd.assets import PREFIX
 
 NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # it may come trained and be measured only
-METHOD_NAMES = {"lgd": "LGD", "icd": "ICD", "fgfi": "FGFI"}
+METHOD_NAMES = {"lgd": "LGD", "icd": "ICD", "fgfi": "FGFI", "lgd-icd": "LGD + ICD"}
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def method(self) -> str | None:
-        """ "lgd", "icd", "fgfi", or None for a detector trained alone."""
+        """ "lgd", "icd", "fgfi", "lgd-icd", or None for a detector trained alone."""
         method = self.recipe.get("method")
         if not isinstance(method, dict):
             return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data.coco import CocoDataset
+from fastkd.data.formats import open_dataset
 from fastkd.data.images import BadImageError
 from fastkd.report.analysis import Found, Truth
 from fastkd.report.html import clean
@@ -22,11 +22,19 @@ class ValidationSet:
     Args:
         annotation_file, image_dir: as in the run's recipe.
         with_masks: read instance masks, too.
+        format, crowd_boxes: as in the run's recipe.
     Raises: FileNotFoundError or ValueError where the files are missing or malformed.
     """
 
-    def __init__(self, annotation_file: Path, image_dir: Path, with_masks: bool = False):
-        self.dataset = CocoDataset(annotation_file, image_dir, with_masks=with_masks)
+    def __init__(
+        self,
+        annotation_file: Path,
+        image_dir: Path,
+        with_masks: bool = False,
+        format: str = "coco",
+        crowd_boxes: str = "full",
+    ):
+        self.dataset = open_dataset(format, annotation_file, image_dir, with_masks=with_masks, crowd_boxes=crowd_boxes)
         self.class_names = [str(name) for name in self.dataset.class_names]
         self.image_ids = [int(image_id) for image_id in self.dataset.image_ids]
         self.unreadable: list[str] = []
@@ -85,7 +93,11 @@ def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
         files = (root / str(data.get("val_annotations", "")), root / str(data.get("val_images", "")))
         if source is None:
             try:
-                source, used = ValidationSet(*files, with_masks=bool(masks)), files
+                options = {
+                    "format": str(data.get("format", "coco")),
+                    "crowd_boxes": str(data.get("crowd_boxes", "full")),
+                }
+                source, used = ValidationSet(*files, with_masks=bool(masks), **options), files
             except (OSError, ValueError) as error:
                 problems.append(f"{run.name}: {clean(error, 300)}")
         elif [file.resolve() for file in files] != [file.resolve() for file in used]:

@@ -92,7 +92,12 @@ def _subtitle(runs: list[Run]) -> str:
     images = next((value for value in (run.score("bbox", "images") for run in runs) if value is not None), None)
     text = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
     if images is not None:
-        text += f", measured on {images:,.0f} validation images with pycocotools"
+        text += f", measured on {images:,.0f} validation images"
+        text += (
+            " (CrowdHuman's metrics)"
+            if any(run.score("bbox", "MR") is not None for run in runs)
+            else " with pycocotools"
+        )
     return escape(f"{text}. Written {time.strftime('%Y-%m-%d %H:%M')}.")
 
 

@@ -5,6 +5,7 @@ from fastkd.training.config import (
     FGFIConfig,
     ICDConfig,
     LGDConfig,
+    LGDICDConfig,
     OptimizerConfig,
     Recipe,
     RuntimeConfig,
@@ -12,6 +13,7 @@ from fastkd.training.config import (
 )
 from fastkd.training.finish import RunResult
 from fastkd.training.recipes import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.scaling import scale_to_batch
 from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.training.trainer import NonFiniteLossError, train
 
@@ -21,6 +23,7 @@ __all__ = [
     "FrozenTeacher",
     "ICDConfig",
     "LGDConfig",
+    "LGDICDConfig",
     "NonFiniteLossError",
     "OptimizerConfig",
     "Recipe",
@@ -32,6 +35,7 @@ __all__ = [
     "get_recipe",
     "parse_cli",
     "recipe_names",
+    "scale_to_batch",
     "sum_losses",
     "train",
 ]

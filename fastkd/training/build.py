@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkd import assets
-from fastkd.data import CocoDataset, measure_priors
+from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.checkpoint import sha256_of
-from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, Recipe
+from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, MethodConfig, Recipe
 from fastkd.training.step import FrozenTeacher, StepModule
 from fastkd.types import ClassPriors
 
@@ -37,36 +38,42 @@ class Built:
     """
 
     recipe: Recipe
-    train_set: CocoDataset
-    val_set: CocoDataset
+    train_set: DetectionDataset
+    val_set: DetectionDataset
     module: StepModule
     priors: ClassPriors | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: str | None = None
 
 
-def open_data(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of a recipe.
 
     Raises: FileNotFoundError or ValueError if a file is missing or malformed, or the two disagree about the classes.
     """
     data, root = recipe.data, Path(recipe.data.root)
-    train_set = CocoDataset(
-        root / data.train_annotations, root / data.train_images, strict=data.strict, with_masks=recipe.with_masks
+    options = {"strict": data.strict, "crowd_boxes": data.crowd_boxes}
+    train_set = open_dataset(
+        data.format,
+        root / data.train_annotations,
+        root / data.train_images,
+        with_masks=recipe.with_masks,
+        **options,
     )
-    val_set = CocoDataset(root / data.val_annotations, root / data.val_images, strict=data.strict)
+    val_set = open_dataset(data.format, root / data.val_annotations, root / data.val_images, **options)
     if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
         raise ValueError(
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
             f"{val_set.class_names} against {train_set.class_names}; use files with one category table"
         )
-    # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
-    images = val_set.image_ids.tolist()
-    load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
+    if data.format == "coco":
+        # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
+        images = val_set.image_ids.tolist()
+        load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
     return train_set, val_set
 
 
-def resolve(recipe: Recipe, train_set: CocoDataset) -> Recipe:
+def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
     """The recipe with the number of classes of the data.
 
     Raises: ValueError if they differ and `data.match_classes` is False.
@@ -107,9 +114,20 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
     return teacher
 
 
-def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None) -> LGD | ICD | FGFI | None:
-    """The method of a recipe with fresh weights, drawn from the global generator."""
-    method, detector = recipe.method, recipe.detector
+def build_distiller(
+    recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+) -> LGD | ICD | FGFI | nn.ModuleDict | None:
+    """The method of a recipe with fresh weights, drawn from the global generator; two of them as "lgd" and "icd"."""
+    if isinstance(recipe.method, LGDICDConfig):
+        parts = {"lgd": recipe.method.lgd, "icd": recipe.method.icd}
+        return nn.ModuleDict({name: _distiller(part, recipe, teacher, priors) for name, part in parts.items()})
+    return _distiller(recipe.method, recipe, teacher, priors)
+
+
+def _distiller(
+    method: MethodConfig | None, recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+) -> LGD | ICD | FGFI | None:
+    detector = recipe.detector
     if isinstance(method, LGDConfig):
         return LGD(
             detector.num_classes,
@@ -119,6 +137,8 @@ def build_distiller(recipe: Recipe, teacher: Detector | None, priors: ClassPrior
             detach_appearance=method.detach_appearance,
             use_masks=method.use_masks,
             adapter_query=method.adapter_query,
+            weight=method.weight,
+            instructive_weight=method.instructive_weight,
         )
     if isinstance(method, ICDConfig):
         return ICD(
@@ -167,10 +187,10 @@ def build(recipe: Recipe) -> Built:
     for name in ("backbone_weights", "inherited"):
         if name in notes:
             log.info("%s: %s", name, notes[name])
-    priors = measure_priors(train_set) if isinstance(recipe.method, ICDConfig) else None
+    priors = measure_priors(train_set) if recipe.icd else None
     torch.manual_seed(recipe.seed + 1)
     distiller = build_distiller(recipe, teacher, priors)
-    needs_teacher = isinstance(recipe.method, (ICDConfig, FGFIConfig))
+    needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
     module = StepModule(
         student,
         distiller,

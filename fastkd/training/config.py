@@ -6,24 +6,17 @@ Every length of time but `Schedule.steps` is a fraction of the run, so that a sh
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkd.detectors import DetectorConfig
-
-
-def _require(condition: bool, name: str, must: str, got: object, remedy: str = "") -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
+from fastkd.training.codec import decode, encode, require
 
 
 def _require_fraction(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
+        require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
 
 
 @dataclass(frozen=True)
@@ -32,10 +25,12 @@ class DataConfig:
 
     Args:
         root: folder of the data set; the four paths below are relative to it (absolute ones are taken as they are).
-        train_annotations: COCO annotation file to train on.
+        train_annotations: annotation file to train on.
         train_images: folder of its images.
-        val_annotations: COCO annotation file to evaluate on.
+        val_annotations: annotation file to evaluate on.
         val_images: folder of its images.
+        format: of the annotation files: "coco" (JSON) or "crowdhuman" (odgt, evaluated by AP, MR^-2 and JI).
+        crowd_boxes: what the objects are in the crowdhuman format: "full", "visible" or "head" boxes.
         short_sides: lengths of the short side, pixels; each training image draws one.
         val_short_side: length of the short side in evaluation, pixels.
         max_side: longest side after resizing, pixels.
@@ -53,6 +48,8 @@ class DataConfig:
     train_images: str = "train"
     val_annotations: str = "annotations/val.json"
     val_images: str = "val"
+    format: Literal["coco", "crowdhuman"] = "coco"
+    crowd_boxes: Literal["full", "visible", "head"] = "full"
     short_sides: tuple[int, ...] = (128,)
     val_short_side: int = 128
     max_side: int = 256
@@ -65,12 +62,15 @@ class DataConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        _require(len(self.short_sides) > 0, "DataConfig: short_sides", "one or more lengths", self.short_sides)
+        require(self.format in ("coco", "crowdhuman"), "DataConfig: format", "'coco' or 'crowdhuman'", self.format)
+        known = self.crowd_boxes in ("full", "visible", "head")
+        require(known, "DataConfig: crowd_boxes", "'full', 'visible' or 'head'", self.crowd_boxes)
+        require(len(self.short_sides) > 0, "DataConfig: short_sides", "one or more lengths", self.short_sides)
         for side in (*self.short_sides, self.val_short_side):
-            _require(1 <= side <= self.max_side, "DataConfig: short_sides", f"in [1, max_side = {self.max_side}]", side)
-        _require(self.divisor >= 1, "DataConfig: divisor", "at least 1", self.divisor)
-        _require(self.val_batch_size >= 1, "DataConfig: val_batch_size", "at least 1", self.val_batch_size)
-        _require(self.workers >= 0, "DataConfig: workers", "0 or more", self.workers)
+            require(1 <= side <= self.max_side, "DataConfig: short_sides", f"in [1, max_side = {self.max_side}]", side)
+        require(self.divisor >= 1, "DataConfig: divisor", "at least 1", self.divisor)
+        require(self.val_batch_size >= 1, "DataConfig: val_batch_size", "at least 1", self.val_batch_size)
+        require(self.workers >= 0, "DataConfig: workers", "0 or more", self.workers)
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,18 @@ class OptimizerConfig:
     warmup_factor: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("sgd", "adamw"), "OptimizerConfig: kind", "'sgd' or 'adamw'", self.kind)
-        _require(self.decay in ("multistep", "cosine"), "OptimizerConfig: decay", "'multistep' or 'cosine'", self.decay)
-        _require(self.learning_rate > 0, "OptimizerConfig: learning_rate", "positive", self.learning_rate)
-        _require(0 <= self.momentum < 1, "OptimizerConfig: momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "OptimizerConfig: weight_decay", "0 or more", self.weight_decay)
-        _require(0 < self.gamma <= 1, "OptimizerConfig: gamma", "in (0, 1]", self.gamma)
-        _require(0 < self.warmup_factor <= 1, "OptimizerConfig: warmup_factor", "in (0, 1]", self.warmup_factor)
+        require(self.kind in ("sgd", "adamw"), "OptimizerConfig: kind", "'sgd' or 'adamw'", self.kind)
+        require(self.decay in ("multistep", "cosine"), "OptimizerConfig: decay", "'multistep' or 'cosine'", self.decay)
+        require(self.learning_rate > 0, "OptimizerConfig: learning_rate", "positive", self.learning_rate)
+        require(0 <= self.momentum < 1, "OptimizerConfig: momentum", "in [0, 1)", self.momentum)
+        require(self.weight_decay >= 0, "OptimizerConfig: weight_decay", "0 or more", self.weight_decay)
+        require(0 < self.gamma <= 1, "OptimizerConfig: gamma", "in (0, 1]", self.gamma)
+        require(0 < self.warmup_factor <= 1, "OptimizerConfig: warmup_factor", "in (0, 1]", self.warmup_factor)
         clip = self.clip_norm
-        _require(clip is None or clip > 0, "OptimizerConfig: clip_norm", "positive or None", clip)
+        require(clip is None or clip > 0, "OptimizerConfig: clip_norm", "positive or None", clip)
         _require_fraction(self, "warmup")
         ordered = sorted(set(self.milestones))
-        _require(
+        require(
             list(self.milestones) == ordered and all(0 < m <= 1 for m in ordered),
             "OptimizerConfig: milestones",
             "ascending fractions of the run in (0, 1]",
@@ -139,8 +139,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
-            _require(getattr(self, name) >= 1, f"Schedule: {name}", "at least 1", getattr(self, name))
-        _require(
+            require(getattr(self, name) >= 1, f"Schedule: {name}", "at least 1", getattr(self, name))
+        require(
             self.batch_size % self.accumulate == 0,
             "Schedule: batch_size",
             f"a multiple of accumulate = {self.accumulate}",
@@ -174,11 +174,11 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         known = self.precision in ("float32", "bfloat16")
-        _require(known, "RuntimeConfig: precision", "'float32' or 'bfloat16'", self.precision)
+        require(known, "RuntimeConfig: precision", "'float32' or 'bfloat16'", self.precision)
         for name in ("log_every", "checkpoint_every", "keep_last"):
-            _require(getattr(self, name) >= 1, f"RuntimeConfig: {name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"RuntimeConfig: {name}", "at least 1", getattr(self, name))
         for name in ("eval_every", "ledger_pairs"):
-            _require(getattr(self, name) >= 0, f"RuntimeConfig: {name}", "0 or more", getattr(self, name))
+            require(getattr(self, name) >= 0, f"RuntimeConfig: {name}", "0 or more", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,8 @@ class LGDConfig:
         detach_appearance: keep the gradient of the appearance encoder from the student (two-stage detectors).
         use_masks: pool and paint with instance masks instead of boxes, and describe them to the label encoder.
         adapter_query: which embeddings ask and which answer in the relation adapter.
+        weight: of the distillation loss.
+        instructive_weight: of the detector's loss on the instructive pyramid.
         detach_fraction: first part of the run in which the distillation loss does not reach the student.
         freeze_fraction: first part in which the backbone below the FPN gets no update; only if it is pretrained.
         final_fraction: last part of the run without distillation.
@@ -201,12 +203,16 @@ class LGDConfig:
     detach_appearance: bool = False
     use_masks: bool = False
     adapter_query: Literal["appearance", "label", "appearance_only", "label_only"] = "appearance"
+    weight: float = 1.0
+    instructive_weight: float = 1.0
     detach_fraction: float = 30 / 180
     freeze_fraction: float = 20 / 180
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
+        require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
+        for name in ("weight", "instructive_weight"):
+            require(getattr(self, name) >= 0, f"LGDConfig: {name}", "0 or more", getattr(self, name))
         _require_fraction(self, "detach_fraction", "freeze_fraction", "final_fraction")
 
 
@@ -238,11 +244,11 @@ class ICDConfig:
 
     def __post_init__(self) -> None:
         for name in ("heads", "layers", "max_queries"):
-            _require(getattr(self, name) >= 1, f"ICDConfig: {name}", "at least 1", getattr(self, name))
-        _require(self.rho >= 0, "ICDConfig: rho", "0 or more", self.rho)
-        _require(self.weight >= 0, "ICDConfig: weight", "0 or more", self.weight)
-        _require(self.temperature > 0, "ICDConfig: temperature", "positive", self.temperature)
-        _require(self.teacher_scale > 0, "ICDConfig: teacher_scale", "positive", self.teacher_scale)
+            require(getattr(self, name) >= 1, f"ICDConfig: {name}", "at least 1", getattr(self, name))
+        require(self.rho >= 0, "ICDConfig: rho", "0 or more", self.rho)
+        require(self.weight >= 0, "ICDConfig: weight", "0 or more", self.weight)
+        require(self.temperature > 0, "ICDConfig: temperature", "positive", self.temperature)
+        require(self.teacher_scale > 0, "ICDConfig: teacher_scale", "positive", self.teacher_scale)
         _require_fraction(self, "detach_fraction", "final_fraction")
 
 
@@ -263,13 +269,29 @@ class FGFIConfig:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.psi <= 1, "FGFIConfig: psi", "in [0, 1]", self.psi)
-        _require(self.weight >= 0, "FGFIConfig: weight", "0 or more", self.weight)
+        require(0 <= self.psi <= 1, "FGFIConfig: psi", "in [0, 1]", self.psi)
+        require(self.weight >= 0, "FGFIConfig: weight", "0 or more", self.weight)
         _require_fraction(self, "warmup_fraction", "final_fraction")
 
 
-MethodConfig = LGDConfig | ICDConfig | FGFIConfig
-METHOD_KINDS: dict[str, type] = {"lgd": LGDConfig, "icd": ICDConfig, "fgfi": FGFIConfig}
+@dataclass(frozen=True)
+class LGDICDConfig:
+    """LGD and ICD on one student: the losses of both in every step, each method in its own phases.
+
+    Args:
+        lgd: the label-guided part.
+        icd: the part with the teacher.
+        lgd_optimizer: of LGD's own parameters; None gives them to the student's. ICD's are the recipe's
+            `method_optimizer`.
+    """
+
+    lgd: LGDConfig = field(default_factory=LGDConfig)
+    icd: ICDConfig = field(default_factory=ICDConfig)
+    lgd_optimizer: OptimizerConfig | None = None
+
+
+MethodConfig = LGDConfig | ICDConfig | FGFIConfig | LGDICDConfig
+METHOD_KINDS: dict[str, type] = {"lgd": LGDConfig, "icd": ICDConfig, "fgfi": FGFIConfig, "lgd-icd": LGDICDConfig}
 
 
 @dataclass(frozen=True)
@@ -295,7 +317,7 @@ class Recipe:
     name: str
     detector: DetectorConfig
     data: DataConfig = field(default_factory=DataConfig)
-    method: LGDConfig | ICDConfig | FGFIConfig | None = None
+    method: LGDConfig | ICDConfig | FGFIConfig | LGDICDConfig | None = None
     teacher: str | None = None
     inherit: bool = False
     backbone_weights: str | None = None
@@ -306,8 +328,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
-        needs = "ICD" if isinstance(self.method, ICDConfig) else "FGFI" if isinstance(self.method, FGFIConfig) else None
+        require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
+        needs = "ICD" if self.icd else "FGFI" if isinstance(self.method, FGFIConfig) else None
         needs = needs or ("inherit" if self.inherit else None)
         if needs and self.teacher is None:
             raise ValueError(f"Recipe: {needs} must have a teacher, got None; pass --teacher PATH/student.safetensors")
@@ -318,83 +340,39 @@ class Recipe:
             )
         if self.method_optimizer is not None and self.method is None:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
-        masks = isinstance(self.method, LGDConfig) and self.method.use_masks
-        if masks and self.detector.detector != "mask_rcnn":
-            raise ValueError(
-                f"Recipe: method.use_masks must be False for {self.detector.detector}, got True; "
-                "only mask_rcnn loads masks"
-            )
+        if self.data.format == "crowdhuman" and self.with_masks:
+            name = self.detector.detector
+            raise ValueError(f"Recipe: detector must have no masks on crowdhuman data, got {name}; use faster_rcnn")
+        if self.lgd and self.lgd.use_masks and not self.with_masks:
+            name = self.detector.detector
+            raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
+        if isinstance(self.method, FGFIConfig) and self.detector.detector == "solov2":
+            raise ValueError("Recipe: method must not be FGFI for solov2, whose cells have no boxes; take ICD or LGD")
+
+    @property
+    def lgd(self) -> LGDConfig | None:
+        """The method, or its part, that is LGD."""
+        return self.method.lgd if isinstance(self.method, LGDICDConfig) else _only(self.method, LGDConfig)
+
+    @property
+    def icd(self) -> ICDConfig | None:
+        """The method, or its part, that is ICD."""
+        return self.method.icd if isinstance(self.method, LGDICDConfig) else _only(self.method, ICDConfig)
 
     @property
     def with_masks(self) -> bool:
         """Whether training and evaluation need instance masks."""
-        return self.detector.detector == "mask_rcnn"
+        return self.detector.with_masks
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON types; a method says which one it is under "kind"."""
-        return _encode(self)
+        return encode(self, METHOD_KINDS)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Recipe:
         """The recipe `to_dict` wrote; unknown and missing fields raise with their name."""
-        return _decode(Recipe, values, "recipe")
+        return decode(Recipe, values, "recipe", METHOD_KINDS)
 
 
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        tag = [("kind", name) for name, kind in METHOD_KINDS.items() if isinstance(value, kind)]
-        return dict(tag) | {item.name: _encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(annotation: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(typing.get_args(annotation), value, where)
-    if dataclasses.is_dataclass(annotation):
-        return _decode_dataclass(annotation, value, where)
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), where, "a list", value)
-        arguments = typing.get_args(annotation)
-        items = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
-        _require(len(items) == len(value), where, f"a list of {len(items)}", value)
-        return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, value)))
-    if origin is Literal:
-        _require(value in typing.get_args(annotation), where, f"one of {typing.get_args(annotation)}", value)
-        return value
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(annotation, type):
-        right = isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool)
-        _require(right, where, annotation.__name__, value)
-    return value
-
-
-def _decode_union(choices: tuple, value: Any, where: str) -> Any:
-    if value is None:
-        _require(type(None) in choices, where, "given", value)
-        return None
-    present = [choice for choice in choices if choice is not type(None)]
-    if set(present) == set(METHOD_KINDS.values()):
-        known = isinstance(value, dict) and value.get("kind") in METHOD_KINDS
-        _require(known, where, f"a method, kind one of {list(METHOD_KINDS)}", value)
-        return _decode(METHOD_KINDS[value["kind"]], {key: item for key, item in value.items() if key != "kind"}, where)
-    for choice in present[:-1]:
-        try:
-            return _decode(choice, value, where)
-        except ValueError:
-            continue
-    return _decode(present[-1], value, where)
-
-
-def _decode_dataclass(kind: type, values: Any, where: str) -> Any:
-    _require(isinstance(values, dict), where, "an object", values)
-    hints = typing.get_type_hints(kind)
-    names = [item.name for item in dataclasses.fields(kind)]
-    unknown = sorted(set(values) - set(names))
-    _require(not unknown, where, f"made of the fields of {kind.__name__}", unknown, "written by another version?")
-    missing = sorted(set(names) - set(values))
-    _require(not missing, where, f"complete, with {missing}", sorted(values), "written by another version?")
-    return kind(**{name: _decode(hints[name], values[name], f"{where}.{name}") for name in names})
+def _only(method: MethodConfig | None, kind: type) -> Any:
+    return method if isinstance(method, kind) else None

@@ -12,7 +12,7 @@ import torch
 
 from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector, save_detector
-from fastkd.evaluation import CocoEvaluator, print_metrics
+from fastkd.evaluation import evaluator_of, print_metrics
 from fastkd.evaluation.coco import evaluate
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built
@@ -66,7 +66,7 @@ class Evaluation:
             channels_last=recipe.runtime.channels_last,
             pin_memory=group.device.type == "cuda",
         )
-        evaluator = CocoEvaluator(self.built.val_set)
+        evaluator = evaluator_of(self.built.val_set)
         metrics = evaluate(
             detector, loader, evaluator, device=group.device, dtype=self.built.module.dtype, progress=progress
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.training.config import OptimizerConfig, Recipe
+from fastkd.training.config import LGDICDConfig, OptimizerConfig, Recipe
 from fastkd.training.schedule import learning_rate
 
 
@@ -13,7 +13,7 @@ class NamedOptimizer:
     """A torch optimiser with the names of its parameters, so that its state can be stored as plain tensors.
 
     Args:
-        name: "student" or "method"; prefix of its log entries.
+        name: "student", "method" or "lgd"; prefix of its log entries.
         config: kind, rate and decay.
         parameters: name -> parameter, also those that get no gradient in some phases.
     """
@@ -80,13 +80,19 @@ class NamedOptimizer:
 
 
 def build_optimizers(recipe: Recipe, module: nn.Module) -> list[NamedOptimizer]:
-    """The optimisers of a StepModule: one, or two where the method has its own. All parameters that train are owned."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    method = {name: p for name, p in named.items() if name.startswith("distiller.")}
-    if recipe.method_optimizer is None or not method:
-        return [NamedOptimizer("student", recipe.optimizer, named)]
-    student = {name: p for name, p in named.items() if name not in method}
-    return [
-        NamedOptimizer("student", recipe.optimizer, student),
-        NamedOptimizer("method", recipe.method_optimizer, method),
-    ]
+    """The optimisers of a StepModule: the student's, and those the method or its parts have of their own.
+
+    All parameters that train are owned: by the student's where they have none.
+    """
+    two = isinstance(recipe.method, LGDICDConfig)
+    own = {"distiller.icd." if two else "distiller.": ("method", recipe.method_optimizer)}
+    if two:
+        own["distiller.lgd."] = ("lgd", recipe.method.lgd_optimizer)
+    student = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found = []
+    for prefix, (owner, config) in own.items():
+        parameters = {name: p for name, p in student.items() if name.startswith(prefix)}
+        if config is not None and parameters:
+            student = {name: p for name, p in student.items() if name not in parameters}
+            found.append(NamedOptimizer(owner, config, parameters))
+    return [NamedOptimizer("student", recipe.optimizer, student), *found]

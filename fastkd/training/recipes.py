@@ -4,7 +4,10 @@
     scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
     scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
     coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
-    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn
+    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2 (without fgfi)
+    coco-<detector>-<backbone>-...  the other rows of the papers' tables: see paper_recipes
+    {scenes,coco}-<detector>-lgdicd   both methods on one student (pair_recipes.py)
+    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import tyro
 
 from fastkd.detectors import DetectorConfig
+from fastkd.detectors.config import WITH_MASKS, WITHOUT_ANCHORS
 from fastkd.training.config import (
     DataConfig,
     FGFIConfig,
@@ -29,14 +33,22 @@ from fastkd.training.config import (
     RuntimeConfig,
     Schedule,
 )
+from fastkd.training.crowd_recipes import CROWD_RECIPES, crowd_recipe
+from fastkd.training.pair_recipes import pair_of
+from fastkd.training.paper_recipes import ROWS, SCHEDULES, apply_row
 
 DETECTORS = {
     "retinanet": "retinanet",
     "fcos": "fcos",
     "faster-rcnn": "faster_rcnn",
     "mask-rcnn": "mask_rcnn",
+    "atss": "atss",
+    "poto": "poto",
+    "condinst": "condinst",
+    "solov2": "solov2",
 }
 METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
+PAIR = "lgdicd"
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
 STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
@@ -73,9 +85,12 @@ class ScenesNumbers:
     weight_decay: float = 0.05
     warmup: float = 0.05
     lgd_rate: float = 1e-3
-    lgd_final: float = 50 / 180
+    lgd_final: float = 0.6
+    lgd_weight: float = 0.25
+    lgd_instructive_weight: float = 0.1
     icd_rate: float = 3e-4
     icd_scale: float = 0.2
+    icd_heads: int = 2
     fgfi_weight: float = 2e-4
 
 
@@ -86,7 +101,7 @@ def _method(name: str, detector: str, *, context: bool) -> MethodConfig | None:
     """The published hyper-parameters of a method for a detector (methods 1.4, 1.5, 2.5, 3)."""
     two_stage = detector in TWO_STAGE
     if name == "lgd":
-        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector == "mask_rcnn")
+        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector in WITH_MASKS)
     if name == "icd":
         return ICDConfig(weight=3.0 if two_stage else 8.0, max_queries=100 if two_stage else 300)
     return FGFIConfig() if name == "fgfi" else None
@@ -108,7 +123,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
     numbers, two_stage = SCENES, detector in TWO_STAGE
     anchors = {"anchor_base": numbers.anchor_base}
-    if detector != "fcos":
+    if detector not in WITHOUT_ANCHORS:
         anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
     return DetectorConfig(
         detector=detector,
@@ -118,7 +133,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         channels=numbers.channels,
         norm="bn" if teacher else "frozen_bn",
         head_convs=numbers.head_convs,
-        head_norm="gn" if detector == "retinanet" else "none",
+        head_norm="gn" if detector in ("retinanet", "condinst") else "none",
         rpn_pre_nms_train=200,
         rpn_pre_nms_test=200,
         rpn_post_nms_train=100,
@@ -128,6 +143,10 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         roi_canonical_size=64,
         box_head_channels=256,
         mask_head_channels=64,
+        mask_branch_channels=32,
+        instance_head_channels=64,
+        kernel_channels=64,
+        grids=(16, 14, 10, 6, 4),  # cells of 8 pixels and more for objects of 8 .. 80 in images of 128
         **anchors,
     )
 
@@ -163,13 +182,17 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
 
 
 def _scenes_method(name: str, detector: str) -> MethodConfig | None:
-    """The published hyper-parameters, but for four.
+    """The published hyper-parameters, but for these.
 
     ICD's teacher_scale: a normalised head leaves our teachers' pyramids at a standard deviation of 3 to 6.
+    ICD's heads: two of 32 channels, the published width of a head, in a pyramid of 64.
     FGFI's weight: its error is not normalised, and the cells of our narrow teacher differ from the student's by some
     10^4 (squared, summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
-    LGD ends after 130/180 of the run, as for the paper's strongest backbones: a head that serves two pyramids falls
-    behind in so few steps, and needs the rest for the student's.
+    LGD's instructive_weight: the head's two losses share a step of AdamW, so at 1 the student's falls behind; LGD's own
+    modules have their own optimiser, which does not mind the factor.
+    LGD's weight and end after two fifths of the run: so short a run's instructive pyramid is better than the student's
+    own up to about step 220 of 600 and by little; imitating it later, or at full weight, costs AP
+    (docs/results/findings.md).
     LGD freezes nothing: AdamW's first update moves every weight by the whole rate, and behind the warm-up that is
     enough to ruin a pretrained backbone (classification loss 0.68 -> 0.77 at the thaw, 0.48 in the plain student).
     """
@@ -177,9 +200,15 @@ def _scenes_method(name: str, detector: str) -> MethodConfig | None:
     if isinstance(method, FGFIConfig):
         return dataclasses.replace(method, weight=SCENES.fgfi_weight)
     if isinstance(method, ICDConfig):
-        return dataclasses.replace(method, teacher_scale=SCENES.icd_scale)
+        return dataclasses.replace(method, heads=SCENES.icd_heads, teacher_scale=SCENES.icd_scale)
     if isinstance(method, LGDConfig):
-        return dataclasses.replace(method, freeze_fraction=0.0, final_fraction=SCENES.lgd_final)
+        return dataclasses.replace(
+            method,
+            weight=SCENES.lgd_weight,
+            instructive_weight=SCENES.lgd_instructive_weight,
+            freeze_fraction=0.0,
+            final_fraction=SCENES.lgd_final,
+        )
     return method
 
 
@@ -237,10 +266,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
     teacher = method_name == "teacher"
     needs_teacher = method_name in ("inherit", "icd", "fgfi")
     backbone = "resnet101" if teacher else "resnet50"
-    steps, milestones = {
-        "teacher": (270_000, (210 / 270, 250 / 270)),
-        "lgd": (180_000, (120 / 180, 160 / 180)),
-    }.get(method_name, (90_000, (60 / 90, 80 / 90)))
+    steps, milestones = SCHEDULES[{"teacher": "3x", "lgd": "2x"}.get(method_name, "1x")]
     return Recipe(
         name=f"coco-{detector_name}-{method_name}",
         detector=DetectorConfig(
@@ -258,7 +284,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
             workers=4,
         ),
         # FCOS with R50 is published without a context object; two-stage detectors have none either.
-        method=_method(method_name, detector, context=detector == "retinanet"),
+        method=_method(method_name, detector, context=detector != "fcos" and detector not in TWO_STAGE),
         teacher=f"runs/coco-{detector_name}-teacher/student.safetensors" if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
         backbone_weights=f"weights/{backbone}.pth",
@@ -277,9 +303,10 @@ def recipe_names() -> list[str]:
         f"{family}-{detector}-{method}"
         for family in ("scenes", "coco")
         for detector in DETECTORS
-        for method in ("teacher", *METHODS)
+        for method in ("teacher", *METHODS, PAIR)
+        if (detector, method) != ("solov2", "fgfi")  # its cells answer for no boxes
     ]
-    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS, *CROWD_RECIPES]
 
 
 def get_recipe(name: str) -> Recipe:
@@ -288,10 +315,17 @@ def get_recipe(name: str) -> Recipe:
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
         return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
+    if name in CROWD_RECIPES:
+        return crowd_recipe(name)
     if name not in recipe_names():
         raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
+    if name in ROWS:
+        row = ROWS[name]
+        return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
     family, rest = name.split("-", 1)
     detector, method = rest.rsplit("-", 1)
+    if method == PAIR:
+        return pair_of(get_recipe(f"{family}-{detector}-lgd"), get_recipe(f"{family}-{detector}-icd"))
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
 
 

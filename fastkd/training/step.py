@@ -44,7 +44,7 @@ class StepModule(nn.Module):
 
     Args:
         detector: the student.
-        distiller: LGD, ICD, FGFI or None.
+        distiller: LGD, ICD, FGFI, {"lgd": LGD, "icd": ICD} for both, or None.
         teacher: for ICD and FGFI; held, not registered.
         dtype: autocast to this type, or None for float32.
     """
@@ -52,18 +52,24 @@ class StepModule(nn.Module):
     def __init__(
         self,
         detector: Detector,
-        distiller: LGD | ICD | FGFI | None = None,
+        distiller: LGD | ICD | FGFI | nn.ModuleDict | None = None,
         teacher: FrozenTeacher | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if isinstance(distiller, (ICD, FGFI)) and teacher is None:
-            raise ValueError(f"StepModule: teacher must be given for {type(distiller).__name__}, got None")
+        for part in distiller.values() if isinstance(distiller, nn.ModuleDict) else (distiller,):
+            if isinstance(part, (ICD, FGFI)) and teacher is None:
+                raise ValueError(f"StepModule: teacher must be given for {type(part).__name__}, got None")
         self.detector = detector
         self.distiller = distiller
         self.teacher = teacher
         self.dtype = dtype
         if isinstance(distiller, FGFI):
+            if not detector.imitation_anchors():
+                raise ValueError(
+                    f"StepModule: distiller must not be FGFI for {detector.config.detector}, whose cells answer for no "
+                    "boxes; use ICD or LGD"
+                )
             for level, anchors in enumerate(detector.imitation_anchors()):
                 self.register_buffer(f"anchors{level}", anchors.clone(), persistent=False)
 
@@ -80,19 +86,32 @@ class StepModule(nn.Module):
             pyramid = self.detector.features(batch.images)
             losses = dict(self.detector.loss(pyramid, batch))
             if self.distiller is not None and phase.distill:
-                losses.update(self._distill(pyramid, batch, phase))
+                losses.update(self.distill(pyramid, batch, phase))
         return losses
 
-    def _distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        if isinstance(self.distiller, LGD):
-            losses, instructive = self.distiller(pyramid, batch, detach_student=phase.detach_student)
+    def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
+        if not isinstance(self.distiller, nn.ModuleDict):
+            return self._distill_by(self.distiller, pyramid, batch, phase)
+        losses: dict[str, Tensor] = {}
+        for name, distiller in self.distiller.items():
+            if phase.of(name).distill:
+                losses |= self._distill_by(distiller, pyramid, batch, phase.of(name))
+        return losses
+
+    def _distill_by(
+        self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
+    ) -> dict[str, Tensor]:
+        if isinstance(distiller, LGD):
+            losses, instructive = distiller(pyramid, batch, detach_student=phase.detach_student)
             supervision = self.detector.loss(instructive, batch)
-            return dict(losses) | {f"instructive_{name}": value for name, value in supervision.items()}
+            weight = distiller.instructive_weight
+            return dict(losses) | {f"instructive_{name}": weight * value for name, value in supervision.items()}
         teacher_pyramid = self.teacher.pyramid(batch.images)
-        if isinstance(self.distiller, ICD):
-            return self.distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student)
+        if isinstance(distiller, ICD):
+            return distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student)
         anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
-        return self.distiller(pyramid, teacher_pyramid, batch, anchors)
+        return distiller(pyramid, teacher_pyramid, batch, anchors)
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.
@@ -106,7 +125,8 @@ class StepModule(nn.Module):
         for name, parameter in self.named_parameters():
             wanted = name in trainable
             if name.startswith("distiller."):
-                wanted = wanted and phase.distill
+                two = isinstance(self.distiller, nn.ModuleDict)
+                wanted = wanted and (phase.of(name.split(".")[1]) if two else phase).distill
             elif name.startswith("detector.backbone."):
                 wanted = wanted and phase.train_backbone
             changed = changed or parameter.requires_grad != wanted

@@ -1,0 +1,83 @@
+"""`fastkd doctor`: what is wrong with a run, before it begins."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastkd.commands.common import device_argument, say
+from fastkd.commands.train import find_recipe, split_recipe
+
+USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [any field of the recipe]
+
+Look for what makes a distilled run gain nothing, before it costs a day: class tables, the teacher's AP, inherited
+tensors, the distillation loss and its share of the gradient level by level, memory, the loader, the time it will take.
+Takes the options of `fastkd train`; exits with 2 if there is a problem.
+"""
+MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROBLEM", "bold red")}
+
+
+class RecipeProblems(RuntimeError):
+    """The recipe has problems; the message counts them."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run `fastkd doctor` with the arguments after the word `doctor`.
+
+    Raises: RecipeProblems if anything is likely to spoil the run.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if args else 2)
+    name, rest = split_recipe(args)
+    if name is None:
+        raise ValueError("doctor: RECIPE must be given first, e.g. fastkd doctor scenes-retinanet-icd")
+    run(*parse(name, rest))
+
+
+def parse(name: str, args: Sequence[str]) -> tuple:
+    """The recipe `name` with the overrides in `args`, the number of batches and the device."""
+    import tyro
+
+    from fastkd.training.config import Recipe
+
+    def doctor(
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = find_recipe(name),  # noqa: B008
+        batches: int = 4,
+        device: str = "auto",
+    ) -> tuple:
+        """Examine a recipe. The defaults shown are the recipe's own.
+
+        Args:
+            recipe: The recipe.
+            batches: Batches the teacher is measured on and the losses are taken from.
+            device: auto, cpu, cuda or cuda:N.
+        """
+        return recipe, batches, device
+
+    return tyro.cli(doctor, args=list(args), prog=f"fastkd doctor {name}")
+
+
+def run(recipe, batches: int, device: str) -> None:
+    """Examine and print, one line a finding."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from fastkd.training.doctor import examine
+
+    console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
+    for finding in examine(recipe, batches=batches, device=device_argument(device)):
+        mark, style = MARKS[finding.status]
+        counts[finding.status] += 1
+        console.print(Text(f"{mark:8}", style=style) + Text(f"{finding.check:11}{finding.message}", style=""))
+    if counts["problem"]:
+        raise RecipeProblems(f"doctor: {recipe.name} has {counts['problem']} problem(s), see above")
+    rest = f", {counts['warning']} thing(s) to look at" if counts["warning"] else ""
+    say(f"{recipe.name}: no problem found{rest}")
+
+
+def doctor(recipe: str) -> None:
+    """Look for what makes a distilled run gain nothing, before it begins. `fastkd doctor --help` says more.
+
+    Args:
+        recipe: A name from fastkd recipes.
+    """
+    raise AssertionError(f"`fastkd doctor {recipe}` is parsed by main above; this function only lists it in the help")

@@ -1,0 +1,126 @@
+"""SOLOv2: instances told apart by where they are, without boxes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.config import DetectorConfig
+from fastkd.detectors.instance_masks import coarse_masks, dice_loss, require_masks
+from fastkd.detectors.protocol import Detector
+from fastkd.detectors.solov2_detect import detect_instances
+from fastkd.detectors.solov2_head import SOLOv2Head
+from fastkd.detectors.targets import BELOW, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, shared_count
+from fastkd.types import Batch, Detections
+
+CENTER = 0.2  # of an instance's width and height: the region whose cells are positive
+MASK_WEIGHT = 3.0
+
+
+class SOLOv2(Detector):
+    """SOLOv2: each level's image is a grid of cells that classify and segment the instance whose centre they hold.
+
+    A level owns the instances whose box has sqrt(area) in its range. The cells in the centre region, 0.2 of the box's
+    sides around the mask's centre of mass, at most 3 x 3, are positive; of several instances a cell takes the smallest.
+    Focal loss divided by positives + 1, dice loss at stride 4 averaged over the positives and weighted by 3.
+    Source: SOLOv2: Dynamic and Fast Instance Segmentation (Wang et al., 2020).
+    """
+
+    def __init__(self, config: DetectorConfig):
+        super().__init__(config, *build_backbone_and_neck(config), SOLOv2Head(config))
+        self.base = config.anchor_base if config.anchor_base is not None else 12
+
+    def imitation_anchors(self) -> list[Tensor]:
+        """None: the cells are those of grids, not of the pyramid."""
+        return []
+
+    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        require_masks("solov2", batch)
+        outputs = self.head(pyramid)
+        with in_full_precision(pyramid[0]):
+            return self._losses({name: value.float() for name, value in outputs.items()}, batch)
+
+    def _losses(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        logits, truth = outputs["cls_logits"], PaddedBoxes.of(batch)
+        matched = self.assign(truth, batch)
+        positive = matched >= 0
+        counted = torch.ones_like(positive)
+        ignored = inside_ignored(batch, self.cells(batch))
+        if ignored is not None:
+            counted = positive | ~ignored
+        image, cell = positive.nonzero().unbind(1)
+        row = matched[image, cell]
+        focal = focal_loss(logits, counted.float(), image, cell, truth.labels[image, row])
+        count = positive.sum()
+        return {
+            "classification": focal / shared_count(count, more=1.0),
+            "mask": MASK_WEIGHT * self._dice(outputs, image, cell, row, batch) / shared_count(count),
+        }
+
+    def _dice(self, outputs: dict[str, Tensor], image: Tensor, cell: Tensor, row: Tensor, batch: Batch) -> Tensor:
+        """Sum of the dice losses of positive cells, images ascending."""
+        targets = coarse_masks(batch).split(batch.counts)
+        total = (outputs["kernels"].sum() + outputs["mask_features"].sum()) * 0.0  # the graph, should nothing follow
+        for index, count in enumerate(torch.bincount(image, minlength=len(batch)).tolist()):
+            own, cell = cell[:count], cell[count:]
+            instance, row = row[:count], row[count:]
+            if count:
+                features = outputs["mask_features"][index]
+                logits = (outputs["kernels"][index, own] @ features.flatten(1)).unflatten(1, features.shape[1:])
+                total = total + dice_loss(logits, targets[index][instance]).sum()
+        return total
+
+    def cells(self, batch: Batch) -> Tensor:
+        """[S, 4] xyxy in pixels: the cells of all grids, rows first."""
+        height, width = batch.padded_size
+        found = []
+        for cells in self.config.grids:
+            y, x = torch.meshgrid(*[torch.arange(cells, device=batch.boxes.device)] * 2, indexing="ij")
+            corner = torch.stack([x, y, x + 1, y + 1], -1).flatten(0, 1)
+            found.append(corner * torch.tensor([width, height] * 2, device=corner.device) / cells)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def assign(self, truth: PaddedBoxes, batch: Batch) -> Tensor:
+        """The row of `truth` each cell answers for, or BELOW: [B, S] int64."""
+        centers, seen = self._centers(truth, batch)
+        sides = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, K, 2]
+        area, padded = sides.prod(-1), torch.tensor(batch.padded_size[::-1], device=sides.device)
+        reach, found = sides * (CENTER / 2), []
+        for level, cells in enumerate(self.config.grids):
+            lower = 0.0 if level == 0 else self.base / 2 * self.strides[level]
+            upper = float("inf") if level == len(self.strides) - 1 else self.base * 2 * self.strides[level]
+            fits = seen & (area.sqrt() >= lower) & (area.sqrt() <= upper)
+            middle, first, last = ((at / padded * cells).floor() for at in (centers, centers - reach, centers + reach))
+            first = torch.maximum(first, middle - 1).clamp(min=0)[..., None, :]  # [B, K, 1, 2]
+            last = torch.minimum(last, middle + 1).clamp(max=cells - 1)[..., None, :]
+            index = torch.arange(cells, device=sides.device)[:, None]  # [cells, 1], against x and y
+            x, y = ((index >= first) & (index <= last)).unbind(-1)  # [B, K, cells]
+            inside = (y[..., None] & x[..., None, :]).flatten(2) & fits[..., None]  # [B, K, cells^2]
+            smallest, row = torch.where(inside, area[..., None], float("inf")).min(1)
+            found.append(torch.where(smallest.isinf(), BELOW, row))
+        return torch.cat(found, 1)
+
+    def _centers(self, truth: PaddedBoxes, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Centres of mass [B, K, 2] of the masks in pixels, and which rows have a mask [B, K]."""
+        masks, means = batch.masks, []
+        area = masks.sum((1, 2))
+        for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
+            place = torch.arange(length, device=masks.device) + 0.5
+            means.append((masks.sum(axis) * place).sum(1) / area.clamp(min=1))
+        centers = torch.zeros(*truth.valid.shape, 2, device=masks.device)
+        seen = torch.zeros_like(truth.valid)
+        centers[truth.valid] = torch.stack(means, 1).float()  # rows of `truth` are the batch's boxes in their order
+        seen[truth.valid] = area > 0
+        return centers, seen
+
+    @torch.no_grad()
+    def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
+        outputs = self.head(pyramid)
+        with in_full_precision(pyramid[0]):
+            outputs = {name: value.float() for name, value in outputs.items()}
+            return [
+                detect_instances({name: value[image] for name, value in outputs.items()}, size, self.config)
+                for image, size in enumerate(batch.image_sizes.tolist())
+            ]

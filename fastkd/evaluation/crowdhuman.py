@@ -1,0 +1,48 @@
+"""MR^-2, AP and JI of detections on a CrowdHuman data set, in one process or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastkd.evaluation.coco import CocoEvaluator
+from fastkd.evaluation.crowd_matching import match_image, summarise
+
+MAX_DETECTIONS = 500
+
+
+class CrowdHumanEvaluator(CocoEvaluator):
+    """Collects detections of a CrowdHuman data set and measures them.
+
+    Args:
+        dataset: a CrowdHumanDataset (has `truth`, `sizes` and what CocoEvaluator asks for).
+        max_detections: how many of an image's highest-scoring detections count.
+
+    Source: CrowdHuman (Shao et al., 2018); methods.md 5.
+    """
+
+    def __init__(self, dataset, *, max_detections: int = MAX_DETECTIONS):
+        super().__init__(dataset, max_detections=(max_detections,))
+        self.dataset = dataset
+
+    def compute(self) -> dict[str, dict]:
+        """Metrics of everything added (and gathered).
+
+        Returns: {"bbox": {AP, MR, JI, recall, JI_score, images, instances, ignored, per_class}}. MR is MR^-2, the lower
+            the better; percentages, or None without objects; per_class repeats them for the only class. Safe for JSON.
+        """
+        limit, images, ignored = self.max_detections[-1], [], 0
+        for index, image_id in enumerate(self.image_ids):
+            truth, regions = self.dataset.truth(index)
+            found = self._images.get(image_id, [])
+            scores = np.array([result["score"] for result in found], np.float64)
+            boxes = np.array([result["bbox"] for result in found], np.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
+            best = np.argsort(-scores, kind="stable")[:limit]
+            size = tuple(int(side) for side in self.dataset.sizes[index])
+            images.append(match_image(boxes[best], scores[best], truth, regions, size))
+            ignored += int(regions.sum())
+        metrics: dict[str, Any] = summarise(images)
+        own = {name: metrics[name] for name in ("AP", "MR", "JI", "recall", "instances")}
+        return {"bbox": {**metrics, "ignored": ignored, "per_class": {self.class_names[0]: own}}}

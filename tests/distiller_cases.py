@@ -1,0 +1,42 @@
+"""The three distillers on one small batch, for tests of how they run rather than of what they compute."""
+
+import torch
+from ragged import LEVELS, priors, ragged_batch, ragged_pyramid
+
+from fastkd.distillers import FGFI, ICD, LGD
+
+CHANNELS, CLASSES = 8, 3
+ANCHORS = [torch.tensor([[-s, -s, s, s], [-s, -2 * s, s, 2 * s]]) for s in (4.0, 8.0, 16.0, 32.0)]
+OPS = {
+    "lgd": ("norm_relu_box_pool", "box_paint_conv3x3", "instance_norm_mse"),
+    "lgd masks": ("mask_pool", "mask_paint", "instance_norm_mse"),
+    "icd": ("instance_attention", "attention_mass", "value_mimic"),
+    "fgfi": ("imitation_mask", "masked_mse"),
+}
+NAMES = list(OPS)
+
+
+def build(name):
+    """A distiller; weights by torch's global seed."""
+    if name == "icd":
+        return ICD(CLASSES, priors(CLASSES), CHANNELS, heads=4)
+    if name == "fgfi":
+        return FGFI(CHANNELS)
+    return LGD(CLASSES, CHANNELS, heads=2, use_masks=name == "lgd masks", context=name == "lgd")
+
+
+def losses(name, module, student, teacher, batch, anchors=None):
+    """The distiller's losses; LGD's instructive pyramid is left out."""
+    if name == "icd":
+        return module(student, teacher, batch)
+    if name == "fgfi":
+        return module(student, teacher, batch, ANCHORS if anchors is None else anchors)
+    return module(student, batch)[0]
+
+
+def inputs(counts=(3, 0, 2), *, levels=LEVELS, **options):
+    """Student pyramid, teacher pyramid and batch of as many images as counts."""
+    student, teacher = (
+        ragged_pyramid(len(counts), CHANNELS, levels=levels, seed=seed, dtype=torch.float32) for seed in (0, 1)
+    )
+    return student, [level.detach() for level in teacher], ragged_batch(counts, masks=True, **options)

@@ -1,0 +1,177 @@
+"""The benchmark of the ops: its plain forms against the references, a tiny run from end to end, its arithmetic."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import memory, results
+from benchmarks import ops as bench
+from benchmarks.rows import BY_NAME, QUICK, ROWS, Draw, Shape, Targets
+from benchmarks.steps import Step, assert_same
+from fastkd import ops
+
+CPU = torch.device("cpu")
+SHAPES = [replace(QUICK, images=2), replace(QUICK, images=3, height=100, width=140, strides=(8, 32), boxes=5, real=3)]
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """Ops without kernels."""
+    for name in ops.__all__:
+        if not name.endswith("_reference"):
+            monkeypatch.setattr(ops, name, getattr(ops, f"{name}_reference"))
+
+
+@pytest.mark.parametrize("row", {row.build: row for row in ROWS}.values(), ids=lambda row: row.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=["exact", "ragged"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_plain_forms_equal_the_reference(references, row, shape, channels_last):
+    case = row.build(Draw(shape, torch.float64, channels_last, CPU))
+    expected = Step(case.ours, case.arguments)
+    found = expected()
+    assert all(value.isfinite().all() for value in found) and any(value.any() for value in found)
+    for name, form in case.plain.items():
+        step = Step(form, case.arguments)
+        assert_same(step, expected, torch.float64)
+        assert len(step()) == len(tree_leaves(case.ours(*case.arguments))) + len(step.wanted) * bool(step.cotangents), (
+            name
+        )
+    assert case.compiled in case.plain
+
+
+def test_a_wrong_result_is_refused():
+    case = BY_NAME["box_paint"].build(Draw(QUICK, torch.float32, False, CPU))
+    right = Step(case.ours, case.arguments)
+    assert_same(right, right, torch.float32)
+    for wrong in (
+        lambda e: [level * 1.01 for level in case.ours(e)],
+        lambda e: [level[:, :, 1:] for level in case.ours(e)],
+        lambda e: [level + (e - e.detach()).sum() for level in case.ours(e)],  # the gradient alone is wrong
+        lambda e: [level * float("nan") for level in case.ours(e)],
+        lambda e: case.ours(e)[1:],
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_same(Step(wrong, case.arguments), right, torch.float32)
+
+
+def test_memory_counts_what_is_alive_at_once():
+    def call():
+        first = torch.empty(1000, dtype=torch.float32)
+        second = torch.empty(3000, dtype=torch.float32)
+        del first
+        return torch.empty(500, dtype=torch.float32), second
+
+    measured = memory.measure(call, CPU)
+    assert 16000 <= measured.peak < 16000 + 1000 and 12000 <= measured.largest < 12000 + 500
+
+
+def test_the_shape_is_the_published_one():
+    assert Shape().cells == 20267 and Shape().level_sizes[0] == (100, 152)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """A tiny run of all rows; ours and plain."""
+    folder = tmp_path_factory.mktemp("bench")
+    assert bench.main(["--quick", "--threads", "1", "--parts", "--out", str(folder)]) == 0, bench.LOG.read_text()
+    return folder, json.loads((folder / "ops.json").read_text())
+
+
+def test_every_row_is_measured(quick_run):
+    folder, saved = quick_run
+    assert list(saved["rows"]) == [row.name for row in ROWS]
+    for row in saved["rows"].values():
+        assert row["times_plain"] > 0 and row["sides"]["ours"]["memory"]["peak"] > 0
+    assert set(saved["limits"]) == {"copy", "multiply-adds", "matmul", "conv3x3"} and min(saved["limits"].values()) > 0
+    text = (folder / "ops.md").read_text()
+    assert all(f"| {row.name}" in text for row in ROWS) and (folder / "ops-times.png").is_file()
+    assert saved["commit"] in text and saved["command"] in text
+
+
+def test_quote(quick_run, capsys):
+    folder, _ = quick_run
+    assert bench.main(["--quote", str(folder / "ops.json")]) == 0
+    text = capsys.readouterr().out
+    assert "| instance_norm_mse |" in text and "| value_mimic |" not in text and "targets met" in text
+
+
+def test_all_parts_of_one_row(tmp_path):
+    command = ["--quick", "--threads", "1", "--rows", "box_pool, 7 boxes", "--out", str(tmp_path)]
+    assert bench.main(command) == 0, bench.LOG.read_text()
+    saved = json.loads((tmp_path / "ops.json").read_text())
+    row = saved["rows"]["box_pool, 7 boxes"]
+    assert set(row["sides"]) == {
+        "ours",
+        "plain: masks",
+        "plain: slices",
+        "compiled",
+        "channels-last",
+        "bfloat16",
+        "one thread",
+    }
+    assert set(saved["growth"]) == {"images", "cells", "boxes"}
+    assert (tmp_path / "ops-growth.png").is_file()
+
+
+def test_comparison_with_a_saved_run(quick_run, tmp_path, monkeypatch, capsys):
+    _, saved = quick_run
+    slower = copy.deepcopy(saved)
+    slower["rows"]["masked_mse"]["sides"]["ours"]["ms"] *= 1.3
+    monkeypatch.setattr(bench, "collect", lambda chosen: (slower, True))
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(saved))
+    command = ["--quick", "--compare", str(before), "--out", str(tmp_path)]
+    assert bench.main([*command, "--threshold", "1.4"]) == 0
+    assert bench.main([*command, "--threshold", "1.2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "SLOWER" in line and "| masked_mse |" in line and "| 1.30 |" in line]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before.json"]  # the saved results stay
+    slower["rows"]["masked_mse"]["shape"] = {}
+    with pytest.raises(ValueError, match=r"compare: masked_mse must have the saved run's shape"):
+        bench.main(command)
+
+
+def entry(ms, peak, returned, elements=0, multiply_adds=0):
+    work = {"elements": elements, "multiply_adds": multiply_adds, "bytes": 4 * elements}
+    return {"ms": ms, "memory": {"peak": peak}, "returned": returned, "work": work}
+
+
+def test_conclusions():
+    sides = {
+        "ours": entry(2.0, 110, 100, elements=10**7),
+        "plain: slow": entry(50.0, 900, 100),
+        "plain: fast": entry(20.0, 600, 100),
+        "compiled": entry(8.0, 300, 100),
+    }
+    limits = {"copy": 40.0, "multiply-adds": 100.0}
+    found = results.conclusions(sides, Targets(10, 5, 0.4, 1), limits, "multiply-adds")
+    assert found["plain_form"] == "fast" and found["times_plain"] == 10 and found["times_compiled"] == 4
+    assert found["share"] == pytest.approx(0.5) and found["limit"] == "copy"  # 40 MB in 2 ms = 20 GB/s
+    assert found["met"] == {"times_plain": True, "times_compiled": False, "share": True, "memory": False}
+    sides["ours"] = entry(2.0, 102, 100, multiply_adds=10**8)
+    found = results.conclusions(sides, Targets(11, None, 0.4, 1), limits, "multiply-adds")
+    assert found["share"] == pytest.approx(1.0) and found["met"] == {
+        "times_plain": False,
+        "share": True,
+        "memory": True,
+    }
+    sides["ours"] = entry(2.0, 125, 100)
+    for fraction, met in ((1 / 10, True), (1 / 21, False)):  # 25 of plain's 500
+        targets = Targets(memory=fraction / 2 if met is False else fraction, of_plain=True)
+        assert results.conclusions(sides, targets, limits, "multiply-adds")["met"] == {"memory": met}
+
+
+def test_exponent_of_growth():
+    assert results.exponent([[1, 3.0], [2, 6.0], [4, 12.0]]) == pytest.approx(1)
+    assert results.exponent([[1, 3.0], [2, 12.0], [4, 48.0]]) == pytest.approx(2)
+
+
+def test_unknown_rows_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["--rows", "nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    assert str(bench.parse([]).out) == "docs/results" and str(bench.parse(["--rows", "box_paint"]).out) == "build/bench"
