@@ -1,25 +1,14 @@
-"""Loads the compiled kernels (fastkd/_cpu.so and _cuda.so, built by setup.py) and says which runs.
-
-The rule: a CPU tensor takes the C++ kernel, a CUDA tensor the GPU kernel, where it is compiled; else the reference
-runs, in plain torch on any device. `use_backend("reference")` takes the reference everywhere.
-"""
+"""Loads the compiled kernels (fastkd/_cpu.so, built by setup.py); without them every op takes its reference."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 BUILT_IN = Path(__file__).resolve().parents[1] / "_cpu.so"
-BUILT_IN_CUDA = BUILT_IN.with_name("_cuda.so")
-BACKENDS = ("compiled", "reference")
-_backend = ["compiled"]
 
 
 def cpu_library() -> Path:
@@ -47,73 +36,9 @@ def why_not_loaded() -> str | None:
     return None
 
 
-@functools.cache
-def why_no_cuda() -> str | None:
-    """None once the GPU kernels are loaded, else the reason why CUDA tensors take plain torch. Needs no GPU."""
-    if why_not_loaded() is not None:
-        return why_not_loaded()
-    if not BUILT_IN_CUDA.exists():
-        return "fastkd/_cuda.so is not built; `FASTKD_CUDA=1 pip install .` builds it or says what is missing"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    try:
-        torch.ops.load_library(BUILT_IN_CUDA)
-    except OSError as error:
-        return f"fastkd/_cuda.so cannot be loaded ({error}); rebuild it with `FASTKD_CUDA=1 pip install .`"
-    return None
-
-
-def has_kernel(op: str, device: str = "cpu") -> bool:
-    """True if fastkd::`op` is compiled for a device type, "cpu" or "cuda"."""
-    if why_not_loaded() is not None or not hasattr(torch.ops.fastkd, op):
-        return False
-    if device == "cpu":
-        return True
-    return why_no_cuda() is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", "CUDA")
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the context every op takes this backend: "compiled" (the rule above) or "reference".
-
-    For tests and benchmarks; not per thread.
-    Raises: ValueError for another name.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"use_backend: name must be one of {BACKENDS}, got {name!r}; choose one")
-    before = _backend[0]
-    _backend[0] = name
-    try:
-        yield
-    finally:
-        _backend[0] = before
-
-
-class Dispatch:
-    """Which implementation an op takes; one a module, made when it is imported.
-
-    Args:
-        op: name in torch.ops.fastkd.
-    """
-
-    def __init__(self, op: str):
-        self.op = op
-        self.cpu, self.cuda = has_kernel(op), has_kernel(op, "cuda")
-
-    def compiled(self, tensor: Tensor) -> bool:
-        """True if the compiled op takes this tensor."""
-        if _backend[0] == "reference":
-            return False
-        if tensor.device.type == "cuda" and not self.cuda:
-            if not torch.compiler.is_compiling():
-                _warn_once(self.op, why_no_cuda() or "no GPU kernel in this version")
-            return False
-        return self.cuda if tensor.device.type == "cuda" else self.cpu and tensor.device.type == "cpu"
-
-
-@functools.cache
-def _warn_once(op: str, reason: str) -> None:
-    warnings.warn(f"{op}: a CUDA tensor takes the reference in plain torch: {reason}", stacklevel=4)
+def has_kernel(op: str) -> bool:
+    """True if the library is loaded and brings fastkd::`op`."""
+    return why_not_loaded() is None and hasattr(torch.ops.fastkd, op)
 
 
 def cpu_capability() -> str | None:
