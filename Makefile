@@ -12,7 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+EMULATED := $(wildcard csrc/*.cu csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The emulation of CUDA for tests is a Python module: it is built where Python's headers are.
+SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(os.path.join(\
+    sysconfig.get_path('include'), 'Python.h')) else 'OFF')")
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
@@ -39,8 +43,8 @@ $(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
 
 cmake: $(STAMPS)/cmake
 
-$(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES)
-	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+$(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES) $(EMULATED)
+	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python $(SIMT)
 	$(CMAKE) --build build/cmake --parallel 2
 	touch $@
 

@@ -1,0 +1,243 @@
+// What .cu sources are written in: CUDA under nvcc, the emulation of csrc/simt under the host compiler. Kernels use
+// Global<T> and Shared<T> for pointers, FASTKD_SHARED for arrays, load/store and packs of 16 bytes for memory, an index
+// type as a template parameter (narrow_index or int64_t), and CUDA's own names for the rest.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#else
+#include "simt/simt.h"
+#endif
+
+namespace fastkd {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::Tensor;
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPackBytes = 16;
+template <class T>
+constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+struct alignas(kPackBytes) Pack {
+  T value[kPack<T>];
+};
+
+#ifdef __CUDACC__
+
+#define FASTKD_KERNEL __global__
+#define FASTKD_DEVICE __device__ __forceinline__
+#define FASTKD_SHARED(T, name, count) __shared__ T name[count]
+#define FASTKD_DYNAMIC_SHARED(T, name)                            \
+  extern __shared__ __align__(16) unsigned char fastkd_dynamic[]; \
+  T* name = reinterpret_cast<T*>(fastkd_dynamic)
+#define FASTKD_DEVICE_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, library)
+
+template <class T>
+using Global = T*;
+template <class T>
+using Shared = T*;
+using narrow_index = int32_t;
+using Grid = dim3;
+
+// The memory of a tensor: const for inputs. `output` is memory that nothing has been written to yet.
+template <class T>
+Global<T> global(const Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) return static_cast<T*>(tensor.const_data_ptr());
+  else return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+Global<T> output(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+FASTKD_DEVICE uintptr_t address_of(Global<T> pointer) {
+  return reinterpret_cast<uintptr_t>(pointer);
+}
+template <class T>
+FASTKD_DEVICE Pack<T> load_pack(const T* pointer) {
+  Pack<T> pack;
+  *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(pointer));
+  return pack;
+}
+template <class T>
+FASTKD_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
+  *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&pack);
+}
+
+// Makes the tensor's device the current one.
+struct DeviceScope {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit DeviceScope(const Tensor& on) : guard(on.get_device()) {}
+};
+
+// Dynamic shared memory a block of the current device may ask for.
+inline int64_t shared_limit() {
+  int device = 0, bytes = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes - 1024;  // what the system keeps, and static arrays
+}
+
+// Launches on the current stream of the tensor's device, which the caller's DeviceGuard has made current.
+template <class... Parameters, class... Arguments>
+void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
+            Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
+  if (shared_bytes > 48 * 1024)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+#else  // emulation
+
+#define FASTKD_KERNEL
+#define FASTKD_DEVICE inline
+#define FASTKD_SHARED(T, name, count) \
+  const ::simt::Pointer<T> name(::simt::shared_buffer(__COUNTER__, (count) * sizeof(T)), 0)
+#define FASTKD_DYNAMIC_SHARED(T, name) const ::simt::Pointer<T> name(::simt::dynamic_shared_buffer(), 0)
+#define FASTKD_DEVICE_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(fastkd_simt, CPU, library)
+#define threadIdx (::simt::current().thread_index)
+#define blockIdx (::simt::current().block_index)
+#define blockDim (::simt::current().block_size)
+#define gridDim (::simt::current().grid_size)
+#define __syncthreads() ::simt::sync_threads(__LINE__)
+#define __syncwarp() ((void)::simt::exchange(kAllLanes, 0, -1, __LINE__))
+#define __shfl_xor_sync(mask, value, lanes) ::simt::shuffle(mask, value, ::simt::current().lane ^ (lanes), __LINE__)
+#define __shfl_sync(mask, value, lane) ::simt::shuffle(mask, value, lane, __LINE__)
+#define __ballot_sync(mask, predicate) ::simt::ballot(mask, predicate, __LINE__)
+
+template <class T>
+using Global = ::simt::Pointer<T>;
+template <class T>
+using Shared = ::simt::Pointer<T>;
+using narrow_index = ::simt::Index<16>;
+using Grid = ::simt::Dim3;
+
+template <class T>
+Global<T> global(const Tensor& tensor) {
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(sizeof(T));
+  return {::simt::buffer_of(const_cast<void*>(tensor.const_data_ptr()), bytes, !std::is_const_v<T>, true), 0};
+}
+template <class T>
+Global<T> output(const Tensor& tensor) {
+  return {::simt::buffer_of(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(sizeof(T)), true, false), 0};
+}
+
+template <class T>
+uintptr_t address_of(Global<T> pointer) {
+  return pointer.address();
+}
+template <class T>
+auto load_pack(Global<T> pointer) {
+  using Value = std::remove_const_t<T>;
+  ::simt::touch(pointer.buffer(), pointer.offset(), kPackBytes, false, false);
+  Pack<Value> pack;
+  std::memcpy(static_cast<void*>(&pack), pointer.buffer()->data + pointer.offset(), kPackBytes);
+  return pack;
+}
+template <class T>
+void store_pack(Global<T> pointer, const Pack<T>& pack) {
+  ::simt::touch(pointer.buffer(), pointer.offset(), kPackBytes, true, false);
+  std::memcpy(pointer.buffer()->data + pointer.offset(), static_cast<const void*>(&pack), kPackBytes);
+}
+
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+};
+
+inline int64_t shared_limit() { return ::simt::settings().shared_bytes; }
+
+template <class... Parameters, class... Arguments>
+void launch(const Tensor&, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
+            Arguments... arguments) {
+  if (grid.count() == 0) return;
+  ::simt::launch(grid, block, shared_bytes, [=] { kernel(Parameters(arguments)...); });
+}
+
+#endif
+
+// The largest number of elements that narrow_index addresses.
+inline int64_t narrow_limit() {
+#ifdef __CUDACC__
+  return std::numeric_limits<int32_t>::max();
+#else
+  return std::numeric_limits<int16_t>::max();
+#endif
+}
+
+// The type sums are kept in: half types widen to float.
+template <class T>
+using sum_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+FASTKD_DEVICE sum_t<T> widened(T value) {
+  return static_cast<sum_t<T>>(value);
+}
+
+// visit(i, value) for the elements of a short dense row, by the lanes of one warp: 16 bytes at a time between an
+// unaligned head and a tail.
+template <class T, class Visit>
+FASTKD_DEVICE void load_row(Global<const T> row, int count, Visit visit) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int unaligned = static_cast<int>((kPackBytes - address_of<const T>(row) % kPackBytes) % kPackBytes / sizeof(T));
+  const int head = unaligned < count ? unaligned : count, packs = (count - head) / kPack<T>;
+  for (int i = lane; i < head; i += kWarpSize) visit(i, widened<T>(row[i]));
+  for (int pack = lane; pack < packs; pack += kWarpSize) {
+    const Pack<T> values = load_pack(row + (head + pack * kPack<T>));
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) visit(head + pack * kPack<T> + j, widened<T>(values.value[j]));
+  }
+  for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) visit(i, widened<T>(row[i]));
+}
+
+// row[i] = value(i), likewise.
+template <class T, class Value>
+FASTKD_DEVICE void store_row(Global<T> row, int count, Value value) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int unaligned = static_cast<int>((kPackBytes - address_of<T>(row) % kPackBytes) % kPackBytes / sizeof(T));
+  const int head = unaligned < count ? unaligned : count, packs = (count - head) / kPack<T>;
+  for (int i = lane; i < head; i += kWarpSize) row[i] = static_cast<T>(value(i));
+  for (int pack = lane; pack < packs; pack += kWarpSize) {
+    Pack<T> values;
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) values.value[j] = static_cast<T>(value(head + pack * kPack<T> + j));
+    store_pack(row + (head + pack * kPack<T>), values);
+  }
+  for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) row[i] = static_cast<T>(value(i));
+}
+
+// The sum over the threads of a block, in every thread; the order is fixed. `scratch` holds kWarpSize values.
+template <class Sum>
+FASTKD_DEVICE Sum block_sum(Sum value, Shared<Sum> scratch) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  __syncthreads();  // the scratch of an earlier sum has been read
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  value = lane < warps ? Sum(scratch[lane]) : Sum(0);
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+}  // namespace fastkd

@@ -1,0 +1,22 @@
+// _simt: the emulation for tests. Importing it also registers the .cu sources' ops as torch.ops.fastkd_simt.*.
+#include "planted.h"
+#include "simt.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+PYBIND11_MODULE(_simt, module) {
+  module.doc() = "CUDA's execution model on the CPU, for tests of the kernels";
+  module.def(
+      "configure",
+      [](uint64_t seed, int poison, int64_t shared_bytes) {
+        simt::settings() = {seed, static_cast<unsigned char>(poison), shared_bytes};
+        simt::forget();
+      },
+      pybind11::arg("seed") = 0, pybind11::arg("poison") = 0xff, pybind11::arg("shared_bytes") = 96 * 1024,
+      "Settings of the next launches; forgets the memory of earlier calls.");
+  module.def("forget", &simt::forget, "Forgets the memory of earlier calls: their results may be freed.");
+  module.def("planted_bugs", &fastkd::planted_bugs, "Name -> kind of finding of every planted bug.");
+  module.def("run_planted", &fastkd::run_planted, pybind11::arg("name"), pybind11::arg("bug"),
+             "Runs a planted bug, or its mended form; RuntimeError with what was found.");
+}

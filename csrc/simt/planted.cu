@@ -1,0 +1,192 @@
+// Bugs planted on purpose, one kernel a class, each with its mended form (bug = false): the emulation must report every
+// bug by its name and find nothing in the mended ones.
+#include "planted.h"
+
+#include "../device.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int kBlock = 64;
+
+// y[i] = x[i], but one element too far is read.
+FASTKD_KERNEL void read_outside(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = x[bug ? i + 1 : i];
+}
+
+FASTKD_KERNEL void write_outside(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (bug ? i <= n : i < n) y[i] = x[i < n ? i : 0];
+}
+
+FASTKD_KERNEL void outside_shared(bool bug, Global<const float>, Global<float> y, int n) {
+  FASTKD_SHARED(float, values, kBlock);
+  values[threadIdx.x + (bug ? 1 : 0)] = 1.0f;
+  __syncthreads();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = values[threadIdx.x];
+}
+
+FASTKD_KERNEL void null_pointer(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const Global<const float> from = bug ? Global<const float>(nullptr) : x;
+  if (i < n) y[i] = from[i];
+}
+
+FASTKD_KERNEL void uninitialised_shared(bool bug, Global<const float> x, Global<float> y, int n) {
+  FASTKD_SHARED(float, values, kBlock);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (!bug || threadIdx.x != 5) values[threadIdx.x] = i < n ? float(x[i]) : 0.0f;
+  __syncthreads();
+  if (i < n) y[i] = values[kBlock - 1 - threadIdx.x];
+}
+
+FASTKD_KERNEL void uninitialised_global(bool bug, Global<const float>, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = bug ? y[i] + 1.0f : 1.0f;
+}
+
+// Neighbours exchange values through shared memory without a barrier.
+FASTKD_KERNEL void race_in_block(bool bug, Global<const float> x, Global<float> y, int n) {
+  FASTKD_SHARED(float, values, kBlock);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  values[threadIdx.x] = 0.0f;
+  __syncthreads();
+  values[threadIdx.x] = i < n ? float(x[i]) : 0.0f;
+  if (!bug) __syncthreads();
+  if (i < n) y[i] = values[(threadIdx.x + 32) % kBlock];
+}
+
+// The next round overwrites what slower threads still read.
+FASTKD_KERNEL void race_between_rounds(bool bug, Global<const float> x, Global<float> y, int n) {
+  FASTKD_SHARED(float, value, 1);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  float total = 0;
+  for (int round = 0; round < 3; ++round) {
+    if (threadIdx.x == 0) value[0] = x[round];
+    __syncthreads();
+    total += value[0];
+    if (!bug) __syncthreads();
+  }
+  if (i < n) y[i] = total;
+}
+
+FASTKD_KERNEL void race_in_warp(bool bug, Global<const float>, Global<float> y, int n) {
+  FASTKD_SHARED(float, values, kBlock);
+  values[threadIdx.x] = 0.0f;
+  __syncwarp();
+  values[threadIdx.x] = threadIdx.x;
+  if (!bug) __syncwarp();
+  const float other = values[threadIdx.x ^ 1];
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = other;
+}
+
+// All blocks write one cell.
+FASTKD_KERNEL void race_between_blocks(bool bug, Global<const float>, Global<float> y, int) {
+  if (threadIdx.x == 0) y[bug ? 0 : blockIdx.x] = 1.0f;
+}
+
+FASTKD_KERNEL void barrier_left_out(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (bug && i >= n) return;
+  __syncthreads();
+  if (i < n) y[i] = x[i];
+}
+
+FASTKD_KERNEL void barriers_apart(bool bug, Global<const float> x, Global<float> y, int n) {
+  if (!bug || threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = x[i];
+}
+
+FASTKD_KERNEL void lane_not_there(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  float value = i < n ? float(x[i]) : 0.0f;
+  if (!bug || threadIdx.x % kWarpSize < 16) value += __shfl_xor_sync(kAllLanes, value, 16);
+  if (i < n) y[i] = value;
+}
+
+FASTKD_KERNEL void caller_not_in_mask(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  float value = i < n ? float(x[i]) : 0.0f;
+  value += __shfl_xor_sync(bug ? 0x0000ffffu : kAllLanes, value, 1);
+  if (i < n) y[i] = value;
+}
+
+FASTKD_KERNEL void index_overflow(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  if (bug) {
+    const narrow_index at = narrow_index(i) * narrow_index(1000);
+    y[i] = x[at / narrow_index(1000)];
+  } else {
+    y[i] = x[int64_t(i) * 1000 / 1000];
+  }
+}
+
+FASTKD_KERNEL void misaligned_pack(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kPack<float>;
+  if (i + kPack<float> + 1 > n) return;
+  store_pack(y + i, load_pack(x + (bug ? i + 1 : i)));
+}
+
+FASTKD_KERNEL void write_to_input(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) (bug ? Global<float>(x.buffer(), x.offset()) : y)[i] = 1.0f;
+}
+
+struct Planted {
+  const char *name, *kind;
+  void (*kernel)(bool, Global<const float>, Global<float>, int);
+};
+
+const Planted kPlanted[] = {
+    {"read_outside", "bounds", &read_outside},
+    {"write_outside", "bounds", &write_outside},
+    {"outside_shared", "bounds", &outside_shared},
+    {"null_pointer", "bounds", &null_pointer},
+    {"uninitialised_shared", "uninitialised", &uninitialised_shared},
+    {"uninitialised_global", "uninitialised", &uninitialised_global},
+    {"race_in_block", "race", &race_in_block},
+    {"race_between_rounds", "race", &race_between_rounds},
+    {"race_in_warp", "race", &race_in_warp},
+    {"race_between_blocks", "race", &race_between_blocks},
+    {"barrier_left_out", "barrier", &barrier_left_out},
+    {"barriers_apart", "barrier", &barriers_apart},
+    {"lane_not_there", "lane", &lane_not_there},
+    {"caller_not_in_mask", "lane", &caller_not_in_mask},
+    {"index_overflow", "overflow", &index_overflow},
+    {"misaligned_pack", "misaligned", &misaligned_pack},
+    {"write_to_input", "read-only", &write_to_input},
+};
+
+}  // namespace
+
+std::map<std::string, std::string> planted_bugs() {
+  std::map<std::string, std::string> found;
+  for (const Planted& planted : kPlanted) found[planted.name] = planted.kind;
+  return found;
+}
+
+void run_planted(const std::string& name, bool bug) {
+  constexpr int n = 200;  // no multiple of the block
+  for (const Planted& planted : kPlanted) {
+    if (planted.name != name) continue;
+    alignas(16) float x[n] = {}, y[n];
+    simt::forget();
+    const Global<const float> input(simt::buffer_of(x, sizeof(x), false, true), 0);
+    const Global<float> result(simt::buffer_of(y, sizeof(y), true, false), 0);
+    simt::launch(Grid((n + kBlock - 1) / kBlock), Grid(kBlock), 0, [&] { planted.kernel(bug, input, result, n); });
+    simt::forget();
+    return;
+  }
+  throw std::runtime_error("run_planted: name must be one of planted_bugs(), got " + name);
+}
+
+}  // namespace fastkd

@@ -1,0 +1,44 @@
+"""The emulation of CUDA for tests: loads build/cmake/_simt.so and gives the .cu sources' ops as plain functions.
+
+Importing this module skips the tests that do so where `make cmake` found no Python.h to build the emulation with.
+"""
+
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.ops import _library
+
+PATH = Path(__file__).resolve().parents[1] / "build" / "cmake" / "_simt.so"
+SEEDS = (0, 1, 2)
+
+
+def load():
+    """The module _simt; its ops are then torch.ops.fastkd_simt.*, with the schemas of torch.ops.fastkd.*."""
+    assert _library.why_not_loaded() is None, "the CPU library has the schemas"
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("fastkd::"):
+            definition = str(schema).removeprefix("fastkd::")
+            DEFINITIONS.define(definition)
+    spec = importlib.util.spec_from_file_location("_simt", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if not PATH.exists() and not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+    pytest.skip("no Python.h: the emulation of CUDA is not built", allow_module_level=True)
+DEFINITIONS = torch.library.Library("fastkd_simt", "FRAGMENT")
+module = load()
+
+
+def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=96 * 1024):
+    """A call of an op under the emulation; RuntimeError with what it finds."""
+    module.configure(seed, poison, shared_bytes)
+    try:
+        return getattr(torch.ops.fastkd_simt, name)(*arguments)
+    finally:
+        module.forget()

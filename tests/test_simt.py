@@ -1,0 +1,20 @@
+"""The emulation finds every planted bug, in every schedule, and nothing in the mended kernels."""
+
+import pytest
+import simt
+
+PLANTED = simt.module.planted_bugs()
+
+
+def test_there_are_planted_bugs_of_every_kind():
+    kinds = {"bounds", "uninitialised", "race", "barrier", "lane", "overflow", "misaligned", "read-only"}
+    assert set(PLANTED.values()) == kinds and len(PLANTED) >= 10
+
+
+@pytest.mark.parametrize("seed", simt.SEEDS)
+@pytest.mark.parametrize("name", sorted(PLANTED))
+def test_planted_bug(name, seed):
+    simt.module.configure(seed, 0xFF)
+    simt.module.run_planted(name, False)
+    with pytest.raises(RuntimeError, match=f"^{PLANTED[name]}: "):
+        simt.module.run_planted(name, True)
