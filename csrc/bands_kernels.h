@@ -169,11 +169,31 @@ FASTKD_INLINE void copy_bytes(char* out, const char* in, int64_t bytes) {
   for (; at < bytes; ++at) out[at] = in[at];
 }
 
+// As copy_bytes, past the caches: out begins a cache line, bytes are whole lines. For levels larger than the caches near
+// the core, where fetching a line only to overwrite it costs as much as writing it.
+FASTKD_INLINE void stream_bytes(char* out, const char* in, int64_t bytes) {
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
+  for (int64_t at = 0; at < bytes; at += 64) _mm512_stream_si512((__m512i*)(out + at), _mm512_loadu_si512(in + at));
+#elif FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 1
+  for (int64_t at = 0; at < bytes; at += 32)
+    _mm256_stream_si256((__m256i*)(out + at), _mm256_loadu_si256((const __m256i*)(in + at)));
+#else
+  copy_bytes(out, in, bytes);
+#endif
+}
+
+FASTKD_INLINE void end_stream() {
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 1
+  _mm_sfence();
+#endif
+}
+
 // Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` has room
-// for as many of half types.
+// for as many of half types. stream: past the caches.
 template <class V, class scalar_t>
 FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
-                                       int64_t channels, int64_t columns, scalar_t* narrowed, scalar_t* image) {
+                                       int64_t channels, int64_t columns, bool stream, scalar_t* narrowed,
+                                       scalar_t* image) {
   const char* values = reinterpret_cast<const char*>(leaf);
   if constexpr (sizeof(scalar_t) != sizeof(Element<V>)) {
     for (int64_t at = 0; at < band.segments * width; at += kLanes<V>) store(narrowed + at, load<V>(leaf + at));
@@ -181,23 +201,53 @@ FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment,
   }
   constexpr int64_t size = sizeof(scalar_t);
   char* out = reinterpret_cast<char*>(image + band.y0 * columns * channels);
+  const bool lines = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && channels * size % 64 == 0;
   for (int64_t y = band.y0; y < band.y1; ++y)
     for (int64_t s = 0; s < band.segments; ++s)
       for (int64_t x = segment[s].x0; x < segment[s].x1; ++x, out += channels * size)
-        copy_bytes(out, values + s * width * size, channels * size);
+        if (lines)
+          stream_bytes(out, values + s * width * size, channels * size);
+        else
+          copy_bytes(out, values + s * width * size, channels * size);
+  if (lines) end_stream();
+}
+
+// Length of a buffer for a row that is read on beyond its end, as if it began again, by a cache line.
+template <class V, class scalar_t>
+FASTKD_INLINE int64_t repeated(int64_t columns) {
+  return padded<V>(columns) + 64 / static_cast<int64_t>(sizeof(scalar_t));
+}
+
+// Writes a row of so many columns again and again, total elements; whole cache lines past the caches. row is a buffer of
+// the length `repeated`.
+template <class scalar_t>
+FASTKD_INLINE void stream_rows(scalar_t* out, scalar_t* row, int64_t columns, int64_t total) {
+  constexpr int64_t line = 64 / sizeof(scalar_t);
+  for (int64_t x = 0; x < line; ++x) row[columns + x] = row[x];
+  int64_t at = 0, x = 0;
+  const auto one = [&] {
+    out[at++] = row[x++];
+    if (x == columns) x = 0;
+  };
+  while (at < total && reinterpret_cast<uintptr_t>(out + at) % 64 != 0) one();
+  for (; at + line <= total; at += line) {
+    stream_bytes(reinterpret_cast<char*>(out + at), reinterpret_cast<const char*>(row + x), 64);
+    for (x += line; x >= columns;) x -= columns;
+  }
+  while (at < total) one();
 }
 
 // Writes the rows of a band of contiguous channels: leaf [n, width] with as many lanes as channels, or a few more; sums
-// [width, padded] and cells [padded, width] are room for a row.
+// [width, repeated] and cells [padded, width] are room for a row. stream: past the caches.
 template <class V, class scalar_t>
 FASTKD_INLINE void write_contiguous(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
-                                    int64_t channels, int64_t rows, int64_t columns, Element<V>* cells, scalar_t* sums,
-                                    scalar_t* planes) {
+                                    int64_t channels, int64_t rows, int64_t columns, bool stream, Element<V>* cells,
+                                    scalar_t* sums, scalar_t* planes) {
   constexpr int lanes = kLanes<V>;
   for (int64_t s = 0; s < band.segments; ++s)
     for (int64_t x = segment[s].x0; x < segment[s].x1; ++x)
       for (int64_t at = 0; at < width; at += lanes) store(cells + x * width + at, load<V>(leaf + s * width + at));
-  const int64_t length = padded<V>(columns);
+  const int64_t length = repeated<V, scalar_t>(columns);
   for (int64_t x = 0; x < columns; x += lanes)
     for (int64_t at = 0; at < width; at += lanes) {
       V tile[lanes];
@@ -205,10 +255,19 @@ FASTKD_INLINE void write_contiguous(const Band& band, const Segment* segment, co
       transpose(tile);
       for (int i = 0; i < lanes; ++i) store(sums + (at + i) * length + x, tile[i]);
     }
-  for (int64_t channel = 0; channel < channels; ++channel)
-    for (int64_t y = band.y0; y < band.y1; ++y)
-      copy_bytes(reinterpret_cast<char*>(planes + (channel * rows + y) * columns),
-                 reinterpret_cast<const char*>(sums + channel * length), columns * sizeof(scalar_t));
+  const int64_t total = (band.y1 - band.y0) * columns;
+  stream = stream && total * static_cast<int64_t>(sizeof(scalar_t)) >= 2048;  // few lines are shared with other bands
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    scalar_t* row = sums + channel * length;
+    scalar_t* out = planes + (channel * rows + band.y0) * columns;
+    if (stream) {
+      stream_rows(out, row, columns, total);
+      continue;
+    }
+    for (int64_t y = band.y0; y < band.y1; ++y, out += columns)
+      copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row), columns * sizeof(scalar_t));
+  }
+  if (stream) end_stream();
 }
 
 }  // namespace

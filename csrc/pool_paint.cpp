@@ -21,7 +21,7 @@ struct Level {
   void* out;  // paint: the level
   const Bands* bands;  // of each image
   int64_t channels, rows, columns, most_segments;
-  bool channels_last;
+  bool channels_last, large;  // large: beyond the caches near a core
 };
 
 struct Arguments {
@@ -42,7 +42,7 @@ struct Table {  // of float, double, BFloat16, Half
   int64_t lanes[4], block[4];  // channels of a vector, and of a task that pools a channels-last level
 };
 
-inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+constexpr int64_t kLargeBytes = 1 << 20;
 
 }  // namespace pool_paint
 }  // namespace fastkd
@@ -155,15 +155,15 @@ struct PoolPaint {
     paint_nodes<V>(bands, band, rows_of(arguments, task), width, width, nodes);
     scalar_t* image = static_cast<scalar_t*>(level.out) + task.image * level.rows * level.columns * level.channels;
     write_channels_last<V>(band, bands.segment + band.segment, nodes + band.segments * width, width, level.channels,
-                           level.columns, narrowed, image);
+                           level.columns, level.large, narrowed, image);
   }
 
   static void paint_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
     const Level& level = arguments.levels[task.level];
     const Bands& bands = level.bands[task.image];
     const int64_t plane = task.image * level.channels + task.channel, length = padded<V>(level.columns);
-    const int64_t width = (task.channels + kWidth - 1) / kWidth * kWidth;
-    scalar_t* sums = take<scalar_t>(scratch, width * length);
+    constexpr int64_t width = kWidth;
+    scalar_t* sums = take<scalar_t>(scratch, width * repeated<V, scalar_t>(level.columns));
     acc* cells = take<acc>(scratch, width * length);
     for (int64_t at = 0; at < width * length; ++at) cells[at] = 0;  // columns beyond the row
     acc* nodes = take<acc>(scratch, 2 * level.most_segments * width);
@@ -171,7 +171,7 @@ struct PoolPaint {
     for (const Band* band = bands.band; band != bands.band + bands.count; ++band) {
       paint_nodes<V>(bands, *band, rows_of(arguments, task) + task.channel, arguments.width, width, nodes);
       write_contiguous<V>(*band, bands.segment + band->segment, nodes + band->segments * width, width, task.channels,
-                          level.rows, level.columns, cells, sums, planes);
+                          level.rows, level.columns, level.large, cells, sums, planes);
     }
   }
 
@@ -267,10 +267,11 @@ class Call {
   }
 
   // in or out is a level in the given order. A level without elements, or one that is read for no object, has no tasks.
-  void add_level(const void* in, void* out, bool channels_last) {
+  void add_level(const void* in, void* out, bool channels_last, int64_t bytes) {
     const int64_t index = static_cast<int64_t>(levels_.size()), channels = arguments.channels;
     const auto [rows, columns] = cover_.sizes[index];
-    levels_.push_back({in, out, bands_.data() + index * cover_.images, channels, rows, columns, 1, channels_last});
+    levels_.push_back({in, out, bands_.data() + index * cover_.images, channels, rows, columns, 1, channels_last,
+                       bytes >= kLargeBytes});
     if (rows * columns * channels == 0) return;
     for (int64_t image = 0; image < cover_.images; ++image) {
       const BandList& list = cover_.list(index, image);
@@ -315,7 +316,7 @@ class Call {
     int64_t bytes = 0;
     for (const Level& level : levels_) {
       const int64_t width = level.channels_last && level.out != nullptr ? arguments.width : table.block[type];
-      const int64_t row = level.channels_last ? 0 : 2 * width * (level.columns + 2 * lanes);
+      const int64_t row = level.channels_last ? 0 : 2 * width * (level.columns + 2 * lanes + 64);
       const int64_t totals = level.out != nullptr ? 0 : most_objects_ * width;
       bytes = std::max<int64_t>(bytes, sizeof(double) * (3 * level.most_segments * width + row + totals));
     }
@@ -343,7 +344,7 @@ Tensor pool_levels(const std::vector<Tensor>& levels, const Cover& cover, bool m
       Tensor row = torch::stable::select(pooled, 0, static_cast<int64_t>(index));
       torch::stable::zero_(row);
     }
-    call.add_level(kept.back().const_data_ptr(), nullptr, channels_last);
+    call.add_level(kept.back().const_data_ptr(), nullptr, channels_last, 0);
   }
   call.run(call.table.pool[call.type]);
   return pooled;
@@ -384,7 +385,8 @@ void paint_levels(const Tensor& values, const Cover& cover, bool mean, const std
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     call.table.widen_rows[call.type](arguments, plain.const_data_ptr(), begin, end);
   });
-  for (const Tensor& level : levels) call.add_level(nullptr, level.mutable_data_ptr(), is_channels_last(level));
+  for (const Tensor& level : levels)
+    call.add_level(nullptr, level.mutable_data_ptr(), is_channels_last(level), level.numel() * level.element_size());
   call.run(call.table.paint[call.type]);
 }
 

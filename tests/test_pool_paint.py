@@ -130,6 +130,14 @@ def test_edges(op, edge):
     check(*pair(op), arguments(op, **edge, layout=channels_last if op.endswith("pool") else contiguous))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("op, layout", [case for case in CASES if case[0].startswith("box")])
+def test_levels_written_past_the_caches(capability, op, layout, dtype):
+    """Levels of more than 1 MiB, with whole cache lines a cell and without."""
+    for channels, sizes in ((64, [(96, 61)]), (33, [(3, 2900), (5800, 3)])):
+        check(*pair(op), arguments(op, (3, 4), channels, sizes=sizes, dtype=dtype, layout=layout))
+
+
 @pytest.mark.parametrize("op", ["box_pool", "mask_pool"])
 def test_levels_without_cells(op):
     levels, *where = arguments(op, sizes=((8, 12), (0, 3), (4, 0)))
