@@ -16,6 +16,9 @@
 
 namespace fastkd {
 
+// Whether an image of a level lies beyond the caches near a core: it is then written past them (bands_kernels.h).
+inline bool is_large(int64_t bytes) { return bytes >= (1 << 20); }
+
 constexpr int32_t kBandRows = 16, kSegmentCells = 16;  // what a kernel sums one by one in float
 
 struct Segment {

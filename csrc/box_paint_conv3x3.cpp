@@ -119,8 +119,9 @@ struct Paint {
       acc* nodes = static_cast<acc*>(work.nodes);
       paint_nodes<V>(bands, band, values, stride, stride, nodes);
       scalar_t* image = static_cast<scalar_t*>(level.cells) + task->image * level.rows * level.columns * channels;
+      const bool large = is_large(level.rows * level.columns * channels * static_cast<int64_t>(sizeof(scalar_t)));
       write_channels_last<V>(band, bands.segment + band.segment, nodes + band.segments * stride, stride, channels,
-                             level.columns, static_cast<scalar_t*>(work.narrowed), image);
+                             level.columns, large, static_cast<scalar_t*>(work.narrowed), image);
     }
   }
 

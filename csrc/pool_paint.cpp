@@ -42,7 +42,6 @@ struct Table {  // of float, double, BFloat16, Half
   int64_t lanes[4], block[4];  // channels of a vector, and of a task that pools a channels-last level
 };
 
-constexpr int64_t kLargeBytes = 1 << 20;
 
 }  // namespace pool_paint
 }  // namespace fastkd
@@ -271,7 +270,7 @@ class Call {
     const int64_t index = static_cast<int64_t>(levels_.size()), channels = arguments.channels;
     const auto [rows, columns] = cover_.sizes[index];
     levels_.push_back({in, out, bands_.data() + index * cover_.images, channels, rows, columns, 1, channels_last,
-                       bytes >= kLargeBytes});
+                       is_large(bytes)});
     if (rows * columns * channels == 0) return;
     for (int64_t image = 0; image < cover_.images; ++image) {
       const BandList& list = cover_.list(index, image);

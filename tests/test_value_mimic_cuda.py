@@ -76,5 +76,5 @@ def test_same_bits_in_every_schedule():
 
 
 def test_a_head_too_deep_for_shared_memory_is_a_clear_error():
-    with pytest.raises(RuntimeError, match="value_mimic: a head of 32 channels needs .*; use more heads or the ref"):
+    with pytest.raises(RuntimeError, match=r"value_mimic: a head of 32 channels needs .*; use more heads or the ref"):
         emulated(*draw(*SHAPES["published depth"]), shared_bytes=1024)
