@@ -74,9 +74,9 @@ test-install: $(STAMPS)/dependencies
 	cd $(INSTALL) && venv/bin/python -I -c "import sys, fastkd.ops._library as l; sys.exit(l.why_not_loaded())"
 	rm -rf $(INSTALL)
 
-# The tests of every op, picked up by name: fastkd/ops/<op>.py has tests/test_<op>.py. What compiles or traces runs no
+# The tests of every op, picked up by name: fastkd/ops/<op>.py has tests/test_<op>.py, or shares one of two files. What compiles or traces runs no
 # kernel that the other tests do not run. Then the bugs planted in tests/planted, which must all be found.
-OP_TESTS = $(wildcard $(patsubst fastkd/ops/%.py,tests/test_%.py,$(wildcard fastkd/ops/*.py)))
+OP_TESTS = $(wildcard $(patsubst fastkd/ops/%.py,tests/test_%.py,$(wildcard fastkd/ops/*.py))) tests/test_pool_paint.py tests/test_attention.py
 SANITIZERS := address,undefined,float-cast-overflow
 sanitize: build
 	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
