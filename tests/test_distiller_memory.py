@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import torch
-from distiller_cases import CHANNELS, OPS, build, inputs, losses
+from distiller_cases import CHANNELS, build, inputs, losses
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import measure
 from fastkd import ops
-from fastkd.ops import _library
 
 LEVELS = ((128, 192), (64, 96), (32, 48), (16, 24))
 COUNTS = (150, 150)
@@ -35,12 +34,6 @@ QUADRATIC = {
     "attention_mass": ("icd", "fastkd.distillers.icd_decoder"),
     "imitation_mask": ("fgfi", "fastkd.distillers.fgfi"),
 }
-
-
-def needs(*names):
-    """Skips where one of these ops has no kernel."""
-    missing = [name for name in names if not _library.has_kernel(name)]
-    return pytest.mark.skipif(bool(missing), reason=f"no kernel of {', '.join(missing)}")
 
 
 def largest_allocation(name):
@@ -66,7 +59,7 @@ def test_the_shape_makes_forbidden_tensors_stand_out():
     assert max(value.numel() * value.element_size() for value in usual) < LIMIT
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(*OPS[name])) for name in MODULES])
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_grows_with_boxes_times_cells(name):
     assert largest_allocation(name) < LIMITS.get(name, LIMIT)
 
@@ -97,7 +90,7 @@ def largest_mask_allocation(op):
     return measure(step, CPU).largest
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, marks=needs(op)) for op in ("mask_pool", "mask_paint")])
+@pytest.mark.parametrize("op", ["mask_pool", "mask_paint"])
 def test_mask_ops_allocate_nothing_of_that_size(op):
     assert largest_mask_allocation(op) < LIMIT
 
