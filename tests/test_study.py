@@ -5,6 +5,9 @@ import json
 import pytest
 
 from benchmarks import study
+from benchmarks.study_rows import STUDIES
+
+SCENES = STUDIES["scenes"]
 
 
 def write_run(out, recipe, seed, ap, *, method_step=0.2, commit="a" * 40):
@@ -32,20 +35,20 @@ def runs(tmp_path):
 
 
 def test_gains_are_seed_by_seed_against_the_control(runs):
-    found = study.read(runs, [0, 1, 2])
-    rows = {row.recipe: row for row in study.ROWS}
+    found = study.read(SCENES, runs, [0, 1, 2])
+    rows = {row.recipe: row for row in SCENES.rows}
     assert study.gains(found, rows["scenes-retinanet-inherit"]) == {0: 10.0, 1: 8.0}
     assert study.gains(found, rows["scenes-retinanet-icd"]) == {0: 3.0, 1: 5.5}
 
 
 def test_a_missing_control_run_gives_no_gain(runs):
     write_run(runs, "scenes-retinanet-icd", 2, 40.0)
-    found = study.read(runs, [0, 1, 2])
-    assert 2 not in study.gains(found, next(row for row in study.ROWS if row.recipe == "scenes-retinanet-icd"))
+    found = study.read(SCENES, runs, [0, 1, 2])
+    assert 2 not in study.gains(found, next(row for row in SCENES.rows if row.recipe == "scenes-retinanet-icd"))
 
 
 def test_the_table_tells_unfinished_seeds_and_costs(runs):
-    lines = study.table(study.read(runs, [0, 1, 2]), [0, 1, 2])
+    lines = study.table(SCENES, study.read(SCENES, runs, [0, 1, 2]), [0, 1, 2])
     icd = next(line for line in lines if "ICD (inheriting)" in line)
     cells = [cell.strip() for cell in icd.strip("|").split("|")]
     assert cells[1:6] == ["600", "33.0", "34.5", "-", "**33.8**"]
@@ -55,31 +58,53 @@ def test_the_table_tells_unfinished_seeds_and_costs(runs):
 
 def test_results_are_written_from_what_is_finished(runs, tmp_path):
     target = tmp_path / "results"
-    study.write_results(runs, [0, 1], target, "")
+    study.write_results("scenes", runs, [0, 1], target, "")
     text = (target / "scenes.md").read_text()
-    assert f"6 of {2 * len(study.ROWS)} runs finished" in text and "aaaaaaaaaaaa" in text
+    assert f"6 of {2 * len(SCENES.rows)} runs finished" in text and "aaaaaaaaaaaa" in text
     assert (target / "scenes.png").stat().st_size > 1000 and json.loads((target / "scenes.json").read_text())
 
 
 def test_nothing_finished_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="finished runs"):
-        study.write_results(tmp_path, [0], tmp_path / "results", "")
+        study.write_results("scenes", tmp_path, [0], tmp_path / "results", "")
 
 
-def test_every_row_is_a_recipe_and_every_control_a_row():
+def test_each_metric_of_a_run_has_a_row_of_its_own(tmp_path):
+    for recipe, shift in (("crowd-faster-rcnn-baseline", 0.0), ("crowd-faster-rcnn-lgd", 2.0)):
+        write_run(tmp_path, recipe, 0, 50.0 + shift)
+        path = study.run_directory(tmp_path, recipe, 0) / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["bbox"] = {"AP": 50.0 + shift, "MR": 60.0 - shift, "JI": 40.0}
+        path.write_text(json.dumps(metrics))
+    for method, masks in (("baseline", 30.0), ("lgd", 31.5)):
+        write_run(tmp_path, f"scenes-mask-rcnn-{method}", 0, 35.0)
+        path = study.run_directory(tmp_path, f"scenes-mask-rcnn-{method}", 0) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"segm": {"AP": masks, "AP50": 60.0}}))
+    study.write_results("detectors", tmp_path, [0], tmp_path / "results", "")
+    lines = (tmp_path / "results" / "detectors.md").read_text().splitlines()
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    assert "| 58.0 |" in rows["Crowd, Faster R-CNN + LGD, MR"] and "**-2.0**" in rows["Crowd, Faster R-CNN + LGD, MR"]
+    assert "**+2.0**" in rows["Crowd, Faster R-CNN + LGD, AP"] and "**+0.0**" in rows["Crowd, Faster R-CNN + LGD, JI"]
+    assert "| 31.5 |" in rows["Mask R-CNN + LGD, masks"] and "**+1.5**" in rows["Mask R-CNN + LGD, masks"]
+    assert (tmp_path / "results" / "detectors.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_is_a_recipe_and_every_control_a_row(name):
     from fastkd.training import get_recipe
 
-    names = {row.recipe for row in study.ROWS}
-    for row in study.ROWS:
+    names = {row.recipe for row in STUDIES[name].rows}
+    for row in STUDIES[name].rows:
         assert get_recipe(row.recipe).name == row.recipe
         assert row.control is None or row.control in names
 
 
-def test_rows_of_a_detector_differ_in_the_method_alone():
+@pytest.mark.parametrize("name", STUDIES)
+def test_rows_that_are_compared_differ_in_the_method_alone(name):
     from fastkd.training import get_recipe
 
-    for detector in ("retinanet", "faster-rcnn"):
-        recipes = [get_recipe(row.recipe) for row in study.ROWS if f"-{detector}-" in row.recipe]
+    for row in STUDIES[name].rows:
+        recipes = [get_recipe(recipe) for recipe in (row.recipe, row.control) if recipe is not None]
         for recipe in recipes[1:]:
             for field in ("detector", "data", "optimizer", "schedule", "backbone_weights", "runtime", "seed"):
                 assert getattr(recipe, field) == getattr(recipes[0], field)

@@ -20,15 +20,17 @@ CROWD_RECIPES = tuple(
 class CrowdNumbers:
     """The numbers of the generated crowd's recipes; those of the plain student hold for both.
 
-    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. As on the scenes, LGD has a slower rate
-    of its own, freezes nothing and ends before the run does.
+    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. LGD has the settings of the scenes, and
+    for their reasons (recipes.py): a slower rate of its own, low weights, nothing frozen, an end before the run's.
     """
 
     steps: int = 500
     batch_size: int = 16
     rate: float = 2e-3
     lgd_rate: float = 1e-3
-    lgd_final: float = 50 / 180
+    lgd_final: float = 0.6
+    lgd_weight: float = 0.25
+    lgd_instructive_weight: float = 0.1
     weight_decay: float = 0.05
     warmup: float = 0.05
     anchor_base: float = 3.0
@@ -56,7 +58,14 @@ def _files() -> dict[str, str]:
 
 
 def _generated(name: str, *, lgd: bool) -> Recipe:
-    method = LGDConfig(context=False, detach_appearance=True, freeze_fraction=0.0, final_fraction=CROWD.lgd_final)
+    method = LGDConfig(
+        context=False,
+        detach_appearance=True,
+        weight=CROWD.lgd_weight,
+        instructive_weight=CROWD.lgd_instructive_weight,
+        freeze_fraction=0.0,
+        final_fraction=CROWD.lgd_final,
+    )
     return Recipe(
         name=name,
         detector=DetectorConfig(

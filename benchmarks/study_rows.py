@@ -1,0 +1,105 @@
+"""The studies: which recipes are trained, and what each is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# name in the tables -> where metrics.json has it; of MR a smaller value is the better one
+METRICS = {
+    "AP": ("bbox", "AP"),
+    "AP50": ("bbox", "AP50"),
+    "AP75": ("bbox", "AP75"),
+    "mask AP": ("segm", "AP"),
+    "MR": ("bbox", "MR"),
+    "JI": ("bbox", "JI"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a recipe, and the row its gain is measured against.
+
+    Args:
+        recipe: its name.
+        label: what the table calls it.
+        control: the recipe of the row to compare with, by the same metric; None for a baseline.
+        metric: one of METRICS. A recipe has a row for each metric that is wanted; it is trained once.
+    """
+
+    recipe: str
+    label: str
+    control: str | None
+    metric: str = "AP"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table of rows.
+
+    Args:
+        title: of the page.
+        about: what the runs have in common, in one sentence.
+        rows: in the table's order.
+        data: arguments of `fastkd data` that make what the runs train on.
+    """
+
+    title: str
+    about: str
+    rows: tuple[Row, ...]
+    data: tuple[tuple[str, ...], ...]
+
+    @property
+    def recipes(self) -> list[str]:
+        """Those of the rows, each once."""
+        return list(dict.fromkeys(row.recipe for row in self.rows))
+
+
+def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
+    """A detector alone and with LGD, by each metric. Args: names: metric -> what follows the label."""
+    baseline = f"{family}-baseline"
+    return tuple(
+        row
+        for metric, ending in names.items()
+        for row in (
+            Row(baseline, f"{label} baseline{ending}", None, metric),
+            Row(f"{family}-lgd", f"{label} + LGD{ending}", baseline, metric),
+        )
+    )
+
+
+SCENES_DATA = ("scenes", "--train", "8000", "--val", "500")
+STUDIES = {
+    "scenes": Study(
+        title="Scenes: does distillation teach?",
+        about="8,000 training and 500 validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
+        rows=(
+            Row("scenes-retinanet-baseline", "RetinaNet baseline", None),
+            Row("scenes-retinanet-lgd", "RetinaNet + LGD", "scenes-retinanet-baseline"),
+            Row("scenes-retinanet-fgfi", "RetinaNet + FGFI", "scenes-retinanet-baseline"),
+            Row("scenes-retinanet-inherit", "RetinaNet inheriting (control of ICD)", "scenes-retinanet-baseline"),
+            Row("scenes-retinanet-icd", "RetinaNet + ICD (inheriting)", "scenes-retinanet-inherit"),
+            Row("scenes-faster-rcnn-baseline", "Faster R-CNN baseline", None),
+            Row("scenes-faster-rcnn-lgd", "Faster R-CNN + LGD", "scenes-faster-rcnn-baseline"),
+            Row(
+                "scenes-faster-rcnn-inherit", "Faster R-CNN inheriting (control of ICD)", "scenes-faster-rcnn-baseline"
+            ),
+            Row("scenes-faster-rcnn-icd", "Faster R-CNN + ICD (inheriting)", "scenes-faster-rcnn-inherit"),
+        ),
+        data=(SCENES_DATA,),
+    ),
+    "detectors": Study(
+        title="Scenes and crowds: the other detectors, and both methods on one student",
+        about="Scenes as in [scenes.md](scenes.md); crowds: 4,000 training and 400 validation images (`fastkd data "
+        "crowd`, seed 0), log-average miss rate MR (smaller is better), AP and JI by CrowdHuman's definitions.",
+        rows=(
+            *_with_lgd("scenes-atss", "ATSS", AP=""),
+            *_with_lgd("scenes-fcos", "FCOS", AP=""),
+            *_with_lgd("scenes-poto", "POTO", AP=""),
+            *_with_lgd("scenes-mask-rcnn", "Mask R-CNN", **{"AP": ", boxes", "mask AP": ", masks"}),
+            *_with_lgd("crowd-faster-rcnn", "Crowd, Faster R-CNN", MR=", MR", AP=", AP", JI=", JI"),
+            Row("scenes-retinanet-icd", "RetinaNet + ICD (inheriting)", None),
+            Row("scenes-retinanet-lgdicd", "RetinaNet + ICD + LGD", "scenes-retinanet-icd"),
+        ),
+        data=(SCENES_DATA, ("crowd", "--train", "4000", "--val", "400")),
+    ),
+}
