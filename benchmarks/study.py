@@ -74,6 +74,20 @@ def read(study: Study, out: Path, seeds: list[int]) -> dict[str, dict[int, dict]
     return found
 
 
+def add_recorded(found: dict[str, dict[int, dict]], study: Study, seeds: list[int], path: Path) -> int:
+    """Fill in what `found` lacks from a results file of this program; the runs added keep their commit.
+
+    Returns: how many runs were added.
+    """
+    added = 0
+    for recipe, runs in json.loads(path.read_text(encoding="utf-8")).items():
+        for seed, run in runs.items():
+            if recipe in study.recipes and int(seed) in seeds and int(seed) not in found.get(recipe, {}):
+                found.setdefault(recipe, {})[int(seed)] = run
+                added += 1
+    return added
+
+
 def gains(found: dict[str, dict[int, dict]], row: Row) -> dict[int, float]:
     """AP, or what the row's metric is, over the control's, seed by seed."""
     control, metric = found.get(row.control, {}), row.metric
@@ -173,10 +187,22 @@ def _short(commit: str | None) -> str:
     return (commit or "unknown")[:12] + ("+" if (commit or "").endswith("+") else "")
 
 
-def write_results(name: str, out: Path, seeds: list[int], target: Path, arguments: str) -> None:
-    """<name>.md, .json and .png of a study from whatever runs are finished."""
+def write_results(
+    name: str, out: Path, seeds: list[int], target: Path, arguments: str, recorded: Path | None = None
+) -> None:
+    """<name>.md, .json and .png of a study from whatever runs are finished.
+
+    Args:
+        name: of STUDIES.
+        out: folder of the runs.
+        seeds: of every row.
+        target: folder of the results.
+        arguments: of the command, for the page.
+        recorded: a results file whose runs stand in for those that `out` lacks.
+    """
     study = STUDIES[name]
     found = read(study, out, seeds)
+    added = add_recorded(found, study, seeds, recorded) if recorded else 0
     if not found:
         raise SystemExit(f"study: {out} must hold finished runs, got none")
     runs = [run for by_seed in found.values() for run in by_seed.values()]
@@ -190,6 +216,11 @@ def write_results(name: str, out: Path, seeds: list[int], target: Path, argument
         "",
         *table(study, found, seeds),
         "",
+        *(
+            [f"{added} of the runs were recorded earlier (`--recorded`); their commits are in {name}.json.", ""]
+            if added
+            else []
+        ),
         "Gains compare runs of the same seed. `step` is the time of a training step against the student's alone,",
         "`memory` the extra peak, both measured in the run itself, turn and turn about (the cost ledger); the last",
         "column adds the training of the teacher, spread over the run's steps, in per cent of the student's step.",
@@ -225,6 +256,7 @@ def main() -> None:
         choices=[recipe for study in STUDIES.values() for recipe in study.recipes],
         help="only these recipes, in this order",
     )
+    parser.add_argument("--recorded", type=Path, help="results file (JSON) whose runs fill in what --out lacks")
     parser.add_argument("--only-write", action="store_true", help="train nothing, write the results of finished runs")
     chosen = parser.parse_args()
     overrides = ["--schedule.steps", str(chosen.steps)] if chosen.steps else []
@@ -243,7 +275,7 @@ def main() -> None:
                 run.result()
     arguments = f" --study {chosen.study}" if chosen.study != "scenes" else ""
     arguments += f" --steps {chosen.steps}" if chosen.steps else ""
-    write_results(chosen.study, chosen.out, chosen.seeds, chosen.results, arguments)
+    write_results(chosen.study, chosen.out, chosen.seeds, chosen.results, arguments, chosen.recorded)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,18 @@ def test_results_are_written_from_what_is_finished(runs, tmp_path):
     assert (target / "scenes.png").stat().st_size > 1000 and json.loads((target / "scenes.json").read_text())
 
 
+def test_recorded_runs_fill_in_and_keep_their_commit(runs, tmp_path):
+    write_run(runs, "scenes-retinanet-icd", 2, 40.0, commit="b" * 40)
+    study.write_results("scenes", runs, [0, 1, 2], tmp_path / "results", "")
+    fresh = tmp_path / "fresh"
+    write_run(fresh, "scenes-retinanet-icd", 2, 50.0)
+    study.write_results("scenes", fresh, [0, 2], tmp_path / "again", "", tmp_path / "results" / "scenes.json")
+    found = json.loads((tmp_path / "again" / "scenes.json").read_text())
+    assert {seed: run["AP"] for seed, run in found["scenes-retinanet-icd"].items()} == {"0": 33.0, "2": 50.0}
+    assert found["scenes-retinanet-inherit"]["0"]["AP"] == 30.0 and "1" not in found["scenes-retinanet-inherit"]
+    assert "3 of the runs were recorded earlier" in (tmp_path / "again" / "scenes.md").read_text()
+
+
 def test_nothing_finished_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="finished runs"):
         study.write_results("scenes", tmp_path, [0], tmp_path / "results", "")
