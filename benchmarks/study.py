@@ -85,6 +85,8 @@ def add_recorded(found: dict[str, dict[int, dict]], study: Study, seeds: list[in
             if recipe in study.recipes and int(seed) in seeds and int(seed) not in found.get(recipe, {}):
                 found.setdefault(recipe, {})[int(seed)] = run
                 added += 1
+    for recipe, runs in found.items():
+        found[recipe] = dict(sorted(runs.items()))
     return added
 
 
