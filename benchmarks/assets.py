@@ -71,7 +71,9 @@ def main() -> None:
         fastkd("data", "scenes", "--root", root, "--train", str(train), "--val", str(val), "--seed", str(seed))
     for name in chosen:
         run_dir = Path("runs/assets") / name
-        fastkd("train", name, "--run-dir", str(run_dir), "--resume")
+        backbone = run_dir.with_name("scenes-resnet34-backbone") / "student.safetensors"
+        start = ["--backbone-weights", str(backbone)] if name.endswith("teacher") else []
+        fastkd("train", name, "--run-dir", str(run_dir), "--resume", *start)
         if name not in NOT_SHIPPED:
             pack(name, run_dir)
     write_checksums()

@@ -92,6 +92,13 @@ def test_scaling_to_a_batch():
     large = scale_to_batch(small, 32)
     assert large.schedule.steps == 45_000 and large.optimizer.learning_rate == pytest.approx(0.02)
     assert scale_to_batch(get_recipe("coco-retinanet-lgd"), 8).method_optimizer is None
+    pair, plain = scale_to_batch(get_recipe("scenes-retinanet-lgdicd"), 4), get_recipe("scenes-retinanet-lgdicd")
+    for scaled, own in (
+        (pair.optimizer, plain.optimizer),
+        (pair.method_optimizer, plain.method_optimizer),
+        (pair.method.lgd_optimizer, plain.method.lgd_optimizer),
+    ):
+        assert scaled.learning_rate == pytest.approx(own.learning_rate / 4)
     halves = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, accumulate=4))
     assert scale_to_batch(halves, 8).schedule.accumulate == 4
     with pytest.raises(ValueError, match="multiple of accumulate = 4, got 6"):
@@ -105,5 +112,14 @@ def test_the_command_line_scales_after_the_other_options():
         "coco-fcos-lgd", ["--scale-batch", "8", "--schedule.steps", "100", "--optimizer.learning-rate", "1"]
     )
     assert recipe.schedule == Schedule(steps=200, batch_size=8) and recipe.optimizer.learning_rate == 0.5
+
+
+def test_a_batch_size_without_its_rate_is_warned_of(caplog):
     recipe, _ = parse("coco-fcos-lgd", ["--schedule.batch-size", "8"])
     assert recipe.schedule == Schedule(steps=180_000, batch_size=8) and recipe.optimizer.learning_rate == 0.01
+    assert "learning rate 0.01 was set for batches of 16, got 8" in caplog.text and "--scale-batch 8" in caplog.text
+    caplog.clear()
+    parse("coco-fcos-lgd", ["--schedule.batch-size", "8", "--optimizer.learning-rate", "0.005"])
+    parse("coco-fcos-lgd", ["--scale-batch", "8"])
+    parse("coco-fcos-lgd", [])
+    assert not caplog.records

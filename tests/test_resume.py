@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,8 +150,6 @@ def test_a_damaged_checkpoint_costs_steps_not_exactness(tiny_data, tmp_path, mon
 
 
 def test_a_changed_teacher_or_data_set_is_refused(tiny_data, tmp_path, monkeypatch):
-    import shutil
-
     root = shutil.copytree(tiny_data, tmp_path / "data")
     recipe = make(root, tmp_path, "retinanet", "fgfi", {})
     with monkeypatch.context() as patch:
@@ -166,6 +165,13 @@ def test_a_changed_teacher_or_data_set_is_refused(tiny_data, tmp_path, monkeypat
         run(recipe, tmp_path / "run", resume=True)
     teacher.write_bytes(content)
     annotations = root / "annotations/train.json"
+    original = annotations.read_text()
+    moved = json.loads(original)
+    moved["annotations"][0]["bbox"][2] -= 1
+    annotations.write_text(json.dumps(moved))
+    with pytest.raises(RunDirectoryError, match="data must be what the run began with"):
+        run(recipe, tmp_path / "run", resume=True)
+    annotations.write_text(original)
     fewer = json.loads(annotations.read_text())
     gone = fewer["images"].pop()["id"]
     fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != gone]
@@ -237,3 +243,23 @@ def test_a_real_process_and_its_whole_group(tiny_data, tmp_path):
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= done + 3
         done = len(steps)
         assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())[-1] == f"step_{done:07d}"
+
+
+def test_unreadable_images_are_counted(tiny_data, tmp_path, monkeypatch):
+    root = shutil.copytree(tiny_data, tmp_path / "data")
+    for part in ("train", "val"):
+        image = sorted((root / part).iterdir())[0]
+        image.write_bytes(image.read_bytes()[:-200])  # its header still says how large it is
+    recipe = tiny_recipe(root, schedule=Schedule(steps=12, batch_size=4))
+    console = silent()
+    metrics = train(recipe, tmp_path / "whole", device="cpu", console=console).metrics
+    assert len(metrics["train_unreadable"]) == 1 and metrics["train_unreadable"].popitem()[1] >= 2
+    assert metrics["bbox"]["unread"] == 1 and metrics["bbox"]["images"] == 6
+    text = console.file.getvalue()
+    assert "1 training images could not be read, others took their place" in text
+    assert "1 of 6 images could not be read; their objects count as missed" in text
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        train(recipe, tmp_path / "halves", device="cpu", console=silent())
+    halves = train(recipe, tmp_path / "halves", device="cpu", console=silent(), resume=True).metrics
+    assert halves["train_unreadable"] == json.loads((tmp_path / "whole/metrics.json").read_text())["train_unreadable"]

@@ -3,17 +3,19 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import KINDS, make_tiny_data, silent, tiny_detector, tiny_recipe
+from tiny_runs import KINDS, make_tiny_data, silent, teacher_file, tiny_detector, tiny_recipe
 
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
-from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train, trainer
+from fastkd.training import NonFiniteLossError, Recipe, get_recipe, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
 from fastkd.training.config import FGFIConfig, LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
 from fastkd.training.logging import RunLog
@@ -455,3 +457,49 @@ def test_a_distiller_that_needs_a_teacher_gets_one(tiny_data):
     module = build(tiny_recipe(tiny_data, method="icd")).module
     with pytest.raises(ValueError, match="teacher must be given for ICD"):
         step.StepModule(module.detector, module.distiller)
+
+
+def test_missing_weights_are_answered_with_the_command_that_makes_them(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method, changes, message in (
+        (
+            "inherit",
+            {"teacher": "runs/scenes-fcos-teacher/student.safetensors"},
+            "`fastkd train scenes-fcos-teacher` or pass",
+        ),
+        ("fgfi", {"teacher": "elsewhere/student.safetensors"}, "does not exist; pass --teacher PATH"),
+        (
+            "baseline",
+            {"backbone_weights": get_recipe("scenes-fcos-teacher").backbone_weights},
+            "`fastkd train scenes-resnet34-backbone` or pass",
+        ),
+        ("baseline", {"backbone_weights": "weights.pth"}, r"put weights of resnet18 of width 0.125 there or pass"),
+    ):
+        recipe = tiny_recipe(tiny_data, "fcos", method, **changes)
+        with pytest.raises(FileNotFoundError, match=message):
+            build(recipe)
+
+
+def test_a_head_is_inherited_from_the_same_detector_only(tiny_data):
+    recipe = tiny_recipe(tiny_data, "fcos", "inherit", teacher=str(teacher_file(tiny_data, "retinanet")))
+    with pytest.raises(ValueError, match="teacher must be a fcos for its head to be inherited, got a retinanet"):
+        build(recipe)
+    alone = dataclasses.replace(tiny_recipe(tiny_data, "fcos", "fgfi"), teacher=recipe.teacher)
+    assert "inherited" not in build(alone).notes
+
+
+def test_training_images_without_any_object_are_refused(tiny_data, tmp_path):
+    root = copied(tiny_data, tmp_path)
+    relabel(root / "annotations/train.json", lambda content: content.update(annotations=[]))
+    with pytest.raises(ValueError, match="must hold at least one object to learn from, got none in 20 images"):
+        build(tiny_recipe(root))
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tiny_data, tmp_path, monkeypatch):
+    def slow(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal must end this")
+
+    monkeypatch.setattr("fastkd.training.build.build_detector", slow)
+    result = train(tiny_recipe(tiny_data), tmp_path / "run", device="cpu", console=silent())
+    assert (result.status, result.exit_code) == ("interrupted", 143) and not (tmp_path / "run").exists()

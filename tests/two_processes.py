@@ -27,14 +27,21 @@ CASES = [
     ("fcos", "baseline"),
     ("faster-rcnn", "baseline"),
     ("faster-rcnn", "lgd"),
+    ("faster-rcnn", "fgfi"),
     ("mask-rcnn", "icd"),
+    ("mask-rcnn", "lgd"),
+    ("atss", "baseline"),
+    ("poto", "lgd"),
+    ("condinst", "icd"),
+    ("solov2", "baseline"),
+    ("retinanet", "lgdicd"),
 ]
 BATCH = 4
 
 
 def gradient_recipe(data, kind, method):
     """Without batch statistics, which belong to one process."""
-    return tiny_recipe(data, kind, method, detector=tiny_detector(kind, norm="frozen_bn"))
+    return tiny_recipe(data, kind, method, detector=tiny_detector(kind, norm="frozen_bn", head_norm="gn"))
 
 
 def without_boxes(batch, first_image):

@@ -6,12 +6,14 @@ the rest with that recipe as the default.
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from fastkd.commands.common import Interrupted, device_argument, say
 
+log = logging.getLogger("fastkd.commands")
 TABLE_WIDTH = 130  # names are not cut where the output is no terminal
 
 USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
@@ -110,9 +112,24 @@ def parse(name: str, args: Sequence[str]) -> tuple:
         """
         if scale_batch is not None:
             recipe = scale_to_batch(recipe, scale_batch)
+        else:
+            warn_of_batch_size(default, recipe)
         return recipe, {"run_dir": run_dir, "resume": resume, "device": device}
 
     return tyro.cli(train, args=list(args), prog=f"fastkd train {name}")
+
+
+def warn_of_batch_size(default, recipe) -> None:
+    """Log a warning where the batch size was changed and the learning rate was not."""
+    size, rate = recipe.schedule.batch_size, recipe.optimizer.learning_rate
+    if size != default.schedule.batch_size and rate == default.optimizer.learning_rate:
+        log.warning(
+            "train: learning rate %g was set for batches of %d, got %d; --scale-batch %d scales rates and steps along",
+            rate,
+            default.schedule.batch_size,
+            size,
+            size,
+        )
 
 
 def run(recipe, *, run_dir: Path, resume: bool, device: str) -> None:

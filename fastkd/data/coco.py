@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -48,6 +49,29 @@ class DetectionDataset:
     skipped: dict[str, int]
     clipped: int
     _arrays: AnnotationArrays
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether any image has an object that is no crowd region."""
+        return not bool(self._arrays.crowd.all())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that training reads from the annotation file: images, names, sizes, boxes, classes."""
+        arrays, digest = self._arrays, hashlib.sha256()
+        digest.update(repr((arrays.category_ids, arrays.class_names)).encode())
+        for values in (
+            arrays.image_ids,
+            arrays.sizes,
+            arrays.name_bytes,
+            arrays.name_ends,
+            arrays.starts,
+            arrays.boxes,
+            arrays.labels,
+            arrays.crowd,
+        ):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def _note(self, problems: Problems) -> None:
         """Keeps and logs what was left out."""

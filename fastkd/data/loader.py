@@ -261,7 +261,8 @@ class BatchLoader:
         for image_id, message in bad:
             self.bad_images[image_id] += 1
             if self.bad_images[image_id] == 1:
-                what = "left out" if isinstance(self.batches, EvalBatches) else "replaced by the next image"
+                evaluating = isinstance(self.batches, EvalBatches)
+                what = "its objects count as missed" if evaluating else "replaced by the next image"
                 log.warning("%s; image id %d, %s", message, image_id, what)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector
+from fastkd.tensor_files import save_tensor_file
 
 FORMAT = "fastkd-detector-1"
 _PREFIXES = ("backbone.body.", "backbone.", "body.", "module.")
@@ -151,7 +152,7 @@ def save_detector(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=header)
+        save_tensor_file(temporary, tensors, header)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -112,6 +112,11 @@ class CocoEvaluator:
             self._masks = self._masks or theirs["masks"]
             self._images.update({image_id: found for image_id, found in theirs["images"]})
 
+    @property
+    def unread(self) -> int:
+        """Images that were never added, e.g. because they could not be read; their objects count as missed."""
+        return len(self._known) - len(self._images)
+
     def results(self) -> list[dict]:
         """Detections in COCO's result format (image_id, category_id, bbox, score, segmentation), by image id."""
         return [result for image_id in sorted(self._images) for result in self._images[image_id]]
@@ -120,8 +125,8 @@ class CocoEvaluator:
         """Metrics of everything added (and gathered).
 
         Returns: {"bbox": metrics} and, if the detections carry masks, {"segm": metrics}. Metrics are AP, AP50, AP75,
-            APs, APm, APl, AR1.. AR100, ARs, ARm, ARl, images, instances, and per_class: {name: {AP, ..., instances}}.
-            Percentages or None; safe for JSON.
+            APs, APm, APl, AR1.. AR100, ARs, ARm, ARl, images, unread (of them), instances, and per_class:
+            {name: {AP, ..., instances}}. Percentages or None; safe for JSON.
         """
         truth = load_ground_truth(self.annotation_file, self.image_ids, self.category_ids, masks=self._masks)
         found = self.results()
@@ -144,6 +149,7 @@ class CocoEvaluator:
         metrics = _summarize(precision, recall, runner.params.iouThrs, self.max_detections)
         counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
         metrics["images"] = len(self._known)
+        metrics["unread"] = self.unread
         metrics["instances"] = counts.total()
         metrics["per_class"] = {
             name: {

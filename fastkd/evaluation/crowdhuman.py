@@ -29,8 +29,9 @@ class CrowdHumanEvaluator(CocoEvaluator):
     def compute(self) -> dict[str, dict]:
         """Metrics of everything added (and gathered).
 
-        Returns: {"bbox": {AP, MR, JI, recall, JI_score, images, instances, ignored, per_class}}. MR is MR^-2, the lower
-            the better; percentages, or None without objects; per_class repeats them for the only class. Safe for JSON.
+        Returns: {"bbox": {AP, MR, JI, recall, JI_score, images, unread (of them), instances, ignored, per_class}}. MR
+            is MR^-2, the lower the better; percentages, or None without objects; per_class repeats them for the only
+            class. Safe for JSON.
         """
         limit, images, ignored = self.max_detections[-1], [], 0
         for index, image_id in enumerate(self.image_ids):
@@ -45,4 +46,4 @@ class CrowdHumanEvaluator(CocoEvaluator):
             ignored += int(regions.sum())
         metrics: dict[str, Any] = summarise(images)
         own = {name: metrics[name] for name in ("AP", "MR", "JI", "recall", "instances")}
-        return {"bbox": {**metrics, "ignored": ignored, "per_class": {self.class_names[0]: own}}}
+        return {"bbox": {**metrics, "unread": self.unread, "ignored": ignored, "per_class": {self.class_names[0]: own}}}

@@ -67,6 +67,9 @@ def crowd_table(metrics: dict[str, dict]) -> Table:
 def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> None:
     """The summary, the sizes and the classes; of CrowdHuman's metrics their one table."""
     console = console or Console()
+    if metrics["bbox"].get("unread"):
+        unread, images = metrics["bbox"]["unread"], metrics["bbox"]["images"]
+        console.print(f"{unread} of {images} images could not be read; their objects count as missed")
     if "MR" in metrics["bbox"]:
         console.print(crowd_table(metrics))
         return

@@ -66,6 +66,11 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
             f"{val_set.class_names} against {train_set.class_names}; use files with one category table"
         )
+    if not train_set.has_objects:
+        raise ValueError(
+            f"train: {data.train_annotations} must hold at least one object to learn from, got none in "
+            f"{len(train_set)} images (left out: {train_set.skipped or 'nothing'}); check the file"
+        )
     if data.format == "coco":
         # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
         images = val_set.image_ids.tolist()
@@ -90,6 +95,22 @@ def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
     return dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, num_classes=want))
 
 
+def _how_to_make(path: Path) -> str:
+    """The command that makes a file where recipes look for the result of another; "" for other files."""
+    from fastkd.training.recipes import recipe_names
+
+    name = path.parent.name
+    if path.parts[:-2] == ("runs",) and name in recipe_names():
+        return f"make it with `fastkd train {name}` or "
+    return ""
+
+
+def _backbone(recipe: Recipe) -> str:
+    """What weights a recipe's backbone takes, in words."""
+    name, width = recipe.detector.backbone, recipe.detector.width
+    return f"{name} of width {width:g}" if width != 1 else f"torchvision's {name}"
+
+
 def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> Detector:
     """The teacher of a recipe, checked against student and data.
 
@@ -98,14 +119,19 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
     path = assets.resolve(recipe.teacher)
     if not path.is_file():
         raise FileNotFoundError(
-            f"train: teacher must be a detector file, got {path}, which does not exist; train one first "
-            "(e.g. `fastkd train scenes-teacher`) or pass --teacher PATH/student.safetensors"
+            f"train: teacher must be a detector file, got {path}, which does not exist; "
+            f"{_how_to_make(path)}pass --teacher PATH/student.safetensors"
         )
     teacher, teacher_names = load_detector(path)
     try:
         check_teacher(student, teacher)
     except ValueError as error:
         raise ValueError(f"train: teacher {path} does not fit this run: {error}") from error
+    if recipe.inherit and teacher.config.detector != student.config.detector:
+        raise ValueError(
+            f"train: teacher must be a {student.config.detector} for its head to be inherited, got a "
+            f"{teacher.config.detector} in {path}; train a {student.config.detector} teacher or pass --no-inherit"
+        )
     if list(teacher_names) != list(class_names):
         raise ValueError(
             f"train: teacher's class names must be those of the data in the same order, got {list(teacher_names)} in "
@@ -177,9 +203,10 @@ def build(recipe: Recipe) -> Built:
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
         if not weights.is_file():
+            remedy = _how_to_make(weights) or f"put weights of {_backbone(recipe)} there or "
             raise FileNotFoundError(
-                f"train: backbone_weights must be a file, got {weights}, which does not exist; put "
-                f"torchvision's {recipe.detector.backbone} weights there or pass --backbone-weights PATH"
+                f"train: backbone_weights must be a file, got {weights}, which does not exist; "
+                f"{remedy}pass --backbone-weights PATH"
             )
         notes["backbone_weights"] = str(load_backbone_weights(student, weights))
     if recipe.inherit:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from fastkd.tensor_files import save_tensor_file
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _NAME = re.compile(r"step_(\d{7,})")
@@ -82,7 +84,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    save_file(_plain(tensors), temporary, metadata=metadata)
+    save_tensor_file(temporary, _plain(tensors), metadata)
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)

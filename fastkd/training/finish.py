@@ -92,6 +92,7 @@ def finish_run(trainer: Trainer) -> RunResult:
     built, group, run_dir, recipe = trainer.built, trainer.group, trainer.run_dir, trainer.recipe
     module = trainer.module
     metrics, results = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
+    unreadable = trainer.unreadable_images()
     metrics = {
         "finished": True,
         "name": recipe.name,
@@ -103,6 +104,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "parameters": sum(p.numel() for p in module.detector.parameters()),
         "method_parameters": sum(p.numel() for p in module.distiller.parameters()) if module.distiller else 0,
         **built.notes,
+        "train_unreadable": unreadable,
         "processes": group.world_size,
         "device": str(group.device),
         "torch": torch.__version__,
@@ -124,6 +126,10 @@ def finish_run(trainer: Trainer) -> RunResult:
     if group.first:
         if trainer.ledger is not None:
             trainer.console.print(cost.ledger_table(recipe.name, cost.totals(recipe, trainer.ledger)))
+        if unreadable:
+            times = sum(unreadable.values())
+            what = f"{len(unreadable)} training images could not be read, others took their place {times} times"
+            trainer.console.print(f"{recipe.name}: {what}", highlight=False)
         print_metrics({kind: metrics[kind] for kind in ("bbox", "segm") if kind in metrics}, console=trainer.console)
         trainer.console.print(f"{recipe.name}: finished, see {run_dir}", highlight=False)
     return RunResult("finished", metrics, run_dir)

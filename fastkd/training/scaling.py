@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastkd.training.config import Recipe
+from fastkd.training.config import LGDICDConfig, OptimizerConfig, Recipe
 
 
 def scale_to_batch(recipe: Recipe, batch_size: int) -> Recipe:
     """The recipe for another number of images a step, by the linear rule.
 
-    Learning rates (the method's own, too) are multiplied by batch_size / old, steps by old / batch_size: as many
+    Learning rates (the methods' own, too) are multiplied by batch_size / old, steps by old / batch_size: as many
     images are seen, and warm-up, milestones and phases, being fractions of the run, come after as many images.
 
     Args:
@@ -23,12 +23,18 @@ def scale_to_batch(recipe: Recipe, batch_size: int) -> Recipe:
         raise ValueError(f"scale_to_batch: batch_size must be at least 1, got {batch_size}")
     schedule = recipe.schedule
     factor = batch_size / schedule.batch_size
-    optimizers = {
-        name: dataclasses.replace(own, learning_rate=own.learning_rate * factor)
-        for name, own in (("optimizer", recipe.optimizer), ("method_optimizer", recipe.method_optimizer))
-        if own is not None
-    }
+    method = recipe.method
+    if isinstance(method, LGDICDConfig):
+        method = dataclasses.replace(method, lgd_optimizer=_scaled(method.lgd_optimizer, factor))
     steps = max(1, round(schedule.steps / factor))
     return dataclasses.replace(
-        recipe, schedule=dataclasses.replace(schedule, steps=steps, batch_size=batch_size), **optimizers
+        recipe,
+        schedule=dataclasses.replace(schedule, steps=steps, batch_size=batch_size),
+        method=method,
+        optimizer=_scaled(recipe.optimizer, factor),
+        method_optimizer=_scaled(recipe.method_optimizer, factor),
     )
+
+
+def _scaled(optimizer: OptimizerConfig | None, factor: float) -> OptimizerConfig | None:
+    return optimizer and dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * factor)

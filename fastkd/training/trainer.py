@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.data import build_train_loader
+from fastkd.data import BatchLoader, build_train_loader
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
 from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
@@ -69,7 +69,12 @@ def train(
             if group.first:
                 console.print(f"{recipe.name}: {run_dir} is finished, nothing to do")
             return RunResult("already finished", metrics, run_dir, 0)
-        built = build(recipe)
+        try:
+            with stop.leaving_at_once():
+                built = build(recipe)
+        except Interrupted as signal:
+            console.print(f"{recipe.name}: stopped before the first step", highlight=False)
+            return RunResult.interrupted(run_dir, signal.signum)
         group.first_does(lambda: open_run_directory(run_dir, built.recipe))
         with _settings(built.recipe):
             return Trainer(built, run_dir, group, stop, console, command).run()
@@ -136,6 +141,8 @@ class Trainer:
         self.wrapped: torch.nn.Module | None = None
         self.norms: dict[str, Tensor] = {}
         self.image_ids: list[int] = []
+        self.loader: BatchLoader | None = None
+        self.unreadable: Counter[int] = Counter()  # image id -> times, up to where the run was resumed
 
     def run(self) -> RunResult:
         """Trains to the end or to a stop signal."""
@@ -173,12 +180,13 @@ class Trainer:
             optimizer.load_tensors(checkpoint.optimizer)
         self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
         self.interval.load_state(state["interval"], self.group.device)
+        self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
 
     def _data_state(self) -> dict[str, Any]:
         data = self.built.train_set
-        return {"images": len(data), "class_names": list(data.class_names)}
+        return {"images": len(data), "class_names": list(data.class_names), "sha256": data.fingerprint}
 
     def _train(self) -> int:
         """Steps until the end; returns the signal that stopped it, or 0. The last step taken is always saved."""
@@ -189,7 +197,8 @@ class Trainer:
         try:
             if self.group.broadcast(log is not None and not log.evaluated) and self._evaluation_is_due():
                 self._evaluate(log)  # the run was stopped between saving and evaluating
-            with contextlib.closing(iter(self._loader())) as batches:
+            self.loader = self._loader()
+            with contextlib.closing(iter(self.loader)) as batches:
                 return self._take_steps(batches, log)
         except Interrupted as signal:  # during an evaluation, after saving
             return signal.signum
@@ -247,7 +256,14 @@ class Trainer:
         every = self.recipe.runtime.eval_every
         return every > 0 and self.step % every == 0 and 0 < self.step < self.recipe.schedule.steps
 
-    def _loader(self):
+    def unreadable_images(self) -> dict[str, int]:
+        """How often each image of the training set could not be read so far, by image id; all processes call it."""
+        counts = Counter(self.unreadable)
+        for theirs in self.group.gather(dict(self.loader.bad_images) if self.loader is not None else {}):
+            counts.update(theirs)
+        return {str(image_id): times for image_id, times in sorted(counts.items())}
+
+    def _loader(self) -> BatchLoader:
         data, schedule = self.recipe.data, self.recipe.schedule
         return build_train_loader(
             self.built.train_set,
@@ -356,6 +372,7 @@ class Trainer:
             "ledger": self.ledger,
             "teacher_sha256": self.built.teacher_sha256,
             "data": self._data_state(),
+            "unreadable": self.unreadable_images(),
             "processes": self.group.world_size,
             "torch": torch.__version__,
         }
