@@ -196,6 +196,16 @@ def test_timm_backbones(timm, tmp_path, name):
     assert torch.equal(detector.backbone.body.stages_1.weight, original["stages.1.weight"])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])
+def test_real_models_of_timm(name):
+    detector = build_detector(DetectorConfig(backbone=f"timm:{name}", channels=16, head_convs=1, num_classes=3))
+    pyramid = detector.features(torch.randn(1, 3, 96, 64))
+    assert [tuple(level.shape[2:]) for level in pyramid] == [(12, 8), (6, 4), (3, 2), (2, 1), (1, 1)]
+    sum(level.square().mean() for level in pyramid).backward()
+    reached = [value.grad is not None for value in detector.backbone.parameters()]
+    assert sum(reached) > 0.5 * len(reached)
+
+
 def test_timm_models_that_do_not_fit(timm):
     with pytest.raises(ValueError, match=r"strides \(4, 8, 16, 32\), got timm:plain"):
         build_detector(DetectorConfig(backbone="timm:plain"))
