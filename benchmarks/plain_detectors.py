@@ -15,12 +15,12 @@ from fastkd.types import Batch
 
 
 def backbone(name: str, fine: bool) -> nn.Module:
-    """ResNet with frozen batch norms and the feature pyramid, P2 .. P6 or P3 .. P7."""
+    """ResNet with frozen batch norms and first two stages, and the feature pyramid, P2 .. P6 or P3 .. P7."""
     if fine:
-        return resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
+        return resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=3)
     extra = LastLevelP6P7(256, 256)
     return resnet_fpn_backbone(
-        backbone_name=name, weights=None, trainable_layers=5, returned_layers=[2, 3, 4], extra_blocks=extra
+        backbone_name=name, weights=None, trainable_layers=3, returned_layers=[2, 3, 4], extra_blocks=extra
     )
 
 

@@ -83,8 +83,8 @@ def test_plain_retinanet():
 
 def test_plain_faster_rcnn_has_losses_that_train():
     plain = PlainDetector("faster_rcnn", CLASSES)
-    batch = dataclasses.replace(rectangles([2, 2], size=(64, 64)), masks=None)
+    batch = dataclasses.replace(rectangles([2]), masks=None)
     losses = plain.loss(plain.features(batch.images), batch)
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
     sum(losses.values()).backward()
-    assert all(p.grad is not None for name, p in plain.named_parameters() if "layer_blocks.4" not in name)
+    assert all(p.grad is not None for p in plain.model.roi_heads.parameters())

@@ -1,0 +1,207 @@
+"""Who takes part in `benchmarks.step`: student, methods and teacher, in plain torch and ours, each with whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.plain_detectors import PlainDetector
+from benchmarks.plain_icd import PlainICD
+from benchmarks.plain_lgd import PlainLGD
+from fastkd.detectors import build_detector
+from fastkd.training.build import build_distiller
+from fastkd.training.config import Recipe
+from fastkd.training.optimizers import build_optimizers
+from fastkd.training.recipes import get_recipe
+from fastkd.training.schedule import Phase
+from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
+from fastkd.types import Batch, ClassPriors
+
+FORMS = ("plain", "float32", "bfloat16")
+METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
+NUM_CLASSES = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the steps are taken on.
+
+    Args:
+        detector: as in recipe names, "retinanet" or "faster-rcnn".
+        images: B. boxes: of each image. height, width: pixels.
+    """
+
+    detector: str = "retinanet"
+    images: int = 1
+    boxes: int = 7
+    height: int = 800
+    width: int = 1216
+
+    def batch(self, seed: int = 0) -> Batch:
+        """Noise with boxes of a tenth to a half of the image's sides."""
+        generator = torch.Generator().manual_seed(seed)
+        total, sides = self.images * self.boxes, torch.tensor([self.width, self.height])
+        size = (0.1 + 0.4 * torch.rand(total, 2, generator=generator)) * sides
+        low = torch.rand(total, 2, generator=generator) * (sides - size)
+        return Batch(
+            images=torch.randn(self.images, 3, self.height, self.width, generator=generator),
+            image_sizes=torch.tensor([[self.height, self.width]] * self.images),
+            boxes=torch.cat([low, low + size], dim=1),
+            labels=torch.randint(NUM_CLASSES, (total,), generator=generator),
+            image_index=torch.arange(self.images).repeat_interleave(self.boxes),
+            counts=[self.boxes] * self.images,
+            seeds=list(range(self.images)),
+        )
+
+
+class Contender:
+    """Something that takes training steps.
+
+    Args:
+        forward: batch -> losses by name.
+        optimizers: update and drop the gradients.
+        module: student and method; teacher: frozen, or None.
+        batch: of every step.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Batch], dict[str, Tensor]],
+        optimizers: list[Callable[[], object]],
+        module: nn.Module,
+        teacher: Callable[[], object] | None,
+        batch: Batch,
+    ):
+        self.forward, self.optimizers, self.module = forward, optimizers, module
+        self.teacher, self.batch = teacher, batch
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        sum_losses(self.forward(self.batch)).backward()
+        for optimizer in self.optimizers:
+            optimizer()
+
+    def timed(self) -> float:
+        """Seconds of a step."""
+        begin = time.perf_counter()
+        self.step()
+        return time.perf_counter() - begin
+
+
+def priors() -> ClassPriors:
+    """Of objects a quarter of an image wide."""
+    side = torch.full((NUM_CLASSES, 2), 0.25, dtype=torch.float64)
+    return ClassPriors(torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, dtype=torch.float64), side, side / 2)
+
+
+def recipe_of(detector: str, method: str, form: str) -> Recipe:
+    """Our COCO recipe of a contender in a precision."""
+    recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
+    low = form == "bfloat16"
+    runtime = dataclasses.replace(recipe.runtime, precision="bfloat16" if low else "float32", channels_last=low)
+    return dataclasses.replace(recipe, runtime=runtime)
+
+
+def ours(problem: Problem, method: str, form: str) -> Contender:
+    """A contender as the trainer builds it, after the first phases of its schedule."""
+    torch.manual_seed(0)
+    recipe = recipe_of(problem.detector, method, form)
+    layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
+    student = build_detector(recipe.detector)
+    teacher = None
+    if method in ("icd", "fgfi"):
+        teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
+    distiller = build_distiller(recipe, teacher, priors())
+    dtype = torch.bfloat16 if form == "bfloat16" else None
+    module = StepModule(student, distiller, FrozenTeacher(teacher) if teacher is not None else None, dtype)
+    module.to(memory_format=layout).train()
+    if module.teacher is not None:
+        module.teacher.to(torch.device("cpu"), layout)
+    phase = Phase(distill=distiller is not None)
+    optimizers = build_optimizers(recipe, module)
+    batch = problem.batch().to("cpu", memory_format=layout)
+
+    def ask():
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            return module.teacher.pyramid(batch.images)
+
+    return Contender(
+        lambda batch: module(batch, phase),
+        [optimizer.step for optimizer in optimizers],
+        module,
+        ask if module.teacher is not None else None,
+        batch,
+    )
+
+
+class PlainStep(nn.Module):
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+
+    def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
+        super().__init__()
+        self.detector, self.distiller = detector, distiller
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses by name."""
+        pyramid = self.detector.features(batch.images)
+        losses = dict(self.detector.loss(pyramid, batch))
+        if isinstance(self.distiller, PlainLGD):
+            distill, instructive = self.distiller(pyramid, batch)
+            supervision = self.detector.loss(instructive, batch)
+            losses |= distill | {f"instructive_{name}": value for name, value in supervision.items()}
+        elif self.distiller is not None:
+            losses |= self.distiller(pyramid, self.ask(batch), batch)
+        return losses
+
+    @torch.no_grad()
+    def ask(self, batch: Batch) -> list[Tensor]:
+        """The teacher's pyramid."""
+        return self.teacher.features(batch.images)
+
+
+def plain(problem: Problem, method: str) -> Contender:
+    """A contender in plain torch, with torch's optimisers as they come."""
+    torch.manual_seed(0)
+    kind = problem.detector.replace("-", "_")
+    recipe = recipe_of(problem.detector, method, "float32")
+    student = PlainDetector(kind, NUM_CLASSES, recipe.detector.backbone)
+    teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if method == "icd" else None
+    distiller = build_distiller(recipe, _Width(recipe.detector.channels), priors())
+    if distiller is not None:
+        distiller = (PlainLGD if method == "lgd" else PlainICD)(distiller)
+    module = PlainStep(student.train(), distiller, teacher)
+    own = list(distiller.parameters()) if method == "icd" else []
+    mine = {id(parameter) for parameter in own}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
+    rate = recipe.optimizer.learning_rate
+    sgd = torch.optim.SGD(rest, lr=rate, momentum=0.9, weight_decay=1e-4)
+    adamw = torch.optim.AdamW(own, lr=1e-4, weight_decay=1e-4) if own else None
+
+    def update() -> None:
+        if adamw is not None:
+            nn.utils.clip_grad_norm_(own, recipe.method_optimizer.clip_norm)
+            adamw.step()
+            adamw.zero_grad()
+        sgd.step()
+        sgd.zero_grad()
+
+    batch = problem.batch()
+    return Contender(module, [update], module, (lambda: module.ask(batch)) if teacher is not None else None, batch)
+
+
+@dataclass(frozen=True)
+class _Width:
+    """What `build_distiller` asks of a teacher."""
+
+    channels: int
+
+
+def build(problem: Problem, method: str, form: str) -> Contender:
+    """A contender; method of METHODS, form of FORMS (FGFI has no plain form)."""
+    return plain(problem, method) if form == "plain" else ours(problem, method, form)
