@@ -64,33 +64,52 @@ class Contender:
 
     Args:
         forward: batch -> losses by name.
-        optimizers: update and drop the gradients.
-        module: student and method; teacher: frozen, or None.
+        optimizers: torch's; update: takes their steps and drops the gradients.
+        module: student and method; frozen: the teacher, or None; ask: the teacher's forward, or None.
         batch: of every step.
     """
 
     def __init__(
         self,
         forward: Callable[[Batch], dict[str, Tensor]],
-        optimizers: list[Callable[[], object]],
+        optimizers: list[torch.optim.Optimizer],
+        update: Callable[[], object],
         module: nn.Module,
-        teacher: Callable[[], object] | None,
+        frozen: nn.Module | None,
+        ask: Callable[[Batch], object] | None,
         batch: Batch,
     ):
-        self.forward, self.optimizers, self.module = forward, optimizers, module
-        self.teacher, self.batch = teacher, batch
+        self.forward, self.optimizers, self.update = forward, optimizers, update
+        self.module, self.frozen, self.batch = module, frozen, batch
+        self.teacher = None if ask is None else lambda: ask(self.batch)
+
+    def on(self, batch: Batch, work: Callable[[], object]) -> None:
+        """Does some work on another batch."""
+        own, self.batch = self.batch, batch.to("cpu", memory_format=memory_format_of(self.batch.images))
+        work()
+        self.batch = own
+
+    def resident(self) -> list[Tensor]:
+        """Tensors that stay from step to step."""
+        held = {id(t): t for m in (self.module, self.frozen) if m for t in (*m.parameters(), *m.buffers())}
+        states = [value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()]
+        return [*held.values(), *(value for value in states if isinstance(value, Tensor))]
 
     def step(self) -> None:
         """Forward, backward, update."""
         sum_losses(self.forward(self.batch)).backward()
-        for optimizer in self.optimizers:
-            optimizer()
+        self.update()
 
     def timed(self) -> float:
         """Seconds of a step."""
         begin = time.perf_counter()
         self.step()
         return time.perf_counter() - begin
+
+
+def memory_format_of(images: Tensor) -> torch.memory_format:
+    """Channels-last or contiguous."""
+    return torch.contiguous_format if images.is_contiguous() else torch.channels_last
 
 
 def priors() -> ClassPriors:
@@ -126,15 +145,21 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
     optimizers = build_optimizers(recipe, module)
     batch = problem.batch().to("cpu", memory_format=layout)
 
-    def ask():
+    def ask(batch: Batch) -> list[Tensor]:
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             return module.teacher.pyramid(batch.images)
 
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
     return Contender(
         lambda batch: module(batch, phase),
-        [optimizer.step for optimizer in optimizers],
+        [optimizer.optimizer for optimizer in optimizers],
+        update,
         module,
-        ask if module.teacher is not None else None,
+        None if module.teacher is None else module.teacher.detector,
+        None if module.teacher is None else ask,
         batch,
     )
 
@@ -191,8 +216,8 @@ def plain(problem: Problem, method: str) -> Contender:
         sgd.step()
         sgd.zero_grad()
 
-    batch = problem.batch()
-    return Contender(module, [update], module, (lambda: module.ask(batch)) if teacher is not None else None, batch)
+    optimizers = [sgd] if adamw is None else [sgd, adamw]
+    return Contender(module, optimizers, update, module, teacher, module.ask if teacher else None, problem.batch())
 
 
 @dataclass(frozen=True)
