@@ -156,6 +156,8 @@ class DispatchLedger(StorageMeter):
     def _count(self, function, args: tuple, kwargs: dict, result: Any) -> None:
         counts, schema = self.counts, function._schema
         namespace, name = schema.name.split("::")
+        if namespace == "profiler":
+            return
         overload = f"{name}.{schema.overload_name}"
         counts.ops += 1
         self._by_op[schema.name] += 1

@@ -137,17 +137,13 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
         teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
     distiller = build_distiller(recipe, teacher, priors())
     dtype = torch.bfloat16 if form == "bfloat16" else None
-    module = StepModule(student, distiller, FrozenTeacher(teacher) if teacher is not None else None, dtype)
+    module = StepModule(student, distiller, FrozenTeacher(teacher, dtype) if teacher is not None else None, dtype)
     module.to(memory_format=layout).train()
     if module.teacher is not None:
         module.teacher.to(torch.device("cpu"), layout)
     phase = Phase(distill=distiller is not None)
     optimizers = build_optimizers(recipe, module)
     batch = problem.batch().to("cpu", memory_format=layout)
-
-    def ask(batch: Batch) -> list[Tensor]:
-        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            return module.teacher.pyramid(batch.images)
 
     def update() -> None:
         for optimizer in optimizers:
@@ -159,7 +155,7 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
         update,
         module,
         None if module.teacher is None else module.teacher.detector,
-        None if module.teacher is None else ask,
+        None if module.teacher is None else lambda batch: module.teacher.pyramid(batch.images),
         batch,
     )
 

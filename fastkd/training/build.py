@@ -191,11 +191,7 @@ def build(recipe: Recipe) -> Built:
     torch.manual_seed(recipe.seed + 1)
     distiller = build_distiller(recipe, teacher, priors)
     needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
-    module = StepModule(
-        student,
-        distiller,
-        FrozenTeacher(teacher) if needs_teacher else None,
-        torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None,
-    )
+    dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
+    module = StepModule(student, distiller, FrozenTeacher(teacher, dtype) if needs_teacher else None, dtype)
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

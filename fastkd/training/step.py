@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from fastkd.detectors import Detector
+from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.training.schedule import Phase
 from fastkd.types import Batch
@@ -21,12 +24,22 @@ class FrozenTeacher:
 
     Not an nn.Module, so whoever holds one does not register it.
 
+    It takes the form for inference: normalisations with fixed statistics become part of the convolutions before them,
+    and with a `dtype` the convolutions of backbone and neck hold their weights in it, so that no step casts them again.
+
     Args:
-        detector: put in eval mode, its parameters cut from autograd.
+        detector: put in eval mode, its parameters cut from autograd; changed in place.
+        dtype: autocast to this type, or None for the precision of the surrounding autocast.
     """
 
-    def __init__(self, detector: Detector):
+    def __init__(self, detector: Detector, dtype: torch.dtype | None = None):
         self.detector = detector.eval().requires_grad_(False)
+        self.dtype = dtype
+        fold_norms(detector)
+        parts = detector.parts()
+        for module in (*parts["backbone"].modules(), *parts["neck"].modules()):
+            if dtype is not None and type(module) is nn.Conv2d:
+                module.to(dtype)
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
         """Itself, moved."""
@@ -34,8 +47,13 @@ class FrozenTeacher:
         return self
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """The teacher's pyramid of a batch, without gradient, in the precision of the surrounding autocast."""
-        with torch.no_grad():
+        """The teacher's pyramid of a batch, without gradient.
+
+        Not in inference mode: a method's projections keep these levels for their weights' gradients.
+        """
+        kind = images.device.type
+        low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
+        with torch.no_grad(), low:
             return self.detector.features(images)
 
 
