@@ -9,9 +9,11 @@ from torch import nn
 
 from benchmarks.dispatch_ledger import count
 from fastkd.detectors import build_detector
+from fastkd.distillers import LGD
 from fastkd.training.config import OptimizerConfig
 from fastkd.training.optimizers import NamedOptimizer
-from fastkd.training.step import FrozenTeacher
+from fastkd.training.schedule import Phase
+from fastkd.training.step import FrozenTeacher, StepModule
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -63,3 +65,36 @@ def test_the_frozen_teacher_in_its_form_for_inference(dtype):
     assert after.by_op.get("aten::rsqrt", 0) == 0 < before.by_op["aten::rsqrt"]
     casts = after.by_op.get("aten::_to_copy", 0)
     assert casts <= 2  # the images, and no weight
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_losses_of_two_pyramids_are_those_of_each(ignored):
+    detector, batch = build_detector(small_config("retinanet")), rectangles([3, 0, 1])
+    if ignored:
+        batch.ignore_boxes, batch.ignore_index = torch.tensor([[0.0, 0.0, 40.0, 40.0]]), torch.tensor([1])
+    pyramids = []
+    for _ in range(2):
+        with torch.no_grad():
+            pyramid = detector.features(batch.images + torch.randn(()))
+        pyramids.append([level.requires_grad_() for level in pyramid])
+    together = detector.losses(pyramids, batch)
+    apart = [detector.loss(pyramid, batch) for pyramid in pyramids]
+    assert together[0]["classification"] != together[1]["classification"]
+    wanted = [*pyramids[0], *pyramids[1], *detector.head.parameters()]
+    totals = [sum(losses[0].values()) + 3 * sum(losses[1].values()) for losses in (together, apart)]
+    torch.testing.assert_close(totals[0], totals[1])
+    for one, other in zip(*(torch.autograd.grad(total, wanted) for total in totals), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_lgd_calls_the_head_once():
+    detector, batch = build_detector(small_config("retinanet")), rectangles([3, 1])
+    module = StepModule(detector, LGD(3, 32, heads=4, instructive_weight=0.5))
+    calls = []
+    detector.head.register_forward_hook(lambda *_: calls.append(1))
+    losses = module(batch, Phase())
+    assert len(calls) == 1
+    pyramid = detector.features(batch.images)
+    expected = {**detector.loss(pyramid, batch), **module.distill(pyramid, batch, Phase())}
+    assert list(losses) == list(expected) and "instructive_box_regression" in losses
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
