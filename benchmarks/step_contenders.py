@@ -132,6 +132,8 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
     recipe = recipe_of(problem.detector, method, form)
     layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
     student = build_detector(recipe.detector)
+    if recipe.runtime.recompute:
+        student.parts()["backbone"].recompute()
     teacher = None
     if method in ("icd", "fgfi"):
         teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)

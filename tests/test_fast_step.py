@@ -13,7 +13,7 @@ from fastkd.distillers import LGD
 from fastkd.training.config import OptimizerConfig
 from fastkd.training.optimizers import NamedOptimizer
 from fastkd.training.schedule import Phase
-from fastkd.training.step import FrozenTeacher, StepModule
+from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -98,3 +98,29 @@ def test_lgd_calls_the_head_once():
     expected = {**detector.loss(pyramid, batch), **module.distill(pyramid, batch, Phase())}
     assert list(losses) == list(expected) and "instructive_box_regression" in losses
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "lgd"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_recomputing_gives_the_same_gradients_with_less_memory(method, dtype):
+    batch, found = rectangles([3, 1], size=(128, 128)), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        detector = build_detector(small_config("retinanet", backbone="resnet50", norm="frozen_bn"))
+        if recompute:
+            detector.backbone.recompute()
+        module = StepModule(detector, LGD(3, 32, heads=4, recompute=recompute) if method else None, dtype=dtype).train()
+        for _ in range(2):
+            module.zero_grad()
+            counts = count(lambda module=module: sum_losses(module(batch, Phase())).backward())
+        found.append((counts, {name: p.grad for name, p in module.named_parameters()}))
+    (kept, ours), (again, theirs) = found
+    assert again.peak < 0.9 * kept.peak and again.flops > kept.flops
+    for name, gradient in ours.items():
+        assert torch.equal(gradient, theirs[name]), name
+
+
+def test_who_cannot_recompute_says_so():
+    for changes, message in (({"norm": "bn"}, "norm must be"), ({"backbone": "mobilenet_v2"}, "backbone must be a ResNet")):
+        with pytest.raises(ValueError, match=f"recompute: {message}"):
+            build_detector(small_config("retinanet", **changes)).backbone.recompute()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -80,9 +82,16 @@ class ScaledResNet(Backbone, ResNet):
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            for block in layer:
+                again = self.recomputes and torch.is_grad_enabled()
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             maps.append(x)
         return maps
+
+    def recompute(self) -> None:
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            raise ValueError('recompute: norm must be "frozen_bn" or "gn", got "bn", whose statistics would count twice')
+        self.recomputes = True
 
 
 class CoarsestLevels(LastLevelP6P7):

@@ -139,6 +139,7 @@ def _distiller(
             adapter_query=method.adapter_query,
             weight=method.weight,
             instructive_weight=method.instructive_weight,
+            recompute=recipe.runtime.recompute,
         )
     if isinstance(method, ICDConfig):
         return ICD(
@@ -173,6 +174,8 @@ def build(recipe: Recipe) -> Built:
     }
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
+    if recipe.runtime.recompute:
+        student.parts()["backbone"].recompute()
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
