@@ -4,6 +4,7 @@
 #   make test     build, the CMake build, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
+#   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
@@ -20,7 +21,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test study bench build cmake lint test-install sanitize clean
+.PHONY: demo test study bench bench-step build cmake lint test-install sanitize clean
 
 build: $(STAMPS)/built
 
@@ -59,6 +60,9 @@ study: build
 
 bench: build
 	$(BIN)/python -m benchmarks.ops
+
+bench-step: build
+	$(BIN)/python -m benchmarks.step
 
 lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -16,13 +18,14 @@ from fastkd.detectors.backbone_mobilenet import MobileNet
 from fastkd.detectors.backbone_swin import SwinTiny
 from fastkd.detectors.backbone_timm import TimmBackbone
 from fastkd.detectors.config import TIMM, DetectorConfig
+from fastkd.detectors.folding import FoldingBasicBlock, FoldingBottleneck, conv_norm
 
 _BLOCKS = {  # block, its number in each stage, groups, width of a group
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
-    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnet18": (FoldingBasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (FoldingBasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (FoldingBottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (FoldingBottleneck, (3, 4, 23, 3), 1, 64),
+    "resnext101_32x8d": (FoldingBottleneck, (3, 4, 23, 3), 32, 8),
 }
 
 
@@ -68,7 +71,7 @@ class ScaledResNet(Backbone, ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if stride_in_1x1 and isinstance(module, Bottleneck):
+            if stride_in_1x1 and isinstance(module, FoldingBottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
         for layer in (self.layer2, self.layer3, self.layer4) if deformable else ():
             make_deformable(layer)
@@ -76,12 +79,19 @@ class ScaledResNet(Backbone, ResNet):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps C2 .. C5 (strides 4, 8, 16, 32) of images [B, 3, H, W]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            for block in layer:
+                again = self.recomputes and torch.is_grad_enabled()
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             maps.append(x)
         return maps
+
+    def recompute(self) -> None:
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            raise ValueError('recompute: norm must be "frozen_bn" or "gn", got "bn", whose statistics would count twice')
+        self.recomputes = True
 
 
 class CoarsestLevels(LastLevelP6P7):

@@ -16,11 +16,20 @@ class Backbone(nn.Module):
         out_channels: channels of the four maps.
         frozen: names of the submodules that never train.
         fresh: what names of parameters end with that no file of a classifier holds.
+        recomputes: whether `recompute` was called.
     """
 
     out_channels: list[int]
     frozen: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    recomputes: bool = False
+
+    def recompute(self) -> None:
+        """From now on keep no activations inside of a block: the backward pass computes them again, for less memory.
+
+        Raises: ValueError for a backbone that cannot, or whose batch norms would count a batch twice.
+        """
+        raise ValueError(f"recompute: backbone must be a ResNet, got {type(self).__name__}; leave recompute off")
 
     def freeze(self, stages: Sequence[Sequence[str]], count: int) -> None:
         """Stop the first `count` stages, each named by its submodules, from training."""

@@ -59,6 +59,10 @@ class Detector(nn.Module):
         Averaged over processes with equally many images each, their gradients are those of one process on all images.
         """
 
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """`loss` of several pyramids of the same batch, one after the other; a detector may share work between them."""
+        return [self.loss(pyramid, batch) for pyramid in pyramids]
+
     @abstractmethod
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         """What is seen in each image, without gradient, strongest first, in pixels of the resized image."""

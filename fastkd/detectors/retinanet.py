@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
@@ -17,6 +19,29 @@ from fastkd.types import Batch, Detections
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // 8, channels)
+
+
+class _Targets(NamedTuple):
+    """What every anchor shall say: weight [B, A] of its class entries, and of the P positive ones:
+
+    weight [P], image [P], anchor [P], label [P], deltas [P, 4].
+    """
+
+    weight: Tensor
+    share: Tensor
+    image: Tensor
+    anchor: Tensor
+    label: Tensor
+    deltas: Tensor
+
+
+def _losses(logits: Tensor, deltas: Tensor, targets: _Targets) -> dict[str, Tensor]:
+    image, anchor = targets.image, targets.anchor
+    error = (deltas[image, anchor] - targets.deltas).abs().sum(1)
+    return {
+        "classification": focal_loss(logits, targets.weight, image, anchor, targets.label),
+        "box_regression": (error * targets.share).sum(),
+    }
 
 
 class RetinaNet(Detector):
@@ -43,11 +68,21 @@ class RetinaNet(Detector):
         return self.anchors.cells
 
     def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
-            return self._losses(outputs["cls_logits"].float(), outputs["bbox_regression"].float(), pyramid, batch)
+        return self.losses([pyramid], batch)[0]
 
-    def _losses(self, logits: Tensor, deltas: Tensor, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
+        levels = pyramids[0] if len(pyramids) == 1 else [torch.cat(level) for level in zip(*pyramids, strict=True)]
+        outputs = self.head(levels)
+        with in_full_precision(levels[0]):
+            targets = self._targets(pyramids[0], batch)
+            logits, deltas = (
+                outputs[name].float().unflatten(0, (len(pyramids), len(batch))).unbind()
+                for name in ("cls_logits", "bbox_regression")
+            )
+            return [_losses(*both, targets) for both in zip(logits, deltas, strict=True)]
+
+    def _targets(self, pyramid: list[Tensor], batch: Batch) -> _Targets:
         anchors, truth = torch.cat(self.anchors(pyramid)), PaddedBoxes.of(batch)
         matched = match_anchors(truth, anchors, 0.4, 0.5, keep_best=True)  # [B, A]
         positive = matched >= 0
@@ -58,13 +93,8 @@ class RetinaNet(Detector):
             counted &= positive | ~ignored
         image, anchor = positive.nonzero().unbind(1)
         row = matched[image, anchor]
-        label = truth.labels[image, row]
-        target = self.box_coder.encode_single(truth.boxes[image, row], anchors[anchor])
-        error = (deltas[image, anchor] - target).abs().sum(1)
-        return {
-            "classification": focal_loss(logits, counted * share[:, None], image, anchor, label),
-            "box_regression": (error * share[image]).sum(),
-        }
+        deltas = self.box_coder.encode_single(truth.boxes[image, row], anchors[anchor])
+        return _Targets(counted * share[:, None], share[image], image, anchor, truth.labels[image, row], deltas)
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:

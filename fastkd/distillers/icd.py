@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,16 +30,16 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    counts = global_mean(torch.stack([queries.valid.sum(), queries.real.sum()]))
-    logits, sides = outputs[..., 0], outputs[..., 1:].sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, queries.real.to(logits), reduction="none")
-    identification = torch.where(queries.valid, entropy, 0.0).sum() / counts[0]
-    low, high = queries.boxes.to(sides).split(2, dim=2)
-    anchors = queries.anchors.to(sides)
+    real, valid = queries.real.to(outputs), queries.valid.to(outputs)
+    counts = global_mean(torch.stack([valid.sum(), real.sum()])).to(outputs)
+    # weights and not torch.where, whose gradient is one more mask: the outputs in the padding are finite, too
+    entropy = F.binary_cross_entropy_with_logits(outputs[..., 0], real, weight=valid, reduction="sum")
+    low, high = queries.boxes.to(outputs).split(2, dim=2)
+    anchors = queries.anchors.to(outputs)
     targets = torch.cat([anchors - low, high - anchors], dim=2)  # left, top, right, bottom
-    extent = (targets[..., :2] + targets[..., 2:]).clamp(min=1e-7).repeat(1, 1, 2)
-    error = torch.where(queries.real, ((sides - targets).abs() / extent).sum(dim=2), 0.0)
-    return identification, error.sum() / torch.where(counts[1] > 0, counts[1], 1.0)
+    weight = (real[..., None] / (high - low).clamp(min=1e-7)).repeat(1, 1, 2)
+    error = ((outputs[..., 1:].sigmoid() - targets).abs() * weight).sum()
+    return entropy / counts[0], error / counts[1].clamp(min=1e-30)  # without real boxes 0
 
 
 class ICD(nn.Module):
@@ -137,20 +138,17 @@ class ICD(nn.Module):
         student = [level.detach() if detach_student else level for level in student_pyramid]
         queries = self.queries(batch)
         chosen = queries.real[:, : queries.most_real]
-        identification = localisation = distill = 0.0
+        terms = []
         for projection, (decoded, attention) in zip(
             self.student_values, self._decode(queries, teacher_pyramid, batch), strict=True
         ):
-            losses = auxiliary_losses(self.auxiliary(decoded), queries)
-            identification, localisation = identification + losses[0], localisation + losses[1]
             mass = attention.mass(chosen, self.temperature)
             targets = [level.detach() for level in attention.values]
-            distill = distill + value_mimic(project_levels(projection, student), targets, mass).mean()
-        return {
-            "icd_identification": identification,
-            "icd_localisation": localisation,
-            "icd_distill": self.weight * distill / len(self.decoder),
-        }
+            mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
+            distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
+            terms.append((*auxiliary_losses(self.auxiliary(decoded), queries), distill))
+        names = ("icd_identification", "icd_localisation", "icd_distill")
+        return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
 
     def queries(self, batch: Batch) -> Queries:
         """The batch's real queries and the fakes its seeds draw."""

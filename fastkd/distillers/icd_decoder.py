@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distillers.icd_queries import AXIS_FEATURES, mlp, sine_frequencies
+from fastkd.distillers.icd_queries import AXIS_FEATURES, constant, mlp, sine_frequencies
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops.coverage import full_precision
 
@@ -22,19 +22,28 @@ def valid_sizes(
 
     ceil(image size / stride), at most the level's; stride = mean of (padded height / H_l, padded width / W_l).
     """
-    sizes = []
-    for rows, columns in level_sizes:
-        stride = (padded_size[0] / rows + padded_size[1] / columns) / 2
-        size = (image_sizes.double() / stride).ceil().long()
-        sizes.append(torch.stack([size[:, 0].clamp(1, rows), size[:, 1].clamp(1, columns)], dim=1))
-    return sizes
+    strides, limits, _, _ = _axes(tuple(level_sizes), padded_size, image_sizes.device)
+    sizes = (image_sizes[:, None] / strides).ceil()  # [B, L, 2] float64
+    return list(sizes.clamp(torch.ones_like(limits), limits).long().unbind(1))
 
 
-def _axis_table(valid: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines [B, length, 128] of places 1..valid scaled to 2 pi, and which places are inside [B, length]."""
-    place = torch.arange(1, length + 1, device=valid.device)
-    angle = (place / valid[:, None] * 2 * math.pi)[..., None] * sine_frequencies(valid.device)  # [B, length, 64]
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid[:, None]
+@constant
+def _axes(
+    level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What does not change with the batch: strides [L, 1] and limits [L, 2] of the levels, float64; place from 1 [P]
+
+    float32 and axis [P] int64 (2 * level, plus 1 for columns) of the rows of all levels, then of their columns.
+    """
+    strides = [(padded_size[0] / rows + padded_size[1] / columns) / 2 for rows, columns in level_sizes]
+    sides = [(2 * level + axis, size[axis]) for axis in (0, 1) for level, size in enumerate(level_sizes)]
+    tables = (
+        torch.tensor(strides, dtype=torch.float64)[:, None],
+        torch.tensor(level_sizes, dtype=torch.float64),
+        torch.cat([torch.arange(1, side + 1, dtype=torch.float32) for _, side in sides]),
+        torch.tensor([axis for axis, side in sides for _ in range(side)]),
+    )
+    return tuple(table.to(device, non_blocking=True) for table in tables)
 
 
 @dataclass
@@ -57,24 +66,27 @@ class Positions:
     @classmethod
     def of(cls, image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Positions:
         """The embeddings of these images (image_sizes [B, 2]) on levels of these sizes."""
-        sizes = valid_sizes(image_sizes, padded_size, level_sizes)
-        rows = [_axis_table(size[:, 0], height) for size, (height, _) in zip(sizes, level_sizes, strict=True)]
-        columns = [_axis_table(size[:, 1], width) for size, (_, width) in zip(sizes, level_sizes, strict=True)]
-        heights, widths = zip(*level_sizes, strict=True)
-        tables = [torch.cat(part, dim=1) for part in (*zip(*rows, strict=True), *zip(*columns, strict=True))]
-        return cls(tables[0], tables[2], tables[1], tables[3], list(heights), list(widths))
+        _, _, place, axis = _axes(tuple(level_sizes), padded_size, image_sizes.device)
+        valid = torch.stack(valid_sizes(image_sizes, padded_size, level_sizes), dim=1)  # [B, L, 2]
+        valid = valid.flatten(1).index_select(1, axis)  # [B, P]
+        angle = (place / valid * 2 * math.pi)[..., None] * sine_frequencies(valid.device)  # [B, P, 64]
+        table, inside = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid
+        heights, widths = (list(sides) for sides in zip(*level_sizes, strict=True))
+        parts = [sum(heights), sum(widths)]
+        return cls(*table.split(parts, dim=1), *inside.split(parts, dim=1), heights, widths)
 
-    def bias(self, queries: Tensor, constant: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Row biases (with the constant added) [B, G, N, H_l] and column biases [B, G, N, W_l] of every level.
+    def bias(self, queries: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Row biases [B, G, N, H_l] and column biases [B, G, N, W_l] of every level.
 
-        queries [B, G, N, 256] = what multiplies [row part | column part]; constant [B, G, N]; -inf outside the image.
+        queries [B, G, N, 256] = what multiplies [row part | column part]; -inf outside the image.
         """
-        row, column = queries.split(AXIS_FEATURES, dim=3)
-        by_row = torch.einsum("bgnp,bhp->bgnh", row, self.rows.to(row)) + constant[..., None]
-        by_column = torch.einsum("bgnp,bwp->bgnw", column, self.columns.to(row))
-        by_row = by_row.masked_fill(~self.row_inside[:, None, None], -math.inf)
-        by_column = by_column.masked_fill(~self.column_inside[:, None, None], -math.inf)
-        return list(by_row.split(self.heights, dim=3)), list(by_column.split(self.widths, dim=3))
+        row, column = queries.flatten(1, 2).split(AXIS_FEATURES, dim=2)  # [B, G * N, 128]
+        sides = ((row, self.rows, self.row_inside), (column, self.columns, self.column_inside))
+        biases = []
+        for part, table, inside in sides:
+            outside = torch.zeros_like(inside, dtype=part.dtype).masked_fill_(~inside, -math.inf)[:, None]
+            biases.append(torch.baddbmm(outside, part, table.to(part).transpose(1, 2)).unflatten(1, queries.shape[1:3]))
+        return list(biases[0].split(self.heights, dim=3)), list(biases[1].split(self.widths, dim=3))
 
 
 @dataclass
@@ -141,7 +153,7 @@ class DecoderLayer(nn.Module):
     """Attention of the queries over the teacher's pyramid and a feed-forward, each with residual and LayerNorm.
 
     key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v; b_k and b_p move all logits of a query alike, so
-    their gradient is zero up to rounding.
+    they are left out and their gradient is zero.
 
     Args:
         channels: C, of queries and values, divisible by heads.
@@ -180,8 +192,24 @@ class DecoderLayer(nn.Module):
     def _tables(self, projected: Tensor, positions: Positions) -> tuple[list[Tensor], list[Tensor]]:
         with full_precision(projected):
             projected = projected.to(self.key.weight.dtype)
+            projected = _Unmoved.apply(projected, self.key.bias, self.position.bias)
             weight = self.key.weight.unflatten(0, (self.heads, -1))  # [G, d, C_teacher]
             absorbed = torch.einsum("bgnd,gdc->bgnc", projected, weight)
-            constant = absorbed @ self.position.bias
-            constant = constant + (projected * self.key.bias.unflatten(0, (self.heads, 1, -1))).sum(3)
-            return positions.bias(absorbed @ self.position.weight, constant)
+            return positions.bias(absorbed @ self.position.weight)
+
+
+class _Unmoved(torch.autograd.Function):
+    """Gives its first argument; the gradient of the others, which the loss does not depend on, is zero.
+
+    They would move all logits of a query alike, which no softmax notices. As parameters of published checkpoints, of
+    the optimiser and of DDP they still take part.
+    """
+
+    @staticmethod
+    def forward(ctx, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)

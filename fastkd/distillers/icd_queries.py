@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,22 @@ from fastkd.types import Batch
 AXIS_FEATURES = 128
 SCALE_BINS = 5
 DESCRIPTOR_EXTRA = 2 * AXIS_FEATURES + 2 * SCALE_BINS
+
+
+def constant(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what `make` makes of its (hashable) arguments: tensors that no step changes.
+
+    Not while torch.compile, torch.export or a fake mode trace: their tensors hold nothing.
+    """
+    remembered = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def get(*arguments):
+        if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+            return make(*arguments)
+        return remembered(*arguments)
+
+    return get
 
 
 @dataclass
@@ -69,12 +87,18 @@ def _(seeds, totals):
 def _fake_boxes(uniform: Tensor, normal: Tensor, frequency: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes [..., 4] and labels [...] from the priors; the first three uniforms are the class and the centre."""
     # a triangle instead of cumsum, which has no deterministic CUDA kernel
-    cumulative = (frequency * torch.ones_like(frequency).expand(len(frequency), -1).tril()).sum(1)
+    cumulative = _triangle(len(frequency), frequency.dtype, frequency.device) @ frequency
     labels = torch.searchsorted(cumulative / cumulative[-1], uniform[..., 0].to(cumulative), right=True)
-    size = mean[labels] + std[labels] * normal.clamp(-2, 2).to(std)
+    size = torch.addcmul(mean[labels], std[labels], normal.clamp(-2, 2).to(std))
     size = size.clamp(0.002, 0.7).to(uniform)
     centre = 0.03 + 0.94 * uniform[..., 1:3]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1), labels
+    corners = [torch.add(centre, size, alpha=-0.5), torch.add(centre, size, alpha=0.5)]
+    return torch.cat(corners, dim=-1).clamp(0, 1), labels
+
+
+@constant
+def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=dtype, device=device).tril()
 
 
 def draw_queries(
@@ -119,7 +143,7 @@ def draw_queries(
     xyxy, labels = _fake_boxes(uniform, normal, frequency, mean, std)
     xyxy = xyxy.index_copy(0, real_slots, boxes.float() / sides.index_select(0, batch.image_index))
     size = xyxy[:, 2:] - xyxy[:, :2]
-    anchors = (xyxy[:, :2] + xyxy[:, 2:]) / 2 + (uniform[:, 3:] - 0.5) * 0.6 * size
+    anchors = torch.addcmul(xyxy[:, :2], size, 0.2 + 0.6 * uniform[:, 3:])  # the centre, -0.3 .. 0.3 sizes beside it
     shape = (images, longest)
     return Queries(
         boxes=xyxy.unflatten(0, shape),
@@ -133,6 +157,7 @@ def draw_queries(
     )
 
 
+@constant
 def sine_frequencies(device: torch.device) -> Tensor:
     """[64]: 1 / 10000^(2 * floor(k / 2) / 128) for k = 0, 2, .. 126."""
     return 10000 ** -(torch.arange(0, AXIS_FEATURES, 2, device=device, dtype=torch.float32) / AXIS_FEATURES)
@@ -175,8 +200,8 @@ class QueryEncoder(nn.Module):
     def describe(self, queries: Queries) -> Tensor:
         """[B, N, num_classes + 266]."""
         one_hot = queries.labels[..., None] == torch.arange(self.num_classes, device=queries.labels.device)
-        parts = [one_hot.float(), anchor_embedding(queries.anchors), scale_indicator(queries.pixels)]
-        return torch.cat(parts, dim=-1)
+        parts = [one_hot, anchor_embedding(queries.anchors), scale_indicator(queries.pixels)]
+        return torch.cat(parts, dim=-1)  # flags become floats here
 
     def forward(self, queries: Queries) -> Tensor:
         """[B, N, channels]."""

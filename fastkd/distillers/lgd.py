@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
@@ -110,6 +111,13 @@ def describe(
         crop = roi_align(objects.masks[:, None].float(), torch.cat([index, objects.boxes], 1), MASK_SIZE, aligned=True)
         parts.append((crop >= 0.5).to(dtype).flatten(1))
     return torch.cat(parts, dim=1) * 2 - 1
+
+
+def _branch(function: Callable[[Tensor], Tensor], level: Tensor, recompute: bool) -> Tensor:
+    """function(level); where it is recomputed, nothing inside of it is kept for the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, level, use_reentrant=False)
+    return function(level)
 
 
 class LinearNorm(nn.Module):
@@ -220,8 +228,9 @@ class RelationAdapter(nn.Module):
 class KnowledgeMapper(nn.Module):
     """Objects back to a pyramid: paint, convolve, add the context, refine (methods 2.4)."""
 
-    def __init__(self, channels: int, context: bool):
+    def __init__(self, channels: int, context: bool, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.object = nn.Linear(channels, channels)
         self.context = nn.Linear(channels, channels) if context else None
         self.paint = nn.Conv2d(channels, channels, 3, padding=1)
@@ -235,7 +244,7 @@ class KnowledgeMapper(nn.Module):
         if self.context is not None:
             context = self.context(related[:, objects.painted :])  # [L, B, C]
             levels = [level + shared[:, :, None, None] for level, shared in zip(levels, context, strict=True)]
-        return [self._refined(F.relu(level)) for level in levels]
+        return [_branch(self._refined, level, self.recompute) for level in levels]
 
     def _painted(self, embeddings, objects, padded_size, level_sizes) -> list[Tensor]:
         index, batch_size = objects.image_index[: objects.painted], objects.valid.shape[0]
@@ -249,8 +258,9 @@ class KnowledgeMapper(nn.Module):
 
     def _refined(self, level: Tensor) -> Tensor:
         first, second, last = self.refine
-        level = F.relu(F.group_norm(first(level), 1))
-        level = F.relu(F.group_norm(second(level), 1))
+        level = F.relu(level)
+        level = F.relu_(F.group_norm(first(level), 1))
+        level = F.relu_(F.group_norm(second(level), 1))
         return F.group_norm(last(level), 1)
 
 
@@ -268,6 +278,7 @@ class LGD(nn.Module):
         weight: of the distillation loss (published: 1).
         instructive_weight: what the caller multiplies the detector's loss on the instructive pyramid with (published:
             1). Below 1 a head under AdamW, whose step the two losses share, follows the student.
+        recompute: keep no activations inside of the branches on pyramids; the backward pass computes them again.
     Source: methods.md section 2.
     """
 
@@ -283,6 +294,7 @@ class LGD(nn.Module):
         adapter_query: str = "appearance",
         weight: float = 1.0,
         instructive_weight: float = 1.0,
+        recompute: bool = False,
     ):
         super().__init__()
         if num_classes < 1:
@@ -303,12 +315,13 @@ class LGD(nn.Module):
         self.labels = None if adapter_query == "appearance_only" else LabelEncoder(descriptor, channels)
         self.appearance = None if adapter_query == "label_only" else AppearanceEncoder(channels)
         self.relation = RelationAdapter(channels, heads, adapter_query)
-        self.mapper = KnowledgeMapper(channels, context)
+        self.recompute = recompute
+        self.mapper = KnowledgeMapper(channels, context, recompute)
         self.student_adapter = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 
@@ -328,7 +341,8 @@ class LGD(nn.Module):
         """
         check_levels("LGD", "pyramid", pyramid, channels=self.channels)
         instructive = self.instruct(pyramid, batch)
-        student = [self.student_adapter(level.detach() if detach_student else level) for level in pyramid]
+        levels = [level.detach() if detach_student else level for level in pyramid]
+        student = [_branch(self.student_adapter, level, self.recompute) for level in levels]
         loss = instance_norm_mse(student, [level.detach() for level in instructive])
         return {"lgd_distill": self.weight * loss}, instructive
 

@@ -165,6 +165,7 @@ def _distiller(
             adapter_query=method.adapter_query,
             weight=method.weight,
             instructive_weight=method.instructive_weight,
+            recompute=recipe.runtime.recompute,
         )
     if isinstance(method, ICDConfig):
         return ICD(
@@ -199,6 +200,8 @@ def build(recipe: Recipe) -> Built:
     }
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
+    if recipe.runtime.recompute:
+        student.parts()["backbone"].recompute()
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
@@ -218,11 +221,7 @@ def build(recipe: Recipe) -> Built:
     torch.manual_seed(recipe.seed + 1)
     distiller = build_distiller(recipe, teacher, priors)
     needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
-    module = StepModule(
-        student,
-        distiller,
-        FrozenTeacher(teacher) if needs_teacher else None,
-        torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None,
-    )
+    dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
+    module = StepModule(student, distiller, FrozenTeacher(teacher, dtype) if needs_teacher else None, dtype)
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

@@ -156,6 +156,8 @@ class RuntimeConfig:
         precision: "bfloat16" runs under autocast, "float32" does not.
         channels_last: images and weights in channels-last memory order.
         deterministic: ask torch for deterministic kernels on the GPU, so that resuming there is bit-exact too.
+        recompute: keep no activations inside of the backbone's blocks and of LGD's branches, but compute them again in
+            the backward pass: less memory for more time, the same numbers. ResNets without batch statistics only.
         log_every: steps between two lines of log.jsonl.
         checkpoint_every: steps between two checkpoints.
         keep_last: checkpoints kept.
@@ -166,6 +168,7 @@ class RuntimeConfig:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     channels_last: bool = True
     deterministic: bool = False
+    recompute: bool = False
     log_every: int = 20
     checkpoint_every: int = 200
     keep_last: int = 2

@@ -27,12 +27,22 @@ class NamedOptimizer:
         groups = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
         groups += [{"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())  # one kernel for all parameters
         if config.kind == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+                groups,
+                lr=config.learning_rate,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                fused=fused,
             )
+            if config.momentum > 0:  # the fused kernel takes no mixture of old and new ones; from 0 the first is the same
+                for parameter in parameters.values():
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
+            )
 
     def set_rate(self, step: int, steps: int) -> float:
         """Sets and returns the learning rate of a step."""
@@ -74,7 +84,9 @@ class NamedOptimizer:
             if parameter_name not in self.parameters:
                 raise ValueError(f"resume: optimizer state must be of the model's parameters, got {parameter_name}")
             parameter = self.parameters[parameter_name]
-            if entry != "step":  # torch keeps the step count on the CPU, the rest like the parameter
+            if entry == "step":  # the fused optimiser has it beside the parameter
+                value = value.to(parameter.device)
+            else:
                 value = torch.empty_like(parameter, requires_grad=False).copy_(value)
             self.optimizer.state[parameter][entry] = value
 

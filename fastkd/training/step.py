@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from fastkd.detectors import Detector
+from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.training.schedule import Phase
 from fastkd.types import Batch
@@ -16,17 +19,32 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack([value.float() for value in losses.values()]).sum()
 
 
+def _instructive(lgd: LGD, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The detector's losses on the instructive pyramid as they join the sum."""
+    return {f"instructive_{name}": lgd.instructive_weight * value for name, value in supervision.items()}
+
+
 class FrozenTeacher:
     """A trained detector that only answers: eval mode, no gradient, in nobody's parameters or checkpoint.
 
     Not an nn.Module, so whoever holds one does not register it.
 
+    It takes the form for inference: normalisations with fixed statistics become part of the convolutions before them,
+    and with a `dtype` the convolutions of backbone and neck hold their weights in it, so that no step casts them again.
+
     Args:
-        detector: put in eval mode, its parameters cut from autograd.
+        detector: put in eval mode, its parameters cut from autograd; changed in place.
+        dtype: autocast to this type, or None for the precision of the surrounding autocast.
     """
 
-    def __init__(self, detector: Detector):
+    def __init__(self, detector: Detector, dtype: torch.dtype | None = None):
         self.detector = detector.eval().requires_grad_(False)
+        self.dtype = dtype
+        fold_norms(detector)
+        parts = detector.parts()
+        for module in (*parts["backbone"].modules(), *parts["neck"].modules()):
+            if dtype is not None and type(module) is nn.Conv2d:
+                module.to(dtype)
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
         """Itself, moved."""
@@ -34,8 +52,13 @@ class FrozenTeacher:
         return self
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """The teacher's pyramid of a batch, without gradient, in the precision of the surrounding autocast."""
-        with torch.no_grad():
+        """The teacher's pyramid of a batch, without gradient.
+
+        Not in inference mode: a method's projections keep these levels for their weights' gradients.
+        """
+        kind = images.device.type
+        low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
+        with torch.no_grad(), low:
             return self.detector.features(images)
 
 
@@ -84,34 +107,53 @@ class StepModule(nn.Module):
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             pyramid = self.detector.features(batch.images)
-            losses = dict(self.detector.loss(pyramid, batch))
-            if self.distiller is not None and phase.distill:
-                losses.update(self.distill(pyramid, batch, phase))
+            if self.distiller is None or not phase.distill:
+                return dict(self.detector.loss(pyramid, batch))
+            return self._with_method(pyramid, batch, phase)
+
+    def _with_method(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """The detector's losses and the method's. LGD's second call of the head is one with the first."""
+        parts, instructive, lgd = {}, None, None
+        for name, distiller in self._parts():
+            if phase.of(name).distill:
+                parts[name], pyramid_made = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                if pyramid_made is not None:
+                    instructive, lgd = pyramid_made, name
+        student, *taught = self.detector.losses([pyramid, *([instructive] if lgd is not None else [])], batch)
+        losses = dict(student)
+        for name, distiller in self._parts():
+            losses |= parts.get(name, {})
+            if name == lgd:
+                losses |= _instructive(distiller, taught[0])
         return losses
 
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
-        if not isinstance(self.distiller, nn.ModuleDict):
-            return self._distill_by(self.distiller, pyramid, batch, phase)
         losses: dict[str, Tensor] = {}
-        for name, distiller in self.distiller.items():
+        for name, distiller in self._parts():
             if phase.of(name).distill:
-                losses |= self._distill_by(distiller, pyramid, batch, phase.of(name))
+                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                losses |= own
+                if instructive is not None:
+                    losses |= _instructive(distiller, self.detector.loss(instructive, batch))
         return losses
+
+    def _parts(self) -> list[tuple[str, LGD | ICD | FGFI]]:
+        """The methods with the names of their phases."""
+        return list(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else [("", self.distiller)]
 
     def _distill_by(
         self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        """The losses of a method, and LGD's instructive pyramid."""
         if isinstance(distiller, LGD):
             losses, instructive = distiller(pyramid, batch, detach_student=phase.detach_student)
-            supervision = self.detector.loss(instructive, batch)
-            weight = distiller.instructive_weight
-            return dict(losses) | {f"instructive_{name}": weight * value for name, value in supervision.items()}
+            return dict(losses), instructive
         teacher_pyramid = self.teacher.pyramid(batch.images)
         if isinstance(distiller, ICD):
-            return distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student)
+            return distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student), None
         anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
-        return distiller(pyramid, teacher_pyramid, batch, anchors)
+        return distiller(pyramid, teacher_pyramid, batch, anchors), None
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.

@@ -1,0 +1,164 @@
+"""What does a training step cost? `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
+
+Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD in plain torch, ours in
+float32 and in bfloat16 with channels-last, FGFI and a teacher's own training for the cost ledger. One process, turn and
+turn about, minima. The first turn of a problem also counts operators, bytes, products and allocations. Writes
+docs/results/step.json, step.md and step.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory, step_results
+from benchmarks.dispatch_ledger import DispatchLedger, count
+from benchmarks.ops import commit, machine
+from benchmarks.step_contenders import FORMS, Contender, Problem, build
+from benchmarks.study import KEEP_MEMORY
+
+CPU = torch.device("cpu")
+LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on the first problem only
+
+
+def contenders(methods: list[str], forms: list[str], first: bool) -> list[tuple[str, str]]:
+    """(method, form) of a problem; first: whether it is the first of its detector."""
+    found = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
+    return found + [pair for pair in sorted(LONE) if first and pair[0] in methods and pair[1] in forms]
+
+
+def problems(chosen: argparse.Namespace) -> list[Problem]:
+    """In the order of their worth, as the time may run out: few boxes before many, one image before two."""
+    return [
+        Problem(detector, images, boxes, chosen.height, chosen.width)
+        for boxes in chosen.boxes
+        for images in chosen.images
+        for detector in chosen.detectors
+    ]
+
+
+def resident(contender: Contender) -> int:
+    """Bytes of weights, statistics, optimiser states and the frozen teacher."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in contender.resident())
+
+
+def first_turn(contender: Contender) -> dict[str, Any]:
+    """A step, counted: ledger, memory and seconds (counting costs it a hundredth)."""
+    seconds = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        with DispatchLedger() as found:
+            contender.step()
+        seconds.append(time.perf_counter() - begin)
+        seconds.append(found.counts)
+
+    peak = memory.measure(work, CPU).peak
+    entry = {"seconds": [seconds[0]], "ledger": dataclasses.asdict(seconds[1])}
+    if contender.teacher is not None:
+        entry["teacher_ledger"] = dataclasses.asdict(count(contender.teacher))
+    return {**entry, "transient_bytes": peak, "resident_bytes": resident(contender)}
+
+
+def measure(problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool) -> dict[str, Any]:
+    """All contenders of a problem, turn and turn about.
+
+    Args:
+        first: the first problem of its detector: more repetitions, and what the cost ledger needs.
+        counted: the first turn is counted; else it is a step on small images, not timed.
+    """
+    entries, runners = {}, {}
+    for method, form in contenders(chosen.methods, chosen.forms, first):
+        runners[method, form] = runner = build(problem, method, form)
+        small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
+        runner.on(small.batch(), runner.step)  # optimiser states are there now
+        entries[f"{method}/{form}"] = first_turn(runner) if counted else {"seconds": []}
+    turns = chosen.repetitions if first else chosen.repetitions - counted - 1
+    for turn in range(max(turns, 1 - counted)):
+        order = list(runners) if turn % 2 == 0 else list(reversed(runners))
+        for method, form in order:
+            gc.collect()
+            entries[f"{method}/{form}"]["seconds"].append(runners[method, form].timed())
+    return {**dataclasses.asdict(problem), "entries": entries}
+
+
+def collect(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for, as far as the time goes."""
+    torch.set_num_threads(chosen.threads)
+    begin, rows, skipped, seen = time.monotonic(), [], [], set()
+    for problem in problems(chosen):
+        if time.monotonic() - begin > 60 * chosen.minutes:
+            skipped.append(dataclasses.asdict(problem))
+            continue
+        first = problem.detector not in seen
+        counted = problem.boxes == chosen.boxes[0]
+        rows.append(measure(problem, chosen, first=first, counted=counted))
+        seen.add(problem.detector)
+        print(step_results.row_table(rows[-1]), flush=True)
+    return {
+        "command": f"python -m benchmarks.step {shlex.join(sys.argv[1:])}".strip(),
+        "commit": commit(),
+        "machine": machine(CPU),
+        "threads": chosen.threads,
+        "seconds": time.monotonic() - begin,
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", choices=["retinanet", "faster-rcnn"])
+    methods = ["student", "lgd", "icd", "fgfi", "teacher"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    parser.add_argument("--images", nargs="+", type=int, help="of a batch (default: 1 2)")
+    parser.add_argument("--boxes", nargs="+", type=int, help="of an image (default: 7 30)")
+    parser.add_argument("--height", type=int, default=800, help="of the images, pixels (default: 800)")
+    parser.add_argument("--width", type=int, default=1216, help="of the images, pixels (default: 1216)")
+    parser.add_argument("--repetitions", type=int, default=2, help="timed turns of a detector's first problem (2)")
+    parser.add_argument("--minutes", type=float, default=20, help="no new problem begins after so many (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="RetinaNet, one image, 7 boxes (eight minutes)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results; of parts build/bench)")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="write the report of a saved run again, no run")
+    chosen = parser.parse_args(arguments)
+    whole = not (chosen.quick or chosen.detectors or chosen.images or chosen.boxes)
+    whole = whole and chosen.methods == methods and chosen.forms == list(FORMS)
+    chosen.out = chosen.out or Path("docs/results" if whole else "build/bench")
+    chosen.detectors = chosen.detectors or (["retinanet"] if chosen.quick else ["retinanet", "faster-rcnn"])
+    chosen.images = chosen.images or ([1] if chosen.quick else [1, 2])
+    chosen.boxes = chosen.boxes or ([7] if chosen.quick else [7, 30])
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 0."""
+    chosen = parse(arguments)
+    if chosen.report:
+        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
+    else:
+        saved = collect(chosen)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")
+    step_results.plot(saved, chosen.out / "step.png")
+    print(step_results.report(saved))
+    return 0
+
+
+if __name__ == "__main__":
+    if any(name not in os.environ for name in KEEP_MEMORY):  # the allocator reads them when the process starts
+        environment = {**KEEP_MEMORY, **os.environ}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]], environment)
+    sys.exit(main())

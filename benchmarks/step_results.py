@@ -1,0 +1,201 @@
+"""From the measurements of `benchmarks.step` to tables: docs/results/step.md and step.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dispatch_ledger import Counts
+
+MIB, GB = 2**20, 1e9
+LABELS = {"student": "student alone", "lgd": "LGD", "icd": "ICD", "fgfi": "FGFI", "teacher": "the teacher's own training"}
+FORMS = {"plain": "plain float32", "float32": "ours float32", "bfloat16": "ours bfloat16"}
+SPEED_TARGETS = {("lgd", "float32"): 1.4, ("lgd", "bfloat16"): 2.5, ("icd", "float32"): 1.25, ("icd", "bfloat16"): 2.3}
+OWN_TARGETS = {"lgd": (350, 1 / 2, 1 / 2), "icd": (120, 1 / 8, 1 / 10)}  # operators; of plain's bytes, peak memory
+
+
+def seconds(entry: dict[str, Any]) -> float:
+    """The fastest step."""
+    return min(entry["seconds"])
+
+
+def peak(entry: dict[str, Any]) -> int:
+    """Bytes in use at the worst moment."""
+    return entry["transient_bytes"] + entry["resident_bytes"]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A problem in words."""
+    name = {"retinanet": "RetinaNet-R50", "faster-rcnn": "Faster R-CNN-R50"}[row["detector"]]
+    return f"{name}, B = {row['images']}, {row['boxes']} boxes an image, {row['height']} x {row['width']}"
+
+
+def row_table(row: dict[str, Any]) -> str:
+    """Seconds and peak memory of a problem's steps; in brackets how many times faster than the plain form."""
+    lines = []
+    for method, label in LABELS.items():
+        found = {form: row["entries"].get(f"{method}/{form}") for form in FORMS}
+        if not any(found.values()):
+            continue
+        times, sizes = [], []
+        for entry in found.values():
+            if entry is None:
+                times.append("")
+                sizes.append("")
+                continue
+            faster = f" ({seconds(found['plain']) / seconds(entry):.2f} x)" if found["plain"] else ""
+            times.append(f"{seconds(entry):.2f} s" + (faster if entry is not found["plain"] else ""))
+            sizes.append(f"{peak(entry) / MIB:,.0f} MiB" if "ledger" in entry else "")
+        lines.append([label, *times, *sizes])
+    head = ["step", *FORMS.values(), *(f"peak, {label}" for label in FORMS.values())]
+    return f"### {name_of(row)}\n\n{table(head, lines)}\n"
+
+
+def counts(values: dict[str, Any]) -> Counts:
+    """A stored ledger."""
+    return Counts(**values)
+
+
+def own_part(row: dict[str, Any], method: str, form: str) -> Counts | None:
+    """The ledger of a method beyond student and teacher; None where something was not counted."""
+    whole, alone = row["entries"].get(f"{method}/{form}"), row["entries"].get(f"student/{form}")
+    if whole is None or alone is None or "ledger" not in whole or "ledger" not in alone:
+        return None
+    own = counts(whole["ledger"]).minus(counts(alone["ledger"]))
+    if "teacher_ledger" in whole:
+        asked = counts(whole["teacher_ledger"])
+        peak_bytes = own.peak  # the teacher's own temporaries are gone when the student's peak comes
+        own = own.minus(asked)
+        own.peak = peak_bytes
+    return own
+
+
+def ledger_lines(label: str, found: Counts) -> list[str]:
+    """A line of the ledger."""
+    numbers = [found.ops - found.views, found.ops, found.syncs]
+    sizes = [found.bytes_read / GB, found.bytes_written / GB, found.flops / GB, found.largest / MIB, found.peak / MIB]
+    return [label, *(f"{n:,d}" for n in numbers), *(f"{s:,.2f}" for s in sizes[:2]), *(f"{s:,.0f}" for s in sizes[2:])]
+
+
+def ledger_table(row: dict[str, Any]) -> str:
+    """Student, method and difference, as counted."""
+    lines = []
+    for method, label in LABELS.items():
+        for form, form_label in FORMS.items():
+            entry = row["entries"].get(f"{method}/{form}")
+            if entry is None or "ledger" not in entry:
+                continue
+            lines.append(ledger_lines(f"{label}, {form_label}", counts(entry["ledger"])))
+            own = own_part(row, method, form) if method not in ("student", "teacher") else None
+            if own is not None:
+                lines.append(ledger_lines(f"*{label}'s own part, {form_label}*", own))
+    head = ["", "kernels", "with views", "waits", "GB read", "GB written", "GFLOP", "largest, MiB", "peak, MiB"]
+    return f"### Ledger: {name_of(row)}\n\n{table(head, lines)}\n" if lines else ""
+
+
+def targets(row: dict[str, Any]) -> str:
+    """The targets beside their figures."""
+    lines, entries = [], row["entries"]
+    for (method, form), wanted in SPEED_TARGETS.items():
+        plain, own = entries.get(f"{method}/plain"), entries.get(f"{method}/{form}")
+        if plain and own:
+            ratio = seconds(plain) / seconds(own)
+            lines.append([f"{LABELS[method]}, {FORMS[form]}", f"{wanted} x faster", f"{ratio:.2f} x", _met(ratio >= wanted)])
+    for method, (ops, share, memory) in OWN_TARGETS.items():
+        plain = own_part(row, method, "plain")
+        for form in ("float32", "bfloat16"):
+            own = own_part(row, method, form)
+            if plain is None or own is None:
+                continue
+            label, kernels = f"{LABELS[method]}'s own part, {FORMS[form]}", own.ops - own.views
+            found = f"{kernels} (plain {plain.ops - plain.views})"
+            lines.append([f"{label}: kernels", f"at most {ops}", found, _met(kernels <= ops)])
+            for what, wanted, mine, theirs in (
+                ("bytes", share, own.bytes, plain.bytes),
+                ("extra peak memory", memory, own.peak, plain.peak),
+            ):
+                good = theirs > 0 and mine <= wanted * theirs
+                found = f"{mine / GB:.2f} GB (plain {theirs / GB:.2f} GB)"
+                lines.append([f"{label}: {what}", f"1/{1 / wanted:.0f} of plain's", found, _met(good)])
+    return f"### Targets: {name_of(row)}\n\n{table(['', 'target', 'measured', 'met'], lines)}\n" if lines else ""
+
+
+def _met(good: bool) -> str:
+    return "yes" if good else "no"
+
+
+def fgfi_ledger(row: dict[str, Any], ratio: float = 1.0) -> str:
+    """Extra cost of LGD beside that of FGFI with its teacher's training (methods.md 4).
+
+    Args:
+        ratio: steps of the teacher's training for each of the student's.
+    """
+    names = [f"{method}/float32" for method in ("student", "lgd", "fgfi", "teacher")]
+    if not all(name in row["entries"] for name in names):
+        return ""
+    student, lgd, fgfi, teacher = (seconds(row["entries"][name]) for name in names)
+    alone, with_teacher = fgfi - student, fgfi - student + ratio * teacher
+    saved = 1 - (lgd - student) / with_teacher
+    lines = [
+        ["LGD", f"{lgd - student:.2f} s", "none", f"{lgd - student:.2f} s"],
+        ["FGFI", f"{alone:.2f} s", f"{teacher:.2f} s", f"{with_teacher:.2f} s"],
+    ]
+    head = ["extra over the student, ours float32", "in the step", "teacher's training step", "together"]
+    return (
+        f"### Cost beside FGFI: {name_of(row)}\n\n{table(head, lines)}\n\nThe R101 teacher trains as many steps as the "
+        f"student. LGD's extra cost is {saved:.0%} lower (target: at least 51 %): {_met(saved >= 0.51)}.\n"
+    )
+
+
+def report(saved: dict[str, Any]) -> str:
+    """The whole of step.md."""
+    cpu, torch_version = saved["machine"]["cpu"], saved["machine"]["torch"]
+    parts = [
+        "# A training step\n",
+        f"`{saved['command']}` at {saved['commit']}, {saved['threads']} threads of {cpu}, torch {torch_version}; "
+        f"{saved['seconds'] / 60:.0f} minutes. Seconds are minima of a few steps taken turn and turn about in one "
+        "process. Plain: the published algorithm in eager float32 torch on torchvision's detectors, teacher R101 in "
+        "float32 (benchmarks/plain_*.py). Peak memory: what torch's allocator hands out at the worst moment, with "
+        "weights, optimiser states and teacher.\n",
+        *(row_table(row) for row in saved["rows"]),
+        "Ledger: counted by a dispatch mode, nominal and machine-independent: every operand read once and every result "
+        "written once; kernels are dispatched operators but views; waits are points where a GPU's host would wait. A "
+        "method's own part is its step less the student's and the teacher's forward.\n",
+    ]
+    for make in (targets, fgfi_ledger, ledger_table):
+        parts += [text for row in saved["rows"] if (text := make(row))]
+    if saved["skipped"]:
+        parts.append("Not measured, the time was over: " + "; ".join(name_of(row) for row in saved["skipped"]) + ".\n")
+    return "\n".join(parts)
+
+
+def plot(saved: dict[str, Any], path: Path) -> None:
+    """Seconds of every step, one panel for each problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"plain": "#9aa5b1", "float32": "#3b7dd8", "bfloat16": "#2a9d5c"}
+    rows = saved["rows"]
+    figure, grid = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 3.4), layout="constrained", squeeze=False)
+    for axis, row in zip(grid[0], rows):
+        methods = [method for method in ("student", "lgd", "icd") if f"{method}/plain" in row["entries"]]
+        for offset, form in enumerate(FORMS):
+            values = [row["entries"].get(f"{method}/{form}") for method in methods]
+            places = [place + (offset - 1) * 0.27 for place in range(len(methods))]
+            bars = [seconds(entry) if entry else 0.0 for entry in values]
+            axis.bar(places, bars, 0.25, color=colours[form], label=FORMS[form])
+        axis.set_xticks(range(len(methods)), [LABELS[method] for method in methods])
+        axis.set_title(f"{row['detector']}, B = {row['images']}, {row['boxes']} boxes", fontsize=9)
+        axis.set_ylabel("seconds a step")
+        axis.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
