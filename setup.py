@@ -1,20 +1,27 @@
-"""Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so.
+"""Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so, and csrc/*.cu into fastkd/_cuda.so.
 
-Every source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512, 3 AVX512_BF16;
+Every C++ source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512, 3 AVX512_BF16;
 csrc/capability.h), chosen at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
 
-Environment: MAX_JOBS (parallel compilers; default: by cores and free memory), FASTKD_CUDA (see `check_cuda_request`),
-CXX and CXXFLAGS (read by setuptools).
+Environment: MAX_JOBS (parallel compilers; default: by cores and free memory); CXX and CXXFLAGS (read by setuptools);
+FASTKD_CUDA: unset = build the GPU kernels where that is possible and say why where not, 0 = do not, 1 = fail where that
+is not possible; CUDA_HOME (the toolkit); TORCH_CUDA_ARCH_LIST (cards, as "8.0;9.0+PTX"; default: machine code for 8.0,
+9.0 and 10.0, and PTX for every other card from 8.0 on). No GPU is needed to build for one.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
@@ -32,6 +39,18 @@ COMPILE_ARGS = [
     f"-fmacro-prefix-map={ROOT}/=",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
 ]
+NVCC_ARGS = [
+    "-O1",  # of the host's side, which only launches; device code is always compiled with all optimisations
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "-Xfatbin=-compress-all",
+    "-Xcompiler=-fvisibility=hidden",
+    "-DUSE_CUDA",  # the stable ABI's functions for CUDA streams
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+CARDS = ("80", "90", "100")  # A100; H100; B200. Later ones of the same major version run their machine code.
+DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 MEMORY_PER_JOB = 1.5 * 2**30
 
 
@@ -57,24 +76,142 @@ def parallel_jobs() -> int:
     return int(max(1, min(cores, available_memory() // MEMORY_PER_JOB)))
 
 
-def check_cuda_request() -> None:
-    """FASTKD_CUDA: unset or 0 builds without CUDA; 1 fails, as this version has no CUDA kernels to build."""
-    request = os.environ.get("FASTKD_CUDA", "0")
-    if request == "1":
-        sys.exit("FASTKD_CUDA=1: this version of fastkd has no CUDA kernels; unset it, CUDA tensors use plain torch")
-    if request != "0":
-        sys.exit(f"FASTKD_CUDA must be 0 or 1, got {request!r}; unset it to build without CUDA")
+class NoCudaBuild(Exception):
+    """Why the GPU kernels cannot be built, and what to do about it."""
 
 
-class BuildPerCapability(BuildExtension):
-    """Compiles every source once per capability, through generated one-line sources."""
+def find_toolkit() -> Path:
+    """The folder of the CUDA toolkit: CUDA_HOME, else that of the nvcc on PATH, else /usr/local/cuda.
+
+    An nvcc on PATH may be a script that runs another one, so it is asked where it is.
+    Raises: NoCudaBuild where there is none.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        if not (Path(home) / "bin" / "nvcc").is_file():
+            raise NoCudaBuild(f"CUDA_HOME={home} has no bin/nvcc; point it to a CUDA toolkit or unset it")
+        return Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+        tried = subprocess.run(command, capture_output=True, text=True, check=False)
+        top = re.search(r"^#\$ TOP=(.+)$", tried.stderr, re.MULTILINE)
+        if top is None:
+            raise NoCudaBuild(f"{nvcc} does not say where its toolkit is; set CUDA_HOME to the toolkit's folder")
+        return Path(top.group(1)).resolve()
+    if (DEFAULT_TOOLKIT / "bin" / "nvcc").is_file():
+        return DEFAULT_TOOLKIT
+    raise NoCudaBuild("no nvcc was found; install the CUDA toolkit, or set CUDA_HOME to its folder")
+
+
+def ask_nvcc(home: Path, question: str) -> str:
+    command = [home / "bin" / "nvcc", question]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def find_runtime(home: Path) -> Path:
+    """The folder of a toolkit's static runtime.
+
+    Raises: NoCudaBuild where it or the headers are missing, as in installations of the compiler alone.
+    """
+    folders = [folder for folder in (home / "lib64", home / "lib") if (folder / "libcudart_static.a").is_file()]
+    if not folders or not (home / "include" / "cuda_runtime.h").is_file():
+        raise NoCudaBuild(
+            f"{home} lacks include/cuda_runtime.h or libcudart_static.a; install the toolkit's runtime with its headers"
+        )
+    return folders[0]
+
+
+def check_toolkit() -> Path:
+    """The toolkit that fits this torch.
+
+    Raises: NoCudaBuild where torch has no CUDA, there is no toolkit, or the two are of different major versions.
+    """
+    wanted = torch.version.cuda
+    if wanted is None:
+        raise NoCudaBuild(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
+    home = find_toolkit()
+    told = ask_nvcc(home, "--version")
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None:
+        raise NoCudaBuild(f"{home}/bin/nvcc --version names no release, got {told.strip()!r}; set CUDA_HOME")
+    major = wanted.split(".")[0]
+    if release.group(1) != major:
+        raise NoCudaBuild(
+            f"torch {torch.__version__} is built for CUDA {wanted}, {home} holds CUDA {'.'.join(release.groups())}; "
+            f"set CUDA_HOME to a toolkit {major}.x, or install a torch for CUDA {release.group(1)}"
+        )
+    find_runtime(home)
+    return home
+
+
+def targets(home: Path) -> list[tuple[str, str]]:
+    """What nvcc makes, as pairs (PTX version, code): ("80", "sm_90") is machine code of 9.0 made from PTX of 8.0.
+
+    By default all comes from one PTX, which goes into the library too: the front end, half of the work, runs once, and
+    nothing in the kernels asks for more than 8.0.
+    Raises: NoCudaBuild if TORCH_CUDA_ARCH_LIST names no cards, or some that this nvcc does not know.
+    """
+    known = re.findall(r"\bsm_(\d+)\b", ask_nvcc(home, "--list-gpu-code"))
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", " ").replace(";", " ").split()
+    if not wanted:
+        return [("80", f"sm_{card}") for card in CARDS if card in known] + [("80", "compute_80")]
+    pairs = []
+    for card in wanted:
+        number = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", card)
+        if number is None:
+            raise NoCudaBuild(f'TORCH_CUDA_ARCH_LIST must be versions such as "8.0;9.0+PTX", got {card!r}; correct it')
+        name = number.group(1) + number.group(2)
+        if name not in known:
+            raise NoCudaBuild(
+                f"TORCH_CUDA_ARCH_LIST names {card}, {home}/bin/nvcc knows {' '.join(known)}; "
+                "take cards of these or set CUDA_HOME to another toolkit"
+            )
+        pairs += [(name, f"sm_{name}")] + ([(name, f"compute_{name}")] if number.group(3) else [])
+    return pairs
+
+
+def prepare_cuda() -> tuple[Path, list[tuple[str, str]]] | None:
+    """The toolkit and targets to build with, None to build without; FASTKD_CUDA decides (see above)."""
+    request = os.environ.get("FASTKD_CUDA", "")
+    if request not in ("", "0", "1"):
+        sys.exit(f"FASTKD_CUDA must be 0 or 1, got {request!r}; unset it to build GPU kernels where that is possible")
+    if request == "0":
+        return None
+    try:
+        home = check_toolkit()
+        return home, targets(home)
+    except NoCudaBuild as reason:
+        if request == "1":
+            sys.exit(f"FASTKD_CUDA=1: {reason}")
+        print(f"fastkd: no GPU kernels are built: {reason}. CUDA tensors will take plain torch.", file=sys.stderr)
+        return None
+
+
+class Build(BuildExtension):
+    """Compiles every C++ source once per capability, through generated one-line sources, and the GPU kernels."""
+
+    user_options = [*BuildExtension.user_options, ("only-cuda", None, "build fastkd/_cuda.so alone")]  # noqa: RUF012
+    boolean_options = [*BuildExtension.boolean_options, "only-cuda"]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.only_cuda = False
 
     def build_extensions(self) -> None:
-        check_cuda_request()
         os.environ.setdefault("MAX_JOBS", str(parallel_jobs()))
-        for extension in self.extensions:
-            extension.sources = self.per_capability(extension.sources)
-        super().build_extensions()
+        cpu, cuda = self.extensions
+        self.extensions = [] if self.only_cuda else [cpu]
+        cpu.sources = self.per_capability(cpu.sources)
+        found = prepare_cuda()
+        if found is not None:
+            self.extensions.append(complete(cuda, *found))
+        try:
+            super().build_extensions()
+        except Exception:
+            if found is not None:
+                print("fastkd: FASTKD_CUDA=0 builds without the GPU kernels", file=sys.stderr)
+            raise
 
     def per_capability(self, sources: list[str]) -> list[str]:
         folder = Path(self.build_temp).resolve() / "per_capability"
@@ -94,26 +231,46 @@ class BuildPerCapability(BuildExtension):
 
 
 class PythonIndependentWheel(bdist_wheel):
-    """The library has no PyInit and links no libpython: the wheel depends on the platform alone."""
+    """The libraries have no PyInit and link no libpython: the wheel depends on the platform alone."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py310", "none", super().get_tag()[2]
 
 
+def extension(name: str, pattern: str) -> CppExtension:
+    def paths(pattern: str) -> list[str]:
+        return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+    return CppExtension(
+        name,
+        sources=paths(pattern),
+        depends=paths("csrc/*.h"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": COMPILE_ARGS, "nvcc": NVCC_ARGS},
+        extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        py_limited_api=True,
+    )
+
+
+def complete(cuda: CppExtension, home: Path, pairs: list[tuple[str, str]]) -> CppExtension:
+    """The extension of the GPU kernels with what a toolkit adds.
+
+    Not a CUDAExtension: that links the shared runtime, while this needs a driver and torch but no toolkit to run.
+    """
+    cpp_extension.CUDA_HOME = str(home)  # its own search takes the folder of a wrapper script
+    flags = [f"-gencode=arch=compute_{ptx},code={code}" for ptx, code in pairs]
+    flags.append(f"-DFASTKD_CUDA_TARGETS={'.'.join(code for _, code in pairs)}")
+    cuda.extra_compile_args["nvcc"] = [*NVCC_ARGS, *flags]
+    cuda.include_dirs.append(str(home / "include"))
+    cuda.library_dirs.append(str(find_runtime(home)))
+    cuda.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+    return cuda
+
+
 setup(
-    ext_modules=[
-        CppExtension(
-            "fastkd._cpu",
-            sources=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp")),
-            depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.h")),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=COMPILE_ARGS,
-            extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[extension("fastkd._cpu", "csrc/*.cpp"), extension("fastkd._cuda", "csrc/*.cu")],
     cmdclass={
-        "build_ext": BuildPerCapability.with_options(no_python_abi_suffix=True),
+        "build_ext": Build.with_options(no_python_abi_suffix=True),
         "bdist_wheel": PythonIndependentWheel,
     },
 )

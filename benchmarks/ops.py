@@ -126,14 +126,14 @@ def commit() -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on and with."""
-    names = [name for name in ops.__all__ if not name.endswith("_reference")]
+    names = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "capability": _library.cpu_capability(),
         "torch": torch.__version__,
-        "kernels": {name: device.type == "cpu" and _library.has_kernel(name) for name in names},
+        "kernels": {name: _library.has_kernel(name, device.type) for name in names},
         "allocator": {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()},
     }
 

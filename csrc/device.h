@@ -96,6 +96,16 @@ inline int64_t shared_limit() {
   return bytes - 1024;  // what the system keeps, and static arrays
 }
 
+// Raises what the CUDA runtime reports; a card that the library has no code for in words.
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+                      error != cudaErrorInvalidKernelImage,
+                  "fastkd: this GPU or its driver cannot run the compiled GPU kernels (", cudaGetErrorString(error),
+                  "); `fastkd info` names the cards they are built for: rebuild with TORCH_CUDA_ARCH_LIST, or update "
+                  "the driver, or call the ops within fastkd.ops.use_backend(\"reference\")");
+  STD_CUDA_CHECK(error);
+}
+
 // Launches on the current stream of the tensor's device, which the caller's DeviceGuard has made current.
 template <class... Parameters, class... Arguments>
 void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
@@ -104,9 +114,9 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
   if (shared_bytes > 48 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_cuda(cudaGetLastError());
 }
 
 #else  // emulation

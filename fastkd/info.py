@@ -56,16 +56,22 @@ def _gpus() -> list[str]:
 
 
 def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
+    """What runs where; why_not: why no compiled op runs on the CPU."""
     table = {}
     for op in sorted(name for name in ops.__all__ if f"{name}_reference" in ops.__all__):
-        if why_not is not None:
-            cpu = f"plain torch: {why_not}"
-        elif _library.has_kernel(op):
-            cpu = "compiled"
-        else:
-            cpu = "plain torch: no kernel in this version"
-        table[op] = {"cpu": cpu, "cuda": "plain torch: no kernel in this version"}
+        reasons = {"cpu": why_not or _library.why_no_kernel(op), "cuda": _library.why_no_kernel(op, "cuda")}
+        table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
+        if reasons["cuda"] is None and op in _library.TRITON_OPS:
+            table[op]["cuda"] = "compiled by Triton when first called"
     return table
+
+
+def _cards() -> list[str]:
+    """The visible GPUs that the kernels are not built for, in words."""
+    build = _library.cuda_build()
+    cards = range(torch.cuda.device_count() if build else 0)
+    found = {_library.why_unsupported(build, torch.cuda.get_device_capability(index)) for index in cards}
+    return sorted(found - {None})
 
 
 def collect() -> dict:
@@ -73,7 +79,8 @@ def collect() -> dict:
 
     Returns: {"fastkd", "python", "platform": str; "packages": {name: version}; "cpu": {"model", "cores", "threads",
         "capability" (None where no compiled op runs), "library" (path), "build" (None if not built), "why_not"};
-        "torch_cuda": CUDA version torch was built for or None; "gpus": list of str; "ops": {op: {"cpu", "cuda"}}}.
+        "cuda": {"torch" (CUDA version torch was built for or None), "build" (None if not built), "why_not", "gpus" and
+        "unsupported" (lists of str)}; "ops": {op: {"cpu", "cuda"}}}.
     """
     why_not, capability = _cpu_library()
     return {
@@ -90,8 +97,13 @@ def collect() -> dict:
             "build": _library.cpu_build(),
             "why_not": why_not,
         },
-        "torch_cuda": torch.version.cuda,
-        "gpus": _gpus(),
+        "cuda": {
+            "torch": torch.version.cuda,
+            "build": _library.cuda_build(),
+            "why_not": _library.why_no_cuda(),
+            "gpus": _gpus(),
+            "unsupported": _cards(),
+        },
         "ops": _kernels(why_not),
     }
 
@@ -106,8 +118,11 @@ def print_info(console: Console | None = None) -> None:
     table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
     table.add_row("CPU kernels", f"run {cpu['capability']}" if cpu["why_not"] is None else f"none: {cpu['why_not']}")
     table.add_row("built", f"{cpu['build']}\n{cpu['library']}" if cpu["build"] else "no")
-    built_for = f"torch is built for CUDA {info['torch_cuda']}" if info["torch_cuda"] else "torch is built without CUDA"
-    table.add_row("GPU", "\n".join(info["gpus"]) or f"none visible; {built_for}")
+    cuda = info["cuda"]
+    built_for = f"torch is built for CUDA {cuda['torch']}" if cuda["torch"] else "torch is built without CUDA"
+    table.add_row("GPU", "\n".join(cuda["gpus"]) or f"none visible; {built_for}")
+    reasons = [cuda["why_not"]] if cuda["why_not"] else cuda["unsupported"]
+    table.add_row("GPU kernels", "\n".join([*([cuda["build"]] if cuda["build"] else []), *reasons]))
     console.print(table)
     packages = Table("package", "version")
     for package, version in info["packages"].items():
@@ -115,5 +130,6 @@ def print_info(console: Console | None = None) -> None:
     console.print(packages)
     kernels = Table("op", "CPU", "CUDA")
     for op, where in info["ops"].items():
-        kernels.add_row(op, where["cpu"], where["cuda"])
+        known = cuda["why_not"] and where["cuda"].endswith(cuda["why_not"])  # said above, in full
+        kernels.add_row(op, where["cpu"], "plain torch: no GPU kernels" if known else where["cuda"])
     console.print(kernels)

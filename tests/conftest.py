@@ -13,6 +13,11 @@ matplotlib.use("Agg")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU is visible to torch")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty gives NaN (largest value for integers), so that a cell nobody wrote cannot pass for a zero."""

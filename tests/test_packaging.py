@@ -79,15 +79,17 @@ def test_source_distribution_is_complete(tmp_path):
     with tarfile.open(tmp_path / f"fastkd-{fastkd.__version__}.tar.gz") as archive:
         shipped = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"LICENSE", "CHANGELOG.md", "CMakeLists.txt", "Makefile", "pyproject.toml", "setup.py", ".ci/run"}
-    for pattern in ("csrc/*.cpp", "csrc/*.h", "fastkd/**/*.py", "fastkd/assets/*", "tests/*.py", "benchmarks/*.py"):
+    patterns = ("csrc/*.cpp", "csrc/*.cu", "csrc/*.h", "fastkd/**/*.py", "fastkd/assets/*", "tests/*.py")
+    for pattern in (*patterns, "benchmarks/*.py"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern) if path.is_file()}
     assert wanted - shipped == set()
     assert not [name for name in shipped if name.endswith((".so", ".pyc"))]
 
 
-@pytest.mark.parametrize("folder", [ROOT / "fastkd", CMAKE_BUILD], ids=["setup.py", "CMake"])
-def test_the_library_needs_the_stable_abi_alone(folder):
-    library = folder / "_cpu.so"
+@pytest.mark.parametrize("library", [ROOT / "fastkd" / "_cpu.so", CMAKE_BUILD / "_cpu.so", _library.BUILT_IN_CUDA])
+def test_the_library_needs_the_stable_abi_alone(library):
+    if library == _library.BUILT_IN_CUDA and not library.exists():
+        pytest.skip("fastkd/_cuda.so is not built: `make cuda`")
     assert library.exists(), "run `make build cmake`"
     command = ["nm", "-D", "-C", library]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -144,20 +146,6 @@ def test_without_a_library_there_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTKD_CPU_LIBRARY", raising=False)
     monkeypatch.setattr(_library, "BUILT_IN", tmp_path / "_cpu.so")
     assert "not built; run `make build`" in _library.why_not_loaded.__wrapped__()
-
-
-def test_setup_says_what_it_cannot_build(setup_script, monkeypatch):
-    check = setup_script["check_cuda_request"]
-    monkeypatch.delenv("FASTKD_CUDA", raising=False)
-    check()
-    monkeypatch.setenv("FASTKD_CUDA", "0")
-    check()
-    monkeypatch.setenv("FASTKD_CUDA", "1")
-    with pytest.raises(SystemExit, match="FASTKD_CUDA=1: this version of fastkd has no CUDA kernels"):
-        check()
-    monkeypatch.setenv("FASTKD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="FASTKD_CUDA must be 0 or 1, got 'yes'"):
-        check()
 
 
 def test_parallel_jobs_fit_the_free_memory(setup_script, monkeypatch):

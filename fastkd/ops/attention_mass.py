@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import register
 from fastkd.ops.checks import check_device, check_tensor
 from fastkd.ops.coverage import full_precision, widen
@@ -18,7 +18,7 @@ from fastkd.ops.instance_attention import (
     kernel_arguments,
 )
 
-_COMPILED = _library.has_kernel("attention_mass")
+_DISPATCH = Dispatch("attention_mass")
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def attention_mass(
                 f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
                 "instance_attention's is that of temperature 1"
             )
-    if queries.device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(queries):
         return attention_mass_reference(
             queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature
         )
@@ -108,5 +108,5 @@ def _fake(queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp,
     return [queries.new_empty((*queries.shape[:2], *level.shape[2:])) for level in levels]
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register("attention_mass", fake=_fake)

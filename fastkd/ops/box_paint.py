@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._pool_paint import flat, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import (
@@ -21,7 +21,7 @@ from fastkd.ops.checks import (
 )
 from fastkd.ops.coverage import box_cover, paint_cover
 
-_COMPILED = _library.has_kernel("box_paint")
+_DISPATCH = Dispatch("box_paint")
 
 
 def box_paint_reference(
@@ -70,7 +70,7 @@ def box_paint(
     check_kernel_dtype("box_paint", "embeddings", embeddings)
     check_device("box_paint", "boxes", boxes, "embeddings", embeddings)
     check_object_values("box_paint", image_index, batch_size, boxes)
-    if embeddings.device.type == "cpu" and _COMPILED and level_sizes:
+    if _DISPATCH.compiled(embeddings) and level_sizes:
         return torch.ops.fastkd.box_paint(
             embeddings, boxes.detach(), image_index, list(image_size), batch_size, flat(level_sizes)
         )
@@ -96,7 +96,7 @@ def _backward(ctx, grads: list[Tensor]):
     return gradient, None, None, None, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "box_paint", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.box_paint import box_paint_reference
 from fastkd.ops.checks import (
@@ -23,7 +23,7 @@ from fastkd.ops.checks import (
 )
 from fastkd.ops.coverage import full_precision, widen
 
-_COMPILED = _library.has_kernel("box_paint_conv3x3")
+_DISPATCH = Dispatch("box_paint_conv3x3")
 
 
 def box_paint_conv3x3_reference(
@@ -69,7 +69,7 @@ def box_paint_conv3x3(
     Source: LGD (Zhang et al., AAAI 2022), intra-object knowledge mapper.
     """
     _check(embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes)
-    if embeddings.device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(embeddings):
         return box_paint_conv3x3_reference(
             embeddings, weight, bias, boxes, image_index, image_size, batch_size, level_sizes
         )
@@ -161,7 +161,7 @@ def _backward(ctx, grads: list[Tensor]):
     return taps, bias if ctx.has_bias else None, None, None, None, None, None, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "box_paint_conv3x3",
         fake=_forward_fake,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import (
@@ -20,7 +20,7 @@ from fastkd.ops.checks import (
 )
 from fastkd.ops.coverage import box_cover, pool_cover
 
-_COMPILED = _library.has_kernel("box_pool")
+_DISPATCH = Dispatch("box_pool")
 
 
 def box_pool_reference(
@@ -52,7 +52,7 @@ def box_pool(levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, image
     check_size("box_pool", "image_size", image_size)
     check_device("box_pool", "boxes", boxes, "levels", levels[0])
     check_object_values("box_pool", image_index, levels[0].shape[0], boxes)
-    if levels[0].device.type == "cpu" and _COMPILED:
+    if _DISPATCH.compiled(levels[0]):
         return torch.ops.fastkd.box_pool(list(levels), boxes.detach(), image_index, list(image_size))
     return box_pool_reference(levels, boxes, image_index, image_size)
 
@@ -81,7 +81,7 @@ def _backward(ctx, grad: Tensor):
     return gradients, None, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "box_pool", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import register
 from fastkd.ops.checks import (
     check_batch_size,
@@ -20,7 +20,7 @@ from fastkd.ops.checks import (
     values_at_hand,
 )
 
-_COMPILED = _library.has_kernel("imitation_mask")
+_DISPATCH = Dispatch("imitation_mask")
 
 
 def _cell_anchors(anchors: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -95,7 +95,7 @@ def imitation_mask(
     Source: FGFI (Wang et al., CVPR 2019), section 3.1.
     """
     _check(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)
-    if boxes.device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(boxes):
         return imitation_mask_reference(boxes, image_index, anchors, strides, batch_size, level_sizes, psi)
     return torch.ops.fastkd.imitation_mask(
         boxes.detach(),
@@ -145,5 +145,5 @@ def _fake(boxes, image_index, anchors, strides, batch_size, level_sizes, psi) ->
     return [boxes.new_empty((batch_size, *size), dtype=torch.bool) for size in sizes]
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register("imitation_mask", fake=_fake)

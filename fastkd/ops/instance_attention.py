@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.checks import check_device, check_levels, check_same_sizes, check_tensor
 from fastkd.ops.coverage import full_precision, widen
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_COMPILED = _library.has_kernel("instance_attention")
+_DISPATCH = Dispatch("instance_attention")
 
 
 def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
@@ -170,7 +170,7 @@ def instance_attention(
         )
     for index, value in enumerate(values):
         check_dtype_and_device("instance_attention", f"values[{index}]", value, queries)
-    if queries.device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(queries):
         return instance_attention_reference(queries, levels, key_weight, row_bias, column_bias, values)
     arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
     output, logsumexp, _ = torch.ops.fastkd.instance_attention(*arguments, list(values))
@@ -239,7 +239,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_normal
     return grad_queries, none, grad_weight, gradients[:count], gradients[count : 2 * count], grad_values
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "instance_attention",
         fake=_forward_fake,

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.checks import check_levels
 from fastkd.ops.coverage import full_precision, widen
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_COMPILED = _library.has_kernel("instance_norm_mse")
+_AUTOCAST = ("AutocastCPU", "AutocastCUDA")
+_DISPATCH = Dispatch("instance_norm_mse")
 _MOMENTS = 10  # numbers the forward kernel keeps for each row
 
 
@@ -47,7 +48,7 @@ def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps:
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
-    if student[0].device.type == "cpu" and _COMPILED:
+    if _DISPATCH.compiled(student[0]):
         return torch.ops.fastkd.instance_norm_mse(list(student), list(teacher), float(eps))[0]
     return instance_norm_mse_reference(student, teacher, eps)
 
@@ -117,13 +118,14 @@ def _backward(ctx, grad_loss: Tensor | None, grad_moments: None):
 def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     """Levels keep their dtype, as sums are float32 anyway; only where two dtypes meet the narrower is widened."""
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+    autocast = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST]
+    with torch._C._ExcludeDispatchKeyGuard(autocast[0] | autocast[1]):
         return torch.ops.fastkd.instance_norm_mse(
             [level.to(dtype) for level in student], [level.to(dtype) for level in teacher], eps
         )
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "instance_norm_mse",
         fake=_forward_fake,
@@ -131,4 +133,4 @@ if _COMPILED:
         backward=_backward,
         backward_fake=_backward_fake,
     )
-    torch.library.impl("fastkd::instance_norm_mse", "AutocastCPU", _autocast)
+    torch.library.impl("fastkd::instance_norm_mse", _AUTOCAST, _autocast)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._pool_paint import flat, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import (
@@ -20,7 +20,7 @@ from fastkd.ops.checks import (
 )
 from fastkd.ops.coverage import mask_cover, paint_cover
 
-_COMPILED = _library.has_kernel("mask_paint")
+_DISPATCH = Dispatch("mask_paint")
 
 
 def mask_paint_reference(
@@ -54,7 +54,7 @@ def mask_paint(
     check_kernel_dtype("mask_paint", "embeddings", embeddings)
     check_device("mask_paint", "masks", masks, "embeddings", embeddings)
     check_object_values("mask_paint", image_index, batch_size)
-    if embeddings.device.type == "cpu" and _COMPILED and level_sizes:
+    if _DISPATCH.compiled(embeddings) and level_sizes:
         return torch.ops.fastkd.mask_paint(embeddings, masks, image_index, batch_size, flat(level_sizes))
     return mask_paint_reference(embeddings, masks, image_index, batch_size, level_sizes)
 
@@ -78,7 +78,7 @@ def _backward(ctx, grads: list[Tensor]):
     return gradient, None, None, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "mask_paint", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
     )

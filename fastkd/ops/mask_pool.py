@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
 from fastkd.ops.coverage import mask_cover, pool_cover
 
-_COMPILED = _library.has_kernel("mask_pool")
+_DISPATCH = Dispatch("mask_pool")
 
 
 def mask_pool_reference(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def mask_pool(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> T
     check_masks("mask_pool", masks, image_index)
     check_device("mask_pool", "masks", masks, "levels", levels[0])
     check_object_values("mask_pool", image_index, levels[0].shape[0])
-    if levels[0].device.type == "cpu" and _COMPILED:
+    if _DISPATCH.compiled(levels[0]):
         return torch.ops.fastkd.mask_pool(list(levels), masks, image_index)
     return mask_pool_reference(levels, masks, image_index)
 
@@ -66,7 +66,7 @@ def _backward(ctx, grad: Tensor):
     return gradients, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "mask_pool", fake=_fake, setup_context=_setup_context, backward=_backward, backward_fake=_backward_fake
     )

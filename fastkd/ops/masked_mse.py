@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_same_sizes, check_tensor
 from fastkd.ops.coverage import full_precision, widen
 
-_COMPILED = _library.has_kernel("masked_mse")
+_DISPATCH = Dispatch("masked_mse")
 
 
 def masked_mse_reference(
@@ -45,7 +45,7 @@ def masked_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequ
     Source: FGFI (Wang et al., CVPR 2019), section 3.2.
     """
     _check(student, teacher, masks)
-    if student[0].device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(student[0]):
         return masked_mse_reference(student, teacher, masks)
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
     ours, theirs = [level.to(dtype) for level in student], [level.detach().to(dtype) for level in teacher]
@@ -106,7 +106,7 @@ def _backward(ctx, grad: Tensor | None, grad_count: None):
     return torch.ops.fastkd.masked_mse_backward(grad, student, teacher, masks), none, none
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "masked_mse",
         fake=_forward_fake,

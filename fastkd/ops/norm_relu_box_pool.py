@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.box_pool import box_pool_reference
 from fastkd.ops.checks import (
@@ -20,7 +20,7 @@ from fastkd.ops.checks import (
     check_size,
 )
 
-_COMPILED = _library.has_kernel("norm_relu_box_pool")
+_DISPATCH = Dispatch("norm_relu_box_pool")
 
 
 def norm_relu_box_pool_reference(
@@ -52,7 +52,7 @@ def norm_relu_box_pool(
     Source: LGD (Zhang et al., AAAI 2022), appearance encoder.
     """
     _check(levels, boxes, image_index, image_size, eps)
-    if levels[0].device.type == "cpu" and _COMPILED:
+    if _DISPATCH.compiled(levels[0]):
         arguments = list(levels), boxes.detach(), image_index, *image_size, float(eps)
         return torch.ops.fastkd.norm_relu_box_pool(*arguments)[0]
     return norm_relu_box_pool_reference(levels, boxes, image_index, image_size, eps)
@@ -102,7 +102,7 @@ def _backward(ctx, grad: Tensor | None, grad_kept: None, grad_normal: None):
     return gradients, None, None, None, None, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "norm_relu_box_pool",
         fake=_forward_fake,

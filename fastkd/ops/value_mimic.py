@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import _library
+from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._registration import dense_like, register_with_backward
 from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
 from fastkd.ops.instance_attention import flatten_pyramid
 
-_COMPILED = _library.has_kernel("value_mimic")
+_DISPATCH = Dispatch("value_mimic")
 
 
 def _head_norm(value: Tensor, eps: float) -> Tensor:
@@ -54,7 +54,7 @@ def value_mimic(
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
     """
     _check(student, teacher, mass, eps)
-    if student[0].device.type != "cpu" or not _COMPILED:
+    if not _DISPATCH.compiled(student[0]):
         return value_mimic_reference(student, teacher, mass, eps)
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
     if torch.float64 in (dtype, mass[0].dtype):
@@ -120,7 +120,7 @@ def _backward(ctx, grad: Tensor | None, grad_total: None):
     return torch.ops.fastkd.value_mimic_backward(grad, student, teacher, mass, total, ctx.eps), none, none, None
 
 
-if _COMPILED:
+if _DISPATCH.registered:
     register_with_backward(
         "value_mimic",
         fake=_forward_fake,

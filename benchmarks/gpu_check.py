@@ -1,0 +1,43 @@
+"""Is there a GPU that the kernels run on? `python -m benchmarks.gpu_check [--sanitizer]`; 1 and one line where not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from fastkd.ops import _library
+
+
+def why_not() -> str | None:
+    """None if torch sees a GPU and the GPU kernels run on it, else the reason in one line."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch; run this on a machine with an NVIDIA GPU and its driver"
+    if _library.why_no_cuda() is not None:
+        return _library.why_no_cuda()
+    return _library.why_unsupported(_library.cuda_build() or "", torch.cuda.get_device_capability())
+
+
+def sanitizer() -> str | None:
+    """Path of compute-sanitizer: on PATH, else in CUDA_HOME, else in /usr/local/cuda."""
+    homes = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)]))
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the GPU's name, or with --sanitizer the path of compute-sanitizer; the reason to stderr where not."""
+    reason, found = why_not(), torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if "--sanitizer" in arguments and reason is None:
+        found = sanitizer() or ""
+        reason = None if found else "compute-sanitizer is not on PATH nor in CUDA_HOME; install the CUDA toolkit's"
+    print(found if reason is None else f"gpu: {reason}", file=sys.stdout if reason is None else sys.stderr)
+    return int(reason is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
