@@ -1,16 +1,18 @@
 """instance_attention backward on the GPU, the formulas of csrc/instance_attention.cpp.
 
-A program takes a strip of a level (tiles.py) for one head of one image, tile by tile, and computes the probabilities anew:
+A program takes a strip of a level (tiles.py) for one head of one image, tile by tile, and computes P anew:
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
 With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
-place in memory, tile by tile. dV is complete in a tile, the column biases' gradients in a strip; what the strips have in
-common is added up in a fixed order afterwards: no atomics, the same bits every time.
-  traffic   levels and values read once from memory (a head after the other from the L2 cache), dV written once; for each
-            strip d numbers a query and, where PROJECTED, the weight's gradient
+place in memory, tile by tile. dV is complete in a tile, the column biases' gradients in a strip; what the strips have
+in common is added up in a fixed order afterwards: no atomics, the same bits every time.
+  traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
+            dV written once; for each strip d numbers a query and, where PROJECTED, the weight's gradient
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from fastkd.ops._registration import dense_like
 from fastkd.ops.triton import configurations, plan
+from fastkd.ops.triton.configurations import Card
 from fastkd.ops.triton.plan import Launch
 from fastkd.ops.triton.tiles import (
     bias_rows,
+    cells_of,
     column_bias_of,
     map_offsets,
     pick,
@@ -33,9 +37,9 @@ from fastkd.ops.triton.tiles import (
 
 @triton.jit
 def _block(
-    queries, row_bias, column_bias, grad, output, normal, table, part, level, image, head, heads, first, count, x0, width,
-    DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    queries, row_bias, column_bias, grad, output, normal, table, part, level, image, head, heads, first, count, x0,
+    width, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What a block of queries brings to every tile."""
     query = first + tl.arange(0, BLOCK_N)
@@ -83,7 +87,7 @@ def instance_attention_backward_kernel(
     grad,  # [B, G, N, VALUE_DEPTH], dtype of the values
     output,  # [B, G, N, VALUE_DEPTH]
     normal,  # [B, G, N, 2]: m, 1 / l
-    table,  # [parts, 12]: plan.Parts, a part of each strip
+    table,  # [parts, 13]: plan.Parts, a part of each strip
     part_queries,  # [parts, B * G * N, DEPTH]
     part_weight,  # [B * parts, G * DEPTH, CHANNELS], where PROJECTED
     part_rows,  # L pointers to [strips, B * G * N, H]
@@ -141,14 +145,15 @@ def instance_attention_backward_kernel(
         grad_query = tl.zeros((BLOCK_N, BLOCK_D), number)
         grad_column = tl.zeros((BLOCK_N, COLUMNS), number)
     for y in range(y0, y1, ROWS):
+        plane = cells_of(table, part, y, y1)
         cell, inside = tile_cells(x0, y, y1, width, ROWS, COLUMNS)
         y_of_tile = y + tl.arange(0, ROWS)
         x = tl.load(
-            level_start + map_offsets(channel, cell, cells, CHANNELS, LEVELS_LAST, WIDE),
+            level_start + map_offsets(channel, cell, plane, CHANNELS, LEVELS_LAST, WIDE),
             mask=(channel < CHANNELS)[:, None] & inside[None, :],
             other=0.0,
         )  # [C, S]
-        value_offsets = map_offsets(value_channel, cell, cells, heads * VALUE_DEPTH, VALUES_LAST, WIDE)
+        value_offsets = map_offsets(value_channel, cell, plane, heads * VALUE_DEPTH, VALUES_LAST, WIDE)
         value_known = (value < VALUE_DEPTH)[:, None] & inside[None, :]
         if FOR_KEYS:
             v = tl.load(value_start + value_offsets, mask=value_known, other=0.0)  # [V, S]
@@ -251,14 +256,16 @@ def plan_backward(
     values: list[Tensor],
     for_keys: bool,
     for_values: bool,
-):
+    card: Card | None = None,
+) -> tuple[Launch, Callable[[], list[Tensor]]]:
     """The launch of a backward pass and a function that gathers its results."""
-    problem = plan.Problem("instance_attention_backward", queries, levels, key_weight, row_bias, column_bias, values)
+    op = "instance_attention_backward"
+    problem = plan.Problem(op, queries, levels, key_weight, row_bias, column_bias, values, card)
     images, heads, count, depth = queries.shape
     rows, tables = images * heads * count, (images, heads, count)
-    plan.check_like("instance_attention_backward", queries, (*tables, problem.value_depth), grad=grad, output=output)
-    plan.check_like("instance_attention_backward", queries, (*tables, 2), normal=normal)
-    chosen = configurations.backward(problem.shape)
+    plan.check_like(op, queries, (*tables, problem.value_depth), grad=grad, output=output)
+    plan.check_like(op, queries, (*tables, 2), normal=normal)
+    chosen = configurations.backward(problem.shape, problem.card)
     parts = problem.cut(chosen)
     part_queries = queries.new_empty(parts.count, rows, depth) if for_keys else None
     part_weight = None

@@ -1,9 +1,9 @@
 """instance_attention forward on the GPU, the formulas of csrc/instance_attention.cpp.
 
-A program takes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head: tiles come one
-after the other, with a running maximum m, sum l and output O for each query, rescaled where m grows. Keys are the tile's
-cells themselves, or their product with the head's rows of key_weight, made in the program. A second kernel merges the
-parts' (m, l, O) in their order: the same bits every time.
+A program takes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head: tiles come
+one after the other, with a running maximum m, sum l and output O for each query, rescaled where m grows. Keys are the
+tile's cells themselves, or their product with the head's rows of key_weight, made in the program. A second kernel
+merges the parts' (m, l, O) in their order: the same bits every time.
   traffic   levels and values once from memory (the heads of a tile run side by side and find it in the L2 cache);
             parts * queries * (d_v + 2) numbers written and read
 """
@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.ops.triton import configurations, plan
+from fastkd.ops.triton.configurations import Card
 from fastkd.ops.triton.plan import Launch
 from fastkd.ops.triton.tiles import (
     bias_rows,
+    cells_of,
     column_bias_of,
     map_offsets,
     pick,
@@ -36,7 +38,7 @@ def instance_attention_forward_kernel(
     row_bias,  # L pointers to [B, G, N, H]
     column_bias,
     values,  # L pointers to [B, G * VALUE_DEPTH, H, W], where WITH_VALUES
-    table,  # [parts, 12]: plan.Parts
+    table,  # [parts, 13]: plan.Parts
     part_maximum,  # [parts, B * G * N]
     part_sum,
     part_output,  # [parts, B * G * N, VALUE_DEPTH]
@@ -93,9 +95,10 @@ def instance_attention_forward_kernel(
     total = tl.zeros((BLOCK_N,), number)
     output = tl.zeros((BLOCK_N, BLOCK_V), number)
     for y in range(y0, y1, ROWS):
+        plane = cells_of(table, part, y, y1)
         cell, inside = tile_cells(x0, y, y1, width, ROWS, COLUMNS)
         x = tl.load(
-            level_start + map_offsets(channel, cell, cells, CHANNELS, LEVELS_LAST, WIDE),
+            level_start + map_offsets(channel, cell, plane, CHANNELS, LEVELS_LAST, WIDE),
             mask=(channel < CHANNELS)[:, None] & inside[None, :],
             other=0.0,
         )  # [C, S]
@@ -116,7 +119,7 @@ def instance_attention_forward_kernel(
         maximum = highest
         if WITH_VALUES:
             v = tl.load(
-                value_start + map_offsets(value_channel, cell, cells, heads * VALUE_DEPTH, VALUES_LAST, WIDE),
+                value_start + map_offsets(value_channel, cell, plane, heads * VALUE_DEPTH, VALUES_LAST, WIDE),
                 mask=(value < VALUE_DEPTH)[:, None] & inside[None, :],
                 other=0.0,
             )  # [V, S]
@@ -187,16 +190,18 @@ def plan_forward(
     column_bias: list[Tensor],
     values: list[Tensor] | None,
     scale: float = 1.0,
+    card: Card | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """The launches of a forward pass and what they write: output, logsumexp and (m, 1 / l) of each query."""
-    problem = plan.Problem("instance_attention", queries, levels, key_weight, row_bias, column_bias, values)
-    chosen = configurations.forward(problem.shape)
+    problem = plan.Problem("instance_attention", queries, levels, key_weight, row_bias, column_bias, values, card)
+    chosen = configurations.forward(problem.shape, problem.card)
     images, heads, count, _ = queries.shape
     rows, blocks = images * heads * count, triton.cdiv(count, chosen.queries)
-    output, logsumexp, normal = (queries.new_empty(*queries.shape[:3], *side) for side in ((problem.value_depth,), (), (2,)))
+    sides = ((problem.value_depth,), (), (2,))
+    output, logsumexp, normal = (queries.new_empty(*queries.shape[:3], *side) for side in sides)
     if not problem.cells:  # nothing to attend to
         return [], output.zero_(), logsumexp.fill_(-float("inf")), normal.zero_()
-    most_rows = problem.most_rows(chosen, images * heads * blocks, configurations.wanted_programs(queries.device))
+    most_rows = problem.most_rows(chosen, images * heads * blocks)
     parts = problem.cut(chosen, most_rows)
     with_values = problem.value_depth > 0
     partial = [queries.new_empty(parts.count, rows, *side) for side in ((), (), (problem.value_depth,))]

@@ -1,7 +1,7 @@
 """attention_mass on the GPU: sum over the chosen queries of exp(logits / T - logsumexp), per head and cell.
 
-A program takes some tiles of cells of one image (tiles.py) and, for each, all heads and their queries, block by block: a
-tile is read once, the queries come from the L2 cache. A sum is complete in a program: no second pass, no atomics.
+A program takes some tiles of cells of one image (tiles.py) and, for each, all heads and their queries, block by block:
+a tile is read once, the queries come from the L2 cache. A sum is complete in a program: no second pass, no atomics.
   traffic   levels once, the mass written once; queries * CHANNELS (or key_weight) once a tile, from the L2 cache
 Without a logsumexp the forward kernels find it first, without values.
 """
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastkd.ops.triton import configurations, plan
 from fastkd.ops.triton.attention_forward import plan_forward
+from fastkd.ops.triton.configurations import Card
 from fastkd.ops.triton.plan import Launch
 from fastkd.ops.triton.tiles import (
     bias_rows,
+    cells_of,
     column_bias_of,
     map_offsets,
     pick,
@@ -37,7 +39,7 @@ def attention_mass_kernel(
     column_bias,
     chosen,  # [B, N] uint8
     logsumexp,  # [B, G, N]
-    table,  # [parts, 12]: plan.Parts
+    table,  # [parts, 13]: plan.Parts
     mass,  # L pointers to [B, G, H, W]
     parts,
     heads,
@@ -64,9 +66,10 @@ def attention_mass_kernel(
     mass_start = pick(mass, level) + image * heads * cells
     blocks = tl.cdiv(count, BLOCK_N)
     for y in range(y0, y1, ROWS):
+        plane = cells_of(table, part, y, y1)
         cell, inside = tile_cells(x0, y, y1, width, ROWS, COLUMNS)
         x = tl.load(
-            level_start + map_offsets(channel, cell, cells, CHANNELS, LEVELS_LAST, WIDE),
+            level_start + map_offsets(channel, cell, plane, CHANNELS, LEVELS_LAST, WIDE),
             mask=(channel < CHANNELS)[:, None] & inside[None, :],
             other=0.0,
         )  # [C, S]
@@ -114,21 +117,22 @@ def plan_mass(
     chosen: Tensor,
     logsumexp: Tensor | None,
     temperature: float,
+    card: Card | None = None,
 ) -> tuple[list[Launch], list[Tensor]]:
     """The launches of a call and the masses they write."""
-    problem = plan.Problem("attention_mass", queries, levels, key_weight, row_bias, column_bias, None)
+    problem = plan.Problem("attention_mass", queries, levels, key_weight, row_bias, column_bias, None, card)
     images, heads, count, _ = queries.shape
     plan.check_like("attention_mass", chosen, (images, count), chosen=chosen)
     launches = []
     if logsumexp is None:
-        arguments = (queries, levels, key_weight, row_bias, column_bias, None, 1 / temperature)
+        arguments = (queries, levels, key_weight, row_bias, column_bias, None, 1 / temperature, card)
         launches, _, logsumexp, _ = plan_forward(*arguments)
     plan.check_like("attention_mass", queries, (images, heads, count), logsumexp=logsumexp)
     masses = [queries.new_empty(images, heads, *size) for size in problem.sizes]
     if not count:
         return [], [level.zero_() for level in masses]
-    tile = configurations.mass(problem.shape)
-    parts = problem.cut(tile, problem.most_rows(tile, images, configurations.wanted_programs(queries.device)))
+    tile = configurations.mass(problem.shape, problem.card)
+    parts = problem.cut(tile, problem.most_rows(tile, images))
     mass = Launch(
         attention_mass_kernel,
         parts.count * images,

@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkd.ops.triton.configurations import Configuration, Shape
+from fastkd.ops.triton.configurations import Card, Configuration, Shape
 
-PART_NUMBERS = 12
+PART_NUMBERS = 13
 NARROW_LIMIT = 2**31  # offsets in an image from here on take 64 bits
 
 
@@ -77,8 +77,8 @@ class Parts:
     """A pyramid cut into parts: strips of a level, tile columns wide, of some rows; strip by strip, level by level.
 
     Args:
-        table: [parts, 12] int64: level, first column, first and end row, the level's rows and columns, strides of
-            image, head and query in its row bias, then in its column bias.
+        table: [parts, 13] int64: level, first column, first and end row, the level's rows and columns, strides of
+            image, head and query in its row bias, then in its column bias; the level's cells.
         first: number of each level's first part, and of all parts.
         strips, chunks: of each level; a chunk is a strip's rows in one part.
     """
@@ -101,7 +101,8 @@ def _cut(sizes, strides, tile, most_rows, device, stream) -> Parts:
         rows = height if most_rows is None else most_rows
         tops = range(0, height, rows) if height and width else ()
         lefts = range(0, width, tile[1]) if height and width else ()
-        entries += [(level, x, y, min(y + rows, height), height, width, *steps) for x in lefts for y in tops]
+        last = (height, width, *steps, height * width)
+        entries += [(level, x, y, min(y + rows, height), *last) for x in lefts for y in tops]
         first.append(len(entries))
         strips.append(len(lefts))
         chunks.append(len(tops))
@@ -114,7 +115,7 @@ def _cut(sizes, strides, tile, most_rows, device, stream) -> Parts:
 class Problem:
     """The arguments that all attention kernels share, as they take them."""
 
-    def __init__(self, op, queries, levels, key_weight, row_bias, column_bias, values):
+    def __init__(self, op, queries, levels, key_weight, row_bias, column_bias, values, card=None):
         images, heads, count, depth = queries.shape
         self.images, self.heads, self.count, self.depth = images, heads, count, depth
         self.sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
@@ -136,7 +137,8 @@ class Problem:
         widest = max(self.channels, heads * self.value_depth)
         self.wide = any(height * width * widest >= NARROW_LIMIT for height, width in self.sizes)
         size = max(dtype.itemsize, 0 if values is None else values[0].dtype.itemsize)
-        self.shape = Shape(count, self.channels, depth, self.value_depth, size, self.projected)
+        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last)
+        self.card = card or Card.of(queries.device)
 
     @staticmethod
     def _check(op, queries, levels, key_weight, row_bias, column_bias, values) -> None:
@@ -158,12 +160,17 @@ class Problem:
         wide = queries.dtype == torch.float64
         fits = fits and all((tensor.dtype == torch.float64) == wide for tensor in everything)
         if not fits or queries.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{op}: arguments must fit in shape, dtype and device; use fastkd.ops.{op}, which says what")
+            raise ValueError(
+                f"{op}: arguments must fit each other in shape, dtype and device; call it through fastkd.ops, which "
+                "says what does not"
+            )
 
     def in_value_order(self, gradient: Tensor) -> Tensor:
         """The gradient of a level's values itself where it is in the order that kernels write, else room for it."""
         order = torch.channels_last if self.values_last else torch.contiguous_format
-        return gradient if gradient.is_contiguous(memory_format=order) else torch.empty_like(gradient, memory_format=order)
+        if gradient.is_contiguous(memory_format=order):
+            return gradient
+        return torch.empty_like(gradient, memory_format=order)
 
     def cut(self, tile: Configuration, most_rows: int | None = None) -> Parts:
         """The parts, at most `most_rows` rows each (a multiple of the tile's; None: all of a level's)."""
@@ -174,10 +181,10 @@ class Problem:
         )
         return _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device, stream)
 
-    def most_rows(self, tile: Configuration, programs: int, wanted: int) -> int | None:
-        """Rows of a part, so that `programs` for each part are about `wanted` in all; None: all rows of a level."""
+    def most_rows(self, tile: Configuration, programs: int) -> int | None:
+        """Rows of a part, so that with `programs` for each the card is filled; None: all rows of a level."""
         strips = sum(-(-width // tile.columns) for height, width in self.sizes if height)
-        chunks = wanted // max(strips * programs, 1)
+        chunks = self.card.wanted_programs // max(strips * programs, 1)
         tallest = max(height for height, _ in self.sizes)
         return None if chunks < 2 else max(-(-tallest // (tile.rows * chunks)), 2) * tile.rows
 

@@ -20,7 +20,7 @@ def pick(pointers, level):
 @triton.jit
 def read_part(table, part):
     """What plan.py wrote about a part: level, first column, first and end row, rows and columns of the level."""
-    entry = table + part * 12
+    entry = table + part * 13
     level = tl.load(entry).to(tl.int32)
     x0 = tl.load(entry + 1).to(tl.int32)
     y0 = tl.load(entry + 2).to(tl.int32)
@@ -33,7 +33,7 @@ def read_part(table, part):
 @triton.jit
 def bias_rows(pointers, table, part, level, image, head, query, first: tl.constexpr):
     """Pointers [N] to the queries' rows of a level's bias table; first: where its strides are in the part's entry."""
-    entry = table + part * 12 + first
+    entry = table + part * 13 + first
     start = pick(pointers, level) + image * tl.load(entry) + head * tl.load(entry + 1)
     return start + query.to(tl.int64) * tl.load(entry + 2)
 
@@ -54,6 +54,14 @@ def tile_bias(rows, known, column_bias, y, y1, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
+def cells_of(table, part, y, y1):
+    """Rows * columns of the part's level, read anew in every tile y: were it known before the loop over tiles,
+    compilers would keep channel * cells of all channels of a thread in registers, more than there are.
+    """
+    return tl.load(table + part * 13 + 12, mask=y < y1, other=0).to(tl.int32)
+
+
+@triton.jit
 def tile_cells(x0, y, y1, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Places [ROWS * COLUMNS] of a tile's cells in the level, and which of them the part has."""
     index = tl.arange(0, ROWS * COLUMNS)
@@ -66,11 +74,7 @@ def map_offsets(channel, cell, cells, channels, LAST: tl.constexpr, WIDE: tl.con
     """Offsets [channel, cell] in one image of a map, channels-last where LAST; WIDE: they need 64 bits."""
     if WIDE:
         channel, cell = channel.to(tl.int64), cell.to(tl.int64)
-    if LAST:
-        offsets = channel[:, None] + cell[None, :] * channels
-    else:
-        offsets = channel[:, None] * cells + cell[None, :]
-    return offsets
+    return channel[:, None] + cell[None, :] * channels if LAST else channel[:, None] * cells + cell[None, :]
 
 
 @triton.jit
