@@ -101,10 +101,12 @@ def backward(shape: Shape, card: Card) -> Configuration:
     most = _most_queries(shape)
     if not shape.projected and card.generation == 8:
         most = min(most, 32)  # queries are kept in registers, in all C channels, beside their gradients
+    # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
     cells = 64 if shape.last and card.generation == 10 else 32
-    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, 2 if shape.last else 1)
+    stages = 2 if shape.last and card.generation < 10 else 1
+    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, stages)
 
 
 def mass(shape: Shape, card: Card) -> Configuration:
-    warps = 4 if shape.last else 8
-    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, 2)
+    warps, stages = 4 if shape.last else 8, 2 if card.generation < 10 else 1
+    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
