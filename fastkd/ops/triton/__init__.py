@@ -1,0 +1,36 @@
+"""Triton kernels of instance_attention and attention_mass. Importing this package does not import Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+
+@functools.cache
+def register() -> str | None:
+    """Makes the kernels the CUDA implementation of torch.ops.fastkd.{instance_attention*, attention_mass}.
+
+    The CPU library must be loaded: it brings the schemas. Nothing is compiled before the first call on a CUDA tensor.
+
+    Returns: None once they are registered, else the reason why not.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` brings the attention kernels for CUDA"
+    missing = [name for name in _OPS if not hasattr(torch.ops.fastkd, name)]
+    if missing:
+        return f"the library of CPU kernels, which defines fastkd::{missing[0]}, is not loaded; run `make build`"
+    from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
+
+    launches = (
+        attention_forward.instance_attention,
+        attention_backward.instance_attention_backward,
+        attention_mass.attention_mass,
+    )
+    for name, launch in zip(_OPS, launches, strict=True):
+        torch.library.register_kernel(f"fastkd::{name}", "cuda", launch)
+    return None
+
+
+_OPS = ("instance_attention", "instance_attention_backward", "attention_mass")

@@ -1,0 +1,252 @@
+"""instance_attention forward on the GPU, the formulas of csrc/instance_attention.cpp.
+
+A program takes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head: tiles come
+one after the other, with a running maximum m, sum l and output O for each query, rescaled where m grows. Keys are the
+tile's cells themselves, or their product with the head's rows of key_weight, made in the program. A second kernel
+merges the parts' (m, l, O) in their order: the same bits every time.
+  traffic   levels and values once from memory (the heads of a tile run side by side and find it in the L2 cache);
+            parts * queries * (d_v + 2) numbers written and read
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.ops.triton import configurations, plan
+from fastkd.ops.triton.configurations import Card
+from fastkd.ops.triton.plan import Launch
+from fastkd.ops.triton.tiles import (
+    bias_rows,
+    cells_of,
+    column_bias_of,
+    map_offsets,
+    pick,
+    product,
+    read_part,
+    tile_bias,
+    tile_cells,
+)
+
+
+@triton.jit(do_not_specialize=["parts", "heads", "count", "rows", "scale"])
+def instance_attention_forward_kernel(
+    queries,  # [B, G, N, DEPTH], dtype of the levels
+    key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
+    levels,  # L pointers to [B, CHANNELS, H, W]
+    row_bias,  # L pointers to [B, G, N, H]
+    column_bias,
+    values,  # L pointers to [B, G * VALUE_DEPTH, H, W], where WITH_VALUES
+    table,  # [parts, 13]: plan.Parts
+    part_maximum,  # [parts, B * G * N]
+    part_sum,
+    part_output,  # [parts, B * G * N, VALUE_DEPTH]
+    parts,
+    heads,
+    count,  # N
+    rows,  # B * G * N
+    scale,  # of the logits, 1 / temperature
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+    LEVELS_LAST: tl.constexpr,  # channels-last
+    VALUES_LAST: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets in an image need 64 bits
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    number = part_sum.dtype.element_ty
+    blocks = tl.cdiv(count, BLOCK_N)
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, place = place % heads, place // heads
+    part, image = place % parts, (place // parts).to(tl.int64)
+    level, x0, y0, y1, height, width = read_part(table, part)
+    query = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = query < count
+    channel, depth, value = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    row = (image * heads + head) * count + query  # of the queries' tables
+    q = tl.load(
+        queries + row[:, None] * DEPTH + depth[None, :], mask=known[:, None] & (depth < DEPTH)[None, :], other=0.0
+    )
+    if PROJECTED:
+        weight = tl.load(
+            key_weight + (head * DEPTH + depth)[None, :] * CHANNELS + channel[:, None],
+            mask=(depth < DEPTH)[None, :] & (channel < CHANNELS)[:, None],
+            other=0.0,
+        )  # [C, D]
+    bias_row = bias_rows(row_bias, table, part, level, image, head, query, 6)
+    bias_column = column_bias_of(
+        bias_rows(column_bias, table, part, level, image, head, query, 9), known, x0, width, COLUMNS
+    )
+    cells = height * width
+    level_start = pick(levels, level) + image * CHANNELS * cells
+    if WITH_VALUES:
+        value_start = pick(values, level) + image * heads * VALUE_DEPTH * cells
+        value_channel = head * VALUE_DEPTH + value
+    maximum = tl.full((BLOCK_N,), -float("inf"), number)
+    total = tl.zeros((BLOCK_N,), number)
+    output = tl.zeros((BLOCK_N, BLOCK_V), number)
+    for y in range(y0, y1, ROWS):
+        plane = cells_of(table, part, y, y1)
+        cell, inside = tile_cells(x0, y, y1, width, ROWS, COLUMNS)
+        x = tl.load(
+            level_start + map_offsets(channel, cell, plane, CHANNELS, LEVELS_LAST, WIDE),
+            mask=(channel < CHANNELS)[:, None] & inside[None, :],
+            other=0.0,
+        )  # [C, S]
+        logits = tl.zeros((BLOCK_N, ROWS * COLUMNS), number)
+        if PROJECTED:
+            key = tl.zeros((ROWS * COLUMNS, BLOCK_D), number)
+            key = product(tl.trans(x), weight, key, PRECISION).to(q.dtype)
+            logits = product(q, tl.trans(key), logits, PRECISION)
+        else:
+            logits = product(q, x, logits, PRECISION)
+        logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * scale
+        highest = tl.maximum(maximum, tl.max(logits, axis=1))
+        # All masked so far: exp(-inf - 0) = 0.
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        power = tl.exp(logits - base[:, None])
+        factor = tl.exp(maximum - base)
+        total = total * factor + tl.sum(power, axis=1)
+        maximum = highest
+        if WITH_VALUES:
+            v = tl.load(
+                value_start + map_offsets(value_channel, cell, plane, heads * VALUE_DEPTH, VALUES_LAST, WIDE),
+                mask=(value < VALUE_DEPTH)[:, None] & inside[None, :],
+                other=0.0,
+            )  # [V, S]
+            output = product(power.to(v.dtype), tl.trans(v), output * factor[:, None], PRECISION)
+    place = part.to(tl.int64) * rows + row
+    tl.store(part_maximum + place, maximum, mask=known)
+    tl.store(part_sum + place, total, mask=known)
+    if WITH_VALUES:
+        tl.store(
+            part_output + place[:, None] * VALUE_DEPTH + value[None, :],
+            output,
+            mask=known[:, None] & (value < VALUE_DEPTH)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["parts", "rows"])
+def instance_attention_merge_kernel(
+    part_maximum,
+    part_sum,
+    part_output,
+    output,  # [B * G * N, VALUE_DEPTH]
+    logsumexp,  # [B * G * N]
+    normal,  # [B * G * N, 2]: m, 1 / l
+    parts,
+    rows,
+    VALUE_DEPTH: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    value = tl.arange(0, BLOCK_V)
+    index = tl.arange(0, BLOCK_PARTS)
+    number = part_sum.dtype.element_ty
+    highest = tl.full((BLOCK_PARTS,), -float("inf"), number)
+    for first in range(0, parts, BLOCK_PARTS):
+        place = (first + index).to(tl.int64) * rows + row
+        highest = tl.maximum(highest, tl.load(part_maximum + place, mask=first + index < parts, other=-float("inf")))
+    high = tl.max(highest, axis=0)
+    base = tl.where(high == -float("inf"), 0.0, high)
+    total = tl.zeros((BLOCK_PARTS,), number)
+    result = tl.zeros((BLOCK_PARTS, BLOCK_V), number)
+    for first in range(0, parts, BLOCK_PARTS):
+        known = first + index < parts
+        place = (first + index).to(tl.int64) * rows + row
+        factor = tl.exp(tl.load(part_maximum + place, mask=known, other=-float("inf")) - base)
+        total += tl.load(part_sum + place, mask=known, other=0.0) * factor
+        if WITH_VALUES:
+            part = tl.load(
+                part_output + place[:, None] * VALUE_DEPTH + value[None, :],
+                mask=known[:, None] & (value < VALUE_DEPTH)[None, :],
+                other=0.0,
+            )
+            result += part * factor[:, None]
+    sum_of_parts = tl.sum(total, axis=0)
+    tl.store(logsumexp + row, base + tl.log(sum_of_parts))
+    tl.store(normal + row * 2, base)
+    tl.store(normal + row * 2 + 1, 1.0 / sum_of_parts)
+    if WITH_VALUES:
+        tl.store(output + row * VALUE_DEPTH + value, tl.sum(result, axis=0) / sum_of_parts, mask=value < VALUE_DEPTH)
+
+
+def plan_forward(
+    queries: Tensor,
+    levels: list[Tensor],
+    key_weight: Tensor | None,
+    row_bias: list[Tensor],
+    column_bias: list[Tensor],
+    values: list[Tensor] | None,
+    scale: float = 1.0,
+    card: Card | None = None,
+) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
+    """The launches of a forward pass and what they write: output, logsumexp and (m, 1 / l) of each query."""
+    problem = plan.Problem("instance_attention", queries, levels, key_weight, row_bias, column_bias, values, card)
+    chosen = configurations.forward(problem.shape, problem.card)
+    images, heads, count, _ = queries.shape
+    rows, blocks = images * heads * count, triton.cdiv(count, chosen.queries)
+    sides = ((problem.value_depth,), (), (2,))
+    output, logsumexp, normal = (queries.new_empty(*queries.shape[:3], *side) for side in sides)
+    if not problem.cells:  # nothing to attend to
+        return [], output.zero_(), logsumexp.fill_(-float("inf")), normal.zero_()
+    most_rows = problem.most_rows(chosen, images * heads * blocks)
+    parts = problem.cut(chosen, most_rows)
+    with_values = problem.value_depth > 0
+    partial = [queries.new_empty(parts.count, rows, *side) for side in ((), (), (problem.value_depth,))]
+    forward = Launch(
+        instance_attention_forward_kernel,
+        parts.count * images * heads * blocks,
+        dict(
+            **problem.arguments(parts, chosen),
+            **problem.value_arguments(),
+            **dict(zip(("part_maximum", "part_sum", "part_output"), partial, strict=True)),
+            rows=rows,
+            scale=float(scale),
+            WITH_VALUES=with_values,
+        ),
+        chosen.warps,
+        chosen.stages,
+    )
+    merge = Launch(
+        instance_attention_merge_kernel,
+        rows,
+        dict(
+            **dict(zip(("part_maximum", "part_sum", "part_output"), partial, strict=True)),
+            output=output,
+            logsumexp=logsumexp,
+            normal=normal,
+            parts=parts.count,
+            rows=rows,
+            VALUE_DEPTH=problem.value_depth,
+            WITH_VALUES=with_values,
+            BLOCK_V=plan.power_of_two(problem.value_depth),
+            BLOCK_PARTS=32,
+        ),
+    )
+    return [forward, merge], output, logsumexp, normal
+
+
+def instance_attention(
+    queries: Tensor,
+    levels: list[Tensor],
+    key_weight: Tensor | None,
+    row_bias: list[Tensor],
+    column_bias: list[Tensor],
+    values: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fastkd::instance_attention on the GPU."""
+    launches, *results = plan_forward(queries, levels, key_weight, row_bias, column_bias, values)
+    plan.run(launches, queries.device)
+    return tuple(results)

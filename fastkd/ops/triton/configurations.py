@@ -1,0 +1,112 @@
+"""Block sizes, warps and stages of the attention kernels, by shape and card: a small table, no tuning at run time.
+
+What decides a row is read from the compiled kernels (benchmarks/triton_report.py): the largest tile without a spilled
+register. Contiguous maps take short tiles of wide rows and more warps: their rows begin anywhere, so that they are read
+number by number, through registers; channels-last cells are copied straight into shared memory, a tile ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a configuration depends on in the card.
+
+    Args:
+        generation: 8 (sm_80 and everything without the instructions of the other two), 9 (sm_90) or 10 (sm_100).
+        processors: streaming multiprocessors.
+    """
+
+    generation: int
+    processors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card:
+        """The card that a device is; for devices without one, as the interpreter has, the smallest."""
+        if device.type != "cuda":
+            return cls(8, 1)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.major if properties.major in (9, 10) else 8, properties.multi_processor_count)
+
+    @property
+    def wanted_programs(self) -> int:
+        """Programs that fill it several times over."""
+        return 4 * self.processors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration depends on in the call.
+
+    Args:
+        count: N, queries.
+        channels: C.
+        element_size: bytes of a number of the pyramids.
+        projected: keys are key_weight times the cells.
+        last: levels are channels-last.
+    """
+
+    count: int
+    channels: int
+    element_size: int
+    projected: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel's blocks.
+
+    Args:
+        queries: of a head in one block, a power of two from 16 on.
+        rows, columns: of a tile of cells, powers of two; rows * columns from 16 on.
+        warps: of a program.
+        stages: of the loop over tiles; 2: one tile is loaded ahead.
+    """
+
+    queries: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def _block(count: int, most: int) -> int:
+    """A power of two that holds `count`, from 16 to `most`."""
+    return min(max(16, 1 << max(count - 1, 0).bit_length()), most)
+
+
+def _most_queries(shape: Shape) -> int:
+    return {2: 64, 4: 32, 8: 16}[shape.element_size]
+
+
+def _tile(shape: Shape, cells: int) -> tuple[int, int]:
+    """Rows and columns of a tile of at most so many cells, fewer where channels or numbers are larger than usual."""
+    cells = max(cells * 2 * 256 // (shape.element_size * max(shape.channels, 256)), 16)
+    cells = 1 << (cells.bit_length() - 1)
+    columns = min(16 if shape.last else 32, cells)
+    return cells // columns, columns
+
+
+def forward(shape: Shape, card: Card) -> Configuration:
+    warps, stages = (4, 2) if shape.last else (8, 1)
+    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
+
+
+def backward(shape: Shape, card: Card) -> Configuration:
+    most = _most_queries(shape)
+    if not shape.projected and card.generation == 8:
+        most = min(most, 32)  # queries are kept in registers, in all C channels, beside their gradients
+    # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
+    cells = 64 if shape.last and card.generation == 10 else 32
+    stages = 2 if shape.last and card.generation < 10 else 1
+    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, stages)
+
+
+def mass(shape: Shape, card: Card) -> Configuration:
+    warps, stages = 4 if shape.last else 8, 2 if card.generation < 10 else 1
+    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)

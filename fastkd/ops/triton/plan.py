@@ -1,0 +1,224 @@
+"""From tensors to launches: checks, memory orders, the cut of a pyramid into parts, what all kernels are given."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastkd.ops.triton.configurations import Card, Configuration, Shape
+
+PART_NUMBERS = 13
+NARROW_LIMIT = 2**31  # offsets in an image from here on take 64 bits
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel on a one-dimensional grid."""
+
+    kernel: triton.JITFunction
+    programs: int
+    arguments: dict
+    warps: int = 4
+    stages: int = 1
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """The launches, one after the other, on the current stream of the device."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for one in launches:
+            if one.programs:
+                one.kernel[(one.programs,)](**one.arguments, num_warps=one.warps, num_stages=one.stages)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of this dtype take their operands: "tf32" for float32 where torch's setting allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def in_one_order(levels: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """The levels, dense in one memory order, and whether that is channels-last; copies only what is not."""
+    last = all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
+    last = last and not all(level.is_contiguous() for level in levels)
+    order = torch.channels_last if last else torch.contiguous_format
+    return [level.contiguous(memory_format=order) for level in levels], last
+
+
+def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, contiguous and of this dtype: itself, or one copy."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
+def check_like(op: str, queries: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """Raise unless the tensors have this shape and the dtype and device of the queries."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != queries.dtype or tensor.device != queries.device:
+            raise ValueError(
+                f"{op}: {name} must be {list(shape)} of {queries.dtype} on {queries.device}, "
+                f"got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}; pass what the forward op gave"
+            )
+
+
+def power_of_two(length: int, least: int = 16) -> int:
+    """A block's side that holds `length`."""
+    return max(triton.next_power_of_2(length), least)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pyramid cut into parts: strips of a level, tile columns wide, of some rows; strip by strip, level by level.
+
+    Args:
+        table: [parts, 13] int64: level, first column, first and end row, the level's rows and columns, strides of
+            image, head and query in its row bias, then in its column bias; the level's cells.
+        first: number of each level's first part, and of all parts.
+        strips, chunks: of each level; a chunk is a strip's rows in one part.
+    """
+
+    table: Tensor
+    first: tuple[int, ...]
+    strips: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return self.first[-1]
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(sizes, strides, tile, most_rows, device, stream) -> Parts:
+    """Cached, as calls of one shape share it; `stream`: a table is used on the stream that it was copied on."""
+    entries, first, strips, chunks = [], [0], [], []
+    for level, ((height, width), steps) in enumerate(zip(sizes, strides, strict=True)):
+        rows = height if most_rows is None else most_rows
+        tops = range(0, height, rows) if height and width else ()
+        lefts = range(0, width, tile[1]) if height and width else ()
+        last = (height, width, *steps, height * width)
+        entries += [(level, x, y, min(y + rows, height), *last) for x in lefts for y in tops]
+        first.append(len(entries))
+        strips.append(len(lefts))
+        chunks.append(len(tops))
+    table = torch.tensor(entries, dtype=torch.int64).view(-1, PART_NUMBERS)
+    if device.type == "cuda":  # from pinned memory: the host need not wait
+        table = table.pin_memory()
+    return Parts(table.to(device, non_blocking=True), tuple(first), tuple(strips), tuple(chunks))
+
+
+class Problem:
+    """The arguments that all attention kernels share, as they take them."""
+
+    def __init__(self, op, queries, levels, key_weight, row_bias, column_bias, values, card=None):
+        images, heads, count, depth = queries.shape
+        self.images, self.heads, self.count, self.depth = images, heads, count, depth
+        self.sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
+        self.cells = sum(height * width for height, width in self.sizes)
+        self.channels, self.projected, self.device = levels[0].shape[1], key_weight is not None, queries.device
+        self._check(op, queries, levels, key_weight, row_bias, column_bias, values)
+        self.levels, self.levels_last = in_one_order(levels)
+        self.row_bias, self.column_bias = (
+            [table if table.stride(3) == 1 or table.shape[3] < 2 else table.contiguous() for table in tables]
+            for tables in (row_bias, column_bias)
+        )
+        dtype = levels[0].dtype
+        self.queries = dense_as(queries, dtype)
+        self.key_weight = None if key_weight is None else dense_as(key_weight, dtype)
+        self.values, self.values_last, self.value_depth = None, False, 0
+        if values is not None:
+            self.values, self.values_last = in_one_order(values)
+            self.value_depth = values[0].shape[1] // heads
+        widest = max(self.channels, heads * self.value_depth)
+        self.wide = any(height * width * widest >= NARROW_LIMIT for height, width in self.sizes)
+        size = max(dtype.itemsize, 0 if values is None else values[0].dtype.itemsize)
+        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last)
+        self.card = card or Card.of(queries.device)
+
+    @staticmethod
+    def _check(op, queries, levels, key_weight, row_bias, column_bias, values) -> None:
+        """What could read or write memory that is not the tensors'."""
+        (images, heads, count, depth), (_, channels, *_) = queries.shape, levels[0].shape
+        fits = len(row_bias) == len(column_bias) == len(levels) == len(levels if values is None else values)
+        fits = fits and (depth == channels if key_weight is None else key_weight.shape == (heads * depth, channels))
+        for index, level in enumerate(levels if fits else ()):
+            size = tuple(level.shape[2:])
+            fits = fits and tuple(level.shape) == (images, channels, *size) and level.dtype == levels[0].dtype
+            for table, side in zip((row_bias[index], column_bias[index]), size, strict=True):
+                fits = fits and tuple(table.shape) == (images, heads, count, side) and table.dtype == queries.dtype
+            if values is not None:
+                own = values[index]
+                fits = fits and tuple(own.shape) == (images, values[0].shape[1], *size)
+                fits = fits and own.shape[1] % heads == 0 and own.dtype == values[0].dtype
+        everything = [queries, *levels, *row_bias, *column_bias, *(values or ())]
+        fits = fits and all(tensor.device == queries.device for tensor in everything)
+        wide = queries.dtype == torch.float64
+        fits = fits and all((tensor.dtype == torch.float64) == wide for tensor in everything)
+        if not fits or queries.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{op}: arguments must fit each other in shape, dtype and device; call it through fastkd.ops, which "
+                "says what does not"
+            )
+
+    def in_value_order(self, gradient: Tensor) -> Tensor:
+        """The gradient of a level's values itself where it is in the order that kernels write, else room for it."""
+        order = torch.channels_last if self.values_last else torch.contiguous_format
+        if gradient.is_contiguous(memory_format=order):
+            return gradient
+        return torch.empty_like(gradient, memory_format=order)
+
+    def cut(self, tile: Configuration, most_rows: int | None = None) -> Parts:
+        """The parts, at most `most_rows` rows each (a multiple of the tile's; None: all of a level's)."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        strides = tuple(
+            (*row.stride()[:3], *column.stride()[:3])
+            for row, column in zip(self.row_bias, self.column_bias, strict=True)
+        )
+        return _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device, stream)
+
+    def most_rows(self, tile: Configuration, programs: int) -> int | None:
+        """Rows of a part, so that with `programs` for each the card is filled; None: all rows of a level."""
+        strips = sum(-(-width // tile.columns) for height, width in self.sizes if height)
+        chunks = self.card.wanted_programs // max(strips * programs, 1)
+        tallest = max(height for height, _ in self.sizes)
+        return None if chunks < 2 else max(-(-tallest // (tile.rows * chunks)), 2) * tile.rows
+
+    def arguments(self, parts: Parts, tile: Configuration) -> dict:
+        """Arguments of the kernels by name."""
+        given = dict(
+            queries=self.queries,
+            key_weight=self.key_weight,
+            levels=tuple(self.levels),
+            row_bias=tuple(self.row_bias),
+            column_bias=tuple(self.column_bias),
+            table=parts.table,
+            parts=parts.count,
+            heads=self.heads,
+            count=self.count,
+            CHANNELS=self.channels,
+            DEPTH=self.depth,
+            PROJECTED=self.projected,
+            LEVELS_LAST=self.levels_last,
+            WIDE=self.wide,
+            BLOCK_N=tile.queries,
+            BLOCK_C=power_of_two(self.channels),
+            BLOCK_D=power_of_two(self.depth),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            PRECISION=precision_of(self.levels[0].dtype),
+        )
+        return given
+
+    def value_arguments(self) -> dict:
+        """Arguments of the kernels that read values, by name."""
+        return dict(
+            values=None if self.values is None else tuple(self.values),
+            VALUE_DEPTH=self.value_depth,
+            VALUES_LAST=self.values_last,
+            BLOCK_V=power_of_two(self.value_depth),
+        )

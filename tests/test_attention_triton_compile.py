@@ -1,0 +1,50 @@
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: what the binaries are made of."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks.triton_report import SHARED_LIMIT, Case, Row, read_kernel  # noqa: E402
+
+CARDS = [80, 90, 100]
+CASES = [
+    Case("forward", projected=False),
+    Case("forward", projected=True),
+    Case("forward", projected=True, last=False),
+    Case("backward", projected=False, count=32),
+    Case("backward", projected=True),
+    Case("backward", projected=True, last=False),
+    Case("mass", projected=False, count=7),
+]
+INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
+
+
+def check(row: Row) -> None:
+    assert row.spilled == 0, row
+    assert row.shared <= SHARED_LIMIT[row.card], row
+    assert row.tensor_core and row.tensor_core.keys() <= INSTRUCTIONS[row.card], row
+    assert not row.case.last or row.access == 128, row
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_spills_and_tensor_cores(case, card):
+    check(read_kernel(case, card))
+
+
+def test_the_limits_are_checked():
+    good = Row(CASES[0], 80, 128, 0, 64 * 1024, {"HMMA": 8}, 128)
+    check(good)
+    for change in ({"spilled": 8}, {"shared": 164 * 1024}, {"tensor_core": {}}, {"access": 32}):
+        with pytest.raises(AssertionError):
+            check(Row(**{**vars(good), **change}))
+
+
+def test_float32_products_follow_torchs_setting():
+    before = torch.backends.cuda.matmul.fp32_precision
+    ieee, tf32 = (
+        read_kernel(Case("forward", True, dtype=torch.float32, precision=name), 80) for name in ("ieee", "tf32")
+    )
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert tf32.tensor_core and not ieee.tensor_core
