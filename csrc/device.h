@@ -127,6 +127,8 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
 #define __shfl_sync(mask, value, lane) ::simt::shuffle(mask, value, lane, __LINE__)
 #define __ballot_sync(mask, predicate) ::simt::ballot(mask, predicate, __LINE__)
 #define __popc(word) __builtin_popcount(word)
+#define __fmul_rn(a, b) ((a) * (b))
+#define __fdiv_rn(a, b) ((a) / (b))
 
 template <class T>
 using Global = ::simt::Pointer<T>;

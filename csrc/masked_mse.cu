@@ -1,10 +1,11 @@
 // masked_mse on the GPU: the numbers of csrc/masked_mse.cpp, all levels of a pyramid in one launch, both memory orders.
 //
-// An image of a level is a matrix of dense rows, [C, cells] or, channels-last, [cells, C]. A block takes a tile of it; its
-// flags come into shared memory as bits, once for all rows (or columns) of the tile, and a warp takes a row at a time.
+// An image of a level is a matrix of dense rows, [C, cells] or, channels-last, [cells, C]. A block takes a tile of it;
+// its flags come into shared memory as bits, once for all its rows (or columns), and a warp takes a row at a time.
 //   forward   reads the 16-byte packs of student and teacher that hold a masked element, and no others
 //   backward  reads those again, writes the gradient once: 2 grad (student - teacher), 0 outside the mask
-//   traffic   share of packs masked * 2 n, backward and n more; flags: one byte for every 32 rows or 512 columns of a cell
+//   traffic   2 n times the share of packs with a masked element, backward n more; a flag is read once for 32 channels
+//             (channels-last: 512)
 // What is outside the mask is never computed with: infinities there do not matter. A thread sums at most 128 squares in
 // float, everything else is summed in double in a fixed order, without atomics: deterministic.
 #include "device_call.h"
@@ -255,7 +256,8 @@ void backward_typed(const Call& call, const Tensor& grad) {
          global<const sum_t<T>>(grad));
 }
 
-std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> masks) {
+std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                   std::vector<Tensor> masks) {
   const Call call(student, teacher, masks);
   const DeviceScope scope(call.student[0]);
   return by_type("masked_mse", call.student[0], [&](auto value) {
