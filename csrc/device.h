@@ -136,6 +136,9 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
 #define __shfl_xor_sync(mask, value, lanes) ::simt::shuffle(mask, value, ::simt::current().lane ^ (lanes), __LINE__)
 #define __shfl_sync(mask, value, lane) ::simt::shuffle(mask, value, lane, __LINE__)
 #define __ballot_sync(mask, predicate) ::simt::ballot(mask, predicate, __LINE__)
+#define __popc(word) __builtin_popcount(word)
+#define __fmul_rn(a, b) ((a) * (b))
+#define __fdiv_rn(a, b) ((a) / (b))
 
 template <class T>
 using Global = ::simt::Pointer<T>;
@@ -235,6 +238,18 @@ FASTKD_DEVICE void store_row(Global<T> row, int count, Value value) {
     store_pack(row + (head + pack * kPack<T>), values);
   }
   for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) row[i] = static_cast<T>(value(i));
+}
+
+// The elements of a short dense row, by the lanes of one warp: whole(first) for 16 bytes that begin at a multiple of 16,
+// single(i) for the elements before and behind them, or for all where the other arrays of the row are aligned otherwise.
+template <class T, class Whole, class Single>
+FASTKD_DEVICE void over_row(Global<const T> row, bool aligned_alike, int count, Whole whole, Single single) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int unaligned = static_cast<int>((kPackBytes - address_of<const T>(row) % kPackBytes) % kPackBytes / sizeof(T));
+  const int head = aligned_alike && unaligned < count ? unaligned : count, packs = (count - head) / kPack<T>;
+  for (int i = lane; i < head; i += kWarpSize) single(i);
+  for (int pack = lane; pack < packs; pack += kWarpSize) whole(head + pack * kPack<T>);
+  for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) single(i);
 }
 
 // The sum over the threads of a block, in every thread; the order is fixed. `scratch` holds kWarpSize values.

@@ -39,6 +39,9 @@ inline bool is_aligned(const std::vector<Tensor>& tensors) {
   });
 }
 
+// True if a kernel of the device of `on` may read the tensor.
+inline bool is_beside(const Tensor& tensor, const Tensor& on) { return tensor.device() == on.device(); }
+
 // A new tensor of this shape and type beside another one.
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, torch::headeronly::ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
