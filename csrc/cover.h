@@ -5,11 +5,12 @@
 #include "capability.h"
 
 #if FASTKD_GENERIC_PASS
+#include "covered_range.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -22,19 +23,6 @@ struct Rectangle {
   bool empty() const { return y0 >= y1 || x0 >= x1; }
   int64_t cells() const { return empty() ? 0 : (y1 - y0) * (x1 - x0); }
 };
-
-// The integers i in [0, cells) with low * cells / side <= i <= high * cells / side as a half-open range, low and high
-// clamped to [0, side - 1] first; all in float, operation by operation as the reference does it. NaN covers nothing.
-inline std::pair<int64_t, int64_t> covered_range(float low, float high, int64_t side, int64_t cells) {
-  const auto scaled = [&](float value) {
-    const float last = static_cast<float>(side - 1);
-    const float clamped = value < 0.0f ? 0.0f : value > last ? last : value;
-    return clamped * static_cast<float>(cells) / static_cast<float>(side);
-  };
-  const float first = std::ceil(scaled(low)), last = std::floor(scaled(high));
-  if (!(first <= last)) return {0, 0};
-  return {std::min<int64_t>(static_cast<int64_t>(first), cells), std::min<int64_t>(static_cast<int64_t>(last) + 1, cells)};
-}
 
 // The rectangles of all boxes [K, 4] xyxy on all levels of sizes (H_l, W_l): level by level, K each.
 inline std::vector<Rectangle> cover_boxes(const torch::stable::Tensor& boxes, int64_t height, int64_t width,

@@ -11,6 +11,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kWarp = 32;
+constexpr int kVotes = -2;  // instead of a source lane: the lowest bits of all lanes
 enum class State { ready, barrier, warp, done };
 
 struct Fiber {
@@ -72,9 +73,14 @@ bool release_warp(Fiber* lanes, int count) {
     if (!complete) continue;
     const uint32_t mask = first.mask;
     const bool whole = mask == (count == kWarp ? ~0u : (1u << count) - 1);
+    uint64_t votes = 0;
+    for (int other = 0; other < count; ++other)
+      if (mask >> other & 1) votes |= (lanes[other].bits & 1) << other;
     for (int other = 0; other < count; ++other) {
       if (!(mask >> other & 1)) continue;
       Fiber& fiber = lanes[other];
+      fiber.result = votes;
+      if (fiber.source_lane == kVotes) continue;
       const int source = fiber.source_lane < 0 ? other : fiber.source_lane;
       if (source >= kWarp || !(mask >> source & 1))
         throw Finding{"lane", where(fiber.identity) + " reads lane " + std::to_string(source) + ", which does not take part"};
@@ -215,13 +221,7 @@ uint64_t exchange(uint32_t mask, uint64_t bits, int source_lane, int site) {
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, int site) {
-  uint32_t votes = 0;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    // one exchange a lane: simple, and every lane of the mask has to be there for each
-    votes |= static_cast<uint32_t>(exchange(mask, predicate, lane, site * kWarp + lane)) << lane;
-  }
-  return votes;
+  return static_cast<uint32_t>(exchange(mask, predicate, kVotes, site));
 }
 
 Buffer* shared_buffer(int site, int64_t bytes) {
