@@ -145,10 +145,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 0."""
     chosen = parse(arguments)
-    if chosen.report:
-        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
-    else:
-        saved = collect(chosen)
+    saved = json.loads(chosen.report.read_text(encoding="utf-8")) if chosen.report else collect(chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")

@@ -8,7 +8,13 @@ from typing import Any
 from benchmarks.dispatch_ledger import Counts
 
 MIB, GB = 2**20, 1e9
-LABELS = {"student": "student alone", "lgd": "LGD", "icd": "ICD", "fgfi": "FGFI", "teacher": "the teacher's own training"}
+LABELS = {
+    "student": "student alone",
+    "lgd": "LGD",
+    "icd": "ICD",
+    "fgfi": "FGFI",
+    "teacher": "the teacher's own training",
+}
 FORMS = {"plain": "plain float32", "float32": "ours float32", "bfloat16": "ours bfloat16"}
 SPEED_TARGETS = {("lgd", "float32"): 1.4, ("lgd", "bfloat16"): 2.5, ("icd", "float32"): 1.25, ("icd", "bfloat16"): 2.3}
 OWN_TARGETS = {"lgd": (350, 1 / 2, 1 / 2), "icd": (120, 1 / 8, 1 / 10)}  # operators; of plain's bytes, peak memory
@@ -106,7 +112,9 @@ def targets(row: dict[str, Any]) -> str:
         plain, own = entries.get(f"{method}/plain"), entries.get(f"{method}/{form}")
         if plain and own:
             ratio = seconds(plain) / seconds(own)
-            lines.append([f"{LABELS[method]}, {FORMS[form]}", f"{wanted} x faster", f"{ratio:.2f} x", _met(ratio >= wanted)])
+            lines.append(
+                [f"{LABELS[method]}, {FORMS[form]}", f"{wanted} x faster", f"{ratio:.2f} x", _met(ratio >= wanted)]
+            )
     for method, (ops, share, memory) in OWN_TARGETS.items():
         plain = own_part(row, method, "plain")
         for form in ("float32", "bfloat16"):

@@ -121,6 +121,9 @@ def test_recomputing_gives_the_same_gradients_with_less_memory(method, dtype):
 
 
 def test_who_cannot_recompute_says_so():
-    for changes, message in (({"norm": "bn"}, "norm must be"), ({"backbone": "mobilenet_v2"}, "backbone must be a ResNet")):
+    for changes, message in (
+        ({"norm": "bn"}, "norm must be"),
+        ({"backbone": "mobilenet_v2"}, "backbone must be a ResNet"),
+    ):
         with pytest.raises(ValueError, match=f"recompute: {message}"):
             build_detector(small_config("retinanet", **changes)).backbone.recompute()
