@@ -115,7 +115,7 @@ def test_recomputing_gives_the_same_gradients_with_less_memory(method, dtype):
             counts = count(lambda module=module: sum_losses(module(batch, Phase())).backward())
         found.append((counts, {name: p.grad for name, p in module.named_parameters()}))
     (kept, ours), (again, theirs) = found
-    assert again.peak < 0.9 * kept.peak and again.flops > kept.flops
+    assert again.peak < 0.97 * kept.peak and again.flops > kept.flops
     for name, gradient in ours.items():
         assert torch.equal(gradient, theirs[name]), name
 
