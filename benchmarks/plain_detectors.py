@@ -1,4 +1,4 @@
-"""Torchvision's own RetinaNet and Faster R-CNN as `benchmarks.step` compares with: eager float32, losses on a pyramid."""
+"""Torchvision's own RetinaNet and Faster R-CNN, which `benchmarks.step` compares with: eager float32."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class PlainDetector(nn.Module):
         if self.two_stage:
             self.model = FasterRCNN(body, num_classes + 1)
         else:
-            sizes = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (32, 64, 128, 256, 512))
+            sizes = tuple(
+                (side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (32, 64, 128, 256, 512)
+            )
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
             self.model = RetinaNet(body, num_classes, anchor_generator=anchors)
 
@@ -61,4 +63,3 @@ class PlainDetector(nn.Module):
             proposals, losses = model.rpn(images, named, targets)
             return {**losses, **model.roi_heads(named, proposals, sizes, targets)[1]}
         return model.compute_loss(targets, model.head(pyramid), model.anchor_generator(images, pyramid))
-

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, step_results
+from benchmarks import memory, step_own, step_results
 from benchmarks.dispatch_ledger import DispatchLedger, count
 from benchmarks.ops import commit, machine
 from benchmarks.step_contenders import FORMS, Contender, Problem, build
@@ -95,7 +95,11 @@ def measure(problem: Problem, chosen: argparse.Namespace, *, first: bool, counte
 def collect(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for, as far as the time goes."""
     torch.set_num_threads(chosen.threads)
-    begin, rows, skipped, seen = time.monotonic(), [], [], set()
+    begin, rows, skipped, seen, own = time.monotonic(), [], [], set(), None
+    if "icd" in chosen.methods:
+        first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
+        own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
+        print(step_results.own_table(own), flush=True)
     for problem in problems(chosen):
         if time.monotonic() - begin > 60 * chosen.minutes:
             skipped.append(dataclasses.asdict(problem))
@@ -111,6 +115,7 @@ def collect(chosen: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(CPU),
         "threads": chosen.threads,
         "seconds": time.monotonic() - begin,
+        "icd_alone": own,
         "rows": rows,
         "skipped": skipped,
     }
@@ -145,10 +150,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 0."""
     chosen = parse(arguments)
-    if chosen.report:
-        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
-    else:
-        saved = collect(chosen)
+    saved = json.loads(chosen.report.read_text(encoding="utf-8")) if chosen.report else collect(chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")

@@ -92,7 +92,9 @@ class Contender:
     def resident(self) -> list[Tensor]:
         """Tensors that stay from step to step."""
         held = {id(t): t for m in (self.module, self.frozen) if m for t in (*m.parameters(), *m.buffers())}
-        states = [value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()]
+        states = [
+            value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()
+        ]
         return [*held.values(), *(value for value in states if isinstance(value, Tensor))]
 
     def step(self) -> None:

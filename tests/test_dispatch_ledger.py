@@ -17,7 +17,9 @@ KIB = 1024
 def test_linear_forward_and_backward():
     x, weight = torch.randn(4, 5), torch.randn(3, 5, requires_grad=True)
     found = count(lambda: F.linear(x, weight).sum().backward())
-    kernels = {name: number for name, number in found.by_op.items() if name in ("aten::mm", "aten::sum", "aten::ones_like")}
+    kernels = {
+        name: number for name, number in found.by_op.items() if name in ("aten::mm", "aten::sum", "aten::ones_like")
+    }
     assert kernels == {"aten::mm": 2, "aten::sum": 1, "aten::ones_like": 1} and found.ops - found.views == 4
     assert found.flops == 2 * (2 * 4 * 5 * 3)  # the product, and its weight's gradient
     product, loss = 4 * (20 + 15 + 12), 4 * (12 + 1)
@@ -40,7 +42,9 @@ def test_convolution_and_in_place_operators():
     forward = image + weight + out + 2 * out  # relu_ reads and writes
     backward = 3 * out + (out + image + weight) + image + weight  # threshold_backward; three operands, two gradients
     assert found.bytes == forward + backward
-    assert found.by_op["aten::convolution"] == found.by_op["aten::convolution_backward"] == found.by_op["aten::relu_"] == 1
+    assert (
+        found.by_op["aten::convolution"] == found.by_op["aten::convolution_backward"] == found.by_op["aten::relu_"] == 1
+    )
 
 
 def test_reads_and_writes_apart():
@@ -114,7 +118,12 @@ def test_compiled_ops_of_the_distillers_count_as_one(name):
     }[name]
     both = {*expected, *(f"{op}_backward" for op in expected)}
     if name.startswith("lgd"):  # the instructive pyramid has no loss here
-        both -= {"norm_relu_box_pool_backward", "box_paint_conv3x3_backward", "mask_pool_backward", "mask_paint_backward"}
+        both -= {
+            "norm_relu_box_pool_backward",
+            "box_paint_conv3x3_backward",
+            "mask_pool_backward",
+            "mask_paint_backward",
+        }
     alone = {"icd": {"attention_mass", "seeded_draws"}, "fgfi": {"imitation_mask"}}.get(name, set())
     assert own == dict.fromkeys({*both, *alone}, 1)
 

@@ -67,7 +67,9 @@ def test_fold_norms_changes_rounding_alone(changes, backbone):
 
 
 def test_fold_norms_of_a_deformable_backbone():
-    plain = stir(build_detector(small_config("retinanet", backbone="resnet50", norm="frozen_bn", deformable=True))).eval()
+    plain = stir(
+        build_detector(small_config("retinanet", backbone="resnet50", norm="frozen_bn", deformable=True))
+    ).eval()
     images, folded = rectangles([1]).images, copy.deepcopy(plain)
     fold_norms(folded)
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in folded.modules())

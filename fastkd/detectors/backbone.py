@@ -90,7 +90,7 @@ class ScaledResNet(Backbone, ResNet):
 
     def recompute(self) -> None:
         if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            raise ValueError('recompute: norm must be "frozen_bn" or "gn", got "bn", whose statistics would count twice')
+            raise ValueError('recompute: norm must be "frozen_bn" or "gn", got "bn", which would count a batch twice')
         self.recomputes = True
 
 

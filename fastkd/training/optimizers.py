@@ -36,9 +36,9 @@ class NamedOptimizer:
                 weight_decay=config.weight_decay,
                 fused=fused,
             )
-            if config.momentum > 0:  # the fused kernel takes no mixture of old and new ones; from 0 the first is the same
-                for parameter in parameters.values():
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+            # The fused kernel takes no mixture of old and new buffers; from zero the first step is the same.
+            for parameter in parameters.values() if config.momentum > 0 else ():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         else:
             self.optimizer = torch.optim.AdamW(
                 groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
