@@ -8,7 +8,7 @@
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
 #   make cuda           csrc/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
-#                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them
+#                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 PYTHON ?= python3
@@ -26,7 +26,7 @@ CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test study bench build cmake cuda lint test-install sanitize clean
-.PHONY: gpu-report wheel gpu test-gpu bench-gpu sanitize-gpu
+.PHONY: gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
 
 build: $(STAMPS)/built
 
@@ -67,6 +67,9 @@ test: build cmake $(STAMPS)/cuda
 
 gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu_report --json build/gpu_report.json
+
+roofline: $(STAMPS)/dependencies
+	$(BIN)/python -m benchmarks.roofline
 
 wheel: build
 	rm -rf dist
