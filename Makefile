@@ -25,8 +25,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test study bench build cmake cuda lint test-install sanitize clean
-.PHONY: gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
+.PHONY: demo test study bench build cmake lint test-install sanitize clean
 
 build: $(STAMPS)/built
 
@@ -53,6 +52,8 @@ $(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES) $(EMULATED)
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python $(SIMT)
 	$(CMAKE) --build build/cmake --parallel 2
 	touch $@
+
+.PHONY: cuda gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
 
 # Asked for by name it fails where it cannot be built; for `make test` setup.py then says why, and tests skip.
 cuda: export FASTKD_CUDA := 1
