@@ -1,18 +1,23 @@
 # Everything needed is set up in .venv by the first target that needs it; only python3 (with venv), a C++ compiler and
 # make have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
-#   make test     build, the CMake build, all tests
+#   make test     build, the CMake build (with the emulation of CUDA), the GPU code where nvcc is, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
+#   make cuda           csrc/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
+#                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
+#   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
+#   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.h)
 EMULATED := $(wildcard csrc/*.cu csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The emulation of CUDA for tests is a Python module: it is built where Python's headers are.
@@ -39,7 +44,7 @@ $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	touch $@
 
 $(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	FASTKD_CUDA=0 $(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 cmake: $(STAMPS)/cmake
@@ -49,8 +54,51 @@ $(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES) $(EMULATED)
 	$(CMAKE) --build build/cmake --parallel 2
 	touch $@
 
-test: build cmake
+.PHONY: cuda gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
+
+# Asked for by name it fails where it cannot be built; for `make test` setup.py then says why, and tests skip.
+cuda: export FASTKD_CUDA := 1
+cuda: $(STAMPS)/cuda
+
+$(STAMPS)/cuda: $(STAMPS)/built $(CUDA_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace --only-cuda
+	test ! -e fastkd/_cuda.so || touch $@
+
+test: build cmake $(STAMPS)/cuda
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+gpu-report: cuda
+	$(BIN)/python -m benchmarks.gpu_report --json build/gpu_report.json
+
+roofline: $(STAMPS)/dependencies
+	$(BIN)/python -m benchmarks.roofline
+
+wheel: build
+	rm -rf dist
+	FASTKD_CUDA=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m benchmarks.wheel dist/fastkd-*.whl
+
+# These end with one line where there is no GPU. The sanitizers slow a kernel down a hundredfold: few calls of each op,
+# and memory that the tests do not fill, as initcheck could not see it read before it is written.
+gpu: $(STAMPS)/dependencies
+	@$(BIN)/python -m benchmarks.gpu_check --card
+	@$(MAKE) --no-print-directory cuda
+	@$(BIN)/python -m benchmarks.gpu_check
+
+test-gpu: gpu
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu
+
+bench-gpu: gpu
+	$(BIN)/python -m benchmarks.ops --device cuda --out build/bench-gpu
+
+sanitize-gpu: gpu
+	@tool=$$($(BIN)/python -m benchmarks.gpu_check --sanitizer) || exit 1; \
+	for check in memcheck racecheck initcheck synccheck; do \
+		echo "compute-sanitizer --tool $$check"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTKD_GPU_CALLS=5 FASTKD_POISON=0 \
+		"$$tool" --tool $$check --target-processes all --error-exitcode 1 \
+		$(BIN)/python -m pytest -q -x -m gpu tests/test_gpu.py -k plain || exit 1; \
+	done
 
 demo: build
 	$(BIN)/fastkd demo
@@ -91,5 +139,5 @@ sanitize: build
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py
 
 clean:
-	rm -rf build dist *.egg-info fastkd/_cpu*.so .pytest_cache .ruff_cache .benchmarks
-	rm -f $(STAMPS)/built $(STAMPS)/cmake
+	rm -rf build dist *.egg-info fastkd/_cpu*.so fastkd/_cuda*.so .pytest_cache .ruff_cache .benchmarks
+	rm -f $(STAMPS)/built $(STAMPS)/cmake $(STAMPS)/cuda

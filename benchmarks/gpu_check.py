@@ -1,4 +1,7 @@
-"""Is there a GPU that the kernels run on? `python -m benchmarks.gpu_check [--sanitizer]`; 1 and one line where not."""
+"""Is there a GPU that the kernels run on? `python -m benchmarks.gpu_check`; ends with 1 and one line where not.
+
+--card asks for the GPU alone, before anything is built; --sanitizer for compute-sanitizer as well.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ import torch
 from fastkd.ops import _library
 
 
-def why_not() -> str | None:
-    """None if torch sees a GPU and the GPU kernels run on it, else the reason in one line."""
+def why_no_card() -> str | None:
+    """None if torch sees a GPU, else the reason in one line."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "no GPU is visible to torch; run this on a machine with an NVIDIA GPU and its driver"
+    return None
+
+
+def why_no_kernels() -> str | None:
+    """None if the GPU kernels are built and run on the GPU there is, else the reason."""
     if _library.why_no_cuda() is not None:
         return _library.why_no_cuda()
     return _library.why_unsupported(_library.cuda_build() or "", torch.cuda.get_device_capability())
@@ -31,7 +39,9 @@ def sanitizer() -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Prints the GPU's name, or with --sanitizer the path of compute-sanitizer; the reason to stderr where not."""
-    reason, found = why_not(), torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    found, reason = "", why_no_card()
+    if reason is None:
+        found, reason = torch.cuda.get_device_name(), None if "--card" in arguments else why_no_kernels()
     if "--sanitizer" in arguments and reason is None:
         found = sanitizer() or ""
         reason = None if found else "compute-sanitizer is not on PATH nor in CUDA_HOME; install the CUDA toolkit's"

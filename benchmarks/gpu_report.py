@@ -1,8 +1,8 @@
 """What the compiler made of the GPU kernels: `python -m benchmarks.gpu_report`, or `make gpu-report`. Needs no GPU.
 
 Reads fastkd/_cuda.so back with cuobjdump (the one Triton ships, else the toolkit's): registers, shared memory, stack
-and spills of every kernel and card, 16-byte global accesses and matrix instructions. Triton's kernels follow where
-benchmarks/triton_report.py is there.
+and spills of every kernel and card, 16-byte global accesses and matrix instructions. Triton's kernels follow, compiled
+for the same cards, where benchmarks/triton_report.py is there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Kernel:
     """One compiled kernel.
 
     Args:
-        source: stem of the .cu file, or "triton".
+        source: stem of the .cu file; empty for a kernel outside an anonymous namespace.
         name: without namespaces and parameters; with template arguments.
         card: "sm_90" and the like.
         registers: a thread.
-        shared: bytes a block; of _cuda.so's kernels without what is asked for when they are launched.
+        shared: bytes a block, without what is asked for when it is launched.
         stack: bytes of local memory a thread: spilled registers and arrays indexed at run time.
         spills: stores to local memory; None where the instructions were not read.
         wide: 16-byte global loads and stores, likewise.
@@ -148,15 +148,6 @@ def read_kernels(library: Path, cards: Iterable[str] | None = None) -> list[Kern
     return sorted(kernels, key=lambda kernel: (there.index(kernel.card), kernel.source, kernel.name))
 
 
-def triton_kernels() -> list[Kernel]:
-    """Triton's kernels, compiled for the same cards; none in a version without them."""
-    if importlib.util.find_spec("benchmarks.triton_report") is None:
-        return []
-    from benchmarks import triton_report
-
-    return triton_report.read_kernels()
-
-
 def table(kernels: list[Kernel]) -> str:
     """One line a kernel, under the name of its card."""
     heads = ("registers", "shared", "stack", "spills", "16-byte", "tensor cores")
@@ -169,7 +160,7 @@ def table(kernels: list[Kernel]) -> str:
                 numbers = (k.registers, k.shared, k.stack, k.spills, k.wide, k.tensor_cores)
                 cells = ("-" if number is None else str(number) for number in numbers)
                 row = " ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))
-                lines.append(f"{row}  {k.source}: {k.name}")
+                lines.append(f"{row}  {k.source or '-'}: {k.name}")
     return "\n".join(lines)
 
 
@@ -178,14 +169,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, default=_library.BUILT_IN_CUDA, help="to read (default: the built one)")
     parser.add_argument("--cards", nargs="+", metavar="CARD", help="read these cards' instructions (default: all)")
-    parser.add_argument("--json", type=Path, help="write the table to this file as well")
+    parser.add_argument("--json", type=Path, help="write the table of fastkd/_cuda.so to this file as well")
+    parser.add_argument("--no-triton", action="store_true", help="leave Triton's kernels out (minutes)")
     chosen = parser.parse_args(arguments)
     if not chosen.library.is_file():
         raise SystemExit(f"gpu_report: {chosen.library} does not exist; `make cuda` builds it or says what is missing")
-    kernels = read_kernels(chosen.library, chosen.cards) + triton_kernels()
-    print(table(kernels))
+    kernels = read_kernels(chosen.library, chosen.cards)
+    print(table(kernels), flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1) + "\n", encoding="utf-8")
+    if not chosen.no_triton and importlib.util.find_spec("benchmarks.triton_report") is not None:
+        from benchmarks import triton_report
+
+        triton_report.main()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import results, roofline
 from benchmarks.limits import LIMITS, arithmetic_limit
 from benchmarks.rows import BY_NAME, QUICK, ROWS, Draw, Row, Shape
 from benchmarks.study import KEEP_MEMORY
@@ -212,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     if before is None:
         write(saved, chosen.out)
         print(results.report(saved))
+        if saved["machine"]["device"] != "cpu":
+            print("\n".join(roofline.achieved(saved["rows"], saved["machine"]["device"])))
     else:
         lines, passed = results.compare(before, saved, chosen.threshold)
         print("\n".join(lines))

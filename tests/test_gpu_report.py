@@ -1,11 +1,15 @@
 """What the compiler made of the GPU kernels, held to what a fast kernel needs; the parser of the compiler's output."""
 
+import importlib.machinery
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import benchmarks
 from benchmarks import gpu_report
 from fastkd.ops import _library
 
@@ -141,19 +145,29 @@ def recorded(monkeypatch, tmp_path):
 
     original = gpu_report.run
     monkeypatch.setattr(gpu_report, "run", run)
-    monkeypatch.setattr(gpu_report, "triton_kernels", list)
     library = tmp_path / "_cuda.so"
     library.touch()
     return library
 
 
 def test_report(recorded, capsys, tmp_path):
-    gpu_report.main(["--library", str(recorded), "--cards", "sm_90", "--json", str(tmp_path / "report.json")])
+    arguments = ["--library", str(recorded), "--cards", "sm_90", "--no-triton"]
+    gpu_report.main([*arguments, "--json", str(tmp_path / "report.json")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["registers", "sm_80", "56", "28", "sm_90", "40"]
     assert lines[2].split() == ["56", "0", "24", "-", "-", "-", "value_mimic:", "forward_kernel<float,", "int>"]
     assert lines[5].split()[:6] == ["40", "1280", "0", "1", "2", "1"]
     assert len(json.loads((tmp_path / "report.json").read_text())) == 3
+
+
+def test_triton_follows(recorded, monkeypatch, capsys):
+    module = types.ModuleType("benchmarks.triton_report")
+    module.main = lambda: print("Triton's table")
+    module.__spec__ = importlib.machinery.ModuleSpec("benchmarks.triton_report", None)
+    monkeypatch.setitem(sys.modules, "benchmarks.triton_report", module)
+    monkeypatch.setattr(benchmarks, "triton_report", module, raising=False)
+    gpu_report.main(["--library", str(recorded)])
+    assert capsys.readouterr().out.endswith("Triton's table\n")
 
 
 def test_without_a_library_the_report_says_how_to_build_it(tmp_path):
