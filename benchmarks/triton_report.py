@@ -99,9 +99,10 @@ TABLE = [
 def _arguments(case: Case, channels: int = 256, heads: int = 8, images: int = 2) -> list:
     """Arguments of the op at the published shape, without memory."""
     depth, order = channels // heads, torch.channels_last if case.last else torch.contiguous_format
+    wide = torch.promote_types(case.dtype, torch.float32)
 
     def small(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
+        return torch.empty(shape, dtype=wide, device="meta")
 
     def pyramid() -> list[Tensor]:
         shapes = [(images, channels, *size) for size in SIZES]

@@ -30,7 +30,7 @@ from fastkd.ops.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["parts", "heads", "count", "rows", "scale"])
+@triton.jit(do_not_specialize=["parts", "heads", "count", "rows"])
 def instance_attention_forward_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
     key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
@@ -46,7 +46,7 @@ def instance_attention_forward_kernel(
     heads,
     count,  # N
     rows,  # B * G * N
-    scale,  # of the logits, 1 / temperature
+    SCALE: tl.constexpr,  # of the logits, 1 / temperature; a constant has all bits in float64 too
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     VALUE_DEPTH: tl.constexpr,
@@ -109,7 +109,7 @@ def instance_attention_forward_kernel(
             logits = product(q, tl.trans(key), logits, PRECISION)
         else:
             logits = product(q, x, logits, PRECISION)
-        logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * scale
+        logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * SCALE
         highest = tl.maximum(maximum, tl.max(logits, axis=1))
         # All masked so far: exp(-inf - 0) = 0.
         base = tl.where(highest == -float("inf"), 0.0, highest)
@@ -213,7 +213,7 @@ def plan_forward(
             **problem.value_arguments(),
             **dict(zip(("part_maximum", "part_sum", "part_output"), partial, strict=True)),
             rows=rows,
-            scale=float(scale),
+            SCALE=float(scale),
             WITH_VALUES=with_values,
         ),
         chosen.warps,

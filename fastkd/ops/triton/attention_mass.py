@@ -30,7 +30,7 @@ from fastkd.ops.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["parts", "heads", "count", "scale"])
+@triton.jit(do_not_specialize=["parts", "heads", "count"])
 def attention_mass_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
     key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
@@ -44,7 +44,7 @@ def attention_mass_kernel(
     parts,
     heads,
     count,  # N
-    scale,  # of the logits
+    SCALE: tl.constexpr,  # of the logits, 1 / temperature
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     PROJECTED: tl.constexpr,
@@ -103,7 +103,7 @@ def attention_mass_kernel(
             logits += tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)
             base = tl.load(logsumexp + row, mask=known, other=0.0)
             counts = tl.load(chosen + image * count + query, mask=known, other=0) != 0
-            power = tl.where(counts[:, None], tl.exp(logits * scale - base[:, None]), 0.0)
+            power = tl.where(counts[:, None], tl.exp(logits * SCALE - base[:, None]), 0.0)
             total = tl.where(block == 0, 0.0, total) + tl.sum(power, axis=0)
             tl.store(mass_start + head * cells + cell, total, mask=inside & (block + 1 == blocks))
 
@@ -141,7 +141,7 @@ def plan_mass(
             chosen=chosen.contiguous().view(torch.uint8),
             logsumexp=plan.dense_as(logsumexp, queries.dtype),
             mass=tuple(masses),
-            scale=1 / temperature,
+            SCALE=1 / temperature,
         ),
         tile.warps,
         tile.stages,

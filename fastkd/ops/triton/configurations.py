@@ -81,7 +81,7 @@ def _block(count: int, most: int) -> int:
 
 
 def _most_queries(shape: Shape) -> int:
-    return {2: 64, 4: 32, 8: 16}[shape.element_size]
+    return 16 if shape.element_size == 8 else 64
 
 
 def _tile(shape: Shape, cells: int) -> tuple[int, int]:
@@ -99,12 +99,16 @@ def forward(shape: Shape, card: Card) -> Configuration:
 
 def backward(shape: Shape, card: Card) -> Configuration:
     most = _most_queries(shape)
-    if not shape.projected and card.generation == 8:
-        most = min(most, 32)  # queries are kept in registers, in all C channels, beside their gradients
+    if shape.element_size == 4 or (not shape.projected and card.generation == 8):
+        most = min(most, 32)  # queries are kept in registers, in all channels where absorbed, beside their gradients
+    blocks = shape.count > most
+    if blocks:
+        # blocks after each other take registers for their addresses
+        most = min(most, 16 if card.generation == 10 or shape.element_size == 4 else 32)
     # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
-    cells = 64 if shape.last and card.generation == 10 else 32
-    stages = 2 if shape.last and card.generation < 10 else 1
-    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, stages)
+    cells = 64 if shape.last and card.generation == 10 and not blocks else 32
+    ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
+    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, 2 if ahead else 1)
 
 
 def mass(shape: Shape, card: Card) -> Configuration:

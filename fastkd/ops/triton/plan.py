@@ -155,7 +155,8 @@ class Problem:
                 own = values[index]
                 fits = fits and tuple(own.shape) == (images, values[0].shape[1], *size)
                 fits = fits and own.shape[1] % heads == 0 and own.dtype == values[0].dtype
-        everything = [queries, *levels, *row_bias, *column_bias, *(values or ())]
+        weight = [] if key_weight is None else [key_weight]
+        everything = [queries, *levels, *weight, *row_bias, *column_bias, *(values or ())]
         fits = fits and all(tensor.device == queries.device for tensor in everything)
         wide = queries.dtype == torch.float64
         fits = fits and all((tensor.dtype == torch.float64) == wide for tensor in everything)
@@ -190,7 +191,7 @@ class Problem:
 
     def arguments(self, parts: Parts, tile: Configuration) -> dict:
         """Arguments of the kernels by name."""
-        given = dict(
+        return dict(
             queries=self.queries,
             key_weight=self.key_weight,
             levels=tuple(self.levels),
@@ -212,7 +213,6 @@ class Problem:
             COLUMNS=tile.columns,
             PRECISION=precision_of(self.levels[0].dtype),
         )
-        return given
 
     def value_arguments(self) -> dict:
         """Arguments of the kernels that read values, by name."""
