@@ -265,4 +265,23 @@ FASTKD_DEVICE Sum block_sum(Sum value, Shared<Sum> scratch) {
   return value;
 }
 
+// The threads of a block that raise a flag, in ascending order in `list`; returns how many, `before` is the number of
+// those before this one. `counts` holds kWarpSize numbers.
+FASTKD_DEVICE int list_threads(bool flag, Shared<int> list, Shared<int> counts, int& before) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+  const unsigned word = __ballot_sync(kAllLanes, flag);
+  __syncthreads();  // an earlier list has been read
+  if (lane == 0) counts[warp] = __popc(word);
+  __syncthreads();
+  before = __popc(word & ((1u << lane) - 1));
+  int total = 0;
+  for (int other = 0; other < warps; ++other) {
+    if (other < warp) before += counts[other];
+    total += counts[other];
+  }
+  if (flag) list[before] = threadIdx.x;
+  __syncthreads();
+  return total;
+}
+
 }  // namespace fastkd

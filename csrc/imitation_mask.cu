@@ -129,7 +129,7 @@ FASTKD_DEVICE bool imitates(const Level& level, const Box& box, float threshold,
 FASTKD_KERNEL void mark_kernel(Levels levels, Global<const float> boxes, Global<const int64_t> image_index,
                                Global<const float> best, Global<const float> threshold) {
   FASTKD_SHARED(int, list, kThreads);
-  FASTKD_SHARED(int, counts, kTileRows);
+  FASTKD_SHARED(int, counts, kWarpSize);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   int index = 0;
   while (index + 1 < levels.count && blockIdx.x >= levels.level[index + 1].first_block) ++index;
@@ -145,21 +145,12 @@ FASTKD_KERNEL void mark_kernel(Levels levels, Global<const float> boxes, Global<
     const int64_t mine = first + threadIdx.x;
     const bool own = mine < levels.boxes && image_index[mine] == image;
     const bool near_it = own && tile.is_near(level, Box(boxes + 4 * mine));
-    const unsigned word = __ballot_sync(kAllLanes, near_it);
-    if (lane == 0) counts[warp] = __popc(word);
-    __syncthreads();
-    int at = __popc(word & ((1u << lane) - 1)), total = 0;
-    for (int other = 0; other < kTileRows; ++other) {
-      if (other < warp) at += counts[other];
-      total += counts[other];
-    }
-    if (near_it) list[at] = threadIdx.x;
-    __syncthreads();
+    int before;
+    const int total = list_threads(near_it, list, counts, before);
     for (int i = 0; inside && !marked && i < total; ++i) {
       const int64_t k = first + list[i];
       marked = imitates(level, Box(boxes + 4 * k), threshold[k], best + (k * levels.pairs + level.first_pair), y, x);
     }
-    __syncthreads();  // the next boxes overwrite the list
   }
   if (inside) level.mask[(image * level.rows + y) * level.columns + x] = marked;
 }

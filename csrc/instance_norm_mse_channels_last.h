@@ -1,6 +1,7 @@
 // The kernels of instance_norm_mse.cu for channels-last levels; traffic and order of sums are described there.
 #pragma once
 
+#include "device_channels.h"
 #include "instance_norm_mse_device.h"
 
 namespace fastkd {
@@ -33,30 +34,6 @@ struct Place {
     offset = (image * mine.cells + first_cell) * levels.channels + channel;
   }
 };
-
-template <class T, int width>
-FASTKD_DEVICE void load_channels(Global<const T> pointer, sum_t<T> (&out)[width]) {
-  if constexpr (width == 1) {
-    out[0] = widened<T>(pointer[0]);
-  } else {
-    const Pack<T> pack = load_pack(pointer);
-    for (int j = 0; j < width; ++j) out[j] = widened<T>(pack.value[j]);
-  }
-}
-
-// sums[j] over the warps, for each thread of warp 0 (the other warps hold no result).
-template <class Sum, int width>
-FASTKD_DEVICE void sum_over_warps(Sum (&sums)[width], Shared<Sum> scratch, int warp, int warps) {
-  const int lane = threadIdx.x % kWarpSize;
-  __syncthreads();
-  for (int j = 0; j < width; ++j) scratch[(warp * width + j) * kWarpSize + lane] = sums[j];
-  __syncthreads();
-  for (int j = 0; j < width; ++j) {
-    Sum total = 0;
-    for (int other = 0; other < warps; ++other) total += scratch[(other * width + j) * kWarpSize + lane];
-    sums[j] = total;
-  }
-}
 
 // Of each channel over a chunk: the mean, what rounding left out of it, and centred squares: partial [6, chunk rows].
 template <class T, class index_t, int width>

@@ -93,6 +93,7 @@ def test_any_value_is_safe():
     wrong[::2] = torch.tensor([-1, 2, 2**62])
     found, expected = emulated(boxes, wrong, *rest), imitation_mask_reference(boxes[1::2], index[1::2], *rest)
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
+    boxes, index, *rest = arguments(count=3, per_cell=1)
     for bad in (torch.nan, torch.inf, -torch.inf, 1e38, -1e38):
         hostile = boxes.clone()
         hostile[:2, 0], hostile[1:3, 3] = bad, bad
