@@ -160,7 +160,8 @@ FASTKD_DEVICE int list_objects(const Objects& objects, const Place<P, index_t>& 
   FASTKD_SHARED(uint32_t, member, kBlock);
   FASTKD_SHARED(int, rest, 1);
   const int thread = threadIdx.x, lane = thread % kWarpSize, left = objects.count - from;
-  const int window = left < kWarpSize * kBlock ? left : kWarpSize * kBlock, chunks = (window + kWarpSize - 1) / kWarpSize;
+  const int window = left < kWarpSize * kBlock ? left : kWarpSize * kBlock;
+  const int chunks = (window + kWarpSize - 1) / kWarpSize;
   __syncthreads();  // an earlier list has been read
   for (int chunk = thread / kWarpSize; chunk < chunks; chunk += kWarps) {
     const int k = from + chunk * kWarpSize + lane;
@@ -259,7 +260,8 @@ void add_data(Levels<P>& levels, const std::vector<Plane>& planes, bool aligned)
     if constexpr (std::is_const_v<P>) level.data = global<P>(planes[index].data);
     else level.data = output<P>(planes[index].data);
     level.channels_last = planes[index].channels_last;
-    level.packed = aligned && level.channels_last && levels.channels % kPack<Value> == 0 && is_aligned({planes[index].data});
+    level.packed = aligned && level.channels_last && levels.channels % kPack<Value> == 0 &&
+        is_aligned({planes[index].data});
   }
 }
 
@@ -291,8 +293,8 @@ inline Cover new_cover(const char* op, const Tensor& objects, const Tensor& imag
   return cover;
 }
 
-inline Cover cover_by_boxes(const char* op, const Tensor& boxes, const Tensor& image_index, int64_t height, int64_t width,
-                            const Tensor& on) {
+inline Cover cover_by_boxes(const char* op, const Tensor& boxes, const Tensor& image_index, int64_t height,
+                            int64_t width, const Tensor& on) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, op, ": boxes must be [K, 4]");
   STD_TORCH_CHECK(height > 0 && width > 0 && height < (int64_t{1} << 31) && width < (int64_t{1} << 31), op,
                   ": image_size must be two positive numbers");

@@ -49,8 +49,8 @@ struct PaintMemory {
 
 // The rows of values by which object k reaches a cell, as bits.
 template <bool taps, class P>
-FASTKD_DEVICE uint32_t rows_at(const Objects& objects, [[maybe_unused]] const Level<P>& level, int k, const Area& area, int cell, int y,
-                               int x) {
+FASTKD_DEVICE uint32_t rows_at(const Objects& objects, [[maybe_unused]] const Level<P>& level, int k, const Area& area,
+                               int cell, int y, int x) {
   if constexpr (taps) {
     const uint32_t rows = area.empty() ? 0 : reaching(y, area.y0, area.y1), columns = reaching(x, area.x0, area.x1);
     return (rows & 1 ? columns : 0) | (rows & 2 ? columns << 3 : 0) | (rows & 4 ? columns << 6 : 0);
@@ -61,8 +61,8 @@ FASTKD_DEVICE uint32_t rows_at(const Objects& objects, [[maybe_unused]] const Le
 }
 
 // 1, or 1 / (number of cells the object covers) if mean.
-template <class Sum, class P>
-FASTKD_DEVICE Sum scale_of(const Objects& objects, const Level<P>& level, int index, int k, const Area& area, bool mean) {
+template <class Sum>
+FASTKD_DEVICE Sum scale_of(const Objects& objects, int index, int k, const Area& area, bool mean) {
   if (!mean) return 1;
   const int cells = objects.masks ? int(objects.cells[int64_t{index} * objects.count + k]) : area.cells();
   return Sum(1) / static_cast<Sum>(cells > 1 ? cells : 1);
@@ -90,7 +90,7 @@ FASTKD_DEVICE void find_bits(const Palette<V, taps>& palette, const Place<T, ind
     memory.area[4 * object + 1] = area.y1;
     memory.area[4 * object + 2] = area.x0;
     memory.area[4 * object + 3] = area.x1;
-    memory.scale[object] = scale_of<sum_t<V>>(palette.objects, place.level, place.index, k, area, palette.mean);
+    memory.scale[object] = scale_of<sum_t<V>>(palette.objects, place.index, k, area, palette.mean);
   }
   __syncthreads();
   const int cell = place.begin + threadIdx.x;
@@ -100,12 +100,14 @@ FASTKD_DEVICE void find_bits(const Palette<V, taps>& palette, const Place<T, ind
       const int end = first + kWarpSize < count ? first + kWarpSize : count;
       uint32_t bits[kRows] = {};
       for (int object = first; object < end; ++object) {
-        const uint32_t rows = rows_at<taps>(palette.objects, place.level, memory.list[object], memory.area_of(object), cell, y, x);
+        const Area area = memory.area_of(object);
+        const uint32_t rows = rows_at<taps>(palette.objects, place.level, memory.list[object], area, cell, y, x);
 #pragma unroll
         for (int row = 0; row < kRows; ++row) bits[row] |= (rows >> row & 1) << (object - first);
       }
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) memory.bits[(first / kWarpSize * kRows + row) * kTile + threadIdx.x] = bits[row];
+      for (int row = 0; row < kRows; ++row)
+        memory.bits[(first / kWarpSize * kRows + row) * kTile + threadIdx.x] = bits[row];
     }
   }
   __syncthreads();
@@ -132,8 +134,8 @@ FASTKD_DEVICE void add_values(Global<const V> values, sum_t<V> scale, sum_t<V> (
   }
 }
 
-// The sum of `width` channels from `channel` on in a cell of the tile, 32 objects by 32; `rest` is the first object that
-// is not listed.
+// The sum of `width` channels from `channel` on in a cell of the tile, 32 objects by 32; `rest` is the first object
+// that is not listed.
 template <int width, class T, class V, bool taps, class index_t>
 FASTKD_DEVICE void sum_cell(const Levels<T>& levels, const Palette<V, taps>& palette, const Place<T, index_t>& place,
                             int count, int rest, const PaintMemory<V, taps>& memory, int cell, int channel,
@@ -151,11 +153,13 @@ FASTKD_DEVICE void sum_cell(const Levels<T>& levels, const Palette<V, taps>& pal
   for (int i = 0; i < width; ++i) sum[i] = 0;
   if (taps && palette.bias) add_values<width, V>(palette.bias + channel, 1, sum);
   for (int first = 0; first < count; first += kWarpSize) {
-    for (int row = 0; row < kRows; ++row)
+    for (int row = 0; row < kRows; ++row) {
       for (uint32_t bits = memory.bits[(first / kWarpSize * kRows + row) * kTile + cell]; bits != 0; bits &= bits - 1) {
         const int object = first + lowest_bit(bits);
-        add_values<width, V>(values + (int64_t{memory.list[object]} * kRows + row) * row_size, memory.scale[object], part);
+        const int64_t value = int64_t{memory.list[object]} * kRows + row;
+        add_values<width, V>(values + value * row_size, memory.scale[object], part);
       }
+    }
     close();
   }
   for (int k = rest; k < objects.count; ++k) {
@@ -164,7 +168,7 @@ FASTKD_DEVICE void sum_cell(const Levels<T>& levels, const Palette<V, taps>& pal
       const int at = place.begin + cell, y = at / place.level.columns, x = at % place.level.columns;
       for (uint32_t rows = rows_at<taps>(objects, place.level, k, area, at, y, x); rows != 0; rows &= rows - 1)
         add_values<width, V>(values + (int64_t{k} * kRows + lowest_bit(rows)) * row_size,
-                             scale_of<sum_t<V>>(objects, place.level, place.index, k, area, palette.mean), part);
+                             scale_of<sum_t<V>>(objects, place.index, k, area, palette.mean), part);
     }
     if (k % kWarpSize == 0 || k + 1 == objects.count) close();
   }
@@ -246,7 +250,8 @@ void paint_levels(const std::vector<Plane>& planes, int64_t images, const Cover&
   Palette<V, taps> palette{cover.objects, global<const V>(values), Global<const V>(nullptr),
                            static_cast<int>(chunks * kWarpSize), mean};
   if (bias != nullptr) palette.bias = global<const V>(*bias);
-  const auto kernel = is_narrow(data_of(planes)) ? &paint_kernel<T, V, narrow_index, taps> : &paint_kernel<T, V, int64_t, taps>;
+  const auto kernel =
+      is_narrow(data_of(planes)) ? &paint_kernel<T, V, narrow_index, taps> : &paint_kernel<T, V, int64_t, taps>;
   launch(planes[0].data, Grid(blocks), Grid(kBlock), Memory::bytes(static_cast<int>(chunks)), kernel, levels, palette);
 }
 

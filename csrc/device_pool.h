@@ -58,7 +58,8 @@ struct PoolMemory {
   Shared<int> area, list;  // [object][4], [object]
 
   static constexpr int bytes(int objects) { return kTileBytes + objects * kObjectBytes; }
-  static constexpr int kObjectBytes = kRows * kPoolChannels * static_cast<int>(sizeof(Sum)) + kRegions * 4 * (kWords + 1) + 20;
+  static constexpr int kObjectBytes =
+      kRows * kPoolChannels * static_cast<int>(sizeof(Sum)) + kRegions * 4 * (kWords + 1) + 20;
 
   FASTKD_DEVICE PoolMemory(Shared<unsigned char> memory, int objects) {
     int used = kTileBytes;
@@ -86,24 +87,26 @@ FASTKD_DEVICE void load_tile(const Levels<const T>& levels, const Place<const T,
   const Global<const T> x = place.level.data + place.offset(levels, first);
   const index_t step = place.step(levels);
   if (place.level.packed) {
-    const int packs = place.channels / kPack<T>, count = cells * packs;
-    for (int base = thread; base < count; base += kBatch * kBlock) {
+    const int packs = place.channels / kPack<T>, teams = kBlock / packs, team = thread / packs;
+    const int channel = thread % packs * kPack<T>;
+    for (int base = team; team < teams && base < cells; base += kBatch * teams) {
       Pack<T> batch[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int at = base + i * kBlock;
-        if (at < count) batch[i] = load_pack(x + (static_cast<index_t>(at / packs) * step + at % packs * kPack<T>));
+        const int cell = base + i * teams;
+        if (cell < cells) batch[i] = load_pack(x + (static_cast<index_t>(cell) * step + channel));
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int at = base + i * kBlock;
-        if (at < count) store_pack(memory.tile + (at / packs * kPoolChannels + at % packs * kPack<T>), batch[i]);
+        const int cell = base + i * teams;
+        if (cell < cells) store_pack(memory.tile + (cell * kPoolChannels + channel), batch[i]);
       }
     }
   } else if (place.level.channels_last) {
     const int lane = thread % kWarpSize;
     for (int cell = thread / kWarpSize; cell < cells; cell += kWarps)
-      if (lane < place.channels) memory.tile[cell * kPoolChannels + lane] = T(x[static_cast<index_t>(cell) * step + lane]);
+      if (lane < place.channels)
+        memory.tile[cell * kPoolChannels + lane] = T(x[static_cast<index_t>(cell) * step + lane]);
   } else {
     for (int channel = thread / kWarpSize; channel < place.channels; channel += kWarps)
       load_row<T>(x + static_cast<index_t>(channel) * step, cells, [&](int cell, sum_t<T> value) {
@@ -121,6 +124,7 @@ FASTKD_DEVICE bool find_words(const Objects& objects, const Place<const T, index
     const int object = at / memory.kRegions;
     const Area area = region_of<taps>(memory.area_of(object), at % memory.kRegions, place.level);
     uint32_t live = 0;
+#pragma unroll 1  // keeps registers for what lives as long as the kernel
     for (int word = 0; word < kWords; ++word) {
       const int cell = first + word * kWarpSize;
       uint32_t bits = 0;
@@ -137,8 +141,8 @@ FASTKD_DEVICE bool find_words(const Objects& objects, const Place<const T, index
 }
 
 // The sum of the cells whose bits are set, of 32 from `cell` on.
-template <class T>
-FASTKD_DEVICE sum_t<T> sum_word(Shared<T> cell, int step, uint32_t bits) {
+template <int step, class T>
+FASTKD_DEVICE sum_t<T> sum_bits(Shared<T> cell, uint32_t bits) {
   sum_t<T> sums[4] = {};
 #pragma unroll
   for (int four = 0; four < kWarpSize; four += 4) {
@@ -150,15 +154,23 @@ FASTKD_DEVICE sum_t<T> sum_word(Shared<T> cell, int step, uint32_t bits) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The same of a word of the tile, for the lane's channel.
+template <class T, bool taps>
+FASTKD_DEVICE sum_t<T> sum_word(const PoolMemory<T, taps>& memory, bool channels_last, int word, uint32_t bits) {
+  const int lane = threadIdx.x % kWarpSize, first = word * kWarpSize;
+  if (channels_last) return sum_bits<kPoolChannels, T>(memory.tile + (first * kPoolChannels + lane), bits);
+  return sum_bits<1, T>(memory.tile + (lane * memory.kStride + first), bits);
+}
+
 // Adds the tile to the sums of the objects; a warp takes every kWarps-th one, a lane its channel.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, const PoolMemory<T, taps>& memory,
                             Shared<sum_t<T>> total) {
   using Sum = sum_t<T>;
-  const int lane = threadIdx.x % kWarpSize, step = place.level.channels_last ? kPoolChannels : 1;
-  const Shared<T> column = memory.tile + (place.level.channels_last ? lane : lane * memory.kStride);
+  const int lane = threadIdx.x % kWarpSize;
   if (lane >= place.channels) return;
   for (int object = threadIdx.x / kWarpSize; object < count; object += kWarps) {
+#pragma unroll 1
     for (int region = 0; region < memory.kRegions; ++region) {
       const int at = object * memory.kRegions + region;
       uint32_t live = memory.live[at];
@@ -168,12 +180,13 @@ FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, con
         const int word = lowest_bit(live);
         const uint32_t bits = memory.word[at * kWords + word];
         if (bits == kAllLanes) sum += total[word * kWarpSize + lane];
-        else sum += sum_word<T>(column + word * kWarpSize * step, step, bits);
+        else sum += sum_word(memory, place.level.channels_last, word, bits);
       }
       const Shared<Sum> out = memory.sum + (object * memory.kRows * kPoolChannels + lane);
       if constexpr (taps) {
         const Area area = memory.area_of(object), part = region_of<taps>(area, region, place.level);
         const uint32_t rows = reaching(part.y0, area.y0, area.y1), columns = reaching(part.x0, area.x0, area.x1);
+#pragma unroll 1
         for (int tap = 0; tap < 9; ++tap)
           if ((rows >> tap / 3 & 1) && (columns >> tap % 3 & 1)) out[tap * kPoolChannels] += sum;
       } else {
@@ -201,18 +214,17 @@ FASTKD_DEVICE void begin_sums(const Objects& objects, const Place<const T, index
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, const PoolMemory<T, taps>& memory,
                             Shared<sum_t<T>> total) {
-  const int lane = threadIdx.x % kWarpSize, first = threadIdx.x / kWarpSize * kWarpSize, left = cells - first;
+  const int lane = threadIdx.x % kWarpSize, word = threadIdx.x / kWarpSize, left = cells - word * kWarpSize;
   if (left <= 0 || lane >= place.channels) return;
-  const int step = place.level.channels_last ? kPoolChannels : 1;
-  const Shared<T> column = memory.tile + (place.level.channels_last ? lane : lane * memory.kStride);
-  total[threadIdx.x] = sum_word<T>(column + first * step, step, left < kWarpSize ? (1u << left) - 1 : kAllLanes);
+  const uint32_t bits = left < kWarpSize ? (1u << left) - 1 : kAllLanes;
+  total[threadIdx.x] = sum_word(memory, place.level.channels_last, word, bits);
 }
 
 // partial is [strips of all levels, K, rows, C], where only objects that may touch a strip are written; whole is, with
 // taps, [images, strips of all levels, C]: the sums of all cells.
 template <class T, class index_t, bool taps>
-FASTKD_KERNEL FASTKD_RESIDENT(3) void pool_kernel(Levels<const T> levels, Objects objects, int capacity, Global<sum_t<T>> partial,
-                               Global<sum_t<T>> whole) {
+FASTKD_KERNEL FASTKD_RESIDENT(2) void pool_kernel(Levels<const T> levels, Objects objects, int capacity,
+                                                  Global<sum_t<T>> partial, Global<sum_t<T>> whole) {
   using Sum = sum_t<T>;
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
   FASTKD_SHARED(Sum, total, kWords * kWarpSize);
@@ -246,10 +258,12 @@ FASTKD_KERNEL FASTKD_RESIDENT(3) void pool_kernel(Levels<const T> levels, Object
       add_tile(place, count, memory, total);
     }
     if (lane < place.channels) {
-      for (int object = warp; object < count; object += kWarps)  // as in add_tile
+      for (int object = warp; object < count; object += kWarps) {  // as in add_tile
+        const int64_t first = (strip * objects.count + memory.list[object]) * memory.kRows;
         for (int row = 0; row < memory.kRows; ++row)
-          partial[((strip * objects.count + memory.list[object]) * memory.kRows + row) * levels.channels + place.channel + lane] =
+          partial[(first + row) * levels.channels + place.channel + lane] =
               memory.sum[(object * memory.kRows + row) * kPoolChannels + lane];
+      }
       if (for_whole && warp == 0)
         whole[(place.image * levels.strips + strip) * levels.channels + place.channel + lane] = all;
     }

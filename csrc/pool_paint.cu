@@ -1,5 +1,5 @@
-// box_pool, box_paint, mask_pool, mask_paint and their backwards on the GPU: two sums over the cells that objects cover,
-// each the other's backward (device_pool.h, device_paint.h), all levels of a pyramid in one launch.
+// box_pool, box_paint, mask_pool, mask_paint and their backwards on the GPU: two sums over the cells that objects
+// cover, each the other's backward (device_pool.h, device_paint.h), all levels of a pyramid in one launch.
 //
 // S cells of all levels and images, K objects, C channels, e bytes an element:
 //   pool    reads at most S C e once (tiles of 256 cells that no object touches are left out), writes L K C e, and in
@@ -42,15 +42,17 @@ FASTKD_KERNEL void count_cells_kernel(Levels<const unsigned char> levels, Global
   const Level<const unsigned char> level = levels.level[inside ? row / count : 0];
   const int64_t first = level.first_word * count + row % count * level.words;
   int sum = 0;
-  for (int at = threadIdx.x % kWarpSize; inside && at < level.words; at += kWarpSize) sum += count_bits(word[first + at]);
+  for (int at = threadIdx.x % kWarpSize; inside && at < level.words; at += kWarpSize)
+    sum += count_bits(word[first + at]);
   for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   if (inside && threadIdx.x % kWarpSize == 0) cells[row] = sum;
 }
 
 Cover cover_by_masks(const char* op, const Tensor& masks, const Tensor& image_index, const Sizes& sizes, bool mean,
                      const Tensor& on) {
-  STD_TORCH_CHECK(masks.dim() == 3 && masks.scalar_type() == ScalarType::Bool && masks.size(1) > 0 && masks.size(2) > 0 &&
-                      masks.size(1) < (1 << 30) && masks.size(2) < (1 << 30) && masks.size(0) <= 65535 * kWarpSize,
+  STD_TORCH_CHECK(masks.dim() == 3 && masks.scalar_type() == ScalarType::Bool && masks.size(1) > 0 &&
+                      masks.size(2) > 0 && masks.size(1) < (1 << 30) && masks.size(2) < (1 << 30) &&
+                      masks.size(0) <= 65535 * kWarpSize,
                   op, ": masks must be [K, H, W] bool with H and W at least 1");
   check_sizes(op, sizes);
   Cover cover = new_cover(op, masks, image_index, on);
@@ -69,8 +71,8 @@ Cover cover_by_masks(const char* op, const Tensor& masks, const Tensor& image_in
   const int64_t rows = static_cast<int64_t>(sizes.size()) * count;
   cover.kept.push_back(new_tensor(on, {rows}, ScalarType::Int));
   const auto cells = output<int>(cover.kept.back());
-  launch(on, Grid((rows + kWarps - 1) / kWarps), Grid(kBlock), 0, &count_cells_kernel, levels, word, cover.objects.count,
-         cells);
+  launch(on, Grid((rows + kWarps - 1) / kWarps), Grid(kBlock), 0, &count_cells_kernel, levels, word,
+         cover.objects.count, cells);
   cover.objects.cells = cells;
   return cover;
 }
@@ -163,7 +165,8 @@ std::vector<Tensor> box_paint(Tensor embeddings, Tensor boxes, Tensor image_inde
   return paint("box_paint", embeddings, cover, false, batch_size, sizes, std::vector<bool>(sizes.size(), true));
 }
 
-Tensor box_paint_backward(std::vector<Tensor> grads, Tensor boxes, Tensor image_index, std::vector<int64_t> image_size) {
+Tensor box_paint_backward(std::vector<Tensor> grads, Tensor boxes, Tensor image_index,
+                          std::vector<int64_t> image_size) {
   const char* op = "box_paint_backward";
   const std::vector<Plane> planes = planes_of(op, grads);
   const auto [height, width] = sides_of(op, image_size);
@@ -174,7 +177,8 @@ Tensor box_paint_backward(std::vector<Tensor> grads, Tensor boxes, Tensor image_
 Tensor mask_pool(std::vector<Tensor> levels, Tensor masks, Tensor image_index) {
   const std::vector<Plane> planes = planes_of("mask_pool", levels);
   const DeviceScope scope(levels[0]);
-  return pool("mask_pool", planes, cover_by_masks("mask_pool", masks, image_index, sizes_of(planes), true, levels[0]), true);
+  const Cover cover = cover_by_masks("mask_pool", masks, image_index, sizes_of(planes), true, levels[0]);
+  return pool("mask_pool", planes, cover, true);
 }
 
 std::vector<Tensor> mask_pool_backward(Tensor grad, Tensor masks, Tensor image_index, int64_t batch_size,
@@ -182,7 +186,8 @@ std::vector<Tensor> mask_pool_backward(Tensor grad, Tensor masks, Tensor image_i
   const char* op = "mask_pool_backward";
   const Sizes sizes = sizes_of(op, level_sizes);
   const DeviceScope scope(grad);
-  return paint(op, grad, cover_by_masks(op, masks, image_index, sizes, true, grad), true, batch_size, sizes, channels_last);
+  const Cover cover = cover_by_masks(op, masks, image_index, sizes, true, grad);
+  return paint(op, grad, cover, true, batch_size, sizes, channels_last);
 }
 
 std::vector<Tensor> mask_paint(Tensor embeddings, Tensor masks, Tensor image_index, int64_t batch_size,

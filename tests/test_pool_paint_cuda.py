@@ -59,9 +59,9 @@ def check(op, given, layout=contiguous, **settings):
 @pytest.mark.parametrize("op, layout", CASES)
 def test_no_worse_than_plain(op, layout, dtype):
     """Whole packs of channels, a second group that is not full; single channels."""
-    for channels in (40, 5):
-        given = arguments(op, (3, 0, 4), channels, sizes=PYRAMID, dtype=dtype, layout=layout)
-        check(op, given, channels_last if channels == 40 else contiguous)
+    for channels in (40, 5) if dtype == torch.float32 else (72,):
+        given = arguments(op, (3, 0, 4), channels, sizes=PYRAMID[channels > 40 :], dtype=dtype, layout=layout)
+        check(op, given, channels_last if channels > 5 else contiguous)
 
 
 @pytest.mark.parametrize("op, layout", CASES)
@@ -105,7 +105,7 @@ def test_misaligned_starts(layout, start):
         stride = torch.empty(shape, memory_format=layout).stride()
         for dtype in (torch.float32, torch.float16):
             flat = torch.randn(torch.Size(shape).numel() + 8).to(dtype)
-            levels, *where = arguments("box_pool", (3, 4), channels, sizes=(sides,))
+            _, *where = arguments("box_pool", (3, 4), channels, sizes=(sides,))
             check("box_pool", ([flat.as_strided(shape, stride, start).requires_grad_()], *where))
             embeddings, *where = arguments("box_paint", (3, 4), channels, sizes=(sides,))
             values = torch.randn(embeddings.numel() + 8).to(dtype)[start : start + embeddings.numel()]
@@ -140,7 +140,7 @@ def test_more_objects_than_a_list_takes_at_once():
 
 @pytest.mark.parametrize("op, layout", CASES)
 def test_same_bits_in_every_schedule(op, layout):
-    given = arguments(op, (3, 0, 5), 5, sizes=PYRAMID[1:], layout=layout)
+    given = arguments(op, (3, 2), 5, sizes=PYRAMID[1:3], layout=layout)
     results = getattr(ops, f"{op}_reference")(*given)
     cotangents = cotangents_of([results] if op.endswith("pool") else results)
     runs = [emulated(op, given, cotangents, seed=seed, poison=poison) for seed in simt.SEEDS for poison in (0xFF, 0x7F)]
