@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks import results, roofline
-from benchmarks.limits import LIMITS, arithmetic_limit
-from benchmarks.rows import BY_NAME, QUICK, ROWS, Draw, Row, Shape
+from benchmarks.draws import QUICK, Draw, Shape
+from benchmarks.limits import CPU_ONLY, LIMITS, arithmetic_limit
+from benchmarks.rows import BY_NAME, ROWS, Row
 from benchmarks.study import KEEP_MEMORY
 from fastkd import ops
 from fastkd.ops import _library
@@ -58,13 +59,15 @@ def point(row: Row, shape: Shape, kind: str, threads: int, **changes: Any) -> di
     return {**found, "id": "-".join(str(part) for part in (row.name, kind, *changes.values()))}
 
 
-def plan(rows: list[Row], parts: set[str], quick: bool, threads: int) -> list[dict[str, Any]]:
+def plan(rows: list[Row], parts: set[str], quick: bool, threads: int, device: str) -> list[dict[str, Any]]:
     """The measurements of these rows; parts: of main, compiled, variants, growth."""
     base, points = QUICK if quick else Shape(), []
     for row in rows:
         shape = base if quick else row.shape(base)
-        forms = row.build(Draw(QUICK, torch.float32, False, torch.device("cpu"))).plain
-        sides = ["ours", *(f"plain: {name}" for name in forms), *(["compiled"] if "compiled" in parts else [])]
+        case = row.build(Draw(QUICK, torch.float32, False, torch.device("cpu")))
+        sides = ["ours", *(f"plain: {name}" for name in case.plain), *(["compiled"] if "compiled" in parts else [])]
+        if case.passes and device == "cpu":
+            sides.append("floor")
         points += [point(row, shape, "main", threads, side=side) for side in sides]
         if "variants" in parts:
             points += [
@@ -151,8 +154,8 @@ def collect(chosen: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         "seconds": 0.0 if chosen.quick else chosen.seconds,
         "rounds": 1 if chosen.quick else 5,
         "backend": "aot_eager" if chosen.quick else "inductor",  # the graph without half a minute of C++ compiler
-        "limits": [name for name in LIMITS if device.type == "cpu" or name != "multiply-adds"],
-        "points": plan(rows, set(chosen.parts), chosen.quick, chosen.threads),
+        "limits": [name for name in LIMITS if device.type == "cpu" or name not in CPU_ONLY],
+        "points": plan(rows, set(chosen.parts), chosen.quick, chosen.threads, device.type),
     }
     timings, green = measure(settings)
     found = results.gather(timings, arithmetic_limit(device))

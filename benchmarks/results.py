@@ -57,6 +57,10 @@ def conclusions(sides: dict[str, dict], targets: Targets, limits: dict[str, floa
     for variant in VARIANTS:
         if variant in sides:
             found[f"times_{variant}"] = sides[variant]["ms"] / ours["ms"]
+    if "floor" in sides:
+        least = sides["floor"]["ms"]
+        best = {name: ours["ms"] / least * found[name] for name in ("times_plain", "times_compiled") if name in found}
+        found |= {"floor": least, "at_floor": best}
     found["extra"], found["scratch"] = memory_of(ours)
     found |= share(ours, limits, arithmetic)
     judge(found, targets)
@@ -182,6 +186,36 @@ def growth_table(growth: dict[str, dict]) -> list[str]:
     return lines
 
 
+def bounds_table(rows: dict[str, dict]) -> list[str]:
+    """What moving the bytes alone takes, and the ratios that a call of that time would reach."""
+    lines = ["| op | reads, MiB | writes, MiB | floor, ms | ours / floor | x plain at the floor | x compiled |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        if "floor" not in row:
+            continue
+        ours, work = row["sides"]["ours"], row["sides"]["floor"]["work"]
+        cells = [
+            f"{work['read'] / MIB:.1f}",
+            f"{work['written'] / MIB:.1f}",
+            f"{row['floor']:.2f}",
+            f"{ours['ms'] / row['floor']:.1f}",
+            *(_bound(row, key) for key in ("times_plain", "times_compiled")),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _bound(row: dict, key: str) -> str:
+    text = _number(row["at_floor"].get(key), "{:.1f}", row["targets"].get(key))
+    return text + (" out of reach" if out_of_reach(row, key) else "")
+
+
+def out_of_reach(row: dict, key: str) -> bool:
+    """Whether even a call that only moves its bytes would miss this target."""
+    best, target = row.get("at_floor", {}).get(key), row["targets"].get(key)
+    return best is not None and target is not None and best < target
+
+
 def limit_line(limits: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.0f} {LIMITS[name][1]}" for name, value in limits.items())
 
@@ -211,6 +245,12 @@ def report(saved: dict[str, Any]) -> str:
         "",
         *main_table(saved["rows"]),
         "",
+        "Rates of bytes: copy, fill and fresh fill (which allocates what it writes, as an op does its results) move",
+        "about as much as a pyramid, which stays in part in the last cache between calls, as what the ops move does;",
+        "large copy moves 2 GiB from memory to memory; faulted fill writes memory fresh from the system. Ours and the",
+        "peers run in one process that keeps what it frees, so none of them pays for that "
+        f"({', '.join(f'{key}={value}' for key, value in machine['allocator'].items())}).",
+        "",
         "Memory: peak of a call over what was there before, results and gradients included. `at most`: what the caller",
         "keeps (results and gradients, and 2 % more) where the target is 'no more than that'; else that plus the",
         "allowed fraction of plain torch's scratch. Share of the limit: bytes that must move at least once, or",
@@ -218,6 +258,15 @@ def report(saved: dict[str, Any]) -> str:
         "",
         *variant_table(saved["rows"]),
     ]
+    bounds = bounds_table(saved["rows"])
+    if len(bounds) > 2:
+        lines += ["", "## What bounds the missed targets", ""]
+        lines += ["Floor: what a call must read and write at least (in each pass its inputs once, by the cache lines"]
+        lines += [
+            "that hold what is needed; results and gradients once), moved by all threads in the same run, nothing"
+        ]
+        lines += ["computed. A target (in brackets) above the ratio at the floor is out of reach on this machine.", ""]
+        lines += bounds
     if saved["growth"]:
         lines += ["", "How time grows (exponent of a fit; 1 = linear, less = fixed costs show):", ""]
         lines += [*growth_table(saved["growth"]), "", "![growth](ops-growth.png)"]
@@ -241,7 +290,7 @@ def quote(saved: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     judged = [(met, name, key) for name, row in rows.items() for key, met in row["met"].items()]
-    missed = ", ".join(f"{name} ({key.replace('times_', 'x ')})" for met, name, key in judged if not met)
+    missed = ", ".join(f"{name} ({_missed(rows[name], key)})" for met, name, key in judged if not met)
     machine = saved["machine"]
     lines += [
         "",
@@ -251,6 +300,11 @@ def quote(saved: dict[str, Any]) -> str:
         f"{sum(met for met, *_ in judged)} of {len(judged)} targets met" + (f"; missed: {missed}." if missed else "."),
     ]
     return "\n".join(lines)
+
+
+def _missed(row: dict, key: str) -> str:
+    text = key.replace("times_", "x ")
+    return text + (f"; at most {row['at_floor'][key]:.1f} here" if out_of_reach(row, key) else "")
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], threshold: float) -> tuple[list[str], bool]:

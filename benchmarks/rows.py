@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,54 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.draws import Draw, Shape
+from benchmarks.limits import Pass
 from fastkd import ops
 from fastkd.distillers.icd_decoder import DecoderLayer, Positions
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a call is measured on: a padded batch and the pyramid of it.
-
-    Args:
-        images, height, width: of the padded batch.
-        channels, heads: of the pyramid and its attention.
-        strides: of the levels.
-        boxes: of each image.
-        queries: of each image; real: those with a box.
-        anchors: of each cell.
-    """
-
-    images: int = 2
-    height: int = 800
-    width: int = 1216
-    channels: int = 256
-    heads: int = 8
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
-    boxes: int = 7
-    queries: int = 42
-    real: int = 7
-    anchors: int = 9
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.height, self.width
-
-    @property
-    def level_sizes(self) -> list[tuple[int, int]]:
-        return [(math.ceil(self.height / stride), math.ceil(self.width / stride)) for stride in self.strides]
-
-    @property
-    def cells(self) -> int:
-        """S, of one image."""
-        return sum(rows * columns for rows, columns in self.level_sizes)
-
-    @property
-    def elements(self) -> int:
-        """Numbers in a pyramid of the whole batch."""
-        return self.images * self.channels * self.cells
-
-
-QUICK = Shape(1, 96, 128, 16, 4, strides=(8, 16, 32), boxes=3, queries=6, real=2, anchors=3)
 
 
 @dataclass(frozen=True)
@@ -88,7 +43,7 @@ class Case:
         ours: takes them.
         plain: name of a form -> function that takes them and gives the same.
         compiled: the form that torch.compile gets.
-        elements: numbers that must be read or written at least once, for a row limited by memory.
+        passes: what must be read and written at least, for a row limited by memory.
         multiply_adds: for a row limited by arithmetic.
     """
 
@@ -96,60 +51,16 @@ class Case:
     ours: Callable
     plain: dict[str, Callable]
     compiled: str
-    elements: int = 0
+    passes: tuple[Pass, ...] = ()
     multiply_adds: int = 0
-
-
-class Draw:
-    """Random tensors of one dtype, layout and device, from a seed."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, channels_last: bool, device: torch.device, seed: int = 0):
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def tensor(self, *sizes: int, grad: bool = False, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """Normal numbers times scale plus shift."""
-        value = torch.randn(sizes, generator=self.generator) * scale + shift
-        return value.to(self.device, self.dtype).requires_grad_(grad)
-
-    def pyramid(self, channels: int | None = None, grad: bool = False) -> list[Tensor]:
-        """L tensors [B, C, H_l, W_l]."""
-        levels = []
-        for size in self.shape.level_sizes:
-            level = self.tensor(self.shape.images, channels or self.shape.channels, *size, shift=0.5)
-            levels.append(level.contiguous(memory_format=self.format).requires_grad_(grad))
-        return levels
-
-    def boxes(self) -> tuple[Tensor, Tensor]:
-        """Boxes [B * K, 4] between 16 and 512 pixels a side, clipped to the image, and their images."""
-        shape = self.shape
-        count, limit = shape.images * shape.boxes, torch.tensor([shape.width, shape.height] * 2)
-        uniform = torch.rand(count, 4, generator=self.generator)
-        side = 16 * 32 ** uniform[:, :2]
-        centre = uniform[:, 2:] * limit[:2]
-        boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1).clamp(min=0).minimum(limit)
-        return boxes.to(self.device), torch.arange(count, device=self.device) // shape.boxes
-
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """An ellipse in each box: [B * K, H, W] bool, and their images."""
-        boxes, index = self.boxes()
-        x1, y1, x2, y2 = (boxes[:, axis, None, None] for axis in range(4))
-        y = torch.arange(self.shape.height, device=self.device)[:, None] + 0.5
-        x = torch.arange(self.shape.width, device=self.device) + 0.5
-        across, down = ((2 * place - low - high) / (high - low) for place, low, high in ((x, x1, x2), (y, y1, y2)))
-        return across.square() + down.square() <= 1, index
-
-    def embeddings(self) -> Tensor:
-        """[L, B * K, C]."""
-        shape = self.shape
-        return self.tensor(len(shape.strides), shape.images * shape.boxes, shape.channels, grad=True)
 
 
 def instance_norm_mse(draw: Draw) -> Case:
     arguments = (draw.pyramid(grad=True), draw.pyramid())
     plain = {"instance_norm + mse_loss": peers.instance_norm_mse}
-    return Case(arguments, ops.instance_norm_mse, plain, *plain, elements=5 * draw.shape.elements)
+    both = (draw.shape.elements,) * 2
+    passes = (Pass(both), Pass(both, draw.shape.elements))
+    return Case(arguments, ops.instance_norm_mse, plain, *plain, passes=passes)
 
 
 def box_pool(draw: Draw) -> Case:
@@ -157,7 +68,9 @@ def box_pool(draw: Draw) -> Case:
     size = draw.shape.image_size
     forms = {"masks": peers.box_pool_masks, "slices": peers.box_pool_slices}
     plain = {name: lambda levels, form=form: form(levels, boxes, size) for name, form in forms.items()}
-    return Case((draw.pyramid(grad=True),), lambda levels: ops.box_pool(levels, boxes, index, size), plain, "masks")
+    ours = lambda levels: ops.box_pool(levels, boxes, index, size)  # noqa: E731
+    passes = (Pass((draw.in_boxes(boxes),)), Pass((), draw.shape.elements))
+    return Case((draw.pyramid(grad=True),), ours, plain, "masks", passes)
 
 
 def box_paint(draw: Draw) -> Case:
@@ -169,7 +82,8 @@ def box_paint(draw: Draw) -> Case:
     def ours(embeddings):
         return ops.box_paint(embeddings, boxes, index, size, images, sizes)
 
-    return Case((draw.embeddings(),), ours, plain, "masks", elements=2 * draw.shape.elements)
+    passes = (Pass((), draw.shape.elements), Pass((draw.in_boxes(boxes),)))
+    return Case((draw.embeddings(),), ours, plain, "masks", passes)
 
 
 def box_paint_conv3x3(draw: Draw) -> Case:
@@ -185,7 +99,8 @@ def box_paint_conv3x3(draw: Draw) -> Case:
     def plain(embeddings, weight, bias):
         return peers.box_paint_conv3x3(embeddings, weight, bias, boxes, size, images, sizes)
 
-    return Case(arguments, ours, {"masks + conv2d": plain}, "masks + conv2d", elements=2 * draw.shape.elements)
+    passes = (Pass((), draw.shape.elements), Pass((draw.shape.elements,)))
+    return Case(arguments, ours, {"masks + conv2d": plain}, "masks + conv2d", passes)
 
 
 def norm_relu_box_pool(draw: Draw) -> Case:
@@ -193,13 +108,17 @@ def norm_relu_box_pool(draw: Draw) -> Case:
     size = draw.shape.image_size
     plain = {"group_norm + relu + masks": lambda levels: peers.norm_relu_box_pool(levels, boxes, size)}
     ours = lambda levels: ops.norm_relu_box_pool(levels, boxes, index, size)  # noqa: E731
-    return Case((draw.pyramid(grad=True),), ours, plain, *plain)
+    elements = draw.shape.elements
+    passes = (Pass((elements,)), Pass((draw.in_boxes(boxes),)), Pass((elements,), elements))
+    return Case((draw.pyramid(grad=True),), ours, plain, *plain, passes=passes)
 
 
 def mask_pool(draw: Draw) -> Case:
     masks, index = draw.masks()
     plain = {"masks": lambda levels: peers.mask_pool(levels, masks)}
-    return Case((draw.pyramid(grad=True),), lambda levels: ops.mask_pool(levels, masks, index), plain, "masks")
+    ours = lambda levels: ops.mask_pool(levels, masks, index)  # noqa: E731
+    passes = (Pass((draw.in_masks(masks),)), Pass((), draw.shape.elements))
+    return Case((draw.pyramid(grad=True),), ours, plain, "masks", passes)
 
 
 def mask_paint(draw: Draw) -> Case:
@@ -207,7 +126,8 @@ def mask_paint(draw: Draw) -> Case:
     images, sizes = draw.shape.images, draw.shape.level_sizes
     plain = {"masks": lambda embeddings: peers.mask_paint(embeddings, masks, images, sizes)}
     ours = lambda embeddings: ops.mask_paint(embeddings, masks, index, images, sizes)  # noqa: E731
-    return Case((draw.embeddings(),), ours, plain, "masks", elements=2 * draw.shape.elements)
+    passes = (Pass((), draw.shape.elements), Pass((draw.in_masks(masks),)))
+    return Case((draw.embeddings(),), ours, plain, "masks", passes)
 
 
 def _tables(queries, key_weight, rows, columns):
@@ -315,7 +235,9 @@ def value_mimic(draw: Draw) -> Case:
     def plain(student, teacher, mass):
         return peers.value_mimic(student, teacher, torch.cat([level.flatten(2) for level in mass], dim=2))
 
-    return Case(arguments, ops.value_mimic, {"layer_norm": plain}, "layer_norm", elements=5 * shape.elements)
+    reads = (shape.elements, shape.elements, shape.images * shape.heads * shape.cells)
+    passes = (Pass(reads), Pass(reads, shape.elements))
+    return Case(arguments, ops.value_mimic, {"layer_norm": plain}, "layer_norm", passes)
 
 
 def imitation_mask(draw: Draw) -> Case:
@@ -336,7 +258,8 @@ def masked_mse(draw: Draw) -> Case:
     masks = [level[:, 0] > 1.5 for level in draw.pyramid(1)]  # one cell in six
     arguments = (draw.pyramid(grad=True), draw.pyramid(), masks)
     plain = {"product": peers.masked_mse_product, "selection": peers.masked_mse_selected}
-    return Case(arguments, ops.masked_mse, plain, "product", elements=shape.elements)  # the gradient at least
+    reads = (draw.in_lines(masks),) * 2
+    return Case(arguments, ops.masked_mse, plain, "product", (Pass(reads), Pass(reads, shape.elements)))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks import memory
-from benchmarks.limits import LIMITS
-from benchmarks.rows import BY_NAME, Case, Draw, Shape
+from benchmarks.draws import Draw, Shape
+from benchmarks.limits import LIMITS, floor
+from benchmarks.rows import BY_NAME, Case
 from benchmarks.steps import Step, assert_same
 
 PLAN = json.loads(Path(os.environ["FASTKD_BENCH_PLAN"]).read_text(encoding="utf-8"))
@@ -55,6 +56,15 @@ def check(case: Case, step: Step, dtype: torch.dtype) -> None:
     assert_same(step, Step(first, wide if dtype != torch.float32 else case.arguments), dtype)
 
 
+def work_of(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that must move, and multiply-adds."""
+    read, written = (
+        sum(sum(one.reads) for one in case.passes) * dtype.itemsize,
+        sum(one.writes for one in case.passes) * dtype.itemsize,
+    )
+    return {"read": read, "written": written, "bytes": read + written, "multiply_adds": case.multiply_adds}
+
+
 def run(benchmark, call, seconds: float = PLAN["seconds"]) -> None:
     """Rounds for about so many seconds, after a warm-up."""
     begin = time.perf_counter()
@@ -81,6 +91,9 @@ def test_point(benchmark, point):
     shape = Shape(**{**point["shape"], "strides": tuple(point["shape"]["strides"])})
     dtype = getattr(torch, point["dtype"])
     case = build(point["row"], shape, dtype, point["channels_last"])
+    if point["side"] == "floor":
+        benchmark.extra_info.update(point, work=work_of(case, dtype), cells=shape.cells)
+        return run(benchmark, floor(case.passes, dtype))
     begin = time.perf_counter()
     step = Step(function_of(case, point["side"]), case.arguments)
     if point["kind"] != "growth" and point["side"] != f"plain: {next(iter(case.plain))}":
@@ -88,7 +101,7 @@ def test_point(benchmark, point):
     kept = step()
     benchmark.extra_info.update(
         point,
-        work={"elements": case.elements, "multiply_adds": case.multiply_adds, "bytes": case.elements * dtype.itemsize},
+        work=work_of(case, dtype),
         returned=sum(leaf.numel() * leaf.element_size() for leaf in kept),
         backward=bool(step.cotangents),
         cells=shape.cells,

@@ -1,9 +1,9 @@
 // Which cells objects cover, arranged for sums over them (pool) and for writing sums of objects (paint).
 //
-// The rows of an image of a level fall into bands: consecutive rows, at most kBandRows, in which every object covers the
-// same cells. The columns of a band fall into n segments: consecutive cells, at most kSegmentCells, covered by the same
-// objects. Where an object covers the segments [first, last), that is a span of the object; a box has one span a band, a
-// mask as many as it has runs of cells.
+// The rows of an image of a level fall into bands: consecutive rows, at most kBandRows, in which every object covers
+// the same cells. The columns of a band fall into n segments: consecutive cells, at most kSegmentCells, covered by the
+// same objects. Where an object covers the segments [first, last), that is a span of the object; a box has one span a
+// band, a mask as many as it has runs of cells.
 //
 // The segments are the leaves of a binary tree (leaf s is node n + s, node i has the children 2 i and 2 i + 1), and a
 // span is the sum of at most 2 log2(n) nodes: so a hundred boxes that overlap heavily cost little more than the cells,
@@ -15,9 +15,6 @@
 #include <cstdint>
 
 namespace fastkd {
-
-// Whether an image of a level lies beyond the caches near a core: it is then written past them (bands_kernels.h).
-inline bool is_large(int64_t bytes) { return bytes >= (1 << 20); }
 
 constexpr int32_t kBandRows = 16, kSegmentCells = 16;  // what a kernel sums one by one in float
 

@@ -102,6 +102,8 @@ struct ContiguousLeaves {
     constexpr int lanes = kLanes<V>;
     for (int64_t y = band.y0; y < band.y1; ++y) {
       const scalar_t* row = plane + y * columns;
+      const int64_t ahead = (band.y1 - band.y0) * columns;
+      if (band.y1 - band.y0 < 4) fetch(row + x0 + ahead, row + x1 + ahead);  // of the next band
       int64_t x = x0;
       for (; x + lanes <= x1; x += lanes) {
         const V value = load<V>(row + x);
@@ -163,112 +165,159 @@ FASTKD_INLINE void paint_nodes(const Bands& bands, const Band& band, const Eleme
     }
 }
 
-FASTKD_INLINE void copy_bytes(char* out, const char* in, int64_t bytes) {
-  int64_t at = 0;
-  for (; at + kVectorBytes <= bytes; at += kVectorBytes) std::memcpy(out + at, in + at, kVectorBytes);
-  for (; at < bytes; ++at) out[at] = in[at];
-}
-
-// As copy_bytes, past the caches: out begins a cache line, bytes are whole lines. For levels larger than the caches near
-// the core, where fetching a line only to overwrite it costs as much as writing it.
-FASTKD_INLINE void stream_bytes(char* out, const char* in, int64_t bytes) {
-#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
-  for (int64_t at = 0; at < bytes; at += 64) _mm512_stream_si512((__m512i*)(out + at), _mm512_loadu_si512(in + at));
-#elif FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY == 1
-  for (int64_t at = 0; at < bytes; at += 32)
-    _mm256_stream_si256((__m256i*)(out + at), _mm256_loadu_si256((const __m256i*)(in + at)));
-#else
-  copy_bytes(out, in, bytes);
-#endif
-}
-
-FASTKD_INLINE void end_stream() {
-#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 1
-  _mm_sfence();
-#endif
-}
-
-// Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` has room
-// for as many of half types. stream: past the caches.
+// Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` has
+// room for as many of half types. past_caches: see is_large.
 template <class V, class scalar_t>
 FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
-                                       int64_t channels, int64_t columns, bool stream, scalar_t* narrowed,
+                                       int64_t channels, int64_t columns, bool past_caches, scalar_t* narrowed,
                                        scalar_t* image) {
-  const char* values = reinterpret_cast<const char*>(leaf);
-  if constexpr (sizeof(scalar_t) != sizeof(Element<V>)) {
+  const scalar_t* values = narrowed;
+  if constexpr (sizeof(scalar_t) == sizeof(Element<V>)) {
+    values = leaf;
+  } else {
     for (int64_t at = 0; at < band.segments * width; at += kLanes<V>) store(narrowed + at, load<V>(leaf + at));
-    values = reinterpret_cast<const char*>(narrowed);
   }
-  constexpr int64_t size = sizeof(scalar_t);
-  char* out = reinterpret_cast<char*>(image + band.y0 * columns * channels);
-  const bool lines = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && channels * size % 64 == 0;
+  scalar_t* out = image + band.y0 * columns * channels;
+  const bool lines =
+      past_caches && elements_to_line(out) == 0 && channels * static_cast<int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
   for (int64_t y = band.y0; y < band.y1; ++y)
     for (int64_t s = 0; s < band.segments; ++s)
-      for (int64_t x = segment[s].x0; x < segment[s].x1; ++x, out += channels * size)
-        if (lines)
-          stream_bytes(out, values + s * width * size, channels * size);
-        else
-          copy_bytes(out, values + s * width * size, channels * size);
+      for (int64_t x = segment[s].x0; x < segment[s].x1; ++x, out += channels)
+        lines ? stream_copy(out, values + s * width, channels) : copy(out, values + s * width, channels);
   if (lines) end_stream();
 }
 
-// Length of a buffer for a row that is read on beyond its end, as if it began again, by a cache line.
-template <class V, class scalar_t>
-FASTKD_INLINE int64_t repeated(int64_t columns) {
-  return padded<V>(columns) + 64 / static_cast<int64_t>(sizeof(scalar_t));
+// A piece of scratch of so many elements, and whole cache lines.
+template <class T>
+FASTKD_INLINE T* take(char*& scratch, int64_t count) {
+  T* piece = reinterpret_cast<T*>(scratch);
+  scratch += (count * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes * kLineBytes;
+  return piece;
 }
 
-// Writes a row of so many columns again and again, total elements; whole cache lines past the caches. row is a buffer of
-// the length `repeated`.
+// Writes a row again and again, total elements, whole cache lines past the caches. Behind the row is room for a line.
 template <class scalar_t>
 FASTKD_INLINE void stream_rows(scalar_t* out, scalar_t* row, int64_t columns, int64_t total) {
-  constexpr int64_t line = 64 / sizeof(scalar_t);
+  constexpr int64_t line = kLineBytes / sizeof(scalar_t), step = kVectorBytes / sizeof(scalar_t);
   for (int64_t x = 0; x < line; ++x) row[columns + x] = row[x];
   int64_t at = 0, x = 0;
-  const auto one = [&] {
-    out[at++] = row[x++];
-    if (x == columns) x = 0;
+  const auto write_to = [&](int64_t end) {
+    for (; at < end; ++at) {
+      out[at] = row[x++];
+      if (x == columns) x = 0;
+    }
   };
-  while (at < total && reinterpret_cast<uintptr_t>(out + at) % 64 != 0) one();
+  write_to(elements_to_line(out) < total ? elements_to_line(out) : total);
   for (; at + line <= total; at += line) {
-    stream_bytes(reinterpret_cast<char*>(out + at), reinterpret_cast<const char*>(row + x), 64);
+    for (int64_t part = 0; part < line; part += step) {
+      FloatVector bytes;
+      std::memcpy(&bytes, row + x + part, kVectorBytes);
+      stream(reinterpret_cast<float*>(out + at + part), bytes);
+    }
     for (x += line; x >= columns;) x -= columns;
   }
-  while (at < total) one();
+  write_to(total);
 }
 
-// Writes the rows of a band of contiguous channels: leaf [n, width] with as many lanes as channels, or a few more; sums
-// [width, repeated] and cells [padded, width] are room for a row. stream: past the caches.
-template <class V, class scalar_t>
-FASTKD_INLINE void write_contiguous(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
-                                    int64_t channels, int64_t rows, int64_t columns, bool stream, Element<V>* cells,
-                                    scalar_t* sums, scalar_t* planes) {
-  constexpr int lanes = kLanes<V>;
-  for (int64_t s = 0; s < band.segments; ++s)
-    for (int64_t x = segment[s].x0; x < segment[s].x1; ++x)
-      for (int64_t at = 0; at < width; at += lanes) store(cells + x * width + at, load<V>(leaf + s * width + at));
-  const int64_t length = repeated<V, scalar_t>(columns);
-  for (int64_t x = 0; x < columns; x += lanes)
-    for (int64_t at = 0; at < width; at += lanes) {
-      V tile[lanes];
-      for (int i = 0; i < lanes; ++i) tile[i] = load<V>(cells + (x + i) * width + at);
-      transpose(tile);
-      for (int i = 0; i < lanes; ++i) store(sums + (at + i) * length + x, tile[i]);
-    }
-  const int64_t total = (band.y1 - band.y0) * columns;
-  stream = stream && total * static_cast<int64_t>(sizeof(scalar_t)) >= 2048;  // few lines are shared with other bands
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    scalar_t* row = sums + channel * length;
-    scalar_t* out = planes + (channel * rows + band.y0) * columns;
-    if (stream) {
-      stream_rows(out, row, columns, total);
-      continue;
-    }
-    for (int64_t y = band.y0; y < band.y1; ++y, out += columns)
-      copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row), columns * sizeof(scalar_t));
+// Rows of contiguous channels that lie together in memory, painted near the core before all of them are written, and
+// what painting one band needs. Written row by row, every piece would share its cache lines with others.
+template <class V, class T>
+struct Stretch {
+  static constexpr int lanes = kLanes<V>, kBytes = 8192;  // of a channel
+
+  int64_t width, columns, most_rows, plane, most_segments;
+  T* rows;            // [width, plane]: of each channel [most_rows, columns], and what whole vectors write beyond
+  Element<V>* nodes;  // of the band
+  Element<V>* leaf;   // [width, padded segments]: the values of the segments
+  Places<V>* places;  // [padded columns]: the segment of a cell
+
+  // take: gives room for so many elements of the type of its first argument, beginning a cache line
+  template <class Take>
+  FASTKD_INLINE Stretch(int64_t width, int64_t columns, int64_t most_segments, const Take& take)
+      : width(width), columns(columns), most_segments(most_segments) {
+    const int64_t whole = kBytes / (columns * static_cast<int64_t>(sizeof(T)));
+    most_rows = whole > kBandRows ? whole : kBandRows;
+    plane = (most_rows * columns + lanes) / lanes * lanes + lanes;
+    rows = take(T{}, width * plane);
+    nodes = take(Element<V>{}, (2 * most_segments + lanes) * width);
+    leaf = take(Element<V>{}, padded<V>(most_segments) * width);
+    places = take(Places<V>{}, padded<V>(columns));
   }
-  if (stream) end_stream();
-}
+
+  // Bytes that it takes; see the constructor.
+  static FASTKD_INLINE int64_t bytes(int64_t width, int64_t columns, int64_t most_segments) {
+    int64_t total = 0;
+    const auto count = [&](auto element, int64_t elements) {
+      total += elements * static_cast<int64_t>(sizeof(element)) + kLineBytes;
+      return static_cast<decltype(element)*>(nullptr);
+    };
+    Stretch(width, columns, most_segments, count);
+    return total;
+  }
+
+  // Calls write(first, count, false) when `count` rows of an image from `first` on are painted, stretch by stretch.
+  // one_row: of bands that are long in memory only one row is painted, then write(first, count, true).
+  template <bool one_row, class Write>
+  FASTKD_INLINE void paint(const Bands& bands, const Element<V>* values, int64_t stride, const Write& write) {
+    const Band *band = bands.band, *last = bands.band + bands.count;
+    while (band != last) {
+      const int64_t first = band->y0;
+      if (one_row && is_long(*band)) {
+        paint_band(bands, *band, values, stride, 0, 1);
+        write(first, band->y1 - first, true);
+        ++band;
+        continue;
+      }
+      for (; band != last && band->y1 - first <= most_rows && !(one_row && is_long(*band)); ++band)
+        paint_band(bands, *band, values, stride, band->y0 - first, band->y1 - band->y0);
+      write(first, band[-1].y1 - first, false);
+    }
+  }
+
+ private:
+  FASTKD_INLINE int64_t first_cell(int64_t x) const {  // of a vector; the last one lies within the row where it can
+    if (x + lanes <= columns) return x;
+    return columns > lanes ? columns - lanes : 0;
+  }
+
+  FASTKD_INLINE void find_places(const Band& band, const Segment* segment) {
+    typedef Places<V> PlaceVector __attribute__((vector_size(kVectorBytes)));
+    for (int64_t s = 0; s < band.segments; ++s) {  // what is written beyond a segment is the next's
+      const PlaceVector place = PlaceVector{} + static_cast<Places<V>>(s);
+      for (int64_t x = segment[s].x0; x < segment[s].x1; x += lanes) std::memcpy(places + x, &place, sizeof(place));
+    }
+  }
+
+  FASTKD_INLINE bool is_long(const Band& band) const {
+    return (band.y1 - band.y0) * columns * static_cast<int64_t>(sizeof(T)) >= kBytes / 2;
+  }
+
+  // Paints `count` equal rows, the first of them `row`.
+  FASTKD_INLINE void paint_band(const Bands& bands, const Band& band, const Element<V>* values, int64_t stride,
+                                int64_t row, int64_t count) {
+    paint_nodes<V>(bands, band, values, stride, width, nodes);
+    const int64_t length = padded<V>(most_segments);
+    const Element<V>* painted = nodes + band.segments * width;
+    for (int64_t s = 0; s < band.segments; s += lanes)
+      for (int64_t at = 0; at < width; at += lanes) {
+        V tile[lanes];
+        for (int i = 0; i < lanes; ++i) tile[i] = load<V>(painted + (s + i) * width + at);
+        transpose(tile);
+        for (int i = 0; i < lanes; ++i) store(leaf + (at + i) * length + s, tile[i]);
+      }
+    find_places(band, bands.segment + band.segment);
+    for (int64_t next = 0; next < columns; next += lanes) {
+      const int64_t x = first_cell(next), s = places[x];
+      Places<V> at[lanes];
+      for (int i = 0; i < lanes; ++i) at[i] = places[x + i] - static_cast<Places<V>>(s);
+      for (int64_t channel = 0; channel < width; ++channel) {
+        const V value = permute(load<V>(leaf + channel * length + s), at);
+        T* out = rows + channel * plane + row * columns + x;
+        for (int64_t y = 0; y < count; ++y) store(out + y * columns, value);
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace fastkd

@@ -75,7 +75,7 @@ struct Call {
     teacher.push_back(dense(t, channels_last));
     const int64_t channels = s.size(1), cells = s.size(2) * s.size(3);
     levels.push_back({student.back().const_data_ptr(), teacher.back().const_data_ptr(), nullptr, nullptr, channels,
-                      cells, nullptr, 0});
+                      cells, nullptr, 0, is_large(s.numel() * s.element_size())});
     elements += s.size(0) * channels * cells;
     if (cells == 0 || channels == 0) return;  // nothing to normalise, no rows
     for (int64_t image = 0; image < s.size(0); ++image) channels_last ? add_parts(image) : add_rows(image);

@@ -19,6 +19,7 @@ struct Level {
   int64_t channels, cells;
   double* sums;  // channels-last forward: [images, parts, kSums, channels]
   int64_t parts;
+  bool large;  // see is_large
 };
 
 // Cells [cell, cell + cells) of an image of a channels-last level; `row` is the image's first row.

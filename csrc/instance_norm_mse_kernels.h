@@ -1,13 +1,13 @@
 // The kernels of instance_norm_mse (instance_norm_mse.cpp says what they compute), compiled once per capability.
 //
 // forward   one sweep over student and teacher gives five sums of x = s - guess, y = t - guess: x, y, x^2, y^2, xy, and
-//           with them everything. Where they cancel - the guess far from the mean, or student and teacher nearly equal -
-//           a row is done again in three sweeps over the cache (`normalise`, `add_errors`): the mean, the variance about
-//           it, and e = IN(s) - IN(t) itself. Rows choose by their own values: deterministic.
+//           with them everything. Where they cancel - the guess far from the mean, or student and teacher nearly equal
+//           - a row is done again in three sweeps over the cache (`normalise`, `add_errors`): the mean, the variance
+//           about it, and e = IN(s) - IN(t) itself. Rows choose by their own values: deterministic.
 // backward  one sweep.
 // Layouts   contiguous: a task is some rows; whole vectors of a row, then single elements.
 //           channels-last: a lane is a row; a task is some cells with all their channels, worked on in tiles of a few
-//           cells, so that memory is read in order; the sums of the tasks are added up afterwards; gradients cell by cell.
+//           cells, so that memory is read in order; the sums of the tasks are added up afterwards.
 #pragma once
 
 #include "instance_norm_mse_strips.h"
@@ -59,16 +59,33 @@ struct Kernels {
     }
   }
 
-  static void backward(const Arguments& arguments, const Task* task, const Task* end) {
-    for (; task != end; ++task) {
+  // Lines of the gradients past the caches: single elements up to the first one.
+  template <bool past_caches>
+  static FASTKD_INLINE void write_row(const Arguments& arguments, Strip<scalar_t> row, int64_t head) {
+    const int64_t cells = row.tail;
+    row.steps = head, row.stride = 1, row.tail = cells - head;
+    const Strip<scalar_t> blocks = row.rest(kBlock), vectors = blocks.rest(kLanes<V>);
+    backward_strip<acc, 1, true, false>(arguments, row);
+    backward_strip<V, kVectors, true, past_caches>(arguments, blocks);
+    backward_strip<V, 1, true, false>(arguments, vectors);
+    backward_strip<acc, 1, true, false>(arguments, vectors.rest(1));
+  }
+
+  // From the last row to the first: what forward read last is still in the caches.
+  static void backward(const Arguments& arguments, const Task* begin, const Task* end) {
+    for (const Task* task = end; task-- != begin;) {
       const Level& level = arguments.levels[task->level];
-      Strip<scalar_t> strip = strip_at(level, (task->image * level.channels + task->channel) * level.cells);
-      strip.steps = level.cells / kBlock, strip.stride = kBlock, strip.tail = level.cells % kBlock, strip.row = task->row;
-      const Strip<scalar_t> vectors = strip.rest(kLanes<V>);
-      backward_strip<V, kVectors, true>(arguments, strip);
-      backward_strip<V, 1, true>(arguments, vectors);
-      backward_strip<acc, 1, true>(arguments, vectors.rest(1));
+      Strip<scalar_t> row = strip_at(level, (task->image * level.channels + task->channel) * level.cells);
+      row.row = task->row, row.tail = level.cells;
+      const scalar_t* grad = row.grad_s != nullptr ? row.grad_s : row.grad_t;
+      const int64_t head = elements_to_line(grad);
+      const bool alike = row.grad_s == nullptr || row.grad_t == nullptr || head == elements_to_line(row.grad_t);
+      if (level.large && alike && level.cells > head)
+        write_row<true>(arguments, row, head);
+      else
+        write_row<false>(arguments, row, 0);
     }
+    end_stream();
   }
 
   // run(block, strip, channel) for the tiles of a part.
@@ -79,8 +96,10 @@ struct Kernels {
       const Strip<scalar_t> tile = strip_at(level, (part.image * level.cells + part.cell + cell) * level.channels);
       channel_blocks<kVectors>(level.channels, [&](auto block, int64_t channel) {
         const int64_t row = part.row + channel;
-        run(block, Strip<scalar_t>{tile.s + channel, tile.t + channel, nullptr, nullptr, cells, level.channels, 0, row},
-            channel);
+        scalar_t* grad_s = tile.grad_s == nullptr ? nullptr : tile.grad_s + channel;
+        scalar_t* grad_t = tile.grad_t == nullptr ? nullptr : tile.grad_t + channel;
+        const Strip<scalar_t> strip{tile.s + channel, tile.t + channel, grad_s, grad_t, cells, level.channels, 0, row};
+        run(block, strip, channel);
       });
     }
   }
@@ -148,33 +167,24 @@ struct Kernels {
     }
   }
 
-  // The cells in order, so that memory is read in order; what a row needs comes from the cache again for every cell.
-  template <bool for_s, bool for_t>
-  static void write_parts(const Arguments& arguments, const Part& part) {
-    const Level& level = arguments.levels[part.level];
-    const Strip<scalar_t> first = strip_at(level, (part.image * level.cells + part.cell) * level.channels);
-    for (int64_t cell = 0; cell < part.cells; ++cell)
-      channel_blocks<1>(level.channels, [&](auto block, int64_t channel) {
-        using B = decltype(block);
-        const int64_t at = cell * level.channels + channel;
-        Strip<scalar_t> strip{first.s + at, first.t + at, nullptr, nullptr, 1, 0, 0, part.row + channel};
-        if constexpr (for_s) strip.grad_s = first.grad_s + at;
-        if constexpr (for_t) strip.grad_t = first.grad_t + at;
-        write_gradients<typename B::V, B::U, false, for_s, for_t>(arguments, strip);
-      });
+  template <bool past_caches>
+  static void write_part(const Arguments& arguments, const Part& part) {
+    tiles(arguments.levels[part.level], part, [&](auto block, const Strip<scalar_t>& strip, int64_t) {
+      using B = decltype(block);
+      backward_strip<typename B::V, B::U, false, past_caches>(arguments, strip);
+    });
   }
 
-  static void backward_parts(const Arguments& arguments, const Part* part, const Part* end) {
-    for (; part != end; ++part) {
+  // From the last part to the first, as `backward`.
+  static void backward_parts(const Arguments& arguments, const Part* begin, const Part* end) {
+    for (const Part* part = end; part-- != begin;) {
       const Level& level = arguments.levels[part->level];
-      if (level.grad_student != nullptr && level.grad_teacher != nullptr) {
-        write_parts<true, true>(arguments, *part);
-      } else if (level.grad_student != nullptr) {
-        write_parts<true, false>(arguments, *part);
-      } else if (level.grad_teacher != nullptr) {
-        write_parts<false, true>(arguments, *part);
-      }
+      const bool lines = level.channels % kBlock == 0 &&
+                         elements_to_line(static_cast<scalar_t*>(level.grad_student)) == 0 &&
+                         elements_to_line(static_cast<scalar_t*>(level.grad_teacher)) == 0;
+      level.large && lines ? write_part<true>(arguments, *part) : write_part<false>(arguments, *part);
     }
+    end_stream();
   }
 };
 

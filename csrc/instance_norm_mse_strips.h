@@ -233,7 +233,7 @@ void forward_row(const Arguments& arguments, const scalar_t* s, const scalar_t* 
     careful_strip<V, U, true>(arguments, strip);
 }
 
-template <class V, int U, bool one_row, bool for_s, bool for_t, class scalar_t>
+template <class V, int U, bool one_row, bool for_s, bool for_t, bool past_caches, class scalar_t>
 FASTKD_INLINE void write_gradients(const Arguments& arguments, const Strip<scalar_t>& strip) {
   using acc = Element<V>;
   const NormalVectors<V, U, one_row> student(normal_of<acc>(arguments, kStudent, strip.row));
@@ -246,19 +246,19 @@ FASTKD_INLINE void write_gradients(const Arguments& arguments, const Strip<scala
     for (int u = 0; u < U; ++u) {
       const int64_t at = step * strip.stride + u * kLanes<V>;
       const auto [a, b, e] = errors(load<V>(strip.s + at), load<V>(strip.t + at), student, teacher, u);
-      if constexpr (for_s) store(strip.grad_s + at, V((e - slope_s[u] * a) * (student.scale[u] * factor)));
-      if constexpr (for_t) store(strip.grad_t + at, V((slope_t[u] * b - e) * (teacher.scale[u] * factor)));
+      if constexpr (for_s) put<past_caches>(strip.grad_s + at, V((e - slope_s[u] * a) * (student.scale[u] * factor)));
+      if constexpr (for_t) put<past_caches>(strip.grad_t + at, V((slope_t[u] * b - e) * (teacher.scale[u] * factor)));
     }
 }
 
-template <class V, int U, bool one_row, class scalar_t>
+template <class V, int U, bool one_row, bool past_caches, class scalar_t>
 FASTKD_INLINE void backward_strip(const Arguments& arguments, const Strip<scalar_t>& strip) {
   if (strip.grad_s != nullptr && strip.grad_t != nullptr) {
-    write_gradients<V, U, one_row, true, true>(arguments, strip);
+    write_gradients<V, U, one_row, true, true, past_caches>(arguments, strip);
   } else if (strip.grad_s != nullptr) {
-    write_gradients<V, U, one_row, true, false>(arguments, strip);
+    write_gradients<V, U, one_row, true, false, past_caches>(arguments, strip);
   } else if (strip.grad_t != nullptr) {
-    write_gradients<V, U, one_row, false, true>(arguments, strip);
+    write_gradients<V, U, one_row, false, true, past_caches>(arguments, strip);
   }
 }
 

@@ -20,7 +20,7 @@ struct Level {
   void* gradient;             // null in forward
   const unsigned char* mask;  // [B, cells]
   int64_t channels, cells;
-  bool channels_last;
+  bool channels_last, large;  // large: see is_large
 };
 
 // Contiguous: channels [first, first + count) of an image, with the image's vectors that hold a masked cell, by their
@@ -57,16 +57,6 @@ struct Cells {
   using V = Vector<acc>;
   static constexpr int kLane = kLanes<V>;
   static constexpr int64_t kSteps = 64;  // sums in acc
-
-  // The values where the mask is set, else 0.
-  static FASTKD_INLINE V select(V value, const unsigned char* mask) {
-    typedef unsigned char Bytes __attribute__((vector_size(kLane)));
-    typedef std::conditional_t<sizeof(acc) == 8, int64_t, int32_t> Index;
-    typedef Index Bits __attribute__((vector_size(kVectorBytes)));
-    Bytes bytes;
-    std::memcpy(&bytes, mask, sizeof(bytes));
-    return (V)((Bits)value & (__builtin_convertvector(bytes, Bits) != 0));
-  }
 
   static FASTKD_INLINE double row_error(const scalar_t* s, const scalar_t* t, const Level& level, const Part& part) {
     const unsigned char* mask = level.mask + part.image * level.cells;
@@ -125,52 +115,77 @@ struct Cells {
     }
   }
 
-  static FASTKD_INLINE void write_row(const scalar_t* s, const scalar_t* t, scalar_t* gradient, const Level& level,
-                                      const Part& part, acc factor) {
-    const unsigned char* mask = level.mask + part.image * level.cells;
-    int64_t done = 0;
-    for (const int64_t* at = part.active; at != part.active_end; ++at) {
-      std::memset(gradient + done, 0, (*at - done) * sizeof(scalar_t));
-      store(gradient + *at, select((load<V>(s + *at) - load<V>(t + *at)) * factor, mask + *at));
-      done = *at + kLane;
-    }
-    const int64_t tail = level.cells - level.cells % kLane;
-    std::memset(gradient + done, 0, (tail - done) * sizeof(scalar_t));
-    for (int64_t at = tail; at < level.cells; ++at)
+  static FASTKD_INLINE bool any(const unsigned char* mask) {  // of a vector
+    unsigned char bytes[kLane], seen = 0;
+    std::memcpy(bytes, mask, kLane);
+    for (int lane = 0; lane < kLane; ++lane) seen |= bytes[lane];
+    return seen != 0;
+  }
+
+  static FASTKD_INLINE void write_cells(const scalar_t* s, const scalar_t* t, scalar_t* gradient,
+                                        const unsigned char* mask, int64_t begin, int64_t end, acc factor) {
+    for (int64_t at = begin; at < end; ++at)
       store(gradient + at, mask[at] != 0 ? (load<acc>(s + at) - load<acc>(t + at)) * factor : acc(0));
   }
 
-  static FASTKD_INLINE void write_cell(const scalar_t* s, const scalar_t* t, scalar_t* gradient, int64_t channels,
-                                       acc factor) {
-    int64_t at = 0;
-    for (; at + kLane <= channels; at += kLane) store(gradient + at, V((load<V>(s + at) - load<V>(t + at)) * factor));
-    for (; at < channels; ++at) store(gradient + at, (load<acc>(s + at) - load<acc>(t + at)) * factor);
+  // Lines past the caches begin with the first one of the row.
+  template <bool past_caches>
+  static FASTKD_INLINE void write_row(const scalar_t* s, const scalar_t* t, scalar_t* gradient, const Level& level,
+                                      const unsigned char* mask, acc factor) {
+    constexpr int64_t line = kLineBytes / sizeof(scalar_t), block = past_caches && line > kLane ? line : kLane;
+    const int64_t before = past_caches ? elements_to_line(gradient) : 0;
+    const int64_t head = before < level.cells ? before : level.cells;
+    const int64_t tail = level.cells - (level.cells - head) % block;
+    write_cells(s, t, gradient, mask, 0, head, factor);
+    for (int64_t at = head; at < tail; at += kLane) {
+      V value{};
+      if (any(mask + at)) value = select(V((load<V>(s + at) - load<V>(t + at)) * factor), mask + at);
+      put<past_caches>(gradient + at, value);
+    }
+    write_cells(s, t, gradient, mask, tail, level.cells, factor);
   }
 
-  static void backward(const Arguments& arguments, const Part* part, const Part* end) {
-    const acc factor = static_cast<acc>(arguments.factor);
-    for (; part != end; ++part) {
-      const Level& level = arguments.levels[part->level];
-      const int64_t image = part->image * level.channels * level.cells, channels = level.channels;
-      const scalar_t* s = static_cast<const scalar_t*>(level.student) + image;
-      const scalar_t* t = static_cast<const scalar_t*>(level.teacher) + image;
-      scalar_t* gradient = static_cast<scalar_t*>(level.gradient) + image;
-      if (level.channels_last) {
-        int64_t done = part->first;
-        for (const int64_t* cell = part->active; cell != part->active_end; ++cell) {
-          const int64_t at = *cell * channels;
-          std::memset(gradient + done * channels, 0, (*cell - done) * channels * sizeof(scalar_t));
-          write_cell(s + at, t + at, gradient + at, channels, factor);
-          done = *cell + 1;
-        }
-        std::memset(gradient + done * channels, 0, (part->first + part->count - done) * channels * sizeof(scalar_t));
-      } else {
-        for (int64_t channel = part->first; channel < part->first + part->count; ++channel) {
-          const int64_t at = channel * level.cells;
-          write_row(s + at, t + at, gradient + at, level, *part, factor);
-        }
-      }
+  // All channels of a cell whose mask is set or not. past_caches: they are whole lines.
+  template <bool past_caches>
+  static FASTKD_INLINE void write_cell(const scalar_t* s, const scalar_t* t, scalar_t* gradient, int64_t channels,
+                                       bool masked, acc factor) {
+    int64_t at = 0;
+    if (masked) {
+      for (; at + kLane <= channels; at += kLane)
+        put<past_caches>(gradient + at, V((load<V>(s + at) - load<V>(t + at)) * factor));
+      for (; at < channels; ++at) store(gradient + at, (load<acc>(s + at) - load<acc>(t + at)) * factor);
+    } else {
+      for (; at + kLane <= channels; at += kLane) put<past_caches>(gradient + at, V{});
+      for (; at < channels; ++at) store(gradient + at, acc(0));
     }
+  }
+
+  template <bool past_caches>
+  static FASTKD_INLINE void write_part(const Level& level, const Part& part, acc factor) {
+    const int64_t image = part.image * level.channels * level.cells, channels = level.channels;
+    const scalar_t* s = static_cast<const scalar_t*>(level.student) + image;
+    const scalar_t* t = static_cast<const scalar_t*>(level.teacher) + image;
+    scalar_t* gradient = static_cast<scalar_t*>(level.gradient) + image;
+    const unsigned char* mask = level.mask + part.image * level.cells;
+    for (int64_t index = part.first; index < part.first + part.count; ++index) {
+      const int64_t at = index * (level.channels_last ? channels : level.cells);
+      if (level.channels_last)
+        write_cell<past_caches>(s + at, t + at, gradient + at, channels, mask[index] != 0, factor);
+      else
+        write_row<past_caches>(s + at, t + at, gradient + at, level, mask, factor);
+    }
+  }
+
+  // From the last part to the first: what forward read last is still in the caches.
+  static void backward(const Arguments& arguments, const Part* begin, const Part* end) {
+    const acc factor = static_cast<acc>(arguments.factor);
+    for (const Part* part = end; part-- != begin;) {
+      const Level& level = arguments.levels[part->level];
+      const bool lines =
+          !level.channels_last || level.channels * static_cast<int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
+      level.large && lines ? write_part<true>(level, *part, factor) : write_part<false>(level, *part, factor);
+    }
+    end_stream();
   }
 };
 
@@ -236,7 +251,7 @@ struct Call {
     masks.push_back(torch::stable::contiguous(m));
     levels.push_back({student.back().const_data_ptr(), teacher.back().const_data_ptr(), nullptr,
                       static_cast<const unsigned char*>(masks.back().const_data_ptr()), s.size(1),
-                      s.size(2) * s.size(3), channels_last});
+                      s.size(2) * s.size(3), channels_last, is_large(s.numel() * s.element_size())});
     for (int64_t image = 0; image < s.size(0); ++image) add_parts(image);
   }
 

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <memory>
 #include <tuple>
 
 #if FASTKD_COMPILES_KERNELS
@@ -24,7 +25,9 @@ const norm_relu_box_pool::Table& kernels<norm_relu_box_pool::Table, FASTKD_CAPAB
       {Pool<float>::forward, Pool<double>::forward, Pool<BFloat16>::forward, Pool<Half>::forward},
       {Pool<float>::backward, Pool<double>::backward, Pool<BFloat16>::backward, Pool<Half>::backward},
       {Pool<float>::kBlock, Pool<double>::kBlock, Pool<BFloat16>::kBlock, Pool<Half>::kBlock},
-      {Pool<float>::kLanesOf, Pool<double>::kLanesOf, Pool<BFloat16>::kLanesOf, Pool<Half>::kLanesOf}};
+      {Pool<float>::kLanesOf, Pool<double>::kLanesOf, Pool<BFloat16>::kLanesOf, Pool<Half>::kLanesOf},
+      {Pool<float>::stretch_bytes, Pool<double>::stretch_bytes, Pool<BFloat16>::stretch_bytes,
+       Pool<Half>::stretch_bytes}};
   return table;
 }
 }  // namespace fastkd
@@ -79,13 +82,16 @@ struct Call {
     arguments.levels_count = static_cast<int64_t>(levels.size());
     arguments.images = images;
     arguments.objects = cover.objects;
+    for (const BandList& list : cover.lists)
+      arguments.most_segments = std::max(arguments.most_segments, list.most_segments);
   }
 
   void add_level(const Tensor& level) {
     const bool channels_last = is_channels_last(level);
     dense_levels.push_back(dense(level, channels_last));
     levels.push_back(
-        {dense_levels.back().const_data_ptr(), nullptr, channels, level.size(2), level.size(3), channels_last});
+        {dense_levels.back().const_data_ptr(), nullptr, channels, level.size(2), level.size(3), channels_last,
+         is_large(level.numel() * level.element_size())});
   }
 
   int64_t cells(int64_t level) const { return levels[level].rows * levels[level].columns; }
@@ -106,19 +112,25 @@ struct Call {
       tasks.push_back({level, image, channel, std::min(block, channels - channel), 0});
   }
 
-  // node_width: numbers of a node, total_width: of the sums of an object.
+  // node_width: numbers of a node, total_width: of the sums of an object, stretch: whether a kernel paints planes.
   template <class Cost>
-  void run(Kernel kernel, const std::vector<Task>& tasks, const Cost& cost, int64_t node_width, int64_t total_width) {
-    int64_t segments = 1, columns = 1, objects = 0;
-    for (const BandList& list : cover.lists) segments = std::max(segments, list.most_segments);
+  void run(Kernel kernel, const std::vector<Task>& tasks, const Cost& cost, int64_t node_width, int64_t total_width,
+           bool stretch = false) {
+    const int64_t segments = arguments.most_segments;
+    int64_t columns = 1, objects = 0, bytes = 0;
     for (const Level& level : levels) columns = std::max(columns, level.columns);
     for (int64_t b = 0; b < images; ++b)
       objects = std::max(objects, arguments.first[b + 1] - arguments.first[b]);
     const int64_t lanes = table.lanes[type];
+    for (const Level& level : levels)  // the longest rows do not need the most
+      if (stretch && level.columns > 0)
+        bytes = std::max(bytes, table.stretch_bytes[type](lanes, level.columns, segments));
     run_balanced(tasks, cost, [&](const Task* begin, const Task* end) {
       std::vector<double> nodes(2 * segments * node_width), buffer(2 * (columns + lanes) * lanes);
       std::vector<double> totals(objects * total_width);
-      kernel(arguments, {nodes.data(), buffer.data(), totals.data()}, begin, end);
+      const std::unique_ptr<char[]> rows(new char[bytes + kLineBytes]);
+      char* start = rows.get() + kLineBytes - reinterpret_cast<uintptr_t>(rows.get()) % kLineBytes;
+      kernel(arguments, {nodes.data(), buffer.data(), totals.data(), start}, begin, end);
     });
   }
 };
@@ -251,7 +263,7 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> levels, Tensor box
     const Band& band = call.bands[task.level * call.images + task.image].band[task.channel];
     return (band.y1 - band.y0) * call.levels[task.level].columns * call.channels;
   };
-  call.run(call.table.backward[call.type], tasks, cost, stride, 0);
+  call.run(call.table.backward[call.type], tasks, cost, stride, 0, true);
   return gradients;
 }
 

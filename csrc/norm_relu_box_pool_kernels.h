@@ -11,7 +11,7 @@ struct Level {
   const void* x;
   void* grad;
   int64_t channels, rows, columns;
-  bool channels_last;
+  bool channels_last, large;  // large: see is_large
 };
 
 // Of an image of a level.
@@ -36,14 +36,15 @@ struct Arguments {
   void* out;               // [levels, objects, channels]
   void* kept;              // [2, levels, objects, channels] of acc_t: mean relu(xhat), share of xhat > 0
   const void* values;      // [levels, objects, value_stride] of acc_t: rstd * grad / cells, in the order of the images
-  int64_t levels_count, images, objects, value_stride;
+  int64_t levels_count, images, objects, value_stride, most_segments;  // the latter of a band
 };
 
 // One thread's memory.
 struct Workspace {
   void* nodes;    // of acc_t: [2, segments, lanes of two blocks, or channels]
-  void* columns;  // of acc_t: [2, columns, lanes], or [lanes, columns]
+  void* columns;  // of acc_t: [2, columns, lanes]
   double* totals; // [objects of an image, lanes of two blocks]
+  char* stretch;  // stretch_bytes long
 };
 
 using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, const Task* end);
@@ -51,6 +52,7 @@ using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, c
 struct Table {  // of float, double, BFloat16, Half
   Kernel moments[4], forward[4], backward[4];
   int64_t block[4], lanes[4];  // channels of a task of a channels-last and of a contiguous image
+  int64_t (*stretch_bytes[4])(int64_t width, int64_t columns, int64_t most_segments);
 };
 
 constexpr int64_t kChunk = 4096;  // elements summed, then centred
@@ -216,7 +218,11 @@ struct ContiguousAbove {
     for (int64_t channel = 0; channel < channels; ++channel) {
       Above<V> above;
       const scalar_t* plane = planes + channel * rows * columns + x;
-      for (int64_t y = band.y0; y < band.y1; ++y) above.add(centre(load_some<V>(plane + y * columns, count)));
+      for (int64_t y = band.y0; y < band.y1; ++y) {
+        const scalar_t* next = plane + (y + band.y1 - band.y0) * columns;
+        fetch(next, next + 1);
+        above.add(centre(load_some<V>(plane + y * columns, count)));
+      }
       sum[channel] = above.sum;
       counts[channel] = above.count;
     }
@@ -297,8 +303,9 @@ struct Pool {
     write_means<scalar_t>(arguments, work.totals, task, channel, channels, block);
   }
 
-  static void forward(const Arguments& arguments, const Workspace& work, const Task* task, const Task* end) {
-    for (; task != end; ++task) {
+  // From the last task to the first: what moments_kernel read last is still in the caches.
+  static void forward(const Arguments& arguments, const Workspace& work, const Task* begin, const Task* end) {
+    for (const Task* task = end; task-- != begin;) {
       int64_t channel = task->channel, last = channel + task->channels;
       if (!arguments.levels[task->level].channels_last) {
         forward_block<V, 1, false>(arguments, work, *task, channel, task->channels);
@@ -327,63 +334,64 @@ struct Pool {
     const Gradient<V> gradient(arguments.normals[map]);
     acc* nodes = static_cast<acc*>(work.nodes);
     paint_nodes<V>(bands, band, values_of(arguments, task, 0), stride, stride, nodes);
+    const bool lines = level.large && level.channels * static_cast<int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     int64_t position = (task.image * level.rows + band.y0) * level.columns * level.channels;
     for (int64_t y = band.y0; y < band.y1; ++y)
       for (int64_t s = 0; s < band.segments; ++s) {
         const Segment& segment = bands.segment[band.segment + s];
         const acc* value = nodes + (band.segments + s) * stride;
         for (int64_t cell = segment.x0; cell < segment.x1; ++cell, position += level.channels)
-          write_gradients(level, gradient, position, level.channels, value);
+          lines ? write_gradients<true>(level, gradient, position, level.channels, value)
+                : write_gradients<false>(level, gradient, position, level.channels, value);
       }
   }
 
-  // Of `count` elements that lie together; values has room for whole vectors.
+  // Of `count` elements that lie together; values has room for whole vectors. past_caches: their whole lines; what lies
+  // before and behind is written by vectors that also write some of the same values again.
+  template <bool past_caches>
   static FASTKD_INLINE void write_gradients(const Level& level, const Gradient<V>& gradient, int64_t position,
                                             int64_t count, const acc* values) {
     const scalar_t* x = static_cast<const scalar_t*>(level.x) + position;
     scalar_t* grad = static_cast<scalar_t*>(level.grad) + position;
-    for (int64_t i = 0; i < count; i += kLanes<V>) {
+    const auto write = [&](int64_t i) __attribute__((always_inline)) {
       const int64_t at = fitted<V>(i, count);
       store_some(grad + at, gradient(load_some<V>(x + at, count), load<V>(values + at)), count);
+    };
+    int64_t i = 0;
+    if constexpr (past_caches) {
+      constexpr int64_t line = kLineVectors * kLanes<V>;
+      const int64_t head = elements_to_line(grad);
+      for (; i < head && i < count; i += kLanes<V>) write(i);
+      for (i = head; i + line <= count; i += line)
+        for (int64_t at = i; at < i + line; at += kLanes<V>)
+          stream(grad + at, gradient(load<V>(x + at), load<V>(values + at)));
     }
+    for (; i < count; i += kLanes<V>) write(i);
   }
 
   // A task is one vector of channels.
   static void planes_contiguous(const Arguments& arguments, const Workspace& work, const Task& task) {
     const Level& level = arguments.levels[task.level];
-    const int64_t map = task.level * arguments.images + task.image, length = padded<V>(level.columns);
+    const int64_t map = task.level * arguments.images + task.image;
     const Bands& bands = arguments.bands[map];
     const Gradient<V> gradient(arguments.normals[map]);
-    const acc* values = values_of(arguments, task, task.channel);
-    acc* columns = static_cast<acc*>(work.columns);
-    for (const Band* band = bands.band; band != bands.band + bands.count; ++band) {
-      acc* nodes = static_cast<acc*>(work.nodes);
-      paint_nodes<V>(bands, *band, values, arguments.value_stride, kLanes<V>, nodes);
-      paint_columns(*band, bands.segment + band->segment, nodes + band->segments * kLanes<V>, length, columns);
+    char* free = work.stretch;
+    const auto room = [&](auto element, int64_t count) { return take<decltype(element)>(free, count); };
+    Stretch<V, acc> stretch(kLanes<V>, level.columns, arguments.most_segments, room);
+    const acc* painted = values_of(arguments, task, task.channel);
+    stretch.template paint<false>(bands, painted, arguments.value_stride, [&](int64_t first, int64_t count, bool) {
       for (int64_t channel = 0; channel < task.channels; ++channel) {
         const int64_t plane = (task.image * level.channels + task.channel + channel) * level.rows;
-        for (int64_t y = band->y0; y < band->y1; ++y)
-          write_gradients(level, gradient, (plane + y) * level.columns, level.columns, columns + channel * length);
+        const int64_t position = (plane + first) * level.columns;
+        const acc* values = stretch.rows + channel * stretch.plane;
+        level.large ? write_gradients<true>(level, gradient, position, count * level.columns, values)
+                    : write_gradients<false>(level, gradient, position, count * level.columns, values);
       }
-    }
+    });
   }
 
-  // columns[lane] [length] = the row of each channel, leaf [segments, lanes] its values
-  static void paint_columns(const Band& band, const Segment* segment, const acc* leaf, int64_t length, acc* columns) {
-    V cells[kLanes<V>] = {};
-    int64_t x = 0;
-    const auto write = [&](int64_t first) __attribute__((always_inline)) {
-      transpose(cells);
-      for (int lane = 0; lane < kLanes<V>; ++lane) store(columns + lane * length + first, cells[lane]);
-    };
-    for (int64_t s = 0; s < band.segments; ++s) {
-      const V value = load<V>(leaf + s * kLanes<V>);
-      for (; x < segment[s].x1; ++x) {
-        cells[x % kLanes<V>] = value;
-        if ((x + 1) % kLanes<V> == 0) write(x + 1 - kLanes<V>);
-      }
-    }
-    if (x % kLanes<V> != 0) write(x / kLanes<V> * kLanes<V>);
+  static int64_t stretch_bytes(int64_t width, int64_t columns, int64_t most_segments) {
+    return Stretch<V, acc>::bytes(width, columns, most_segments);
   }
 
   static void backward(const Arguments& arguments, const Workspace& work, const Task* task, const Task* end) {
@@ -391,6 +399,7 @@ struct Pool {
       const bool channels_last = arguments.levels[task->level].channels_last;
       channels_last ? band_channels_last(arguments, work, *task) : planes_contiguous(arguments, work, *task);
     }
+    end_stream();
   }
 };
 

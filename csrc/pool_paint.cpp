@@ -3,7 +3,7 @@
 // pool    reads the covered cells once; writes [L, K, C]. Sums in float over at most kBandRows x kSegmentCells cells,
 //         then pairwise over the segments of a band, then in double over bands.
 //         a task: a block of channels of one image of one level
-// paint   writes every cell once; reads [L, K, C], widened and divided first (`widen_rows`).
+// paint   writes every cell once; reads [L, K, C], widens and divides it first, for each block or image (`widen`).
 //         a task: a block of channels of an image (contiguous) or one band, all channels (channels-last)
 // Results do not depend on the number of threads: a task's do not depend on who runs it.
 #include "pool_paint.h"
@@ -28,9 +28,9 @@ struct Arguments {
   const Level* levels;
   const int64_t *first, *object;  // the objects of image b: object[first[b]] .. object[first[b + 1] - 1]
   const int64_t* cells;  // [L, K], the divisors; null: none
-  int64_t objects, channels, width;  // K, C, C rounded up to whole vectors
+  int64_t objects, most_objects, channels, width;  // K, of an image, C, C rounded up to whole vectors
   void* pooled;  // [L, K, C]
-  void* rows;  // [L, K, width] of acc_t: values to paint, those of an image next to each other
+  const void* values;  // [L, K, C]: what is painted
 };
 
 // scratch: 64-byte aligned, scratch_bytes long
@@ -38,10 +38,9 @@ using Kernel = void (*)(const Arguments&, const Task* begin, const Task* end, ch
 
 struct Table {  // of float, double, BFloat16, Half
   Kernel pool[4], paint[4];
-  void (*widen_rows[4])(const Arguments&, const void* values, int64_t begin, int64_t end);
+  int64_t (*stretch_bytes[4])(int64_t width, int64_t columns, int64_t most_segments);
   int64_t lanes[4], block[4];  // channels of a vector, and of a task that pools a channels-last level
 };
-
 
 }  // namespace pool_paint
 }  // namespace fastkd
@@ -59,14 +58,6 @@ struct PoolPaint {
   static constexpr int kWidth = kLanes<V>;
   static constexpr int kVectors = 64 / kWidth > 4 ? 64 / kWidth : 4;
   static constexpr int kBlock = kVectors * kWidth;  // channels
-
-  // A piece of scratch of so many elements.
-  template <class T>
-  static T* take(char*& scratch, int64_t count) {
-    T* piece = reinterpret_cast<T*>(scratch);
-    scratch += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
 
   // The results of `width` channels, the first `channels` of which exist.
   static void write_pooled(const Arguments& arguments, const Task& task, int64_t channel, int64_t width,
@@ -139,62 +130,75 @@ struct PoolPaint {
         pool_contiguous(arguments, *task, scratch);
   }
 
-  static const acc* rows_of(const Arguments& arguments, const Task& task) {
-    const int64_t row = task.level * arguments.objects + arguments.first[task.image];
-    return static_cast<const acc*>(arguments.rows) + row * arguments.width;
+  // rows [objects, width] = the values of the task's image, `channels` of them from the task's first channel on,
+  // divided, then zeros.
+  static void widen(const Arguments& arguments, const Task& task, int64_t width, int64_t channels, acc* rows) {
+    const int64_t first = arguments.first[task.image], end = arguments.first[task.image + 1];
+    for (int64_t place = first; place < end; ++place, rows += width) {
+      const int64_t row = task.level * arguments.objects + arguments.object[place];
+      const int64_t cells = arguments.cells == nullptr ? 1 : arguments.cells[row];
+      const acc divisor = static_cast<acc>(cells > 1 ? cells : 1);
+      const scalar_t* in = static_cast<const scalar_t*>(arguments.values) + row * arguments.channels + task.channel;
+      int64_t at = 0;
+      for (; at + kWidth <= channels; at += kWidth) store(rows + at, V(load<V>(in + at) / divisor));
+      for (; at < channels; ++at) rows[at] = load<acc>(in + at) / divisor;
+      for (; at < width; ++at) rows[at] = 0;
+    }
   }
 
-  static void paint_channels_last(const Arguments& arguments, const Task& task, char* scratch) {
+  static void paint_channels_last(const Arguments& arguments, const Task& task, const acc* rows, char* scratch) {
     const Level& level = arguments.levels[task.level];
     const Bands& bands = level.bands[task.image];
     const Band& band = bands.band[task.row];
     const int64_t width = arguments.width;
     acc* nodes = take<acc>(scratch, 2 * level.most_segments * width);
     scalar_t* narrowed = take<scalar_t>(scratch, level.most_segments * width);
-    paint_nodes<V>(bands, band, rows_of(arguments, task), width, width, nodes);
+    paint_nodes<V>(bands, band, rows, width, width, nodes);
     scalar_t* image = static_cast<scalar_t*>(level.out) + task.image * level.rows * level.columns * level.channels;
     write_channels_last<V>(band, bands.segment + band.segment, nodes + band.segments * width, width, level.channels,
                            level.columns, level.large, narrowed, image);
   }
 
-  static void paint_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
+  static void paint_contiguous(const Arguments& arguments, const Task& task, acc* rows, char* scratch) {
     const Level& level = arguments.levels[task.level];
-    const Bands& bands = level.bands[task.image];
-    const int64_t plane = task.image * level.channels + task.channel, length = padded<V>(level.columns);
-    constexpr int64_t width = kWidth;
-    scalar_t* sums = take<scalar_t>(scratch, width * repeated<V, scalar_t>(level.columns));
-    acc* cells = take<acc>(scratch, width * length);
-    for (int64_t at = 0; at < width * length; ++at) cells[at] = 0;  // columns beyond the row
-    acc* nodes = take<acc>(scratch, 2 * level.most_segments * width);
-    scalar_t* planes = static_cast<scalar_t*>(level.out) + plane * level.rows * level.columns;
-    for (const Band* band = bands.band; band != bands.band + bands.count; ++band) {
-      paint_nodes<V>(bands, *band, rows_of(arguments, task) + task.channel, arguments.width, width, nodes);
-      write_contiguous<V>(*band, bands.segment + band->segment, nodes + band->segments * width, width, task.channels,
-                          level.rows, level.columns, level.large, cells, sums, planes);
-    }
+    const int64_t width = (task.channels + kWidth - 1) / kWidth * kWidth;
+    const auto room = [&](auto element, int64_t count) { return take<decltype(element)>(scratch, count); };
+    Stretch<V, scalar_t> stretch(width, level.columns, level.most_segments, room);
+    widen(arguments, task, width, task.channels, rows);
+    scalar_t* planes = static_cast<scalar_t*>(level.out) +
+                       (task.image * level.channels + task.channel) * level.rows * level.columns;
+    const int64_t columns = level.columns;
+    stretch.template paint<true>(level.bands[task.image], rows, width, [&](int64_t first, int64_t count, bool one_row) {
+      for (int64_t channel = 0; channel < task.channels; ++channel) {
+        scalar_t* out = planes + (channel * level.rows + first) * columns;
+        scalar_t* in = stretch.rows + channel * stretch.plane;
+        if (level.large)
+          one_row ? stream_rows(out, in, columns, count * columns) : stream_copy(out, in, count * columns);
+        else
+          for (int64_t y = 0; y < count; ++y) copy(out + y * columns, one_row ? in : in + y * columns, columns);
+      }
+      if (level.large) end_stream();
+    });
   }
 
   static void paint(const Arguments& arguments, const Task* task, const Task* end, char* scratch) {
-    for (; task != end; ++task)
-      if (arguments.levels[task->level].channels_last)
-        paint_channels_last(arguments, *task, scratch);
-      else
-        paint_contiguous(arguments, *task, scratch);
+    const Task* widened = nullptr;  // a task of the image whose rows are there
+    const int64_t width = arguments.width > 2 * kWidth ? arguments.width : 2 * kWidth;
+    acc* rows = take<acc>(scratch, arguments.most_objects * width);
+    for (; task != end; ++task) {
+      if (!arguments.levels[task->level].channels_last) {
+        paint_contiguous(arguments, *task, rows, scratch);
+        continue;
+      }
+      if (widened == nullptr || widened->level != task->level || widened->image != task->image)
+        widen(arguments, *task, arguments.width, arguments.channels, rows);
+      widened = task;
+      paint_channels_last(arguments, *task, rows, scratch);
+    }
   }
 
-  // rows [begin, end) of L * K: values[l, object], widened and divided, then zeros up to the width.
-  static void widen_rows(const Arguments& arguments, const void* values, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t source = row / arguments.objects * arguments.objects + arguments.object[row % arguments.objects];
-      const int64_t cells = arguments.cells == nullptr ? 1 : arguments.cells[source];
-      const acc divisor = static_cast<acc>(cells > 1 ? cells : 1);
-      const scalar_t* in = static_cast<const scalar_t*>(values) + source * arguments.channels;
-      acc* out = static_cast<acc*>(arguments.rows) + row * arguments.width;
-      int64_t at = 0;
-      for (; at + kWidth <= arguments.channels; at += kWidth) store(out + at, V(load<V>(in + at) / divisor));
-      for (; at < arguments.channels; ++at) out[at] = load<acc>(in + at) / divisor;
-      for (; at < arguments.width; ++at) out[at] = 0;
-    }
+  static int64_t stretch_bytes(int64_t width, int64_t columns, int64_t most_segments) {
+    return Stretch<V, scalar_t>::bytes(width, columns, most_segments);
   }
 };
 
@@ -211,7 +215,7 @@ const pool_paint::Table& kernels<pool_paint::Table, FASTKD_CAPABILITY>() {
   using H = PoolPaint<Half>;
   static const pool_paint::Table table = {{F::pool, D::pool, B::pool, H::pool},
                                           {F::paint, D::paint, B::paint, H::paint},
-                                          {F::widen_rows, D::widen_rows, B::widen_rows, H::widen_rows},
+                                          {F::stretch_bytes, D::stretch_bytes, B::stretch_bytes, H::stretch_bytes},
                                           {F::kWidth, D::kWidth, B::kWidth, H::kWidth},
                                           {F::kBlock, D::kBlock, B::kBlock, H::kBlock}};
   return table;
@@ -276,11 +280,11 @@ class Call {
       const BandList& list = cover_.list(index, image);
       levels_.back().most_segments = std::max(levels_.back().most_segments, list.most_segments);
       const int64_t objects = cover_.by_image.first[image + 1] - cover_.by_image.first[image];
-      most_objects_ = std::max(most_objects_, objects);
+      arguments.most_objects = std::max(arguments.most_objects, objects);
       if (out != nullptr && channels_last) {
         for (int64_t band = 0; band < list.count(); ++band) tasks_.push_back({index, image, 0, channels, band});
       } else if (out != nullptr || objects > 0) {
-        const int64_t block = channels_last ? table.block[type] : out != nullptr ? lanes : 2 * lanes;
+        const int64_t block = channels_last ? table.block[type] : 2 * lanes;
         for (int64_t channel = 0; channel < channels; channel += block)
           tasks_.push_back({index, image, channel, std::min(block, channels - channel), 0});
       }
@@ -308,18 +312,26 @@ class Call {
   std::vector<Bands> bands_;
   std::vector<Level> levels_;
   std::vector<Task> tasks_;
-  int64_t most_objects_ = 0;
 
-  // For the largest task (no block is less than two vectors): nodes, buffers of a row, and either totals (pool) or narrowed leaves (paint).
+  // For the largest task (no block is less than two vectors): what its kernel takes.
   int64_t scratch_bytes() const {
+    constexpr int64_t wide = sizeof(double);
+    const int64_t block = table.block[type];
     int64_t bytes = 0;
     for (const Level& level : levels_) {
-      const int64_t width = level.channels_last && level.out != nullptr ? arguments.width : table.block[type];
-      const int64_t row = level.channels_last ? 0 : 2 * width * (level.columns + 2 * lanes + 64);
-      const int64_t totals = level.out != nullptr ? 0 : most_objects_ * width;
-      bytes = std::max<int64_t>(bytes, sizeof(double) * (3 * level.most_segments * width + row + totals));
+      const int64_t segments = level.most_segments;
+      if (level.out == nullptr) {  // nodes, totals, rows of a contiguous level
+        const int64_t rows = level.channels_last ? 0 : 2 * (level.columns + 2 * lanes);
+        bytes = std::max(bytes, wide * block * (2 * segments + arguments.most_objects + rows));
+      } else {  // rows of the objects, nodes and narrowed leaves or a stretch
+        const int64_t width = std::max(arguments.width, 2 * lanes);
+        const int64_t rows = arguments.most_objects * width * wide, painted = 3 * segments * width * wide;
+        const int64_t columns = std::max<int64_t>(level.columns, 1);
+        const int64_t stretch = table.stretch_bytes[type](2 * lanes, columns, segments);
+        bytes = std::max(bytes, rows + (level.channels_last ? painted : stretch));
+      }
     }
-    return bytes + 4 * 64;  // each of the pieces begins on a cache line
+    return bytes + 8 * 64;  // each of the pieces begins on a cache line
   }
 };
 
@@ -375,15 +387,7 @@ void paint_levels(const Tensor& values, const Cover& cover, bool mean, const std
                   cover.objects, " objects");
   const Tensor plain = torch::stable::contiguous(values);
   Call call(values, cover, values.size(2), mean);
-  Arguments& arguments = call.arguments;
-  const int64_t count = cover.levels() * cover.objects;
-  const std::vector<int64_t> shape = {count, arguments.width};
-  Tensor rows = torch::stable::new_empty(values, IntHeaderOnlyArrayRef(shape.data(), 2), widened(values));
-  arguments.rows = rows.mutable_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, arguments.width));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    call.table.widen_rows[call.type](arguments, plain.const_data_ptr(), begin, end);
-  });
+  call.arguments.values = plain.const_data_ptr();
   for (const Tensor& level : levels)
     call.add_level(nullptr, level.mutable_data_ptr(), is_channels_last(level), level.numel() * level.element_size());
   call.run(call.table.paint[call.type]);

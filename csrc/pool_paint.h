@@ -1,5 +1,5 @@
-// What box_pool, box_paint, mask_pool and mask_paint share: two sums over the cells that objects cover, each the other's
-// backward.
+// What box_pool, box_paint, mask_pool and mask_paint share: two sums over the cells that objects cover, each the
+// other's backward.
 #pragma once
 
 #include "bands.h"

@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory, results
 from benchmarks import ops as bench
-from benchmarks.rows import BY_NAME, QUICK, ROWS, Draw, Shape, Targets
+from benchmarks.draws import QUICK, Draw, Shape
+from benchmarks.limits import LIMITS, Pass, floor
+from benchmarks.rows import BY_NAME, ROWS, Targets
 from benchmarks.steps import Step, assert_same
 from fastkd import ops
 
@@ -85,7 +87,7 @@ def test_every_row_is_measured(quick_run):
     assert list(saved["rows"]) == [row.name for row in ROWS]
     for row in saved["rows"].values():
         assert row["times_plain"] > 0 and row["sides"]["ours"]["memory"]["peak"] > 0
-    assert set(saved["limits"]) == {"copy", "multiply-adds", "matmul", "conv3x3"} and min(saved["limits"].values()) > 0
+    assert set(saved["limits"]) == set(LIMITS) and min(saved["limits"].values()) > 0
     text = (folder / "ops.md").read_text()
     assert all(f"| {row.name}" in text for row in ROWS) and (folder / "ops-times.png").is_file()
     assert saved["commit"] in text and saved["command"] in text
@@ -135,7 +137,7 @@ def test_comparison_with_a_saved_run(quick_run, tmp_path, monkeypatch, capsys):
 
 
 def entry(ms, peak, returned, elements=0, multiply_adds=0):
-    work = {"elements": elements, "multiply_adds": multiply_adds, "bytes": 4 * elements}
+    work = {"multiply_adds": multiply_adds, "bytes": 4 * elements, "read": 3 * elements, "written": elements}
     return {"ms": ms, "memory": {"peak": peak}, "returned": returned, "work": work}
 
 
@@ -162,6 +164,32 @@ def test_conclusions():
     for fraction, met in ((1 / 10, True), (1 / 21, False)):  # 25 of plain's 500
         targets = Targets(memory=fraction / 2 if met is False else fraction, of_plain=True)
         assert results.conclusions(sides, targets, limits, "multiply-adds")["met"] == {"memory": met}
+
+
+def test_floor_bounds_the_ratios():
+    sides = {"ours": entry(2.0, 110, 100), "plain: one": entry(12.0, 600, 100), "compiled": entry(8.0, 300, 100)}
+    sides["floor"] = entry(1.0, 0, 0, elements=2**20)
+    row = results.conclusions(sides, Targets(15, 7), {}, "multiply-adds")
+    assert row["at_floor"] == {"times_plain": 12, "times_compiled": 8}
+    assert results.out_of_reach(row, "times_plain") and not results.out_of_reach(row, "times_compiled")
+    table = results.bounds_table({"instance_norm_mse": row | {"sides": sides}})
+    assert table[2:] == ["| instance_norm_mse | 3.0 | 1.0 | 1.00 | 2.0 | 12.0 (15.0) out of reach | 8.0 (7.0) |"]
+    assert "floor" not in results.conclusions({"ours": sides["ours"]}, Targets(), {}, "multiply-adds")
+
+
+def test_floor_writes_what_it_must():
+    torch.set_num_threads(1)
+    call = floor((Pass((5000, 300)), Pass((5000,), 4000)), torch.float32)
+    first, second = call()
+    assert first is None and second.shape == (4000,) and (second.view(torch.uint8) == 1).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_cells_in_cache_lines(channels_last):
+    draw = Draw(replace(QUICK, images=2), torch.float32, channels_last, CPU)
+    masks = [torch.zeros(2, *size, dtype=torch.bool) for size in draw.shape.level_sizes]
+    masks[0][1, 0, :3] = True
+    assert draw.in_lines(masks) == (3 if channels_last else 16) * draw.shape.channels
 
 
 def test_exponent_of_growth():

@@ -51,6 +51,13 @@ def test_no_worse_than_plain(capability, channels, dtype):
     check(box_paint_conv3x3, box_paint_conv3x3_reference, arguments(channels, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_levels_beyond_the_caches(capability, dtype):
+    """Results of a mebibyte and more take a path of their own."""
+    call = arguments((5, 64), dtype, images=2, sizes=[(72, 59)])
+    check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_float64(capability, layout, bias):

@@ -76,6 +76,13 @@ def test_no_worse_than_plain(capability, shapes, layout, dtype):
     check(*pyramids(shapes, dtype, layout, layout))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_levels_beyond_the_caches(capability, layout, dtype):
+    """Gradients of a mebibyte and more take paths of their own; rows of 72 x 59 cells begin anywhere in a line."""
+    check(*pyramids([(2, 64, 72, 59)], dtype, layout, layout))
+
+
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_float64(capability, shapes, layout):

@@ -50,6 +50,14 @@ def test_no_worse_than_plain(capability, layout, dtype):
             check(masked_mse, masked_mse_reference, pyramids(shape, dtype, layout, share))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_levels_beyond_the_caches(capability, layout, dtype):
+    """Gradients of a mebibyte and more take paths of their own; rows of 72 x 59 cells begin anywhere in a line."""
+    for share in (0.02, 0.5):
+        check(masked_mse, masked_mse_reference, pyramids((2, 64), dtype, layout, share, [(72, 59)]))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64(capability, layout):
     for shape in SHAPES:

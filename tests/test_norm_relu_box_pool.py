@@ -50,6 +50,14 @@ def test_no_worse_than_plain(capability, layout, channels, dtype):
     check(norm_relu_box_pool, norm_relu_box_pool_reference, arguments(channels, dtype, layout))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_levels_beyond_the_caches(capability, layout, dtype):
+    """Gradients of a mebibyte and more take paths of their own; rows of 59 columns begin anywhere in a line."""
+    call = arguments(64, dtype, layout, images=2, sizes=[(72, 59)])
+    check(norm_relu_box_pool, norm_relu_box_pool_reference, call)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_float64(capability, layout):
     close_to_float64(norm_relu_box_pool, norm_relu_box_pool_reference, arguments(13, layout=layout))

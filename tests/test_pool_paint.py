@@ -84,6 +84,13 @@ def test_float64_and_heavy_overlap(capability, op, layout):
     close_to_float64(*pair(op), arguments(op, (40, 1), 9, layout=layout))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("op, layout", CASES[:2] + CASES[-2:-1])
+def test_levels_beyond_the_caches(capability, op, layout, dtype):
+    """Gradients and results of a mebibyte and more take paths of their own; 59 columns begin anywhere in a line."""
+    check(*pair(op), arguments(op, (3, 30), 64, sizes=((72, 59),), dtype=dtype, layout=layout))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_layouts(op, layout):
@@ -169,6 +176,15 @@ def test_other_cells_do_not_matter(capability, layout):
     )
     pooled = ops.box_pool([layout(level)], boxes, torch.tensor([0, 0, 1, 0]), (48, 64))[0]
     assert (pooled[[0, 2]] == 1).all() and (pooled[[1, 3]][:, [0, 2]] == 1).all() and pooled[[1, 3], 1].isnan().all()
+
+
+@pytest.mark.parametrize("op", ["box_pool", "mask_pool"])
+def test_references_take_half_types_that_are_not_autocasts(op):
+    levels, *where = arguments(op, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (one(levels, *where) for one in pair(op))
+    assert found.dtype == expected.dtype == torch.float16
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -107,9 +107,11 @@ def describe(
     one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
     parts = [box, one_hot.to(box.dtype)]
     if objects.masks is not None:
-        index = torch.arange(objects.boxes.shape[0], device=box.device, dtype=objects.boxes.dtype)[:, None]
-        crop = roi_align(objects.masks[:, None].float(), torch.cat([index, objects.boxes], 1), MASK_SIZE, aligned=True)
-        parts.append((crop >= 0.5).to(dtype).flatten(1))
+        crops = []
+        for masks, boxes in zip(objects.masks.split(8), objects.boxes.split(8)):  # roi_align wants masks as numbers
+            index = torch.arange(boxes.shape[0], device=box.device, dtype=boxes.dtype)[:, None]
+            crops.append(roi_align(masks[:, None].float(), torch.cat([index, boxes], 1), MASK_SIZE, aligned=True))
+        parts.append((torch.cat(crops) >= 0.5).to(dtype).flatten(1))
     return torch.cat(parts, dim=1) * 2 - 1
 
 

@@ -86,9 +86,34 @@ def box_paint_conv3x3(
 
 def multiply_taps(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The nine products of every embedding [L, K, C] with the weight [C_out, C, 3, 3]: [L, K, 9, C_out], widened."""
-    outputs, channels = weight.shape[:2]
-    matrix = widen(weight).permute(1, 2, 3, 0).reshape(channels, 9 * outputs)
-    return (widen(embeddings) @ matrix).reshape(*embeddings.shape[:2], 9, outputs)
+    return Taps.apply(widen(embeddings), widen(weight))
+
+
+class Taps(torch.autograd.Function):
+    """The products of `multiply_taps`; the weight turned into a matrix, a copy of it, is not kept for backward."""
+
+    @staticmethod
+    def forward(embeddings: Tensor, weight: Tensor) -> Tensor:
+        return (embeddings @ Taps.matrix(weight)).unflatten(2, (9, weight.shape[0]))
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:  # [C, 9 * C_out]
+        return weight.permute(1, 2, 3, 0).reshape(weight.shape[1], 9 * weight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        embeddings, weight = ctx.saved_tensors
+        grad, for_embeddings, for_weight = grad.flatten(2), None, None
+        if ctx.needs_input_grad[0]:
+            for_embeddings = grad @ Taps.matrix(weight).t()
+        if ctx.needs_input_grad[1]:
+            matrix = embeddings.flatten(0, 1).t() @ grad.flatten(0, 1)  # [C, 9 * C_out]
+            for_weight = matrix.reshape(weight.shape[1], 3, 3, weight.shape[0]).permute(3, 0, 1, 2)
+        return for_embeddings, for_weight
 
 
 def _result_dtype(embeddings: Tensor) -> torch.dtype:

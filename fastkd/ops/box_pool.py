@@ -18,7 +18,7 @@ from fastkd.ops.checks import (
     check_object_values,
     check_size,
 )
-from fastkd.ops.coverage import box_cover, pool_cover
+from fastkd.ops.coverage import box_cover, full_precision, pool_cover
 
 _DISPATCH = Dispatch("box_pool")
 
@@ -28,7 +28,8 @@ def box_pool_reference(
 ) -> Tensor:
     """Plain torch of `box_pool`: one matrix of covered cells a level."""
     pooled = [pool_cover(level, box_cover(boxes, image_size, level.shape[2:]), image_index) for level in levels]
-    return torch.stack(pooled)
+    with full_precision(levels[0]):  # autocast refuses to stack half types other than its own
+        return torch.stack(pooled)
 
 
 def box_pool(levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -11,14 +11,16 @@ from fastkd.ops._dispatch import Dispatch
 from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
-from fastkd.ops.coverage import mask_cover, pool_cover
+from fastkd.ops.coverage import full_precision, mask_cover, pool_cover
 
 _DISPATCH = Dispatch("mask_pool")
 
 
 def mask_pool_reference(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
     """Plain torch of `mask_pool`."""
-    return torch.stack([pool_cover(level, mask_cover(masks, level.shape[2:]), image_index) for level in levels])
+    pooled = [pool_cover(level, mask_cover(masks, level.shape[2:]), image_index) for level in levels]
+    with full_precision(levels[0]):  # autocast refuses to stack half types other than its own
+        return torch.stack(pooled)
 
 
 def mask_pool(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
