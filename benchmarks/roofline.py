@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rows import BY_NAME, Shape
+from benchmarks.draws import Shape
+from benchmarks.rows import BY_NAME
 
 PUBLISHED = Shape(images=16, height=800, width=1344)  # a training batch of the papers' COCO recipes
 

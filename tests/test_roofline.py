@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import roofline
+from benchmarks.draws import QUICK, Draw, Shape
 from benchmarks.roofline import Card, Work
-from benchmarks.rows import QUICK, ROWS, Draw, Shape
+from benchmarks.rows import ROWS
 from fastkd import ops
 
 # Levels 2 x 3 and 1 x 2: 8 cells, 64 numbers in a pyramid. 3 boxes: 12 numbers a level in embeddings, 24 in all.
