@@ -182,7 +182,8 @@ void load_tile(const Tile& tile, attention::Map attention::Level::* side, int64_
         widen_row(data + (run.cell + i) * channels + first, count, columns + i * stride);
       if (want_channel) transpose<V>(columns, stride, run.length, count, rows, kTile);
     } else {
-      for (int64_t c = 0; c < count; ++c) widen_row(data + (first + c) * cells + run.cell, run.length, rows + c * kTile);
+      for (int64_t c = 0; c < count; ++c)
+        widen_row(data + (first + c) * cells + run.cell, run.length, rows + c * kTile);
       if (want_cell) transpose<V>(rows, kTile, count, run.length, columns, stride);
     }
   }
@@ -205,7 +206,8 @@ void store_tile(const Tile& tile, int64_t image, int64_t channels, int64_t first
       for (int64_t i = 0; i < run.length; ++i)
         narrow_row(spare + i * stride, count, out + (run.cell + i) * channels + first);
     } else {
-      for (int64_t c = 0; c < count; ++c) narrow_row(rows + c * kTile, run.length, out + (first + c) * cells + run.cell);
+      for (int64_t c = 0; c < count; ++c)
+        narrow_row(rows + c * kTile, run.length, out + (first + c) * cells + run.cell);
     }
   }
 }
@@ -218,7 +220,8 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
   if (level.values.channels_last) {
     std::memset(out + cell * channels, 0, length * channels * sizeof(scalar_t));
   } else {
-    for (int64_t c = 0; c < channels && length > 0; ++c) std::memset(out + c * cells + cell, 0, length * sizeof(scalar_t));
+    for (int64_t c = 0; c < channels && length > 0; ++c)
+      std::memset(out + c * cells + cell, 0, length * sizeof(scalar_t));
   }
 }
 
@@ -292,8 +295,8 @@ template <class acc>
 struct Buffers {
   static constexpr int64_t kLine = 64 / sizeof(acc), kSlack = kLine;
   int64_t cell_stride, key_stride, value_stride;
-  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys, *grad_values,
-      *bias;
+  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys,
+      *grad_values, *bias;
   int64_t size = 0;
 
   Buffers(const attention::Call& call, void* memory) {

@@ -116,7 +116,7 @@ struct Forward {
     each_tile(call, split, tile, visit, [](const attention::Level&, int64_t, int64_t) {});
   }
 
-  // Logits of `count` queries of a head from `first` on; where all heads share the keys the first computes them for all.
+  // Logits of `count` queries of a head from `first` on; where all heads share the keys the first does it for all.
   FASTKD_INLINE static acc* logits_of(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
                                       int64_t first, int64_t count, Lines& next) {
     if (call.projected || head == 0)

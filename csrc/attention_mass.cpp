@@ -143,7 +143,8 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
   arguments.prepare(kernels.prepare);
   if (logsumexp.has_value()) {
     // Written where it is not given, else only read.
-    call.logsumexp = const_cast<void*>(arguments.small(*logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
+    call.logsumexp =
+        const_cast<void*>(arguments.small(*logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
   } else {
     call.logsumexp = arguments.allocate(call.images * call.heads * call.queries);
     arguments.allocate_sums(call.heads * call.queries * 2, 0);

@@ -1,8 +1,8 @@
 // instance_attention: N queries attend to all cells of a pyramid, in tiles; nothing of size N x S is ever held.
 //
 //   logits = Q K + row bias + column bias, K = key_weight x or x itself; O = softmax(logits) V
-// forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits' (m, l, O)
-//           are then merged
+// forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits'
+//           (m, l, O) are then merged
 // backward  per tile: P = exp(logits - m) / l (not from logsumexp, whose rounding all of a query's P would share),
 //           dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
 //           sums over the tiles: dQ = dS K^T, row and column biases' gradients = dS over columns and rows,
