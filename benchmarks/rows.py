@@ -133,6 +133,7 @@ def mask_paint(draw: Draw) -> Case:
 def _tables(queries, key_weight, rows, columns):
     """What `instance_attention` takes in the place of a position embedding: row and column biases of the queries."""
     absorbed = torch.einsum("bgnd,gdc->bgnc", queries, key_weight.unflatten(0, (queries.shape[1], -1)))
+    absorbed = absorbed.contiguous()  # else each product below copies it and keeps the copy for its backward pass
     return [absorbed @ row.t() for row in rows], [absorbed @ column.t() for column in columns]
 
 

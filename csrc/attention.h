@@ -14,6 +14,9 @@ namespace attention {
 // Queries of a head at a time, where keys are projected: their logits and slopes stay near the core.
 constexpr int64_t kChunk = 48;
 
+// Rows of logits worked on together: what one step has stored is far enough from the next that reads it shifted.
+constexpr int64_t kRowsTogether = 8;
+
 // One level [images, channels, rows, columns], dense in either memory order.
 struct Map {
   const void* data;
@@ -179,7 +182,8 @@ void load_tile(const Tile& tile, attention::Map attention::Level::* side, int64_
         widen_row(data + (run.cell + i) * channels + first, count, columns + i * stride);
       if (want_channel) transpose<V>(columns, stride, run.length, count, rows, kTile);
     } else {
-      for (int64_t c = 0; c < count; ++c) widen_row(data + (first + c) * cells + run.cell, run.length, rows + c * kTile);
+      for (int64_t c = 0; c < count; ++c)
+        widen_row(data + (first + c) * cells + run.cell, run.length, rows + c * kTile);
       if (want_cell) transpose<V>(rows, kTile, count, run.length, columns, stride);
     }
   }
@@ -202,7 +206,8 @@ void store_tile(const Tile& tile, int64_t image, int64_t channels, int64_t first
       for (int64_t i = 0; i < run.length; ++i)
         narrow_row(spare + i * stride, count, out + (run.cell + i) * channels + first);
     } else {
-      for (int64_t c = 0; c < count; ++c) narrow_row(rows + c * kTile, run.length, out + (first + c) * cells + run.cell);
+      for (int64_t c = 0; c < count; ++c)
+        narrow_row(rows + c * kTile, run.length, out + (first + c) * cells + run.cell);
     }
   }
 }
@@ -215,7 +220,8 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
   if (level.values.channels_last) {
     std::memset(out + cell * channels, 0, length * channels * sizeof(scalar_t));
   } else {
-    for (int64_t c = 0; c < channels && length > 0; ++c) std::memset(out + c * cells + cell, 0, length * sizeof(scalar_t));
+    for (int64_t c = 0; c < channels && length > 0; ++c)
+      std::memset(out + c * cells + cell, 0, length * sizeof(scalar_t));
   }
 }
 
@@ -223,7 +229,7 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
 constexpr int64_t kAhead = 4;
 
 // Row bias + column bias of one query at the tile's cells, -inf behind them up to a whole vector. Writes up to a vector
-// past that.
+// past that, and reads the column bias so far where the table goes on.
 template <class acc>
 FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   using V = Vector<acc>;
@@ -246,13 +252,51 @@ FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   for (int64_t i = tile.cells; i < padded; i += kLanes<V>) store(out + i, splat<V>(-__builtin_inf()));
 }
 
+// Lines of memory to ask for, a few with each block of the products. The hardware foresees neither the step to the next
+// channel of a contiguous map nor the place of a gradient; many at once would keep all other loads waiting.
+class Lines {
+ public:
+  void clear() { part_ = count_ = row_ = byte_ = 0; }
+
+  // Channels `first` .. of a contiguous map with `cells` cells, of an element size; `length` cells from `cell` on.
+  void add(const attention::Map& map, int64_t size, int64_t channel, int64_t count, int64_t cells, int64_t cell,
+           int64_t length) {
+    if (map.channels_last || length <= 0) return;
+    parts_[count_++] = {static_cast<const char*>(map.data) + (channel * cells + cell) * size, cells * size, count,
+                        length * size};
+  }
+
+  // Asks for the next few.
+  FASTKD_INLINE void operator()() {
+    for (int64_t left = kLines; left > 0 && part_ < count_; --left) {
+      const Rows& rows = parts_[part_];
+      __builtin_prefetch(rows.data + row_ * rows.stride + byte_, 0, 2);
+      byte_ += 64;
+      if (byte_ < rows.bytes) continue;
+      byte_ = 0;
+      if (++row_ < rows.count) continue;
+      row_ = 0;
+      ++part_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLines = 9;  // fewer than a core can wait for; a head's products get through its share
+  struct Rows {
+    const char* data;
+    int64_t stride, count, bytes;
+  };
+  Rows parts_[3];  // cells, values and the values' gradient
+  int64_t part_ = 0, count_ = 0, row_ = 0, byte_ = 0;
+};
+
 // A thread's buffers for a tile.
 template <class acc>
 struct Buffers {
   static constexpr int64_t kLine = 64 / sizeof(acc), kSlack = kLine;
   int64_t cell_stride, key_stride, value_stride;
-  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys, *grad_values,
-      *bias;
+  acc *cells, *cells_by_cell, *keys, *keys_by_cell, *values, *values_by_cell, *logits, *slopes, *grad_keys,
+      *grad_values, *bias;
   int64_t size = 0;
 
   Buffers(const attention::Call& call, void* memory) {
@@ -267,7 +311,8 @@ struct Buffers {
     const int64_t sizes[] = {call.channels * kTile,    kTile * cell_stride,  keys_rows * kTile,
                              keys_rows * key_stride > 0 ? kTile * key_stride : 0,
                              call.value_depth * kTile, kTile * value_stride, rows * kTile,
-                             rows * kTile,             keys_rows * kTile,    call.value_depth * kTile, kTile};
+                             rows * kTile,             keys_rows * kTile,    call.value_depth * kTile,
+                             attention::kRowsTogether * kTile};
     for (int i = 0; i < 11; ++i) {
       *buffers[i] = static_cast<acc*>(memory) + size;
       size += round_up(sizes[i] + kSlack, kLine);
@@ -277,23 +322,23 @@ struct Buffers {
 
 // Projected keys [depth, kTile] of a head; the tile's cells are in the buffers.
 template <class acc>
-void tile_keys(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t head) {
+void tile_keys(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t head, Lines& next) {
   using V = Vector<acc>;
   const acc* panels = static_cast<const acc*>(call.weight_panels) + head * call.depth * call.channels;
-  multiply<V, Panels>(panels, call.depth, call.channels, buffers.cells, kTile, round_up(tile.cells, kLanes<V>) / kLanes<V>,
-                      buffers.keys, kTile, false);
+  multiply<V, Panels>(panels, call.depth, call.channels, buffers.cells, kTile,
+                      round_up(tile.cells, kLanes<V>) / kLanes<V>, buffers.keys, kTile, false, kDepth, next);
 }
 
 // Logits without their bias, [rows, kTile]: of `rows` queries of a head from `first` on where keys are projected, else
 // of all heads. The bias is added to the finished product: a sum that began with it would round it at every step.
 template <class acc>
 void tile_logits(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
-                 int64_t head, int64_t first, int64_t rows) {
+                 int64_t head, int64_t first, int64_t rows, Lines& next) {
   using V = Vector<acc>;
   const int64_t row = (image * call.heads + head) * call.queries + first;
   multiply<V, Panels>(static_cast<const acc*>(call.query_panels) + row * call.depth, rows, call.depth,
                       call.projected ? buffers.keys : buffers.cells, kTile, round_up(tile.cells, kLanes<V>) / kLanes<V>,
-                      buffers.logits, kTile, false);
+                      buffers.logits, kTile, false, kDepth, next);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kSplitCells = 2048;  // of an image, at least: enough splits for many threads, few sums to keep
-constexpr int64_t kMostSplits = 8;     // of an image: the sums of the splits must not grow with its cells
+constexpr int64_t kMostSplits = 6;     // of an image: the sums of the splits must not grow with its cells
 
 // Arguments of an op, held while its kernels run.
 struct Arguments {
@@ -71,6 +71,8 @@ struct Arguments {
 
   int64_t element_size() const { return type == ScalarType::Double ? 8 : 4; }
   int64_t line() const { return 64 / element_size(); }
+  // Elements of a row of sums, whole vectors of every capability.
+  int64_t padded(int64_t length) const { return (length + line() - 1) / line() * line(); }
 
   // The data of a contiguous tensor of the queries' dtype and this shape.
   const void* small(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* name) {
@@ -193,7 +195,7 @@ struct Arguments {
     int64_t size = 0;
     for (Split& split : splits) {
       split.partial = size;
-      size += (elements + elements_a_column * split.columns + line() - 1) / line() * line();
+      size += padded(elements + elements_a_column * split.columns);
     }
     call.partial = allocate(size);
   }

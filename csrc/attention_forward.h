@@ -29,7 +29,9 @@ struct Forward {
     const int64_t count = call.count(image);
     acc* out = static_cast<acc*>(call.query_panels) + index * call.queries * d;
     if (call.projected) {
-      each_chunk(call, count, [&](int64_t first, int64_t size) { pack(call, queries, image, head, first, size, out + first * d); });
+      each_chunk(call, count, [&](int64_t first, int64_t size) {
+        pack(call, queries, image, head, first, size, out + first * d);
+      });
       if (image == 0)
         pack_panels(static_cast<const acc*>(call.weight_data) + head * d * call.channels, call.channels, 1, d,
                     call.channels, static_cast<acc*>(call.weight_panels) + head * d * call.channels);
@@ -59,23 +61,23 @@ struct Forward {
     }
   }
 
-  // Asks for a head's share of what the next tile will read while this one is computed: the hardware does not foresee
-  // the step to the next channel of a contiguous map.
-  static void prefetch_next(const Call& call, const Tile& tile, int64_t image, int64_t head) {
+  // What the next tile will read, and where this one's gradient of the values will be written: a head's share, or all
+  // of it with the first head where one product serves all.
+  static void foresee(const Call& call, const Tile& tile, int64_t image, int64_t head, Lines& lines) {
+    lines.clear();
+    if (!call.projected && head > 0) return;
     const Run& run = tile.runs[tile.run_count - 1];
     const int64_t cells = run.level->rows * run.level->columns, next = run.cell + run.length;
-    const int64_t length = cells - next < kTile ? cells - next : kTile, share = call.channels / call.heads;
-    const auto prefetch = [&](const attention::Map& map, int type, int64_t channels, int64_t first, int64_t count) {
-      const int64_t size = type == 1 ? 8 : type == 0 ? 4 : 2;
-      if (map.channels_last) return;
-      const char* data = static_cast<const char*>(map.data) + ((image * channels + first) * cells + next) * size;
-      for (int64_t c = 0; c < count; ++c)
-        for (int64_t byte = 0; byte < length * size; byte += 64) __builtin_prefetch(data + c * cells * size + byte, 0, 2);
+    const int64_t length = cells - next < kTile ? cells - next : kTile, heads = call.projected ? 1 : call.heads;
+    const auto add = [&](const attention::Map& map, int type, int64_t channels, int64_t cell, int64_t count) {
+      const int64_t size = type == 1 ? 8 : type == 0 ? 4 : 2, share = channels * heads / call.heads;
+      lines.add(map, size, image * channels + head * share, share, cells, cell, count);
     };
-    prefetch(run.level->cells, call.cells_type, call.channels, head * share, share);
-    if constexpr (with_values)
-      prefetch(run.level->values, call.values_type, call.heads * call.value_depth, head * call.value_depth,
-               call.value_depth);
+    const int64_t value_channels = call.heads * call.value_depth;
+    if (call.for_values)
+      add({run.level->out, run.level->values.channels_last}, call.values_type, value_channels, run.cell, run.length);
+    add(run.level->cells, call.cells_type, call.channels, next, length);
+    if constexpr (with_values) add(run.level->values, call.values_type, value_channels, next, length);
   }
 
   // Running maximum and sum of a head's queries, and their output, `stride` apart.
@@ -93,31 +95,32 @@ struct Forward {
     for (int64_t row = 0; row < rows; ++row) maximum[row] = -__builtin_inf(), sum[row] = 0;
     std::memset(output, 0, rows * stride * sizeof(acc));
     Tile tile;
+    Lines next;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
       load_cells(call, buffers, tile, split.image, false);
       for (int64_t head = 0; head < call.heads; ++head) {
-        if (call.projected) tile_keys(call, buffers, tile, head);
+        foresee(call, tile, split.image, head, next);
+        if (call.projected) tile_keys(call, buffers, tile, head, next);
         if constexpr (with_values) load_values(call, buffers, tile, split.image, head, false);
-        prefetch_next(call, tile, split.image, head);
         each_chunk(call, call.count(split.image), [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-          acc* logits = logits_of(call, buffers, tile, split.image, head, first, count);
+          acc* logits = logits_of(call, buffers, tile, split.image, head, first, count, next);
           const int64_t row = head * call.queries + first;
           const State state{maximum + row, sum + row, output + row * stride, stride};
           soften(call, buffers, tile, split.image, head, first, count, logits, state);
           if constexpr (with_values)
             multiply<V, TileRows>(logits, count, tile.cells, buffers.values_by_cell, buffers.value_stride,
-                                  stride / lanes, state.output, stride, true, kShortDepth);
+                                  stride / lanes, state.output, stride, true, kShortDepth, next);
         });
       }
     };
     each_tile(call, split, tile, visit, [](const attention::Level&, int64_t, int64_t) {});
   }
 
-  // Logits of `count` queries of a head from `first` on; where all heads share the keys the first computes them for all.
+  // Logits of `count` queries of a head from `first` on; where all heads share the keys the first does it for all.
   FASTKD_INLINE static acc* logits_of(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
-                                      int64_t first, int64_t count) {
+                                      int64_t first, int64_t count, Lines& next) {
     if (call.projected || head == 0)
-      tile_logits(call, buffers, tile, image, head, first, call.projected ? count : call.heads * count);
+      tile_logits(call, buffers, tile, image, head, first, call.projected ? count : call.heads * count, next);
     return buffers.logits + (call.projected ? 0 : head * count * kTile);
   }
 
@@ -138,37 +141,57 @@ struct Forward {
     });
   }
 
+  // use(first row, number of rows), kRowsTogether at a time with their biases in the buffer.
+  template <class Table, class Use>
+  FASTKD_INLINE static void each_rows(const Tile& tile, const B& buffers, int64_t count, const Table& table_row,
+                                      const Use& use) {
+    for (int64_t first = 0; first < count; first += attention::kRowsTogether) {
+      const int64_t rows = count - first < attention::kRowsTogether ? count - first : attention::kRowsTogether;
+      for (int64_t n = 0; n < rows; ++n) bias_row(tile, table_row(first + n), buffers.bias + n * kTile);
+      use(first, rows);
+    }
+  }
+
   // Logits -> exp(logits * scale - new maximum); what was summed before is rescaled to that maximum.
   static void soften(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
                      int64_t first, int64_t count, acc* logits, const State& state) {
     const int64_t length = round_up(tile.cells, lanes);
     const V scale = splat<V>(static_cast<acc>(call.scale));
-    for (int64_t n = 0; n < count; ++n) {
-      acc *row = logits + n * kTile, *output = state.output + n * state.stride;
-      bias_row(tile, call.row(image, head, first + n), buffers.bias);
-      V high = splat<V>(-__builtin_inf());
-      for (int64_t i = 0; i < length; i += lanes) {
-        const V scaled = (load<V>(row + i) + load<V>(buffers.bias + i)) * scale;
-        high = larger(scaled, high);
-        store(row + i, scaled);
+    const auto table_row = [&](int64_t n) { return call.row(image, head, first + n); };
+    each_rows(tile, buffers, count, table_row, [&](int64_t begin, int64_t rows) __attribute__((always_inline)) {
+      for (int64_t n = 0; n < rows; ++n) {
+        acc* row = logits + (begin + n) * kTile;
+        const acc* bias = buffers.bias + n * kTile;
+        V high = splat<V>(-__builtin_inf());
+        for (int64_t i = 0; i < length; i += lanes) {
+          const V scaled = (load<V>(row + i) + load<V>(bias + i)) * scale;
+          high = larger(scaled, high);
+          store(row + i, scaled);
+        }
+        raise_maximum(state, begin + n, largest_lane(high));
       }
-      const acc highest = largest_lane(high);
-      if (highest > state.maximum[n]) {
-        const acc factor = lane_exponential(state.maximum[n] - highest);
-        state.sum[n] *= factor;
-        for (int64_t c = 0; c < state.stride; c += lanes) store(output + c, load<V>(output + c) * factor);
-        state.maximum[n] = highest;
+      for (int64_t n = begin; n < begin + rows; ++n) {
+        // All masked so far: exp(-inf - 0) = 0.
+        const V base = splat<V>(state.maximum[n] == -__builtin_inf() ? 0 : state.maximum[n]);
+        acc* row = logits + n * kTile;
+        V total{};
+        for (int64_t i = 0; i < length; i += lanes) {
+          const V power = exponential(load<V>(row + i) - base);
+          total += power;
+          store(row + i, power);
+        }
+        state.sum[n] += sum_lanes(total);
       }
-      // All masked so far: exp(-inf - 0) = 0.
-      const V base = splat<V>(state.maximum[n] == -__builtin_inf() ? 0 : state.maximum[n]);
-      V total{};
-      for (int64_t i = 0; i < length; i += lanes) {
-        const V power = exponential(load<V>(row + i) - base);
-        total += power;
-        store(row + i, power);
-      }
-      state.sum[n] += sum_lanes(total);
-    }
+    });
+  }
+
+  FASTKD_INLINE static void raise_maximum(const State& state, int64_t n, acc highest) {
+    if (!(highest > state.maximum[n])) return;
+    const acc factor = lane_exponential(state.maximum[n] - highest);
+    acc* output = state.output + n * state.stride;
+    state.sum[n] *= factor;
+    for (int64_t c = 0; c < state.stride; c += lanes) store(output + c, load<V>(output + c) * factor);
+    state.maximum[n] = highest;
   }
 
   static acc lane_exponential(acc value) { return exponential(splat<V>(value))[0]; }

@@ -36,14 +36,15 @@ struct Mass {
     const Split& split = call.splits[index];
     const Buffers<acc> buffers(call, scratch);
     Tile tile;
+    Lines next;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
       if (call.count(split.image) > 0) F::load_cells(call, buffers, tile, split.image, false);
       for (int64_t head = 0; head < call.heads; ++head) {
-        if (call.projected) tile_keys(call, buffers, tile, head);
-        F::prefetch_next(call, tile, split.image, head);
+        F::foresee(call, tile, split.image, head, next);
+        if (call.projected) tile_keys(call, buffers, tile, head, next);
         acc total[kTile] = {};
         F::each_chunk(call, call.count(split.image), [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-          const acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count);
+          const acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count, next);
           add_probabilities(call, buffers, tile, split.image, head, first, count, logits, total);
         });
         store_mass(call, tile, split.image, head, total);
@@ -58,15 +59,18 @@ struct Mass {
                                 int64_t head, int64_t first, int64_t count, const acc* logits, acc* total) {
     const int64_t length = round_up(tile.cells, kLanes<V>);
     const V scale = splat<V>(static_cast<acc>(call.scale));
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t row = call.row(image, head, first + n);
-      const V base = splat<V>(static_cast<const acc*>(call.logsumexp)[row]);
-      bias_row(tile, row, buffers.bias);
+    const auto row_of = [&](int64_t n) { return call.row(image, head, first + n); };
+    F::each_rows(tile, buffers, count, row_of, [&](int64_t begin, int64_t rows) __attribute__((always_inline)) {
       for (int64_t i = 0; i < length; i += kLanes<V>) {
-        const V logit = (load<V>(logits + n * kTile + i) + load<V>(buffers.bias + i)) * scale;
-        store(total + i, load<V>(total + i) + exponential(logit - base));
+        V sum = load<V>(total + i);
+        for (int64_t n = 0; n < rows; ++n) {
+          const V base = splat<V>(static_cast<const acc*>(call.logsumexp)[row_of(begin + n)]);
+          const V logit = (load<V>(logits + (begin + n) * kTile + i) + load<V>(buffers.bias + n * kTile + i)) * scale;
+          sum += exponential(logit - base);
+        }
+        store(total + i, sum);
       }
-    }
+    });
   }
 
   static void store_mass(const Call& call, const Tile& tile, int64_t image, int64_t head, const acc* total) {
@@ -139,7 +143,8 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
   arguments.prepare(kernels.prepare);
   if (logsumexp.has_value()) {
     // Written where it is not given, else only read.
-    call.logsumexp = const_cast<void*>(arguments.small(*logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
+    call.logsumexp =
+        const_cast<void*>(arguments.small(*logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
   } else {
     call.logsumexp = arguments.allocate(call.images * call.heads * call.queries);
     arguments.allocate_sums(call.heads * call.queries * 2, 0);

@@ -1,8 +1,8 @@
 // instance_attention: N queries attend to all cells of a pyramid, in tiles; nothing of size N x S is ever held.
 //
 //   logits = Q K + row bias + column bias, K = key_weight x or x itself; O = softmax(logits) V
-// forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits' (m, l, O)
-//           are then merged
+// forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits'
+//           (m, l, O) are then merged
 // backward  per tile: P = exp(logits - m) / l (not from logsumexp, whose rounding all of a query's P would share),
 //           dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
 //           sums over the tiles: dQ = dS K^T, row and column biases' gradients = dS over columns and rows,
@@ -67,7 +67,8 @@ struct Backward {
       for (int64_t row = 0; row < n; ++row) {
         // Rounded as the tile's product of grad and values is: where one cell takes all, the two cancel exactly.
         V sum{};
-        for (int64_t c = 0; c < dv; ++c) sum = multiply_add(splat<V>(grad[row * dv + c]), splat<V>(output[row * dv + c]), sum);
+        for (int64_t c = 0; c < dv; ++c)
+          sum = multiply_add(splat<V>(grad[row * dv + c]), splat<V>(output[row * dv + c]), sum);
         static_cast<acc*>(call.delta)[head * n + row] = sum[0];
       }
     }
@@ -97,27 +98,29 @@ struct Backward {
       clear_row_gradients(call, split);
     }
     Tile tile;
+    Lines next;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {
       F::load_cells(call, buffers, tile, split.image, call.for_keys);
       for (int64_t head = 0; head < call.heads; ++head) {
-        if (call.projected) tile_keys(call, buffers, tile, head);
+        F::foresee(call, tile, split.image, head, next);
+        if (call.projected) tile_keys(call, buffers, tile, head, next);
         if (call.for_keys) F::load_values(call, buffers, tile, split.image, head, true);
         if (call.for_keys && call.projected)
           transpose<V>(buffers.keys, kTile, call.depth, round_up(tile.cells, lanes), buffers.keys_by_cell,
                        buffers.key_stride);
-        F::prefetch_next(call, tile, split.image, head);
         F::each_chunk(call, call.queries, [&](int64_t first, int64_t count) {
-          chunk(call, split, buffers, sums, tile, head, first, count);
+          chunk(call, split, buffers, sums, tile, head, first, count, next);
         });
         if (call.for_values) store_value_gradient(call, buffers, tile, split.image, head);
         if (call.for_keys && call.projected)
           multiply<V, TileRows>(buffers.grad_keys, call.depth, tile.cells, buffers.cells_by_cell, buffers.cell_stride,
                                 vectors(call.channels), sums.weight + head * call.depth * sums.weight_stride,
-                                sums.weight_stride, true);
+                                sums.weight_stride, true, kDepth, next);
       }
       if (call.for_keys && !call.projected)
         multiply<V, TileRows>(buffers.slopes, call.heads * call.queries, tile.cells, buffers.cells_by_cell,
-                              buffers.cell_stride, vectors(call.depth), sums.queries, sums.query_stride, true);
+                              buffers.cell_stride, vectors(call.depth), sums.queries, sums.query_stride, true, kDepth,
+                              next);
     };
     each_tile(call, split, tile, visit, [&](const attention::Level& level, int64_t cell, int64_t length) {
       if (!call.for_values) return;
@@ -140,36 +143,39 @@ struct Backward {
 
   // What `count` queries of a head from `first` on add to the gradients.
   static void chunk(const Call& call, const Split& split, const B& buffers, const Sums& sums, const Tile& tile,
-                    int64_t head, int64_t first, int64_t count) {
+                    int64_t head, int64_t first, int64_t count, Lines& next) {
     const int64_t d = call.depth, dv = call.value_depth, row = (split.image * call.heads + head) * call.queries + first;
-    acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count);
+    acc* logits = F::logits_of(call, buffers, tile, split.image, head, first, count, next);
     acc* slopes = buffers.slopes + (logits - buffers.logits);
     probabilities(call, buffers, tile, row, count, logits);
     if (call.for_values)
       multiply<V, Panels>(static_cast<const acc*>(call.grad_columns) + row * dv, dv, count, logits, kTile,
-                          vectors(tile.cells), buffers.grad_values, kTile, first > 0);
+                          vectors(tile.cells), buffers.grad_values, kTile, first > 0, kDepth, next);
     if (!call.for_keys) return;
     multiply<V, Panels>(static_cast<const acc*>(call.grad_panels) + row * dv, count, dv, buffers.values, kTile,
-                        vectors(tile.cells), slopes, kTile, false);
+                        vectors(tile.cells), slopes, kTile, false, kDepth, next);
     logit_gradient(call, tile, row, count, logits, slopes);
     bias_gradient(call, split, sums, tile, head, first, count, slopes);
     if (!call.projected) return;
     multiply<V, TileRows>(slopes, count, tile.cells, buffers.keys_by_cell, buffers.key_stride, vectors(d),
                           sums.queries + (head * call.queries + first) * sums.query_stride, sums.query_stride, true);
     multiply<V, Panels>(static_cast<const acc*>(call.query_columns) + row * d, d, count, slopes, kTile,
-                        vectors(tile.cells), buffers.grad_keys, kTile, first > 0);
+                        vectors(tile.cells), buffers.grad_keys, kTile, first > 0, kDepth, next);
   }
 
   static void probabilities(const Call& call, const B& buffers, const Tile& tile, int64_t table_row, int64_t count,
                             acc* logits) {
-    for (int64_t n = 0; n < count; ++n) {
-      const acc* normal = static_cast<const acc*>(call.normal) + 2 * (table_row + n);
-      const V maximum = splat<V>(normal[0]), factor = splat<V>(normal[1]);
-      acc* row = logits + n * kTile;
-      bias_row(tile, table_row + n, buffers.bias);
-      for (int64_t i = 0; i < tile.cells; i += lanes)
-        store(row + i, exponential(load<V>(row + i) + load<V>(buffers.bias + i) - maximum) * factor);
-    }
+    const auto row_of = [&](int64_t n) { return table_row + n; };
+    F::each_rows(tile, buffers, count, row_of, [&](int64_t first, int64_t rows) __attribute__((always_inline)) {
+      for (int64_t n = 0; n < rows; ++n) {
+        const acc* normal = static_cast<const acc*>(call.normal) + 2 * row_of(first + n);
+        const V maximum = splat<V>(normal[0]), factor = splat<V>(normal[1]);
+        acc* row = logits + (first + n) * kTile;
+        const acc* bias = buffers.bias + n * kTile;
+        for (int64_t i = 0; i < tile.cells; i += lanes)
+          store(row + i, exponential(load<V>(row + i) + load<V>(bias + i) - maximum) * factor);
+      }
+    });
   }
 
   static void store_value_gradient(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head) {
@@ -203,19 +209,15 @@ struct Backward {
                    (split.image * call.heads * call.queries + place) * level.rows + part.y;
         __builtin_prefetch(row + kAhead * level.rows, 1);
         V total{};
-        acc rest = 0;
-        int64_t i = 0;
-        for (; i + lanes <= part.length; i += lanes) {
-          const V value = load<V>(slope + i);
+        for (int64_t i = 0; i < part.length; i += lanes) {
+          V value = load<V>(slope + i);
+          // Zeros added to what is behind the segment, columns of a later query perhaps, change nothing.
+          if (i + lanes > part.length) value = first_lanes(value, part.length - i);
           __builtin_prefetch(column + kAhead * sums.column_count + i, 1);
           total += value;
           store(column + i, load<V>(column + i) + value);
         }
-        for (; i < part.length; ++i) {
-          rest += slope[i];
-          column[i] += slope[i];
-        }
-        *row += sum_lanes(total) + rest;
+        *row += sum_lanes(total);
       }
   }
 
@@ -298,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> l
   call.logsumexp = logsumexp.mutable_data_ptr();
   call.normal = normal.mutable_data_ptr();
   arguments.prepare(kernels.prepare);
-  arguments.allocate_sums(call.heads * call.queries * (2 + call.value_depth + arguments.line()), 0);
+  arguments.allocate_sums(call.heads * call.queries * (2 + arguments.padded(call.value_depth)), 0);
   arguments.run(kernels.forward, call.split_count, 1, kernels.scratch(call));
   arguments.run(kernels.merge, call.images * call.heads, 1, 0);
   return {output, logsumexp, normal};
@@ -347,11 +349,12 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor q
   }
   arguments.prepare(kernels.prepare);
   arguments.run(kernels.prepare_backward, arguments.groups(), call.group(), 0);
-  const int64_t line = arguments.line(), heads = call.heads;
-  arguments.allocate_sums(for_keys ? heads * call.queries * (call.depth + line) +
-                                         (call.projected ? heads * call.depth * (call.channels + line) : 0)
-                                   : 0,
-                          for_keys ? heads * call.queries : 0);
+  const int64_t heads = call.heads;
+  const int64_t weight_rows = call.projected ? heads * call.depth : 0;
+  // Behind the columns' sums a line to which zeros are added.
+  const int64_t sums = heads * call.queries * arguments.padded(call.depth) +
+                       weight_rows * arguments.padded(call.channels) + arguments.line();
+  arguments.allocate_sums(for_keys ? sums : 0, for_keys ? heads * call.queries : 0);
   arguments.run(kernels.backward, call.split_count, 1, kernels.scratch(call));
   if (for_keys) arguments.run(kernels.merge_gradients, call.images * heads, 1, 0);
   if (for_keys && call.projected) arguments.run(kernels.merge_weight, heads * call.depth, 1, 0);
@@ -366,8 +369,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
       "column_bias, Tensor[] values) -> (Tensor, Tensor, Tensor)");
   library.def(
       "instance_attention_backward(Tensor grad, Tensor output, Tensor normal, Tensor queries, Tensor[] "
-      "levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool for_values) "
-      "-> Tensor[]");
+      "levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool "
+      "for_values) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {

@@ -33,6 +33,14 @@ FASTKD_INLINE V splat(Element<V> value) {
   return value - V{};  // not V{} + value, which is an addition as it turns -0 into 0
 }
 
+// As many integers as V has lanes, of their size.
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+typedef int64_t LongIntegers __attribute__((vector_size(kVectorBytes)));
+template <class V>
+using Index = std::conditional_t<sizeof(Element<V>) == 4, int32_t, int64_t>;
+template <class V>
+using Indices = std::conditional_t<sizeof(Element<V>) == 4, Integers, LongIntegers>;
+
 FASTKD_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // n cut into the fewest parts of at most `most`, of nearly the same size.
@@ -102,10 +110,15 @@ FASTKD_INLINE Block<Element<V>> block_of(int64_t rows, int64_t vectors) {
   return block_of_rows<V, A, 1>(rows, Rows{});
 }
 
+// What a product does before each of its blocks.
+struct Nothing {
+  FASTKD_INLINE void operator()() const {}
+};
+
 // C [rows, vectors * lanes] = A [rows, k] B [k, ...], added to C where accumulate; at most `most` products in a row.
-template <class V, class A, class acc = Element<V>>
+template <class V, class A, class acc = Element<V>, class Between = Nothing>
 void multiply(const acc* a, int64_t rows, int64_t k, const acc* b, int64_t ldb, int64_t vectors, acc* c, int64_t ldc,
-              bool accumulate, int64_t most = kDepth) {
+              bool accumulate, int64_t most = kDepth, Between&& between = {}) {
   if (rows == 0 || vectors == 0) return;
   const Parts depths(k, most), columns(vectors, A::kVectors), panels(rows, A::kRows);
   for (int64_t depth = 0; depth < depths.count; ++depth) {
@@ -114,6 +127,7 @@ void multiply(const acc* a, int64_t rows, int64_t k, const acc* b, int64_t ldb, 
       const int64_t v0 = columns.first(column), width = columns.first(column + 1) - v0;
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t m0 = panels.first(panel), height = panels.first(panel + 1) - m0;
+        between();
         const acc* left = a + (std::is_same_v<A, Panels> ? m0 * k + k0 * height : m0 * kTile + k0);
         block_of<V, A>(height, width)(left, steps, b + k0 * ldb + v0 * kLanes<V>, ldb, c + m0 * ldc + v0 * kLanes<V>,
                                       ldc, accumulate || depth > 0);
@@ -136,13 +150,11 @@ void pack_panels(const acc* a, int64_t row_stride, int64_t step_stride, int64_t 
 template <class V>
 FASTKD_INLINE void transpose_block(const Element<V>* in, int64_t ld_in, Element<V>* out, int64_t ld_out) {
   constexpr int lanes = kLanes<V>;
-  using Index = std::conditional_t<sizeof(Element<V>) == 4, int32_t, int64_t>;
-  typedef Index IndexVector __attribute__((vector_size(kVectorBytes)));
   V rows[lanes];
   unroll<lanes>([&](auto i) __attribute__((always_inline)) { rows[i] = load<V>(in + i * ld_in); });
   unroll<lanes == 16 ? 4 : lanes == 8 ? 3 : lanes == 4 ? 2 : 1>([&](auto stage) __attribute__((always_inline)) {
     constexpr int size = 1 << stage;
-    IndexVector low{}, high{};
+    Indices<V> low{}, high{};
     for (int lane = 0; lane < lanes; ++lane) {
       low[lane] = lane & size ? lanes + lane - size : lane;
       high[lane] = lane & size ? lanes + lane : lane + size;
@@ -173,8 +185,13 @@ void transpose(const acc* in, int64_t ld_in, int64_t rows, int64_t columns, acc*
 
 // e^x to 1.5 ulp, to a few bits where the result is no normal number; e^-inf = 0, NaN stays NaN.
 FASTKD_INLINE FloatVector exponential(FloatVector given) {
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
+  // Beyond these bounds the result is 0 or infinite, which scaling by a power of 2 gives by itself.
+  const __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-110.0f), (__m512)given);  // of NaN: the second
+  const FloatVector x = (FloatVector)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), above);
+#else
   const FloatVector x = given < -87.0f ? given + 16.6355324f : given;  // e^16.6355... = 2^24
+#endif
   const FloatVector magic = splat<FloatVector>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const FloatVector shifted = multiply_add(x, splat<FloatVector>(1.44269504f), magic);
   const FloatVector power = shifted - magic;
@@ -183,10 +200,14 @@ FASTKD_INLINE FloatVector exponential(FloatVector given) {
   FloatVector series = splat<FloatVector>(1.9875691500e-4f);  // Cephes' polynomial
   for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f, 1.0f, 1.0f})
     series = multiply_add(series, rest, splat<FloatVector>(factor));
+#if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
+  return (FloatVector)_mm512_maskz_scalef_ps(0xffff, (__m512)series, (__m512)power);
+#else
   const FloatVector scaled = (FloatVector)((Integers)series + (((Integers)shifted - (Integers)magic) << 23));
   const FloatVector infinite = x * __builtin_inff();  // NaN of NaN
   const FloatVector normal = x < -87.0f ? FloatVector{} : x <= 88.0f ? scaled : infinite;
   return given < -87.0f ? normal * 5.9604645e-8f : normal;
+#endif
 }
 
 FASTKD_INLINE DoubleVector exponential(DoubleVector x) {
@@ -199,22 +220,34 @@ FASTKD_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// All lanes as one, the upper half of them joined to the lower in each step.
+template <class V, class F>
+FASTKD_INLINE Element<V> join_lanes(V value, const F& join) {
+  constexpr int lanes = kLanes<V>;
+  unroll<lanes == 16 ? 4 : lanes == 8 ? 3 : lanes == 4 ? 2 : 1>([&](auto stage) __attribute__((always_inline)) {
+    Indices<V> partner{};
+    for (int lane = 0; lane < lanes; ++lane) partner[lane] = lane ^ (lanes >> (stage + 1));
+    value = join(value, __builtin_shuffle(value, partner));
+  });
+  return value[0];
+}
+
 template <class V>
 FASTKD_INLINE Element<V> largest_lane(V value) {
-  Element<V> lanes[kLanes<V>], result;
-  std::memcpy(lanes, &value, sizeof(lanes));
-  result = lanes[0];
-  for (int lane = 1; lane < kLanes<V>; ++lane) result = lanes[lane] > result ? lanes[lane] : result;
-  return result;
+  return join_lanes(value, [](V a, V b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
 template <class V>
 FASTKD_INLINE Element<V> sum_lanes(V value) {
-  Element<V> lanes[kLanes<V>];
-  std::memcpy(lanes, &value, sizeof(lanes));
-  for (int width = kLanes<V> / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  return join_lanes(value, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+}
+
+// The first `count` lanes of a vector, 0 in the others.
+template <class V>
+FASTKD_INLINE V first_lanes(V value, int64_t count) {
+  Indices<V> place{};
+  for (int lane = 0; lane < kLanes<V>; ++lane) place[lane] = lane;
+  return place < static_cast<Index<V>>(count) ? value : V{};
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The kernels of value_mimic (value_mimic.cpp says what they compute), compiled once per capability.
 //
-// A tile is kTile cells of one head, [d, kTile] of both sides, widened, in a buffer that stays in the first cache: lanes
-// are cells in both layouts, so that all sums over channels are sums over registers. Channels-last tiles are transposed
-// on their way in and out. Cells are summed in double, in an order that depends on the shapes alone.
+// A tile is kTile cells of one head, [d, kTile] of both sides, widened, in a buffer that stays in the first cache:
+// lanes are cells in both layouts, so that all sums over channels are sums over registers. Channels-last tiles are
+// transposed on their way in and out. Cells are summed in double, in an order that depends on the shapes alone.
 #pragma once
 
 #include "pyramid.h"
