@@ -26,17 +26,25 @@ FASTKD_DEVICE void store_channels(Global<T> pointer, const sum_t<T> (&values)[wi
   }
 }
 
-// sums[j] += the channels, which are sums themselves: one, or whole packs.
+// sum + lost += value, compensated (Kahan): hundreds of terms are as exact as a few.
+template <class Sum>
+FASTKD_DEVICE void add_exactly(Sum value, Sum& sum, Sum& lost) {
+  const Sum corrected = value + lost, total = sum + corrected;
+  lost = corrected - (total - sum);
+  sum = total;
+}
+
+// sums[j] + lost[j] += the channels, which are sums themselves: one, or whole packs.
 template <class Sum, int width>
-FASTKD_DEVICE void add_channels(Global<const Sum> pointer, Sum (&sums)[width]) {
+FASTKD_DEVICE void add_channels(Global<const Sum> pointer, Sum (&sums)[width], Sum (&lost)[width]) {
   if constexpr (width == 1) {
-    sums[0] += pointer[0];
+    add_exactly<Sum>(pointer[0], sums[0], lost[0]);
   } else {
 #pragma unroll
     for (int first = 0; first < width; first += kPack<Sum>) {
       const Pack<Sum> pack = load_pack(pointer + first);
 #pragma unroll
-      for (int j = 0; j < kPack<Sum>; ++j) sums[first + j] += pack.value[j];
+      for (int j = 0; j < kPack<Sum>; ++j) add_exactly<Sum>(pack.value[j], sums[first + j], lost[first + j]);
     }
   }
 }

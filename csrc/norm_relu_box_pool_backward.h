@@ -187,10 +187,11 @@ FASTKD_KERNEL void backward_channels_last_kernel(Levels<T> levels, int64_t count
       if (run_of[begin + u] != run) {
         run = run_of[begin + u];
         const int cell = tile.begin + run_begin[run];
+        Sum lost[width] = {};
         for (int j = 0; j < width; ++j) value[j] = 0;
         over_near(tile, near, painted, count, [&](const Area& area, int64_t at) {
           if (!area.contains(cell / level.columns, cell % level.columns)) return;
-          add_channels<Sum, width>(Global<const Sum>(painted.value) + (at * levels.channels + channel), value);
+          add_channels<Sum, width>(Global<const Sum>(painted.value) + (at * levels.channels + channel), value, lost);
         });
       }
       Sum out[width];
@@ -222,9 +223,10 @@ FASTKD_KERNEL void backward_contiguous_kernel(Levels<T> levels, int64_t count, G
       const int cell = tile.begin + run_begin[item / kTableChannels];
       const int y = cell / level.columns, x = cell % level.columns;
       const int64_t channel = first + item % kTableChannels;
-      Sum value = 0;
+      Sum value = 0, lost = 0;
       over_near(tile, near, painted, count, [&](const Area& area, int64_t at) {
-        if (channel < end && area.contains(y, x)) value += painted.value[at * levels.channels + channel];
+        if (channel < end && area.contains(y, x))
+          add_exactly<Sum>(painted.value[at * levels.channels + channel], value, lost);
       });
       table[item / kTableChannels * (kTableChannels + 1) + item % kTableChannels] = value;
     }
