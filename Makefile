@@ -8,6 +8,7 @@
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers
+#   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
 #   make cuda           csrc/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
@@ -26,7 +27,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test study bench bench-step build cmake lint test-install sanitize clean
+.PHONY: portable demo test study bench bench-step build cmake lint test-install sanitize clean
 
 build: $(STAMPS)/built
 
@@ -137,6 +138,14 @@ sanitize: build
 	ASAN_OPTIONS=detect_leaks=0 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
 	$(BIN)/python -m pytest -q $(OP_TESTS) tests/test_ops_reference.py -k "not compile and not opcheck and not export"
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py
+
+# The generic kernels by other compilers and for another CPU, one object a source, nothing linked or run.
+PORTABLE_CXX ?= aarch64-linux-gnu-g++ clang++
+TORCH_INCLUDE = $(shell $(BIN)/python -c "import importlib.util as i; print(i.find_spec('torch').submodule_search_locations[0])")/include
+portable: $(STAMPS)/dependencies
+	set -e; for compiler in $(PORTABLE_CXX); do command -v $$compiler; for source in csrc/*.cpp; do \
+	    $$compiler -std=c++20 -O2 -Wall -Wextra -Werror -Wno-psabi -fvisibility=hidden -fPIC -ffp-contract=off -DFASTKD_CAPABILITY=0 \
+	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -isystem $(TORCH_INCLUDE) -c $$source -o /dev/null; done; done
 
 clean:
 	rm -rf build dist *.egg-info fastkd/_cpu*.so fastkd/_cuda*.so .pytest_cache .ruff_cache .benchmarks

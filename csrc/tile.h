@@ -146,6 +146,19 @@ void pack_panels(const acc* a, int64_t row_stride, int64_t step_stride, int64_t 
         *out++ = a[m * row_stride + step * step_stride];
 }
 
+// Lane i is lane indices[i] of a and b side by side. Clang's own takes constants only.
+template <class V>
+FASTKD_INLINE V shuffle(V a, V b, Indices<V> indices) {
+#if defined(__clang__)
+  V result{};
+  for (int lane = 0; lane < kLanes<V>; ++lane)
+    result[lane] = indices[lane] < kLanes<V> ? a[indices[lane]] : b[indices[lane] - kLanes<V>];
+  return result;
+#else
+  return __builtin_shuffle(a, b, indices);
+#endif
+}
+
 // The lanes x lanes block of a matrix, mirrored in log2(lanes) exchanges of ever larger sub-blocks.
 template <class V>
 FASTKD_INLINE void transpose_block(const Element<V>* in, int64_t ld_in, Element<V>* out, int64_t ld_out) {
@@ -162,8 +175,8 @@ FASTKD_INLINE void transpose_block(const Element<V>* in, int64_t ld_in, Element<
     unroll<lanes>([&](auto i) __attribute__((always_inline)) {
       if constexpr ((i & size) == 0) {
         const V first = rows[i], second = rows[i + size];
-        rows[i] = __builtin_shuffle(first, second, low);
-        rows[i + size] = __builtin_shuffle(first, second, high);
+        rows[i] = shuffle(first, second, low);
+        rows[i + size] = shuffle(first, second, high);
       }
     });
   });
@@ -227,7 +240,7 @@ FASTKD_INLINE Element<V> join_lanes(V value, const F& join) {
   unroll<lanes == 16 ? 4 : lanes == 8 ? 3 : lanes == 4 ? 2 : 1>([&](auto stage) __attribute__((always_inline)) {
     Indices<V> partner{};
     for (int lane = 0; lane < lanes; ++lane) partner[lane] = lane ^ (lanes >> (stage + 1));
-    value = join(value, __builtin_shuffle(value, partner));
+    value = join(value, shuffle(value, value, partner));
   });
   return value[0];
 }
