@@ -79,7 +79,11 @@ FASTKD_DEVICE Pack<T> load_pack(const T* pointer) {
 }
 template <class T>
 FASTKD_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
-  *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&pack);
+  const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
+  // written out: of an assignment the compiler sometimes makes four stores
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(bits.x),
+               "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
 }
 
 // Makes the tensor's device the current one.
