@@ -79,7 +79,10 @@ FASTKD_DEVICE Pack<T> load_pack(const T* pointer) {
 }
 template <class T>
 FASTKD_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
-  *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&pack);
+  const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
+  // written out: of an assignment the compiler sometimes makes four stores; shared memory is welcome too
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
 }
 
 // Makes the tensor's device the current one.
