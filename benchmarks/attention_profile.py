@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.draws import Draw, Shape
 from benchmarks.limits import LIMITS, rate
-from benchmarks.rows import BY_NAME, Draw, Shape
+from benchmarks.rows import BY_NAME
 from benchmarks.steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -223,8 +223,8 @@ FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, con
 // partial is [strips of all levels, K, rows, C], where only objects that may touch a strip are written; whole is, with
 // taps, [images, strips of all levels, C]: the sums of all cells.
 template <class T, class index_t, bool taps>
-FASTKD_KERNEL FASTKD_RESIDENT(2) void pool_kernel(Levels<const T> levels, Objects objects, int capacity,
-                                                  Global<sum_t<T>> partial, Global<sum_t<T>> whole) {
+FASTKD_KERNEL FASTKD_RESIDENT(sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void pool_kernel(
+    Levels<const T> levels, Objects objects, int capacity, Global<sum_t<T>> partial, Global<sum_t<T>> whole) {
   using Sum = sum_t<T>;
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
   FASTKD_SHARED(Sum, total, kWords * kWarpSize);

@@ -113,6 +113,7 @@ def test_all_parts_of_one_row(tmp_path):
         "channels-last",
         "bfloat16",
         "one thread",
+        "floor",
     }
     assert set(saved["growth"]) == {"images", "cells", "boxes"}
     assert (tmp_path / "ops-growth.png").is_file()

@@ -152,7 +152,6 @@ def test_a_cuda_tensor_takes_a_registered_kernel(fresh, calls, monkeypatch, trac
     monkeypatch.setattr(_library, "why_no_kernel", lambda op, device="cpu": None)
     call = ops.instance_norm_mse
     if traced:
-        monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
         torch._dynamo.reset()
         call = torch.compile(call, fullgraph=True, backend="eager")
     with warnings.catch_warnings():

@@ -19,6 +19,7 @@ NARROW = {
     r"merge_\w*kernel|sum_\w*kernel|normal_kernel": "a few numbers for each row or block",
     r"best_kernel|threshold_kernel|mark_kernel": "imitation_mask computes anchors and writes one byte a cell",
     r"pack_masks_kernel|count_cells_kernel": "masks, one bit or byte a cell, once for all channels",
+    r"bias_kernel|pooled_kernel|weigh_kernel": "a few numbers for each channel and object",
     r"\w+_kernel<.*\b1>": "one element at a time, for channels or addresses that are no multiple of 16 bytes",
 }
 READ = "sm_90"  # whose instructions are read: all cards' code comes from the same PTX

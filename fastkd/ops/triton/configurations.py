@@ -93,7 +93,8 @@ def _tile(shape: Shape, cells: int) -> tuple[int, int]:
 
 
 def forward(shape: Shape, card: Card) -> Configuration:
-    warps, stages = (4, 2) if shape.last else (8, 1)
+    warps = 4 if shape.last and card.generation < 10 else 8
+    stages = 2 if shape.last else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
 
 
