@@ -135,7 +135,7 @@ sanitize: build
 	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(CMAKE) --build build/sanitize --parallel 2 --target fastkd_cpu planted
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/test_ops_reference.py \
 	-k "not compile and not opcheck and not export"
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py

@@ -218,10 +218,10 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
   const int64_t cells = level.rows * level.columns;
   scalar_t* out = static_cast<scalar_t*>(level.out) + image * channels * cells;
   if (level.values.channels_last) {
-    std::memset(out + cell * channels, 0, length * channels * sizeof(scalar_t));
+    set_zero(out + cell * channels, length * channels);
   } else {
     for (int64_t c = 0; c < channels && length > 0; ++c)
-      std::memset(out + c * cells + cell, 0, length * sizeof(scalar_t));
+      set_zero(out + c * cells + cell, length);
   }
 }
 

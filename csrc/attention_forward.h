@@ -93,7 +93,7 @@ struct Forward {
     acc* maximum = static_cast<acc*>(call.partial) + split.partial;
     acc *sum = maximum + rows, *output = sum + rows;
     for (int64_t row = 0; row < rows; ++row) maximum[row] = -__builtin_inf(), sum[row] = 0;
-    std::memset(output, 0, rows * stride * sizeof(acc));
+    set_zero(output, rows * stride);
     Tile tile;
     Lines next;
     const auto visit = [&](const Tile&) __attribute__((always_inline)) {

@@ -94,7 +94,7 @@ struct Backward {
     const B buffers(call, scratch);
     const Sums sums(call, split);
     if (call.for_keys) {
-      std::memset(sums.queries, 0, sums.size(call) * sizeof(acc));
+      set_zero(sums.queries, sums.size(call));
       clear_row_gradients(call, split);
     }
     Tile tile;

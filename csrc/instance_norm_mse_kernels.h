@@ -73,7 +73,8 @@ struct Kernels {
 
   // From the last row to the first: what forward read last is still in the caches.
   static void backward(const Arguments& arguments, const Task* begin, const Task* end) {
-    for (const Task* task = end; task-- != begin;) {
+    for (const Task* task = end; task != begin;) {
+      --task;
       const Level& level = arguments.levels[task->level];
       Strip<scalar_t> row = strip_at(level, (task->image * level.channels + task->channel) * level.cells);
       row.row = task->row, row.tail = level.cells;
@@ -177,7 +178,8 @@ struct Kernels {
 
   // From the last part to the first, as `backward`.
   static void backward_parts(const Arguments& arguments, const Part* begin, const Part* end) {
-    for (const Part* part = end; part-- != begin;) {
+    for (const Part* part = end; part != begin;) {
+      --part;
       const Level& level = arguments.levels[part->level];
       const bool lines = level.channels % kBlock == 0 &&
                          elements_to_line(static_cast<scalar_t*>(level.grad_student)) == 0 &&

@@ -179,7 +179,8 @@ struct Cells {
   // From the last part to the first: what forward read last is still in the caches.
   static void backward(const Arguments& arguments, const Part* begin, const Part* end) {
     const acc factor = static_cast<acc>(arguments.factor);
-    for (const Part* part = end; part-- != begin;) {
+    for (const Part* part = end; part != begin;) {
+      --part;
       const Level& level = arguments.levels[part->level];
       const bool lines =
           !level.channels_last || level.channels * static_cast<int64_t>(sizeof(scalar_t)) % kLineBytes == 0;

@@ -305,7 +305,8 @@ struct Pool {
 
   // From the last task to the first: what moments_kernel read last is still in the caches.
   static void forward(const Arguments& arguments, const Workspace& work, const Task* begin, const Task* end) {
-    for (const Task* task = end; task-- != begin;) {
+    for (const Task* task = end; task != begin;) {
+      --task;
       int64_t channel = task->channel, last = channel + task->channels;
       if (!arguments.levels[task->level].channels_last) {
         forward_block<V, 1, false>(arguments, work, *task, channel, task->channels);

@@ -196,6 +196,12 @@ void transpose(const acc* in, int64_t ld_in, int64_t rows, int64_t columns, acc*
       out[column * ld_out + row] = in[row * ld_in + column];
 }
 
+// Zeros; `out` may be null where there are none.
+template <class T>
+FASTKD_INLINE void set_zero(T* out, int64_t count) {
+  if (count > 0) std::memset(static_cast<void*>(out), 0, count * sizeof(T));
+}
+
 // e^x to 1.5 ulp, to a few bits where the result is no normal number; e^-inf = 0, NaN stays NaN.
 FASTKD_INLINE FloatVector exponential(FloatVector given) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
@@ -216,7 +222,8 @@ FASTKD_INLINE FloatVector exponential(FloatVector given) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
   return (FloatVector)_mm512_maskz_scalef_ps(0xffff, (__m512)series, (__m512)power);
 #else
-  const FloatVector scaled = (FloatVector)((Integers)series + (((Integers)shifted - (Integers)magic) << 23));
+  // Of unsigned numbers, which wrap where x is out of bounds and the result is not used.
+  const FloatVector scaled = (FloatVector)((BitsVector)series + (((BitsVector)shifted - (BitsVector)magic) << 23));
   const FloatVector infinite = x * __builtin_inff();  // NaN of NaN
   const FloatVector normal = x < -87.0f ? FloatVector{} : x <= 88.0f ? scaled : infinite;
   return given < -87.0f ? normal * 5.9604645e-8f : normal;
