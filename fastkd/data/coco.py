@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ class DetectionDataset:
         """Whether any image has an object that is no crowd region."""
         return not bool(self._arrays.crowd.all())
 
-    @property
+    @functools.cached_property  # every checkpoint holds it
     def fingerprint(self) -> str:
-        """SHA-256 of all that training reads from the annotation file: images, names, sizes, boxes, classes."""
+        """SHA-256 of what training reads from the annotation file but masks: images, names, sizes, boxes, classes."""
         arrays, digest = self._arrays, hashlib.sha256()
         digest.update(repr((arrays.category_ids, arrays.class_names)).encode())
         for values in (
