@@ -41,15 +41,21 @@ def times(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def growth(axes: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     """Time over images, cells, boxes and queries, on logarithmic axes; grey lines are linear growth."""
-    size = (4.6 * len(axes), 4.4)
+    size = (4.6 * len(axes), 5.2)
     figure, grid = plt.subplots(1, len(axes), figsize=size, layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row for rows in axes.values() for row in rows))
+    colours = {row: plt.get_cmap("tab20")(index % 20) for index, row in enumerate(names)}  # a row has one everywhere
+    lines = {}
     for axis, (name, rows) in zip(grid[0], axes.items()):
         for row, points in rows.items():
             xs, ys = zip(*sorted(points))
-            axis.plot(xs, ys, "o-", markersize=3, label=row)
+            (lines[row],) = axis.plot(xs, ys, "o-", markersize=3, color=colours[row])
             axis.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="#cccccc", linewidth=0.7, zorder=0)
         axis.set(xscale="log", yscale="log", xlabel=AXES[name], ylabel="ms")
+        measured = sorted({x for points in rows.values() for x, _ in points})
+        axis.set_xticks(measured, [f"{x:g}" for x in measured])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=6)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
