@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.study_rows import METRICS, STUDIES, Row, Study
+from benchmarks.study_rows import METRICS, STUDIES, Row, Study, arguments_of
 
 # glibc returns large blocks to the system and faults them in again, a tenth of a step's time at these sizes
 KEEP_MEMORY = {
@@ -28,17 +28,17 @@ KEEP_MEMORY = {
 TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
 
 
-def run_directory(out: Path, recipe: str, seed: int) -> Path:
+def run_directory(out: Path, run: str, seed: int) -> Path:
     """Where a run of the study is."""
-    return out / f"{recipe}-seed{seed}"
+    return out / f"{run.replace('@', '-')}-seed{seed}"
 
 
-def train(out: Path, recipe: str, seed: int, threads: int, overrides: list[str]) -> None:
+def train(out: Path, name: str, seed: int, threads: int, overrides: list[str]) -> None:
     """Train one run unless it is finished; its output goes to a file beside it."""
-    run_dir = run_directory(out, recipe, seed)
+    run_dir = run_directory(out, name, seed)
     if (run_dir / "metrics.json").is_file():
         return
-    command = [sys.executable, "-m", "fastkd.cli", "train", recipe, "--run-dir", str(run_dir), "--resume"]
+    command = [sys.executable, "-m", "fastkd.cli", "train", *arguments_of(name), "--run-dir", str(run_dir), "--resume"]
     command += ["--seed", str(seed), *overrides]
     begin = time.monotonic()
     with open(out / f"{run_dir.name}.log", "a", encoding="utf-8") as log:
@@ -53,19 +53,19 @@ def train(out: Path, recipe: str, seed: int, threads: int, overrides: list[str])
 
 
 def read(study: Study, out: Path, seeds: list[int]) -> dict[str, dict[int, dict]]:
-    """Metrics and ledger of every finished run: recipe -> seed -> {"AP", "AP50", "student_step", ...}."""
+    """Metrics and ledger of every finished run: its name -> seed -> {"AP", "AP50", "student_step", ...}."""
     found: dict[str, dict[int, dict]] = {}
-    for recipe in study.recipes:
+    for name in study.runs:
         for seed in seeds:
-            run_dir = run_directory(out, recipe, seed)
+            run_dir = run_directory(out, name, seed)
             if not (run_dir / "metrics.json").is_file():
                 continue
             metrics = json.loads((run_dir / "metrics.json").read_text())
             ledger = json.loads((run_dir / "ledger.json").read_text())
-            found.setdefault(recipe, {})[seed] = {
-                **{name: metrics[kind][key] for name, (kind, key) in METRICS.items() if key in metrics.get(kind, {})},
+            found.setdefault(name, {})[seed] = {
+                **{key: metrics[kind][at] for key, (kind, at) in METRICS.items() if at in metrics.get(kind, {})},
                 **{key: metrics[key] for key in ("steps", "batch_size", "seconds", "commit", "torch")},
-                "command": f"fastkd train {recipe} --seed {seed}",
+                "command": f"fastkd train {' '.join(arguments_of(name))} --seed {seed}",
                 "student_step": ledger["student"]["seconds_per_step"],
                 "method_step": ledger["with_method"]["seconds_per_step"],
                 "extra_bytes": ledger["extra"]["peak_bytes"],
@@ -80,20 +80,20 @@ def add_recorded(found: dict[str, dict[int, dict]], study: Study, seeds: list[in
     Returns: how many runs were added.
     """
     added = 0
-    for recipe, runs in json.loads(path.read_text(encoding="utf-8")).items():
+    for name, runs in json.loads(path.read_text(encoding="utf-8")).items():
         for seed, run in runs.items():
-            if recipe in study.recipes and int(seed) in seeds and int(seed) not in found.get(recipe, {}):
-                found.setdefault(recipe, {})[int(seed)] = run
+            if name in study.runs and int(seed) in seeds and int(seed) not in found.get(name, {}):
+                found.setdefault(name, {})[int(seed)] = run
                 added += 1
-    for recipe, runs in found.items():
-        found[recipe] = dict(sorted(runs.items()))
+    for name, runs in found.items():
+        found[name] = dict(sorted(runs.items()))
     return added
 
 
 def gains(found: dict[str, dict[int, dict]], row: Row) -> dict[int, float]:
     """AP, or what the row's metric is, over the control's, seed by seed."""
     control, metric = found.get(row.control, {}), row.metric
-    return {seed: run[metric] - control[seed][metric] for seed, run in found[row.recipe].items() if seed in control}
+    return {seed: run[metric] - control[seed][metric] for seed, run in found[row.run].items() if seed in control}
 
 
 def _spread(values: list[float]) -> str:
@@ -122,9 +122,9 @@ def table(study: Study, found: dict[str, dict[int, dict]], seeds: list[int]) -> 
     ]
     heads += ["step", "memory", "extra time with teacher's training"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    labels = {(row.recipe, row.metric): row.label for row in study.rows}
+    labels = {(row.run, row.metric): row.label for row in study.rows}
     for row in study.rows:
-        runs = found.get(row.recipe)
+        runs = found.get(row.run)
         if not runs:
             continue
         values = [runs[seed][row.metric] for seed in seeds if seed in runs]
@@ -160,10 +160,10 @@ def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in study.rows if row.recipe in found]
+    rows = [row for row in study.rows if row.run in found]
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
-        values = [run[row.metric] for run in found[row.recipe].values()]
+        values = [run[row.metric] for run in found[row.run].values()]
         colour = {
             "baseline": "#9aa5b1",
             "inherit": "#9aa5b1",
@@ -171,7 +171,7 @@ def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
             "icd": "#d8743b",
             "fgfi": "#59a14f",
             "lgdicd": "#8a5fb0",
-        }[row.recipe.rsplit("-", 1)[1]]
+        }[arguments_of(row.run)[0].rsplit("-", 1)[1]]
         axis.barh(place, statistics.mean(values), color=colour, alpha=0.55)
         axis.plot(values, [place] * len(values), "o", color="#222222", markersize=4)
         label = f"{statistics.mean(values):.1f}"
@@ -209,7 +209,7 @@ def write_results(
         raise SystemExit(f"study: {out} must hold finished runs, got none")
     runs = [run for by_seed in found.values() for run in by_seed.values()]
     commits = sorted({_short(run["commit"]) for run in runs})
-    wanted = len(seeds) * len(study.recipes)
+    wanted = len(seeds) * len(study.runs)
     lines = [
         f"# {study.title}",
         "",
@@ -233,7 +233,7 @@ def write_results(
         "",
         *teacher_lines(),
         "",
-        f"One run alone: `fastkd train {study.rows[1].recipe} --seed 1`.",
+        f"One run alone: `fastkd train {' '.join(arguments_of(study.rows[1].run))} --seed 1`.",
         "",
     ]
     target.mkdir(parents=True, exist_ok=True)
@@ -255,8 +255,8 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=[recipe for study in STUDIES.values() for recipe in study.recipes],
-        help="only these recipes, in this order",
+        choices=[run for study in STUDIES.values() for run in study.runs],
+        help="only these runs, in this order",
     )
     parser.add_argument("--recorded", type=Path, help="results file (JSON) whose runs fill in what --out lacks")
     parser.add_argument("--only-write", action="store_true", help="train nothing, write the results of finished runs")
@@ -266,12 +266,12 @@ def main() -> None:
     if not chosen.only_write:
         for data in STUDIES[chosen.study].data:
             subprocess.run([sys.executable, "-m", "fastkd.cli", "data", *data], check=True)
-        recipes = chosen.rows or STUDIES[chosen.study].recipes
+        names = chosen.rows or STUDIES[chosen.study].runs
         with ThreadPoolExecutor(chosen.jobs) as pool:
             runs = [
-                pool.submit(train, chosen.out, recipe, seed, 1, overrides)
+                pool.submit(train, chosen.out, name, seed, 1, overrides)
                 for seed in chosen.seeds
-                for recipe in recipes
+                for name in names
             ]
             for run in runs:
                 run.result()

@@ -15,21 +15,35 @@ METRICS = {
 }
 
 
+# ways to carry out the same recipe -> arguments of `fastkd train`; a run of "recipe@path" has them
+PATHS = {
+    "reference": ("--runtime.ops", "reference", "--runtime.precision", "float32", "--runtime.no-channels-last"),
+    "float32": ("--runtime.precision", "float32", "--runtime.no-channels-last"),
+    "bfloat16": ("--runtime.precision", "bfloat16", "--runtime.channels-last"),
+}
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a recipe, and the row its gain is measured against.
+    """One line of a table: a run, and the row its gain is measured against.
 
     Args:
-        recipe: its name.
+        run: name of a recipe; or "recipe@path", with a path of PATHS.
         label: what the table calls it.
-        control: the recipe of the row to compare with, by the same metric; None for a baseline.
-        metric: one of METRICS. A recipe has a row for each metric that is wanted; it is trained once.
+        control: the run of the row to compare with, by the same metric; None for a baseline.
+        metric: one of METRICS. A run has a row for each metric that is wanted; it is trained once.
     """
 
-    recipe: str
+    run: str
     label: str
     control: str | None
     metric: str = "AP"
+
+
+def arguments_of(run: str) -> list[str]:
+    """What follows `fastkd train` for a run: its recipe, and what its path changes."""
+    recipe, _, path = run.partition("@")
+    return [recipe, *(PATHS[path] if path else ())]
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,9 @@ class Study:
     data: tuple[tuple[str, ...], ...]
 
     @property
-    def recipes(self) -> list[str]:
+    def runs(self) -> list[str]:
         """Those of the rows, each once."""
-        return list(dict.fromkeys(row.recipe for row in self.rows))
+        return list(dict.fromkeys(row.run for row in self.rows))
 
 
 def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
@@ -64,6 +78,16 @@ def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
             Row(baseline, f"{label} baseline{ending}", None, metric),
             Row(f"{family}-lgd", f"{label} + LGD{ending}", baseline, metric),
         )
+    )
+
+
+def _by_every_path(recipe: str, label: str) -> tuple[Row, ...]:
+    """A recipe by plain torch in float32, and by each faster path against it."""
+    control = f"{recipe}@reference"
+    return (
+        Row(control, f"{label}, plain torch ops, float32", None),
+        Row(f"{recipe}@float32", f"{label}, compiled ops, float32", control),
+        Row(f"{recipe}@bfloat16", f"{label}, compiled ops, bfloat16", control),
     )
 
 
@@ -101,5 +125,15 @@ STUDIES = {
             Row("scenes-retinanet-lgdicd", "RetinaNet + ICD + LGD", "scenes-retinanet-icd"),
         ),
         data=(SCENES_DATA, ("crowd", "--train", "4000", "--val", "400")),
+    ),
+    "paths": Study(
+        title="Scenes: do the fast paths train to the same AP?",
+        about="Scenes as in [scenes.md](scenes.md). A path is how a step is computed: the ops in plain torch (the "
+        "specification) or compiled, float32 or bfloat16 in channels-last, with or without torch.compile.",
+        rows=(
+            *_by_every_path("scenes-retinanet-lgd", "RetinaNet + LGD"),
+            *_by_every_path("scenes-retinanet-icd", "RetinaNet + ICD (inheriting)"),
+        ),
+        data=(SCENES_DATA,),
     ),
 }

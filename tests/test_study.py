@@ -1,11 +1,14 @@
 """The study's table from run directories: gains are seed by seed and against the right control."""
 
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks import study
-from benchmarks.study_rows import STUDIES
+from benchmarks.study_rows import PATHS, STUDIES, arguments_of
+from fastkd.commands.train import parse
+from fastkd.training import get_recipe
 
 SCENES = STUDIES["scenes"]
 
@@ -36,7 +39,7 @@ def runs(tmp_path):
 
 def test_gains_are_seed_by_seed_against_the_control(runs):
     found = study.read(SCENES, runs, [0, 1, 2])
-    rows = {row.recipe: row for row in SCENES.rows}
+    rows = {row.run: row for row in SCENES.rows}
     assert study.gains(found, rows["scenes-retinanet-inherit"]) == {0: 10.0, 1: 8.0}
     assert study.gains(found, rows["scenes-retinanet-icd"]) == {0: 3.0, 1: 5.5}
 
@@ -44,7 +47,7 @@ def test_gains_are_seed_by_seed_against_the_control(runs):
 def test_a_missing_control_run_gives_no_gain(runs):
     write_run(runs, "scenes-retinanet-icd", 2, 40.0)
     found = study.read(SCENES, runs, [0, 1, 2])
-    assert 2 not in study.gains(found, next(row for row in SCENES.rows if row.recipe == "scenes-retinanet-icd"))
+    assert 2 not in study.gains(found, next(row for row in SCENES.rows if row.run == "scenes-retinanet-icd"))
 
 
 def test_the_table_tells_unfinished_seeds_and_costs(runs):
@@ -103,20 +106,27 @@ def test_each_metric_of_a_run_has_a_row_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_row_is_a_recipe_and_every_control_a_row(name):
-    from fastkd.training import get_recipe
-
-    names = {row.recipe for row in STUDIES[name].rows}
+    names = {row.run for row in STUDIES[name].rows}
     for row in STUDIES[name].rows:
-        assert get_recipe(row.recipe).name == row.recipe
+        assert get_recipe(arguments_of(row.run)[0]).name == row.run.partition("@")[0]
         assert row.control is None or row.control in names
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_rows_that_are_compared_differ_in_the_method_alone(name):
-    from fastkd.training import get_recipe
-
     for row in STUDIES[name].rows:
-        recipes = [get_recipe(recipe) for recipe in (row.recipe, row.control) if recipe is not None]
+        recipes = [get_recipe(arguments_of(run)[0]) for run in (row.run, row.control) if run is not None]
         for recipe in recipes[1:]:
             for field in ("detector", "data", "optimizer", "schedule", "backbone_weights", "runtime", "seed"):
                 assert getattr(recipe, field) == getattr(recipes[0], field)
+
+
+def test_rows_of_a_path_differ_in_the_path_alone():
+    recipes = {}
+    for path in PATHS:
+        name, *changes = arguments_of(f"scenes-retinanet-lgd@{path}")
+        recipes[path], _ = parse(name, changes)
+    reference = recipes["reference"]
+    assert (reference.runtime.ops, reference.runtime.precision) == ("reference", "float32")
+    assert len({recipe.runtime for recipe in recipes.values()}) == len(PATHS)
+    assert {dataclasses.replace(recipe, runtime=reference.runtime) for recipe in recipes.values()} == {reference}

@@ -15,6 +15,7 @@ from tiny_runs import KINDS, make_tiny_data, silent, teacher_file, tiny_detector
 
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
+from fastkd.ops import _dispatch
 from fastkd.training import NonFiniteLossError, Recipe, get_recipe, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
 from fastkd.training.config import FGFIConfig, LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
@@ -327,6 +328,19 @@ def test_options_reach_the_loader_and_torch(tiny_data, tmp_path, monkeypatch):
         with trainer._settings(chosen):
             assert torch.are_deterministic_algorithms_enabled() == asked
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_on_the_reference_ops_says_so_in_its_recipe(tiny_data, tmp_path, monkeypatch):
+    taken = set()
+    compiled = _dispatch.Dispatch.compiled
+    monkeypatch.setattr(_dispatch.Dispatch, "compiled", lambda s, t: taken.add(compiled(s, t)) or compiled(s, t))
+    for backend in ("reference", "compiled"):
+        runtime = dataclasses.replace(FLOAT, ops=backend)
+        recipe = tiny_recipe(tiny_data, method="lgd", runtime=runtime, schedule=Schedule(steps=2, batch_size=2))
+        taken.clear()
+        train(recipe, tmp_path / backend, device="cpu", console=silent())
+        assert json.loads((tmp_path / backend / "recipe.json").read_text())["runtime"]["ops"] == backend
+        assert taken == {backend == "compiled"}
 
 
 def test_directories(tiny_data, tmp_path):

@@ -150,7 +150,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is carried out. Only `precision`, `channels_last` and `deterministic` can change its numbers.
+    """How the run is carried out. Only `precision`, `channels_last`, `ops` and `deterministic` can change its numbers.
 
     Args:
         precision: "bfloat16" runs under autocast, "float32" does not.
@@ -158,6 +158,8 @@ class RuntimeConfig:
         deterministic: ask torch for deterministic kernels on the GPU, so that resuming there is bit-exact too.
         recompute: keep no activations inside of the backbone's blocks and of LGD's branches, but compute them again in
             the backward pass: less memory for more time, the same numbers. ResNets without batch statistics only.
+        ops: "compiled" takes the kernels where there are any, "reference" plain torch for every op: the specification,
+            to compare a run with.
         log_every: steps between two lines of log.jsonl.
         checkpoint_every: steps between two checkpoints.
         keep_last: checkpoints kept.
@@ -169,6 +171,7 @@ class RuntimeConfig:
     channels_last: bool = True
     deterministic: bool = False
     recompute: bool = False
+    ops: Literal["compiled", "reference"] = "compiled"
     log_every: int = 20
     checkpoint_every: int = 200
     keep_last: int = 2
@@ -178,6 +181,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         known = self.precision in ("float32", "bfloat16")
         require(known, "RuntimeConfig: precision", "'float32' or 'bfloat16'", self.precision)
+        require(self.ops in ("compiled", "reference"), "RuntimeConfig: ops", "'compiled' or 'reference'", self.ops)
         for name in ("log_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"RuntimeConfig: {name}", "at least 1", getattr(self, name))
         for name in ("eval_every", "ledger_pairs"):

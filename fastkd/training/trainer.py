@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.data import BatchLoader, build_train_loader
+from fastkd.ops import use_backend
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
 from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
@@ -91,14 +92,15 @@ def _check_batch_size(recipe: Recipe, world_size: int) -> None:
 
 @contextlib.contextmanager
 def _settings(recipe: Recipe) -> Iterator[None]:
-    """Deterministic kernels where the recipe asks for them, restored afterwards."""
+    """The ops' backend, and deterministic kernels where the recipe asks for them; restored afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on the GPU
     torch.use_deterministic_algorithms(recipe.runtime.deterministic or before[0])
     torch.backends.cudnn.benchmark = not recipe.runtime.deterministic and len(recipe.data.short_sides) == 1
     try:
-        yield
+        with use_backend(recipe.runtime.ops):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
