@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import coco_files
 import numpy as np
@@ -65,6 +66,27 @@ def test_batches_depend_on_neither_workers_nor_start(masked, workers, start):
     assert len(got) == len(expected) == 12 - start
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rate_of_the_workers(data, monkeypatch, workers):
+    loader = build_train_loader(data, **{**OPTIONS, "total_steps": 4}, workers=workers, prefetch=1)
+    assert loader.take_rate() == 0.0
+    original = type(loader.batches).__getitem__
+
+    def slow(self, step):
+        time.sleep(0.05)
+        return original(self, step)
+
+    monkeypatch.setattr(type(loader.batches), "__getitem__", slow)
+    ahead = loader._loader.prefetch_factor
+    assert ahead == (1 if workers else None)
+    for _ in loader:
+        pass
+    assert 0 < loader.take_rate() <= 8 * max(1, workers) / 0.05
+    assert loader.take_rate() == 0.0
+    with pytest.raises(ValueError, match="prefetch must be an integer >= 1, got 0"):
+        build_train_loader(data, **OPTIONS, prefetch=0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -16,7 +16,7 @@ from tiny_runs import KINDS, make_tiny_data, silent, teacher_file, tiny_detector
 from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, load_detector, save_detector
 from fastkd.ops import _dispatch
-from fastkd.training import NonFiniteLossError, Recipe, get_recipe, step, sum_losses, train, trainer
+from fastkd.training import NonFiniteLossError, Recipe, get_recipe, loading, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
 from fastkd.training.config import FGFIConfig, LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
 from fastkd.training.logging import RunLog
@@ -55,17 +55,21 @@ def test_what_a_run_leaves(tiny_data, tmp_path, method):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 4, 6]
     assert "AP" in lines[2]["bbox"] and lines[0]["loss"] == pytest.approx(sum(lines[0]["losses"].values()), rel=1e-5)
-    assert {"lr", "grad_norm", "images_per_second", "data_wait"} <= lines[0].keys()
+    assert {"lr", "grad_norm", "images_per_second", "loader_images_per_second"} <= lines[0].keys()
+    first = lines[0]
+    assert 0 < first["data_seconds"] == pytest.approx(first["data_wait"] * first["seconds_per_step"])
     assert set(lines[0]["lr"]) == ({"student", "method"} if method == "icd" else {"student"})
 
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(result.metrics))
     assert {"bbox", "steps", "seed", "seconds", "commit", "torch", "data"} <= metrics.keys()
+    assert metrics["loading"]["data_wait"] < 1 and metrics["loading"].keys() < first.keys()
     assert metrics["command"] == "the command" and metrics["steps"] == 6 and len(metrics["bbox"]["per_class"]) == 10
     assert isinstance(json.loads((run / "detections.json").read_text()), list)
     ledger = json.loads((run / "ledger.json").read_text())
     assert ledger["student"]["seconds_per_step"] > 0
     assert "Cost of" in console.file.getvalue() and "step 6/6" in console.file.getvalue()
+    assert f"images/s (loader {first['loader_images_per_second']:.1f}, waits " in console.file.getvalue()
 
     student, names = load_detector(run / "student.safetensors")
     plain = build_detector(recipe.detector).state_dict()
@@ -314,9 +318,9 @@ def test_options_reach_the_loader_and_torch(tiny_data, tmp_path, monkeypatch):
         given.update(options, strict=dataset.strict)
         return build_train_loader(dataset, **options)
 
-    monkeypatch.setattr(trainer, "build_train_loader", spy)
+    monkeypatch.setattr(loading, "build_train_loader", spy)
     recipe = tiny_recipe(tiny_data, seed=3, schedule=Schedule(steps=2, batch_size=4, accumulate=2))
-    odd = {"flip": False, "divisor": 64, "aspect_grouping": False, "strict": True, "max_side": 90}
+    odd = {"flip": False, "divisor": 64, "aspect_grouping": False, "strict": True, "max_side": 90, "prefetch": 3}
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **odd))
     train(recipe, tmp_path / "run", device="cpu", console=silent())
     wanted = {**odd, "flip": 0.0, "seed": 3, "batch_size": 2, "total_steps": 4, "short_sides": (48, 64)}

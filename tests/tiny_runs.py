@@ -95,7 +95,7 @@ def everything(run_dir: Path) -> dict:
         file = run_dir / f"{name}.safetensors"
         if file.exists():
             found |= {f"{name} file:{k}": v for k, v in load_file(file).items()}
-    timed = ("images_per_second", "seconds_per_step", "data_wait")
+    timed = ("images_per_second", "seconds_per_step", "data_seconds", "data_wait", "loader_images_per_second")
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     found["log"] = [{k: v for k, v in line.items() if k not in timed} for line in lines]
     found["detections"] = json.loads((run_dir / "detections.json").read_text())

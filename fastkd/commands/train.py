@@ -28,7 +28,7 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
                     where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
   interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
   other batches     --scale-batch 4 takes 4 images a step and scales learning rates and steps along
-  several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...
+  several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...      (machines, SLURM: docs/scaling.md)
 """
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import logging
-import multiprocessing
-import signal
-from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from fastkd.data.batch_loader import BatchLoader
 from fastkd.data.coco import DetectionDataset
 from fastkd.data.images import BadImageError
 from fastkd.data.transforms import Augmentation, Geometry, normalise, resized_size
 from fastkd.types import Batch
-
-log = logging.getLogger("fastkd.data")
 
 EPOCH_STREAM, SAMPLE_STREAM = 1, 2  # keeps the two uses of a seed apart
 ASPECT_EDGES = (0.8, 1.25)  # width / height: upright, about square, lying
@@ -104,6 +97,8 @@ def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) ->
 class TrainBatches(Dataset):
     """Item `step` is the batch of that step on this rank, with the bad images met (image id, message)."""
 
+    bad_image_is = "replaced by the next image"
+
     def __init__(self, dataset, augmentation, *, batch_size, seed, own, divisor, grouping, channels_last):
         self.dataset, self.augmentation = dataset, augmentation
         self.batch_size, self.seed, self.divisor, self.channels_last = batch_size, seed, divisor, channels_last
@@ -160,6 +155,8 @@ class TrainBatches(Dataset):
 class EvalBatches(Dataset):
     """Item k is a batch in order of aspect ratio and size, or None if none of its images can be read."""
 
+    bad_image_is = "its objects count as missed"
+
     def __init__(self, dataset, *, batch_size, short_side, max_side, divisor, channels_last):
         self.dataset, self.divisor, self.channels_last = dataset, divisor, channels_last
         self.plan = functools.partial(resized_size, short_side=short_side, max_side=max_side)
@@ -190,82 +187,6 @@ class EvalBatches(Dataset):
         return batch, bad
 
 
-def _start_worker(_: int) -> None:
-    """Leave signals to the main process, which stops the workers when it is done with them."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _stop_workers(iterator) -> None:
-    """End the worker processes of a DataLoader's iterator, if it has any; a second call does nothing."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            if worker.is_alive():  # stuck in reading a file
-                worker.kill()
-
-
-def _as_is(item):
-    return item
-
-
-class BatchLoader:
-    """Iterates over batches `numbers` of a TrainBatches or EvalBatches, with worker processes or without.
-
-    Attributes:
-        bad_images: how often each image id could not be read so far; nothing of it is silent, the first time is logged.
-    """
-
-    def __init__(self, batches, numbers: range, *, workers: int, pin_memory: bool):
-        self.batches = batches
-        self.numbers = numbers
-        self.bad_images: Counter[int] = Counter()
-        forks = workers and "fork" in multiprocessing.get_all_start_methods()
-        self._loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # so that starting workers draws nothing from the global one
-            multiprocessing_context="fork" if forks else None,  # children share the flat arrays
-        )
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one pass over the data."""
-        return getattr(self.batches, "steps_per_epoch", len(self.numbers))
-
-    def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self._loader)
-        stop = functools.partial(_stop_workers, iterator)
-        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which
-        # would wait for them for ever: they ignore its SIGTERM
-        atexit.register(stop)
-        try:
-            for batch, bad in iterator:
-                self._note(bad)
-                if batch is not None:
-                    yield batch
-        finally:
-            stop()
-            atexit.unregister(stop)
-
-    def _note(self, bad: list[tuple[int, str]]) -> None:
-        for image_id, message in bad:
-            self.bad_images[image_id] += 1
-            if self.bad_images[image_id] == 1:
-                evaluating = isinstance(self.batches, EvalBatches)
-                what = "its objects count as missed" if evaluating else "replaced by the next image"
-                log.warning("%s; image id %d, %s", message, image_id, what)
-
-
 def _check(name: str, **values: tuple[int, int]) -> None:
     for key, (value, least) in values.items():
         if type(value) is not int or value < least:
@@ -288,6 +209,7 @@ def build_train_loader(
     world_size: int = 1,
     rank: int = 0,
     workers: int = 0,
+    prefetch: int = 2,
     short_sides: tuple[int, ...] = (),
     max_side: int | None = None,
     flip: float = 0.5,
@@ -313,6 +235,7 @@ def build_train_loader(
         start_step: the step to resume at.
         world_size, rank: processes, and which this is.
         workers: loader processes; 0 loads in this one.
+        prefetch: batches each of them makes ahead.
         short_sides, max_side, flip: see Augmentation.
         divisor: padded height and width are multiples of it.
         aspect_grouping: upright, square and lying images go into separate batches, which saves padding.
@@ -323,7 +246,7 @@ def build_train_loader(
     """
     name = "build_train_loader"
     _check(name, batch_size=(batch_size, 1), total_steps=(total_steps, 0), seed=(seed, 0), start_step=(start_step, 0))
-    _check(name, workers=(workers, 0), divisor=(divisor, 1))
+    _check(name, workers=(workers, 0), prefetch=(prefetch, 1), divisor=(divisor, 1))
     _check_rank(name, rank, world_size)
     if batch_size % world_size:
         raise ValueError(f"{name}: batch_size must be a multiple of world_size {world_size}, got {batch_size}")
@@ -339,7 +262,7 @@ def build_train_loader(
         channels_last=channels_last,
     )
     steps = range(min(start_step, total_steps), total_steps)
-    return BatchLoader(batches, steps, workers=workers, pin_memory=pin_memory)
+    return BatchLoader(batches, steps, workers=workers, pin_memory=pin_memory, prefetch=prefetch)
 
 
 def build_eval_loader(

@@ -41,6 +41,7 @@ class DataConfig:
         strict: treat a bad box or image as an error instead of a counted skip.
         val_batch_size: images of one evaluation batch of one process.
         workers: loader processes of each rank; changes the speed, never the batches.
+        prefetch: batches each of them makes ahead.
     """
 
     root: str = "data/scenes"
@@ -60,6 +61,7 @@ class DataConfig:
     strict: bool = False
     val_batch_size: int = 16
     workers: int = 1
+    prefetch: int = 2
 
     def __post_init__(self) -> None:
         require(self.format in ("coco", "crowdhuman"), "DataConfig: format", "'coco' or 'crowdhuman'", self.format)
@@ -71,6 +73,7 @@ class DataConfig:
         require(self.divisor >= 1, "DataConfig: divisor", "at least 1", self.divisor)
         require(self.val_batch_size >= 1, "DataConfig: val_batch_size", "at least 1", self.val_batch_size)
         require(self.workers >= 0, "DataConfig: workers", "0 or more", self.workers)
+        require(self.prefetch >= 1, "DataConfig: prefetch", "at least 1", self.prefetch)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is carried out. Only `precision`, `channels_last`, `ops` and `deterministic` can change its numbers.
+    """How the run is carried out. Only `precision`, `channels_last`, `ops`, `deterministic` and `grad_compression` can
+    change its numbers.
 
     Args:
         precision: "bfloat16" runs under autocast, "float32" does not.
@@ -160,6 +164,9 @@ class RuntimeConfig:
             the backward pass: less memory for more time, the same numbers. ResNets without batch statistics only.
         ops: "compiled" takes the kernels where there are any, "reference" plain torch for every op: the specification,
             to compare a run with.
+        grad_compression: type in which several processes send each other their gradients: "bf16" or "fp16" halves the
+            bytes, "none" leaves them in float32. fp16 cannot hold gradients beyond 65504.
+        timeout: minutes a process waits for the others before the run ends with an error.
         log_every: steps between two lines of log.jsonl.
         checkpoint_every: steps between two checkpoints.
         keep_last: checkpoints kept.
@@ -172,6 +179,8 @@ class RuntimeConfig:
     deterministic: bool = False
     recompute: bool = False
     ops: Literal["compiled", "reference"] = "compiled"
+    grad_compression: Literal["none", "bf16", "fp16"] = "none"
+    timeout: float = 30.0
     log_every: int = 20
     checkpoint_every: int = 200
     keep_last: int = 2
@@ -182,6 +191,9 @@ class RuntimeConfig:
         known = self.precision in ("float32", "bfloat16")
         require(known, "RuntimeConfig: precision", "'float32' or 'bfloat16'", self.precision)
         require(self.ops in ("compiled", "reference"), "RuntimeConfig: ops", "'compiled' or 'reference'", self.ops)
+        known = self.grad_compression in ("none", "bf16", "fp16")
+        require(known, "RuntimeConfig: grad_compression", "'none', 'bf16' or 'fp16'", self.grad_compression)
+        require(self.timeout > 0, "RuntimeConfig: timeout", "a positive number of minutes", self.timeout)
         for name in ("log_every", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"RuntimeConfig: {name}", "at least 1", getattr(self, name))
         for name in ("eval_every", "ledger_pairs"):

@@ -101,6 +101,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "batch_size": recipe.schedule.batch_size,
         "seed": recipe.seed,
         "seconds": trainer.seconds,
+        "loading": trainer.loading.summary(),
         "parameters": sum(p.numel() for p in module.detector.parameters()),
         "method_parameters": sum(p.numel() for p in module.distiller.parameters()) if module.distiller else 0,
         **built.notes,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkd import assets
 from fastkd.training.config import Recipe
-from fastkd.training.distributed import Processes
+from fastkd.training.distributed import Processes, holding_back
 from fastkd.training.memory import transient_peak
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.run_directory import read_json
@@ -39,15 +39,17 @@ class _Contender:
         self.phase = Phase(distill=method)
         self.module.apply_phase(self.phase, trainable)
         self.optimizers = build_optimizers(recipe, self.module)
-        self.wrapped = processes.wrap(self.module)
+        accumulates, compression = recipe.schedule.accumulate > 1, recipe.runtime.grad_compression
+        self.wrapped = processes.wrap(self.module, accumulates=accumulates, compression=compression)
         self.processes = processes
 
     def step(self, parts: list[Batch], channels_last: bool) -> None:
         """One whole step: forward, backward, update."""
         torch.manual_seed(0)
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
             part = part.to(self.processes.device, memory_format=torch.channels_last if channels_last else None)
-            (sum_losses(self.wrapped(part, self.phase)) / len(parts)).backward()
+            with holding_back(self.wrapped, number < len(parts)):
+                (sum_losses(self.wrapped(part, self.phase)) / len(parts)).backward()
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -185,6 +185,7 @@ class RunProgress:
     def report(self, record: dict[str, Any]) -> None:
         """Shows a log record."""
         loss, rate = f"loss {record['loss']:.3f}", f"{record['images_per_second']:.1f} images/s"
+        rate += f" (loader {record['loader_images_per_second']:.1f}, waits {record['data_wait']:.0%})"
         if self.bar is not None:
             self.bar.update(self.task, loss=loss, rate=rate)
         elif self.shown:

@@ -16,7 +16,9 @@ from fastkd.training.config import Recipe
 # Fields that change how a run is carried out and never its result: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (
     "data.workers",
+    "data.prefetch",
     "data.val_batch_size",
+    "runtime.timeout",
     "runtime.log_every",
     "runtime.checkpoint_every",
     "runtime.keep_last",

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.data import BatchLoader, build_train_loader
+from fastkd.data import BatchLoader
 from fastkd.ops import use_backend
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
 from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from fastkd.training.config import Recipe
-from fastkd.training.distributed import Processes, processes
+from fastkd.training.distributed import Processes, check_shares, holding_back, processes
 from fastkd.training.finish import Evaluation, RunResult, finish_run
+from fastkd.training.loading import Loading, train_loader
 from fastkd.training.logging import Interval, RunLog, RunProgress, Stopwatch
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.run_directory import RunDirectoryError, look_into, open_run_directory
@@ -63,8 +63,9 @@ def train(
         the first step.
     """
     run_dir, console = Path(run_dir), console or Console(stderr=True)
-    with processes(device) as group, StopSignals() as stop:
-        _check_batch_size(recipe, group.world_size)
+    with processes(device, recipe.runtime.timeout) as group, StopSignals() as stop:
+        images = recipe.schedule.batch_size // recipe.schedule.accumulate
+        check_shares(images, recipe.runtime.grad_compression, group.world_size)
         metrics = group.first_does(lambda: look_into(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
@@ -79,15 +80,6 @@ def train(
         group.first_does(lambda: open_run_directory(run_dir, built.recipe))
         with _settings(built.recipe):
             return Trainer(built, run_dir, group, stop, console, command).run()
-
-
-def _check_batch_size(recipe: Recipe, world_size: int) -> None:
-    share = recipe.schedule.batch_size // recipe.schedule.accumulate
-    if share % world_size:
-        raise ValueError(
-            f"train: schedule.batch_size / accumulate must be a multiple of the {world_size} processes, "
-            f"got {share}; change --schedule.batch-size or the number of processes"
-        )
 
 
 @contextlib.contextmanager
@@ -144,6 +136,7 @@ class Trainer:
         self.norms: dict[str, Tensor] = {}
         self.image_ids: list[int] = []
         self.loader: BatchLoader | None = None
+        self.loading = Loading()
         self.unreadable: Counter[int] = Counter()  # image id -> times, up to where the run was resumed
 
     def run(self) -> RunResult:
@@ -199,7 +192,7 @@ class Trainer:
         try:
             if self.group.broadcast(log is not None and not log.evaluated) and self._evaluation_is_due():
                 self._evaluate(log)  # the run was stopped between saving and evaluating
-            self.loader = self._loader()
+            self.loader = train_loader(self.built, self.group, self.step)
             with contextlib.closing(iter(self.loader)) as batches:
                 return self._take_steps(batches, log)
         except Interrupted as signal:  # during an evaluation, after saving
@@ -265,32 +258,13 @@ class Trainer:
             counts.update(theirs)
         return {str(image_id): times for image_id, times in sorted(counts.items())}
 
-    def _loader(self) -> BatchLoader:
-        data, schedule = self.recipe.data, self.recipe.schedule
-        return build_train_loader(
-            self.built.train_set,
-            batch_size=schedule.batch_size // schedule.accumulate,
-            total_steps=schedule.steps * schedule.accumulate,
-            seed=self.recipe.seed,
-            start_step=self.step * schedule.accumulate,
-            world_size=self.group.world_size,
-            rank=self.group.rank,
-            workers=data.workers,
-            short_sides=data.short_sides,
-            max_side=data.max_side,
-            flip=0.5 if data.flip else 0.0,
-            divisor=data.divisor,
-            aspect_grouping=data.aspect_grouping,
-            channels_last=self.recipe.runtime.channels_last,
-            pin_memory=self.group.device.type == "cuda",
-        )
-
     def _enter(self, phase: Phase) -> None:
         """Gradients, modes and DDP of a phase."""
         changed = self.module.apply_phase(phase, self.trainable)
         if changed or self.wrapped is None:
             self.wrapped = None  # the old one's gradient hooks go before new ones come
-            self.wrapped = self.group.wrap(self.module)
+            accumulates, compression = self.recipe.schedule.accumulate > 1, self.recipe.runtime.grad_compression
+            self.wrapped = self.group.wrap(self.module, accumulates=accumulates, compression=compression)
         self.phase = phase
 
     def _take_step(self, parts: list[Batch]) -> int:
@@ -303,8 +277,7 @@ class Trainer:
         stopped, sums = 0, {}
         for number, batch in enumerate(parts, start=1):
             batch = batch.to(self.group.device, non_blocking=True, memory_format=self.layout)
-            waits = number < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
-            with self.wrapped.no_sync() if waits else contextlib.nullcontext():
+            with holding_back(self.wrapped, number < len(parts)):
                 losses = self.wrapped(batch, phase)
                 total = sum_losses(losses)
                 stopped = max(stopped, self._check(total, losses, batch))
@@ -336,7 +309,7 @@ class Trainer:
             ids = [image_id for ids in self.group.gather(self.image_ids) for image_id in ids]
             raise NonFiniteLossError(
                 f"train: gradients must be finite, got {norms} at step {self.step}, whose losses were finite, "
-                f"image ids {ids}; lower the learning rate or use --runtime.precision float32"
+                f"image ids {ids}; lower the learning rate or use --runtime.precision float32{self._fp16_remedy()}"
             )
         found = self.group.gather(({name: value.item() for name, value in losses.items()}, list(batch.image_ids)))
         names = sorted({name for values, _ in found for name, value in values.items() if not math.isfinite(value)})
@@ -348,9 +321,18 @@ class Trainer:
             "rate, clip gradients or look at these images"
         )
 
+    def _fp16_remedy(self) -> str:
+        """What else may help: gradients beyond 65504 become infinite on their way."""
+        return " or --runtime.grad-compression bf16" if self.recipe.runtime.grad_compression == "fp16" else ""
+
     def _log(self, log: RunLog | None, seconds: float, waited: float, steps: int) -> None:
         means = self.interval.take()
-        means = dict(zip(means, self.group.mean(torch.tensor(list(means.values()), dtype=torch.float64)).tolist()))
+        values = [*means.values(), self.loader.take_rate()]
+        *values, rate = self.group.mean(torch.tensor(values, dtype=torch.float64)).tolist()
+        means = dict(zip(means, values))
+        (waited,) = self.group.agree([waited])  # all wait for the slowest
+        images, rate = self.recipe.schedule.batch_size * steps, rate * self.group.world_size
+        loading = self.loading.add(images, steps, seconds, waited, rate)
         if log is None:
             return
         record = {
@@ -359,9 +341,7 @@ class Trainer:
             "losses": {name: value for name, value in means.items() if not name.startswith("grad_norm/")},
             "lr": self.rates,
             "grad_norm": {n.removeprefix("grad_norm/"): v for n, v in means.items() if n.startswith("grad_norm/")},
-            "images_per_second": self.recipe.schedule.batch_size * steps / seconds,
-            "seconds_per_step": seconds / steps,
-            "data_wait": waited / seconds,
+            **loading,
         }
         log.write(record)
         self.progress.report(record)

@@ -1,0 +1,120 @@
+"""Batches made ahead by worker processes that leave with the iterator, whatever happens."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import multiprocessing
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastkd.types import Batch
+
+log = logging.getLogger("fastkd.data")
+
+
+def _start_worker(_: int) -> None:
+    """Leave signals to the main process, which stops the workers when it is done with them."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _stop_workers(iterator) -> None:
+    """End the worker processes of a DataLoader's iterator, if it has any; a second call does nothing."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # stuck in reading a file
+                worker.kill()
+
+
+def _as_is(item):
+    return item
+
+
+class _Timed(Dataset):
+    """Items of another data set with the seconds it took to make them, in whichever process."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, number: int):
+        begin = time.perf_counter()
+        item = self.batches[number]
+        return item, time.perf_counter() - begin
+
+
+class BatchLoader:
+    """Iterates over batches `numbers` of a TrainBatches or EvalBatches, with worker processes or without.
+
+    Workers live as long as the iterator, which for training is the whole run.
+
+    Attributes:
+        bad_images: how often each image id could not be read so far; nothing of it is silent, the first time is logged.
+    """
+
+    def __init__(self, batches, numbers: range, *, workers: int, pin_memory: bool, prefetch: int = 2):
+        self.batches = batches
+        self.numbers = numbers
+        self.bad_images: Counter[int] = Counter()
+        self._makers, self._images, self._seconds = max(1, workers), 0, 0.0
+        forks = workers and "fork" in multiprocessing.get_all_start_methods()
+        self._loader = DataLoader(
+            _Timed(batches),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # so that starting workers draws nothing from the global one
+            multiprocessing_context="fork" if forks else None,  # children share the flat arrays
+        )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one pass over the data."""
+        return getattr(self.batches, "steps_per_epoch", len(self.numbers))
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = iter(self._loader)
+        stop = functools.partial(_stop_workers, iterator)
+        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which
+        # would wait for them for ever: they ignore its SIGTERM
+        atexit.register(stop)
+        try:
+            for (batch, bad), seconds in iterator:
+                self._note(bad)
+                self._seconds += seconds
+                if batch is not None:
+                    self._images += len(batch)
+                    yield batch
+        finally:
+            stop()
+            atexit.unregister(stop)
+
+    def take_rate(self) -> float:
+        """Images a second that this process's workers can make together, by the batches since the last call.
+
+        0.0 if none came. Counted in the workers, so it says what they could deliver also while nobody waits for them.
+        """
+        rate = self._images / self._seconds * self._makers if self._images else 0.0
+        self._images, self._seconds = 0, 0.0
+        return rate
+
+    def _note(self, bad: list[tuple[int, str]]) -> None:
+        for image_id, message in bad:
+            self.bad_images[image_id] += 1
+            if self.bad_images[image_id] == 1:
+                log.warning("%s; image id %d, %s", message, image_id, self.batches.bad_image_is)
