@@ -43,7 +43,8 @@ FASTKD_KERNEL void chunk_moments_kernel(Levels<T> levels, Global<sum_t<T>> parti
   const Place<T, width> place(levels);
   const Level<T> level = levels.level[place.level];
   for (int side = 0; side < 2; ++side) {
-    const Global<const T> x = (side == 0 ? level.student : level.teacher) + static_cast<index_t>(place.inside ? place.offset : 0);
+    const auto start = static_cast<index_t>(place.inside ? place.offset : 0);
+    const Global<const T> x = (side == 0 ? level.student : level.teacher) + start;
     Sum mean[width] = {}, square[width] = {}, left[width] = {}, values[width];
     for (int cell = place.warp; place.inside && cell < place.cells; cell += place.warps) {
       load_channels<T, width>(x + static_cast<index_t>(cell) * static_cast<index_t>(levels.channels), values);

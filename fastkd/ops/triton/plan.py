@@ -137,7 +137,8 @@ class Problem:
         widest = max(self.channels, heads * self.value_depth)
         self.wide = any(height * width * widest >= NARROW_LIMIT for height, width in self.sizes)
         size = max(dtype.itemsize, 0 if values is None else values[0].dtype.itemsize)
-        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last)
+        exact = size > 2 and precision_of(dtype) == "ieee"
+        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last, exact)
         self.card = card or Card.of(queries.device)
 
     @staticmethod
