@@ -4,8 +4,10 @@
 // contiguous     one block a row; the row of both sides is read once and stays in shared memory for the two later
 //                sweeps where it fits, else it is read again (from L2)
 //                traffic forward: 2 n reads, 10 numbers and an error a row; backward: 2 n reads, n writes a gradient
-// channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; statistics of a chunk
-//                are centred on its own mean and merged in double (Chan et al.), then a second read sums the errors
+// channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; means, centred squares
+//                and products of a chunk are merged in double (Chan et al.) to the row's numbers; rows where the error
+//                would be what cancellation leaves of them are read a second time, the errors themselves summed
+//                traffic forward: 2 n reads, seven numbers a chunk's channel written and read; backward as above
 // Sums are in a fixed order, without atomics: deterministic.
 #include "instance_norm_mse_channels_last.h"
 
@@ -243,13 +245,13 @@ void forward_channels_last(const Call& call, Global<sum_t<T>> moments, Global<do
   const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
   if (blocks == 0) return;
   const Tensor& on = call.student[0];
-  const Tensor partial = new_tensor(on, {6, chunk_rows}, kSumType<T>);
+  const Tensor partial = new_tensor(on, {kParts, chunk_rows}, kSumType<T>);
   const Global<sum_t<T>> sums = output<sum_t<T>>(partial);
   const Grid rows((levels.own_rows + kThreads - 1) / kThreads);
   launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_moments_kernel<T, index_t, width>, levels, sums, chunk_rows);
-  launch(on, rows, Grid(kThreads), 0, &merge_moments_kernel<T>, levels, sums, chunk_rows, moments, eps);
-  launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_errors_kernel<T, index_t, width>, levels, moments, sums,
-         chunk_rows);
+  launch(on, rows, Grid(kThreads), 0, &merge_moments_kernel<T>, levels, sums, chunk_rows, moments, row_errors, eps);
+  launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_errors_kernel<T, index_t, width>, levels, moments,
+         row_errors, sums, chunk_rows);
   launch(on, rows, Grid(kThreads), 0, &merge_errors_kernel<T>, levels, sums, chunk_rows, moments, row_errors);
 }
 

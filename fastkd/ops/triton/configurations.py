@@ -104,7 +104,7 @@ def forward(shape: Shape, card: Card) -> Configuration:
         warps = 16 if double and not shape.projected else 8
         return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 1)
     warps = 4 if shape.last and card.generation < 10 else 8
-    stages = 2 if shape.last else 1
+    stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
 
 
@@ -121,12 +121,13 @@ def backward(shape: Shape, card: Card) -> Configuration:
     # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
     cells = 64 if shape.last and card.generation == 10 and not blocks else 32
     ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
-    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, 2 if ahead else 1)
+    count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
+    return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
     """float64, which only gradcheck needs, and float32 with projected keys, whose weight has a gradient beside."""
-    most = 32 if shape.exact and shape.element_size == 4 and shape.count <= 32 else 16
+    most = 64 if shape.exact and shape.element_size == 4 and shape.count <= 64 else 16
     apart = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
     return Configuration(_block(shape.count, most), *_tile(shape, 32), 8, 1, apart)
 
