@@ -9,6 +9,7 @@ the emulation counts. `python -m benchmarks.roofline` prints the table "aim | mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,6 +66,7 @@ class Cover:
     parts: int
 
 
+@functools.cache
 def cover_of(shape: Shape, size: int, last: bool, strip: Callable[[int, int], int]) -> Cover:
     """Args: strip(rows, columns): cells of a strip of a level."""
     draw = Draw(shape, torch.bfloat16 if size == 2 else torch.float32, last, torch.device("cpu"))
@@ -86,6 +88,10 @@ def cover_of(shape: Shape, size: int, last: bool, strip: Callable[[int, int], in
 
 def _strip(rows: int, columns: int) -> int:
     return 512
+
+
+def _whole_rows(rows: int, columns: int) -> int:
+    return max(1, 512 // columns) * columns
 
 
 def instance_norm_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
@@ -148,7 +154,7 @@ def box_paint_conv3x3(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 def norm_relu_box_pool(shape: Shape, size: int, last: bool) -> list[Launch]:
     moved, numbers = shape.elements * size, _objects(shape)
-    cover = cover_of(shape, size, last, lambda rows, columns: max(1, 512 // columns) * columns)
+    cover = cover_of(shape, size, last, _whole_rows)
     sums = 2 * 4 * cover.parts
     return [
         Launch("moments_kernel", moved, 0, scalar=8 * shape.elements),

@@ -4,8 +4,8 @@ A program takes a strip of a level (tiles.py) for one head of one image, tile by
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
 With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
-place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile, the column biases' gradients in a strip; what the strips have
-in common is added up in a fixed order afterwards: no atomics, the same bits every time.
+place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile, the column biases' gradients
+in a strip; what the strips have in common is added up in a fixed order afterwards: no atomics, the same bits always.
   traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
             dV written once; for each strip d numbers a query and, where PROJECTED, the weight's gradient
 """
