@@ -122,7 +122,8 @@ def backward(shape: Shape, card: Card) -> Configuration:
     cells = 64 if shape.last and card.generation == 10 and not blocks else 32
     ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
     count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
-    return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1)
+    apart = shape.element_size == 4 and not shape.exact and not shape.last and count <= 16
+    return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1, apart)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
