@@ -332,19 +332,6 @@ def sums_apart():
         configurations.backward = kept
 
 
-@case("the first call of a shape while a graph is captured")
-def first_in_graph():
-    kept, torch.cuda.is_current_stream_capturing = torch.cuda.is_current_stream_capturing, lambda: True
-    try:
-        plan._on_device(torch.zeros(1), torch.device("cuda"))
-    except RuntimeError as error:
-        assert "cannot capture the first call of a shape; call it once before" in str(error)
-    else:
-        raise AssertionError("no error")
-    finally:
-        torch.cuda.is_current_stream_capturing = kept
-
-
 @case("nan comes through")
 def nan():
     arguments = draw(*FEW, dtype=torch.float64, projected=True)

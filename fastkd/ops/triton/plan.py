@@ -116,6 +116,18 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
     return copied
 
 
+def _keep(table: Tensor, device: torch.device) -> None:
+    """The cache may let go of a table that this call's kernels, or a CUDA graph that has them, will still read."""
+    if torch.cuda.is_current_stream_capturing():
+        if all(table is not other for other in _IN_GRAPHS):
+            _IN_GRAPHS.append(table)
+    else:
+        table.record_stream(torch.cuda.current_stream(device))
+
+
+_IN_GRAPHS: list[Tensor] = []
+
+
 @functools.lru_cache(maxsize=256)
 def _cut(sizes, strides, tile, most_rows, device) -> Parts:
     """Cached, as calls of one shape share it."""
@@ -202,9 +214,8 @@ class Problem:
             for row, column in zip(self.row_bias, self.column_bias, strict=True)
         )
         parts = _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device)
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            # the cache may let go of the table while this call's kernels still read it
-            parts.table.record_stream(torch.cuda.current_stream(self.device))
+        if self.device.type == "cuda":
+            _keep(parts.table, self.device)
         return parts
 
     def most_rows(self, tile: Configuration, programs: int) -> int | None:
