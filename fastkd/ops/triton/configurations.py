@@ -101,7 +101,7 @@ def forward(shape: Shape, card: Card) -> Configuration:
     if shape.exact:  # a thread holds whole rows of both operands
         double = shape.element_size == 8
         most = 16 if double else 64 if shape.projected else 32
-        warps = 16 if double and not shape.projected else 8
+        warps = 16 if double and (shape.last or not shape.projected) else 8
         return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 1)
     warps = 4 if shape.last and card.generation < 10 else 8
     stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
@@ -122,13 +122,14 @@ def backward(shape: Shape, card: Card) -> Configuration:
     cells = 64 if shape.last and card.generation == 10 and not blocks else 32
     ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
     count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
-    apart = shape.element_size == 4 and not shape.exact and not shape.last and count <= 16
+    apart = shape.element_size == 4 and (count <= 32 if shape.exact else count <= 16 and not shape.last)
+    most = 16 if apart else most
     return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1, apart)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
     """float64, which only gradcheck needs, and float32 with projected keys, whose weight has a gradient beside."""
-    most = 64 if shape.exact and shape.element_size == 4 and shape.count <= 64 else 16
+    most = 64 if shape.exact and shape.element_size == 4 else 16
     apart = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
     return Configuration(_block(shape.count, most), *_tile(shape, 32), 8, 1, apart)
 
@@ -136,7 +137,9 @@ def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
 def mass(shape: Shape, card: Card) -> Configuration:
     if shape.exact:
         warps = 16 if shape.element_size == 8 and shape.projected else 8
-        return Configuration(_block(shape.count, 16), *_tile(shape, 64), warps, 1)
+        cells = 32 if shape.projected and not shape.last else 64
+        return Configuration(_block(shape.count, 16), *_tile(shape, cells), warps, 1)
     halves = shape.element_size == 2
-    warps, stages = 4 if shape.last and halves else 8, 2 if card.generation < 10 and halves else 1
+    warps = 4 if (shape.last if halves else shape.count <= 32) else 8
+    stages = 2 if card.generation < 10 and halves else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
