@@ -118,12 +118,13 @@ def backward(shape: Shape, card: Card) -> Configuration:
     if blocks:
         # blocks after each other take registers for their addresses
         most = min(most, 16 if card.generation == 10 or shape.element_size == 4 else 32)
-    # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
-    cells = 64 if shape.last and card.generation == 10 and not blocks else 32
-    ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
     count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
     apart = shape.element_size == 4 and (count <= 32 if shape.exact else count <= 16 and not shape.last)
     most = 16 if apart else most
+    together = not blocks and not apart
+    # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
+    cells = 64 if shape.last and card.generation == 10 and together else 32
+    ahead = shape.last and card.generation < 10 and together and shape.element_size == 2
     return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1, apart)
 
 
