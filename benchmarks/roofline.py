@@ -230,7 +230,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     chosen = vars(parser.parse_args(arguments))
     half = chosen.pop("dtype") == "bfloat16"
-    print("\n".join(table(dataclasses.replace(PUBLISHED, **chosen), half)))
+    shape = dataclasses.replace(PUBLISHED, **chosen)
+    print("\n".join(table(shape, half)))
+    from benchmarks import gpu_traffic  # which imports this module
+
+    h100 = next(card for card in CARDS if card.name == "H100")
+    print("\n".join(["", *gpu_traffic.aims(shape, h100, 2 if half else 4)]))
 
 
 if __name__ == "__main__":

@@ -77,23 +77,24 @@ class Row:
     access: int
 
 
-TABLE = [
-    *(
-        Case(kernel, projected, last, count=7 if kernel == "mass" else count)
-        for kernel, counts in (("forward", (42, 300)), ("backward", (42, 300)), ("mass", (7,)))
+def _table() -> list[Case]:
+    """Every configuration of fastkd/ops/triton/configurations.py at the published channels and heads."""
+    # blocks of 16, 32 and 64 queries; several after each other
+    counts = {"forward": (7, 32, 42), "backward": (7, 32, 42, 300), "mass": (7, 32, 42)}
+    types = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float64, "ieee")]
+    cases = [
+        Case(kernel, projected, last, dtype, count, precision)
+        for dtype, precision in types
+        for kernel in counts
         for projected in (False, True)
         for last in (True, False)
-        for count in counts
-    ),
-    Case("merge"),
-    *(
-        Case(kernel, projected, last, torch.float32, 42, precision)
-        for kernel in ("forward", "backward", "mass")
-        for projected in (False, True)
-        for last in (True, False)
-        for precision in ("tf32", "ieee")
-    ),
-]
+        for count in counts[kernel]
+        if dtype != torch.float64 or count in (7, 42)  # whose blocks are of 16 queries
+    ]
+    return [*cases, Case("merge")]
+
+
+TABLE = _table()
 
 
 def _arguments(case: Case, channels: int = 256, heads: int = 8, images: int = 2) -> list:
@@ -185,17 +186,27 @@ def read_kernels(cases: list[Case] | None = None, cards: tuple[int, ...] = (80, 
     return [read_kernel(case, card) for case in (TABLE if cases is None else cases) for card in cards]
 
 
+HEADS = (
+    "| kernel | card | registers | spilled bytes | shared KiB | tensor-core instructions | widest read, bits |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def line_of(row: Row) -> str:
+    used = " ".join(f"{count} {name}" for name, count in row.tensor_core.items()) or "none"
+    numbers = f"{row.registers} | {row.spilled} | {row.shared / 1024:.1f}"
+    return f"| {row.case} | sm_{row.card} | {numbers} | {used} | {row.access} |"
+
+
+def table(rows: list[Row]) -> list[str]:
+    return [*HEADS, *map(line_of, rows)]
+
+
 def main() -> None:
-    print("| kernel | card | registers | spilled bytes | shared KiB | tensor-core instructions | widest read, bits |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n".join(HEADS))
     for case in TABLE:
         for row in read_kernels([case]):
-            used = " ".join(f"{count} {name}" for name, count in row.tensor_core.items()) or "none"
-            print(
-                f"| {case} | sm_{row.card} | {row.registers} | {row.spilled} | {row.shared / 1024:.1f} | {used} | "
-                f"{row.access} |",
-                flush=True,
-            )
+            print(line_of(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ struct alignas(kPackBytes) Pack {
   T value[kPack<T>];
 };
 
+// Memory is read and written as what the tensor holds: a kernel that takes float for double would reach beyond it.
+inline void check_elements(size_t bytes, const Tensor& tensor) {
+  STD_TORCH_CHECK(bytes == tensor.element_size(), "fastkd: a kernel takes elements of ", bytes,
+                  " bytes, the tensor holds ", tensor.element_size(), "; pass tensors of the op's dtypes");
+}
+
 #ifdef __CUDACC__
 
 #define FASTKD_KERNEL __global__
@@ -54,16 +60,22 @@ using Global = T*;
 template <class T>
 using Shared = T*;
 using narrow_index = int32_t;
-using Grid = dim3;
+
+struct Grid {
+  int64_t x, y, z;
+  explicit Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
 
 // The memory of a tensor: const for inputs. `output` is memory that nothing has been written to yet.
 template <class T>
 Global<T> global(const Tensor& tensor) {
+  check_elements(sizeof(T), tensor);
   if constexpr (std::is_const_v<T>) return static_cast<T*>(tensor.const_data_ptr());
   else return static_cast<T*>(tensor.mutable_data_ptr());
 }
 template <class T>
 Global<T> output(const Tensor& tensor) {
+  check_elements(sizeof(T), tensor);
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -75,6 +87,12 @@ template <class T>
 FASTKD_DEVICE Pack<T> load_pack(const T* pointer) {
   Pack<T> pack;
   *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(pointer));
+  return pack;
+}
+template <class T>
+FASTKD_DEVICE Pack<T> load_shared_pack(const T* pointer) {  // or memory that the kernel itself writes
+  Pack<T> pack;
+  *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(pointer);
   return pack;
 }
 template <class T>
@@ -114,11 +132,15 @@ template <class... Parameters, class... Arguments>
 void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  STD_TORCH_CHECK(grid.x <= 2147483647 && grid.y <= 65535 && grid.z <= 65535, "fastkd: a launch of ", grid.x, " x ",
+                  grid.y, " x ", grid.z, " blocks is more than a GPU takes; pass fewer images or objects at a time");
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  const dim3 threads(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y), static_cast<unsigned>(block.z));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
   check_cuda(cudaGetLastError());
 }
 
@@ -150,14 +172,17 @@ using Shared = ::simt::Pointer<T>;
 using narrow_index = ::simt::Index<16>;
 using Grid = ::simt::Dim3;
 
+inline int64_t held_bytes(const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); }
 template <class T>
 Global<T> global(const Tensor& tensor) {
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(sizeof(T));
-  return {::simt::buffer_of(const_cast<void*>(tensor.const_data_ptr()), bytes, !std::is_const_v<T>, true), 0};
+  check_elements(sizeof(T), tensor);
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  return {::simt::buffer_of(data, held_bytes(tensor), !std::is_const_v<T>, true), 0};
 }
 template <class T>
 Global<T> output(const Tensor& tensor) {
-  return {::simt::buffer_of(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(sizeof(T)), true, false), 0};
+  check_elements(sizeof(T), tensor);
+  return {::simt::buffer_of(tensor.mutable_data_ptr(), held_bytes(tensor), true, false), 0};
 }
 
 template <class T>
@@ -171,6 +196,10 @@ auto load_pack(Global<T> pointer) {
   Pack<Value> pack;
   std::memcpy(static_cast<void*>(&pack), pointer.buffer()->data + pointer.offset(), kPackBytes);
   return pack;
+}
+template <class T>
+auto load_shared_pack(Shared<T> pointer) {
+  return load_pack(pointer);
 }
 template <class T>
 void store_pack(Global<T> pointer, const Pack<T>& pack) {
@@ -243,8 +272,8 @@ FASTKD_DEVICE void store_row(Global<T> row, int count, Value value) {
   for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) row[i] = static_cast<T>(value(i));
 }
 
-// The elements of a short dense row, by the lanes of one warp: whole(first) for 16 bytes that begin at a multiple of 16,
-// single(i) for the elements before and behind them, or for all where the other arrays of the row are aligned otherwise.
+// The elements of a short dense row, by the lanes of one warp: whole(first) for 16 bytes that begin at a multiple of
+// 16, single(i) for the elements before and behind them, or for all where the row's other arrays are aligned otherwise.
 template <class T, class Whole, class Single>
 FASTKD_DEVICE void over_row(Global<const T> row, bool aligned_alike, int count, Whole whole, Single single) {
   const int lane = threadIdx.x % kWarpSize;

@@ -220,7 +220,8 @@ FASTKD_DEVICE void paint_contiguous(const Levels<T>& levels, const Palette<V, ta
 }
 
 template <class T, class V, class index_t, bool taps>
-FASTKD_KERNEL FASTKD_RESIDENT(sizeof(index_t) == 8 ? 2 : 3) void paint_kernel(Levels<T> levels, Palette<V, taps> palette) {
+FASTKD_KERNEL FASTKD_RESIDENT(sizeof(index_t) == 8 ? 2 : 3) void paint_kernel(Levels<T> levels,
+                                                                              Palette<V, taps> palette) {
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
   const PaintMemory<V, taps> memory(dynamic, palette.capacity / kWarpSize);
   const Place<T, index_t> place(levels);

@@ -1,9 +1,10 @@
 // Sums of a pyramid over the cells that objects cover, on the GPU.
 //
-// A block takes a strip of cells of one image and 32 channels, tile by tile: a tile comes into shared memory once,
-// whatever the memory order, and every object that may touch the strip adds the cells it covers; 32 cells covered
-// together are added up once for all objects. A second kernel adds the strips of each object.
-//   pool    reads   every tile that some object touches, once for as many objects as shared memory holds
+// A block takes a strip of cells of one image and 32 channels, tile by tile: what some object covers of a tile comes
+// into shared memory once, whatever the memory order, and every object that may touch the strip adds the cells it
+// covers; 32 cells covered together are added up once for all objects. A second kernel adds the strips of each object.
+//   pool    reads   every 16 bytes with a cell that some object covers (with taps: everything), once for as many
+//                   objects as shared memory holds
 //           writes  per strip, object that may touch it and channel one partial sum; no more of them than cells
 //   merge   reads   these partial sums; writes [L, K, C] once
 // Sums are in float (double for float64) over a strip and in double over strips, in an order that depends on the
@@ -78,10 +79,28 @@ struct PoolMemory {
   }
 };
 
-// The cells [first, first + cells) of the place's channels, to the tile.
+// The tile's cells that some object covers, as bits; all with `whole`. A warp makes one word.
+template <class T, bool taps>
+FASTKD_DEVICE void find_covered(bool whole, int count, const PoolMemory<T, taps>& memory, Shared<uint32_t> covered) {
+  const int word = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  uint32_t bits = whole ? kAllLanes : 0;
+  for (int at = lane; !whole && at < count * memory.kRegions; at += kWarpSize) bits |= memory.word[at * kWords + word];
+  for (int step = kWarpSize / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
+  if (lane == 0) covered[word] = bits;
+}
+
+// True if one of the `count` cells from `first` on is among them.
+FASTKD_DEVICE bool is_covered(Shared<uint32_t> covered, int first, int count) {
+  const int word = first / kWarpSize, shift = first % kWarpSize;
+  uint32_t bits = covered[word] >> shift;
+  if (shift + count > kWarpSize) bits |= covered[word + 1] << (kWarpSize - shift);
+  return (bits & ((1u << count) - 1)) != 0;
+}
+
+// The covered ones of the cells [first, first + cells) of the place's channels, to the tile.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void load_tile(const Levels<const T>& levels, const Place<const T, index_t>& place, int first, int cells,
-                             const PoolMemory<T, taps>& memory) {
+                             const PoolMemory<T, taps>& memory, Shared<uint32_t> covered) {
   constexpr int kBatch = 4;  // loads of a thread in flight
   const int thread = threadIdx.x;
   const Global<const T> x = place.level.data + place.offset(levels, first);
@@ -91,27 +110,37 @@ FASTKD_DEVICE void load_tile(const Levels<const T>& levels, const Place<const T,
     const int channel = thread % packs * kPack<T>;
     for (int base = team; team < teams && base < cells; base += kBatch * teams) {
       Pack<T> batch[kBatch];
+      bool wanted[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int cell = base + i * teams;
-        if (cell < cells) batch[i] = load_pack(x + (static_cast<index_t>(cell) * step + channel));
+        wanted[i] = cell < cells && is_covered(covered, cell, 1);
+        if (wanted[i]) batch[i] = load_pack(x + (static_cast<index_t>(cell) * step + channel));
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int cell = base + i * teams;
-        if (cell < cells) store_pack(memory.tile + (cell * kPoolChannels + channel), batch[i]);
-      }
+      for (int i = 0; i < kBatch; ++i)
+        if (wanted[i]) store_pack(memory.tile + ((base + i * teams) * kPoolChannels + channel), batch[i]);
     }
   } else if (place.level.channels_last) {
     const int lane = thread % kWarpSize;
     for (int cell = thread / kWarpSize; cell < cells; cell += kWarps)
-      if (lane < place.channels)
+      if (lane < place.channels && is_covered(covered, cell, 1))
         memory.tile[cell * kPoolChannels + lane] = T(x[static_cast<index_t>(cell) * step + lane]);
   } else {
-    for (int channel = thread / kWarpSize; channel < place.channels; channel += kWarps)
-      load_row<T>(x + static_cast<index_t>(channel) * step, cells, [&](int cell, sum_t<T> value) {
-        memory.tile[channel * memory.kStride + cell] = static_cast<T>(value);
-      });
+    for (int channel = thread / kWarpSize; channel < place.channels; channel += kWarps) {
+      const Global<const T> row = x + static_cast<index_t>(channel) * step;
+      const Shared<T> to = memory.tile + channel * memory.kStride;
+      const auto whole = [&](int cell) {
+        if (!is_covered(covered, cell, kPack<T>)) return;
+        const Pack<T> pack = load_pack(row + cell);
+#pragma unroll
+        for (int j = 0; j < kPack<T>; ++j) to[cell + j] = pack.value[j];
+      };
+      const auto single = [&](int cell) {
+        if (is_covered(covered, cell, 1)) to[cell] = T(row[cell]);
+      };
+      over_row<T>(row, true, cells, whole, single);
+    }
   }
 }
 
@@ -210,12 +239,12 @@ FASTKD_DEVICE void begin_sums(const Objects& objects, const Place<const T, index
   }
 }
 
-// The sum of the tile's cells, 32 by 32.
+// The sum of the tile's cells, 32 by 32 where all of them are covered.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, const PoolMemory<T, taps>& memory,
-                            Shared<sum_t<T>> total) {
+                            Shared<uint32_t> covered, Shared<sum_t<T>> total) {
   const int lane = threadIdx.x % kWarpSize, word = threadIdx.x / kWarpSize, left = cells - word * kWarpSize;
-  if (left <= 0 || lane >= place.channels) return;
+  if (left <= 0 || lane >= place.channels || covered[word] != kAllLanes) return;
   const uint32_t bits = left < kWarpSize ? (1u << left) - 1 : kAllLanes;
   total[threadIdx.x] = sum_word(memory, place.level.channels_last, word, bits);
 }
@@ -229,6 +258,7 @@ FASTKD_KERNEL FASTKD_RESIDENT(sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void po
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
   FASTKD_SHARED(Sum, total, kWords * kWarpSize);
   FASTKD_SHARED(uint32_t, seen, kWarps);
+  FASTKD_SHARED(uint32_t, covered, kWords);
   const PoolMemory<T, taps> memory(dynamic, capacity);
   const Place<const T, index_t> place(levels);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -249,9 +279,11 @@ FASTKD_KERNEL FASTKD_RESIDENT(sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void po
       bool wanted = for_whole;
       for (int other = 0; other < kWarps; ++other) wanted = wanted || seen[other] != 0;
       if (!wanted) continue;
-      load_tile(levels, place, first, cells, memory);
+      find_covered(for_whole, count, memory, covered);
       __syncthreads();
-      sum_tile(place, cells, memory, total);
+      load_tile(levels, place, first, cells, memory, covered);
+      __syncthreads();
+      sum_tile(place, cells, memory, covered, total);
       __syncthreads();
       if (for_whole && warp == 0 && lane < place.channels)
         for (int word = 0; word * kWarpSize < cells; ++word) all += total[word * kWarpSize + lane];

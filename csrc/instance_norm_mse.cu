@@ -1,11 +1,13 @@
-// instance_norm_mse on the GPU: the same numbers a row as csrc/instance_norm_mse.cpp (there the formulas), all levels of
-// a pyramid in one launch.
+// instance_norm_mse on the GPU: the same numbers a row as csrc/instance_norm_mse.cpp (there the formulas), all levels
+// of a pyramid in one launch.
 //
 // contiguous     one block a row; the row of both sides is read once and stays in shared memory for the two later
 //                sweeps where it fits, else it is read again (from L2)
 //                traffic forward: 2 n reads, 10 numbers and an error a row; backward: 2 n reads, n writes a gradient
-// channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; statistics of a chunk
-//                are centred on its own mean and merged in double (Chan et al.), then a second read sums the errors
+// channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; means, centred squares
+//                and products of a chunk are merged in double (Chan et al.) to the row's numbers; rows where the error
+//                would be what cancellation leaves of them are read a second time, the errors themselves summed
+//                traffic forward: 2 n reads, seven numbers a chunk's channel written and read; backward as above
 // Sums are in a fixed order, without atomics: deterministic.
 #include "instance_norm_mse_channels_last.h"
 
@@ -14,10 +16,10 @@
 namespace fastkd {
 namespace {
 
-// visit(i, s, t) for the thread's share of a row: 16 bytes at a time between an unaligned head and a tail, where the
-// two sides are aligned alike.
-template <class T, class Visit>
-FASTKD_DEVICE void sweep(Global<const T> s, Global<const T> t, int cells, Visit visit) {
+// visit(s, t) for the thread's share of a row: single elements before and behind packs of 16 bytes, which
+// read(number, first element, left, right) brings; all single where the two sides are not aligned alike.
+template <class T, class Read, class Visit>
+FASTKD_DEVICE void sweep(Global<const T> s, Global<const T> t, int cells, Read read, Visit visit) {
   const int threads = blockDim.x, thread = threadIdx.x;
   int head = cells, packs = 0;
   if (address_of<const T>(s) % kPackBytes == address_of<const T>(t) % kPackBytes) {
@@ -25,44 +27,54 @@ FASTKD_DEVICE void sweep(Global<const T> s, Global<const T> t, int cells, Visit 
     head = unaligned < cells ? unaligned : cells;
     packs = (cells - head) / kPack<T>;
   }
-  for (int i = thread; i < head; i += threads) visit(i, widened<T>(s[i]), widened<T>(t[i]));
+  for (int i = thread; i < head; i += threads) visit(widened<T>(s[i]), widened<T>(t[i]));
   for (int pack = thread; pack < packs; pack += threads) {
-    const int i = head + pack * kPack<T>;
-    const Pack<T> left = load_pack(s + i), right = load_pack(t + i);
-    for (int j = 0; j < kPack<T>; ++j) visit(i + j, widened<T>(left.value[j]), widened<T>(right.value[j]));
+    Pack<T> left, right;
+    read(pack, head + pack * kPack<T>, left, right);
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) visit(widened<T>(left.value[j]), widened<T>(right.value[j]));
   }
-  for (int i = head + packs * kPack<T> + thread; i < cells; i += threads) visit(i, widened<T>(s[i]), widened<T>(t[i]));
+  for (int i = head + packs * kPack<T> + thread; i < cells; i += threads) visit(widened<T>(s[i]), widened<T>(t[i]));
 }
 
+// staged: the packs of the row stay in shared memory, where a thread finds its own again.
 template <class T, class index_t, bool staged>
-FASTKD_KERNEL void forward_rows_kernel(Levels<T> levels, Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
+FASTKD_KERNEL void forward_rows_kernel(Levels<T> levels, Global<sum_t<T>> moments, Global<double> row_errors,
+                                       double eps) {
   using Sum = sum_t<T>;
   FASTKD_SHARED(Sum, scratch, kWarpSize);
   FASTKD_DYNAMIC_SHARED(T, staging);
   const Level<T> level = levels.level[level_of_own_row(levels, blockIdx.x)];
   const int64_t row = level.first_row + blockIdx.x - level.first_own;
-  const int cells = static_cast<int>(level.cells);
+  const int cells = static_cast<int>(level.cells), room = cells / kPack<T> * kPack<T>;
   const index_t start = static_cast<index_t>(row - level.first_row) * static_cast<index_t>(cells);
   const Global<const T> s = level.student + start, t = level.teacher + start;
+  const auto from_memory = [&](int pack, int i, Pack<T>& left, Pack<T>& right) {
+    left = load_pack(s + i);
+    right = load_pack(t + i);
+    if constexpr (staged) {
+      store_pack(staging + pack * kPack<T>, left);
+      store_pack(staging + (room + pack * kPack<T>), right);
+    }
+  };
   const auto again = [&](auto visit) {
     if constexpr (staged) {
-      for (int i = threadIdx.x; i < cells; i += blockDim.x)
-        visit(widened<T>(staging[i]), widened<T>(staging[cells + i]));
+      const auto from_staging = [&](int pack, int, Pack<T>& left, Pack<T>& right) {
+        left = load_shared_pack<T>(staging + pack * kPack<T>);
+        right = load_shared_pack<T>(staging + (room + pack * kPack<T>));
+      };
+      sweep<T>(s, t, cells, from_staging, visit);
     } else {
-      sweep<T>(s, t, cells, [&](int, Sum x, Sum y) { visit(x, y); });
+      sweep<T>(s, t, cells, from_memory, visit);
     }
   };
 
   Sum sum_s = 0, sum_t_ = 0;
-  sweep<T>(s, t, cells, [&](int i, Sum x, Sum y) {
+  sweep<T>(s, t, cells, from_memory, [&](Sum x, Sum y) {
     sum_s += x;
     sum_t_ += y;
-    if constexpr (staged) {
-      staging[i] = static_cast<T>(x);
-      staging[cells + i] = static_cast<T>(y);
-    }
   });
-  const Sum mean_s = block_sum<Sum>(sum_s, scratch) / cells;  // its barriers publish the staged row as well
+  const Sum mean_s = block_sum<Sum>(sum_s, scratch) / cells;
   const Sum mean_t = block_sum<Sum>(sum_t_, scratch) / cells;
 
   Sum left_s = 0, left_t = 0, square_s = 0, square_t = 0;
@@ -169,8 +181,9 @@ struct Call {
       for (int64_t dim = 0; dim < 4; ++dim)
         STD_TORCH_CHECK(s.size(dim) == t.size(dim) && (dim > 1 || s.size(dim) == students[0].size(dim)),
                         "instance_norm_mse: student and teacher must have the same shape, levels the same B and C");
-      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type(),
-                      "instance_norm_mse: levels must have one dtype");
+      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type() &&
+                          is_beside(s, students[0]) && is_beside(t, students[0]),
+                      "instance_norm_mse: levels must have one dtype and lie on one device");
       STD_TORCH_CHECK(s.size(2) * s.size(3) <= 2147483647, "instance_norm_mse: a level has at most 2^31 - 1 cells");
       student.push_back(dense(s, is_channels_last(s)));
       teacher.push_back(dense(t, is_channels_last(s)));
@@ -232,12 +245,13 @@ void forward_channels_last(const Call& call, Global<sum_t<T>> moments, Global<do
   const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
   if (blocks == 0) return;
   const Tensor& on = call.student[0];
-  const Tensor partial = new_tensor(on, {6, chunk_rows}, kSumType<T>);
+  const Tensor partial = new_tensor(on, {kParts, chunk_rows}, kSumType<T>);
   const Global<sum_t<T>> sums = output<sum_t<T>>(partial);
   const Grid rows((levels.own_rows + kThreads - 1) / kThreads);
   launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_moments_kernel<T, index_t, width>, levels, sums, chunk_rows);
-  launch(on, rows, Grid(kThreads), 0, &merge_moments_kernel<T>, levels, sums, chunk_rows, moments, eps);
-  launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_errors_kernel<T, index_t, width>, levels, moments, sums, chunk_rows);
+  launch(on, rows, Grid(kThreads), 0, &merge_moments_kernel<T>, levels, sums, chunk_rows, moments, row_errors, eps);
+  launch(on, Grid(blocks), Grid(kThreads), 0, &chunk_errors_kernel<T, index_t, width>, levels, moments,
+         row_errors, sums, chunk_rows);
   launch(on, rows, Grid(kThreads), 0, &merge_errors_kernel<T>, levels, sums, chunk_rows, moments, row_errors);
 }
 
@@ -255,7 +269,8 @@ std::tuple<Tensor, Tensor> forward_typed(const Call& call, double eps) {
   const Grid threads(threads_for(call.longest_row()));
   const int64_t staging = 2 * call.longest_row() * static_cast<int64_t>(sizeof(T));
   if (staging <= shared_limit()) {
-    launch(on, Grid(rows.own_rows), threads, staging, &forward_rows_kernel<T, index_t, true>, rows, out, row_errors, eps);
+    launch(on, Grid(rows.own_rows), threads, staging, &forward_rows_kernel<T, index_t, true>, rows, out, row_errors,
+           eps);
   } else {
     launch(on, Grid(rows.own_rows), threads, 0, &forward_rows_kernel<T, index_t, false>, rows, out, row_errors, eps);
   }
@@ -270,7 +285,8 @@ std::tuple<Tensor, Tensor> forward_typed(const Call& call, double eps) {
 }
 
 template <class T, class index_t, int width>
-void backward_channels_last(const Call& call, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad, double elements) {
+void backward_channels_last(const Call& call, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad,
+                            double elements) {
   int64_t blocks = 0, chunk_rows = 0;
   const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
   launch(call.student[0], Grid(blocks), Grid(kThreads), 0, &backward_chunks_kernel<T, index_t, width>, levels, moments,
@@ -315,8 +331,11 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
     for (const Tensor& level : call.teacher) call.grad_teacher.push_back(torch::stable::empty_like(level));
   by_type("instance_norm_mse", call.student[0], [&](auto value) {
     using T = decltype(value);
-    STD_TORCH_CHECK(moments.scalar_type() == kSumType<T>, "instance_norm_mse_backward: moments must be the forward call's");
-    is_narrow(call.student) ? backward_typed<T, narrow_index>(call, grad, moments) : backward_typed<T, int64_t>(call, grad, moments);
+    STD_TORCH_CHECK(moments.scalar_type() == kSumType<T> && is_beside(moments, call.student[0]) &&
+                        is_beside(grad, call.student[0]),
+                    "instance_norm_mse_backward: grad and moments must be those of the forward call");
+    is_narrow(call.student) ? backward_typed<T, narrow_index>(call, grad, moments)
+                            : backward_typed<T, int64_t>(call, grad, moments);
     return 0;
   });
   std::vector<Tensor> gradients = call.grad_student;

@@ -35,81 +35,130 @@ struct Place {
   }
 };
 
-// Of each channel over a chunk: the mean, what rounding left out of it, and centred squares: partial [6, chunk rows].
+// What chunk_moments_kernel leaves of a chunk's channel: the student's mean, what rounding left out of it and centred
+// squares, the same of the teacher, and the centred products of the two.
+enum Part { kMean, kRest, kSquares, kProducts = 6, kParts };
+constexpr double kMostCancelled = 32;  // how much larger terms may be than what is left of them
+
+// partial [kParts, chunk rows]. The chunk is read twice, the second time from a cache.
 template <class T, class index_t, int width>
 FASTKD_KERNEL void chunk_moments_kernel(Levels<T> levels, Global<sum_t<T>> partial, int64_t chunk_rows) {
   using Sum = sum_t<T>;
   FASTKD_SHARED(Sum, scratch, kThreads * width);
   const Place<T, width> place(levels);
   const Level<T> level = levels.level[place.level];
+  const auto start = static_cast<index_t>(place.inside ? place.offset : 0);
+  const Global<const T> s = level.student + start, t = level.teacher + start;
+  const auto each = [&](auto visit) {
+    for (int cell = place.warp; place.inside && cell < place.cells; cell += place.warps) {
+      Sum x[width], y[width];
+      const index_t at = static_cast<index_t>(cell) * static_cast<index_t>(levels.channels);
+      load_channels<T, width>(s + at, x);
+      load_channels<T, width>(t + at, y);
+#pragma unroll
+      for (int j = 0; j < width; ++j) visit(j, x[j], y[j]);
+    }
+  };
+  Sum mean[2][width] = {}, left[2][width] = {}, square[2][width] = {}, product[width] = {};
+  each([&](int j, Sum x, Sum y) {
+    mean[0][j] += x;
+    mean[1][j] += y;
+  });
+#pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const Global<const T> x = (side == 0 ? level.student : level.teacher) + static_cast<index_t>(place.inside ? place.offset : 0);
-    Sum mean[width] = {}, square[width] = {}, left[width] = {}, values[width];
-    for (int cell = place.warp; place.inside && cell < place.cells; cell += place.warps) {
-      load_channels<T, width>(x + static_cast<index_t>(cell) * static_cast<index_t>(levels.channels), values);
-      for (int j = 0; j < width; ++j) mean[j] += values[j];
+    sum_over_warps<Sum, width>(mean[side], scratch, place.warp, place.warps);
+    for (int j = 0; j < width; ++j) mean[side][j] /= place.cells;
+  }
+  each([&](int j, Sum x, Sum y) {
+    const Sum a = x - mean[0][j], b = y - mean[1][j];
+    left[0][j] += a;
+    left[1][j] += b;
+    square[0][j] += a * a;
+    square[1][j] += b * b;
+    product[j] += a * b;
+  });
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    sum_over_warps<Sum, width>(left[side], scratch, place.warp, place.warps);
+    sum_over_warps<Sum, width>(square[side], scratch, place.warp, place.warps);
+  }
+  sum_over_warps<Sum, width>(product, scratch, place.warp, place.warps);
+  if (place.warp != 0 || !place.inside) return;
+#pragma unroll
+  for (int j = 0; j < width; ++j) {
+    const Global<Sum> out = partial + (place.chunk_row + j);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const Sum rest = left[side][j] / place.cells;
+      out[(3 * side + kMean) * chunk_rows] = mean[side][j];
+      out[(3 * side + kRest) * chunk_rows] = rest;
+      out[(3 * side + kSquares) * chunk_rows] = square[side][j] - rest * left[side][j];
     }
-    sum_over_warps<Sum, width>(mean, scratch, place.warp, place.warps);
-    for (int j = 0; j < width; ++j) mean[j] /= place.cells;
-    for (int cell = place.warp; place.inside && cell < place.cells; cell += place.warps) {
-      load_channels<T, width>(x + static_cast<index_t>(cell) * static_cast<index_t>(levels.channels), values);
-      for (int j = 0; j < width; ++j) {
-        left[j] += values[j] - mean[j];
-        square[j] += (values[j] - mean[j]) * (values[j] - mean[j]);
-      }
-    }
-    sum_over_warps<Sum, width>(left, scratch, place.warp, place.warps);
-    sum_over_warps<Sum, width>(square, scratch, place.warp, place.warps);
-    if (place.warp != 0 || !place.inside) continue;
-    for (int j = 0; j < width; ++j) {
-      const Sum rest = left[j] / place.cells;
-      const Global<Sum> out = partial + (3 * side * chunk_rows + place.chunk_row + j);
-      out[0] = mean[j];
-      out[chunk_rows] = rest;
-      out[2 * chunk_rows] = square[j] - rest * left[j];
-    }
+    out[kProducts * chunk_rows] = product[j] - left[0][j] / place.cells * left[1][j];
   }
 }
 
-// One thread a row: chunk moments to the row's normals.
+// One thread a row: chunk moments to the row's normals, slopes and error. Where the error is what little is left of
+// large terms, row_errors becomes -1, and the two kernels below sum it anew; they do nothing elsewhere.
 template <class T>
 FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
-                                        Global<sum_t<T>> moments, double eps) {
+                                        Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
   const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (own >= levels.own_rows) return;
   const Level<T> level = levels.level[level_of_own_row(levels, own)];
   const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
   const int64_t row = level.first_row + own - level.first_own;
-  const int64_t first = level.first_chunk_row + image * level.chunks * levels.channels + channel;
+  const int64_t first_chunk = level.first_chunk_row + image * level.chunks * levels.channels;
+  const Global<const sum_t<T>> first = partial + (first_chunk + channel);
+  const auto number = [&](int part, int64_t chunk) {
+    return static_cast<double>(first[part * chunk_rows + chunk * levels.channels]);
+  };
+  const auto count_of = [&](int64_t chunk) {
+    const int64_t left = level.cells - chunk * kChunk;
+    return static_cast<double>(left < kChunk ? left : kChunk);
+  };
+  double mean[2] = {}, square[2] = {}, product = 0;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < level.chunks; ++chunk)
+    for (int side = 0; side < 2; ++side)
+      mean[side] += count_of(chunk) * (number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk));
+  for (int side = 0; side < 2; ++side) mean[side] /= level.cells;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
+    double apart[2];
+    for (int side = 0; side < 2; ++side) {
+      apart[side] = number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk) - mean[side];
+      square[side] += number(3 * side + kSquares, chunk) + count_of(chunk) * apart[side] * apart[side];
+    }
+    product += number(kProducts, chunk) + count_of(chunk) * apart[0] * apart[1];
+  }
+  double scale[2], own_square[2];
   for (int side = 0; side < 2; ++side) {
-    const auto each = [&](auto visit) {
-      for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
-        const int64_t left = level.cells - chunk * kChunk;
-        const int64_t at = 3 * side * chunk_rows + first + chunk * levels.channels;
-        visit(static_cast<double>(left < kChunk ? left : kChunk),
-              static_cast<double>(partial[at]) + static_cast<double>(partial[at + chunk_rows]),
-              static_cast<double>(partial[at + 2 * chunk_rows]));
-      }
-    };
-    double mean = 0, square = 0;
-    each([&](double count, double chunk_mean, double) { mean += count * chunk_mean; });
-    mean /= level.cells;
-    each([&](double count, double chunk_mean, double chunk_square) {
-      square += chunk_square + count * (chunk_mean - mean) * (chunk_mean - mean);
-    });
-    const auto normal = make_normal<sum_t<T>>(mean, 0.0, square / level.cells, eps);
+    const double variance = square[side] / level.cells;
+    scale[side] = 1.0 / sqrt((variance > 0 ? variance : 0.0) + eps);
+    own_square[side] = variance * scale[side] * scale[side];
+    const auto normal = make_normal<sum_t<T>>(mean[side], 0.0, variance, eps);
     write_normal(moments, levels.rows, row, side == 0 ? kStudent : kTeacher, normal);
   }
+  const double both = product / level.cells * scale[0] * scale[1];
+  const double error = own_square[0] + own_square[1] - 2 * both;
+  const bool exact = own_square[0] + own_square[1] <= kMostCancelled * error;
+  moments[kSlopeS * levels.rows + row] = static_cast<sum_t<T>>(own_square[0] - both);
+  moments[kSlopeT * levels.rows + row] = static_cast<sum_t<T>>(both - own_square[1]);
+  row_errors[row] = exact ? error * level.cells : -1.0;
 }
 
-// e^2, e a and e b of each channel over a chunk: partial [3, chunk rows].
+// e^2, e a and e b of each channel over a chunk: partial [3, chunk rows]. Where a row of the block wants them.
 template <class T, class index_t, int width>
-FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> moments, Global<sum_t<T>> partial,
-                                       int64_t chunk_rows) {
+FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> moments,
+                                       Global<const double> row_errors, Global<sum_t<T>> partial, int64_t chunk_rows) {
   using Sum = sum_t<T>;
   FASTKD_SHARED(Sum, scratch, kThreads * width);
   const Place<T, width> place(levels);
   const Level<T> level = levels.level[place.level];
+  bool wanted = false;
+  for (int j = 0; place.inside && j < width; ++j) wanted = wanted || row_errors[place.row + j] < 0;
+  if (__ballot_sync(kAllLanes, wanted) == 0u) return;  // the same for all warps: they have the same channels
   Sum sums[kErrors][width] = {};
   if (place.inside) {
     Normal<Sum> student[width], teacher[width];
@@ -140,7 +189,7 @@ FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
   }
 }
 
-// One thread a row: chunk errors to the row's slopes and error.
+// One thread a row: chunk errors to the row's slopes and error, where they are wanted.
 template <class T>
 FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
                                        Global<sum_t<T>> moments, Global<double> row_errors) {
@@ -149,6 +198,7 @@ FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
   const Level<T> level = levels.level[level_of_own_row(levels, own)];
   const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
   const int64_t row = level.first_row + own - level.first_own;
+  if (!(row_errors[row] < 0)) return;
   double total[kErrors] = {};
   for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
     const int64_t at = level.first_chunk_row + (image * level.chunks + chunk) * levels.channels + channel;

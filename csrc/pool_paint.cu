@@ -2,8 +2,8 @@
 // cover, each the other's backward (device_pool.h, device_paint.h), all levels of a pyramid in one launch.
 //
 // S cells of all levels and images, K objects, C channels, e bytes an element:
-//   pool    reads at most S C e once (tiles of 256 cells that no object touches are left out), writes L K C e, and in
-//           between at most S / 512 x (objects of an image) C partial sums, written and read once
+//   pool    reads what the objects cover of S C e once, in packs of 16 bytes, writes L K C e, and in between at most
+//           S / 512 x (objects of an image) C partial sums, written and read once
 //   paint   writes S C e once; reads L K C e from the caches
 //   masks   a bit for each object and cell first: reads the pixels of K H W that are looked at, writes K S / 8 bytes
 // Deterministic: no atomics, sums in an order that depends on the geometry alone.

@@ -2,7 +2,8 @@
 //
 // A block takes kTile cells of one head of one image: student and teacher come into shared memory as [channel][cell],
 // whatever the memory order, and every thread normalises one cell.
-//   traffic forward: student, teacher, mass once; backward: the same and the gradient once
+//   traffic forward: student, teacher, mass once; backward: the same and the gradient once. The block's threads share
+//           out the packs of all rows where rows are whole packs
 // Sums of a block go to a table and are added up in a fixed order: deterministic.
 #include "device_call.h"
 
@@ -12,6 +13,9 @@ namespace fastkd {
 namespace {
 
 constexpr int kTile = 128;  // cells and threads of a block
+// Elements from a channel to the next in shared memory. Channels-last: neighbouring channels of a cell lie in different
+// banks. Contiguous: rows begin at multiples of 16 bytes, and are moved by these.
+constexpr int kContiguousStride = kTile + 4;
 
 template <class T>
 struct Level {
@@ -43,7 +47,7 @@ struct Place {
     row = inner / level.tiles;
     first = static_cast<int>(inner % level.tiles) * kTile;
     cells = static_cast<int>(level.cells - first < kTile ? level.cells - first : kTile);
-    stride = kTile + 1;
+    stride = level.channels_last ? kTile + 1 : kContiguousStride;
     const int64_t image = row / levels.heads, head = row % levels.heads;
     const int64_t channels = static_cast<int64_t>(levels.heads) * levels.depth;
     if (level.channels_last) {
@@ -56,25 +60,104 @@ struct Place {
   }
 };
 
-// tile[channel * stride + cell] = x; a warp takes a dense row at a time.
+// The dense rows of a tile: one a channel, or one a cell where channels-last.
+struct Rows {
+  bool channels_last;
+  int rows, count, stride;  // count: elements of a row
+  template <class T, class index_t>
+  FASTKD_DEVICE Rows(const Place<T, index_t>& place, int depth)
+      : channels_last(place.level.channels_last),
+        rows(channels_last ? place.cells : depth),
+        count(channels_last ? depth : place.cells),
+        stride(place.stride) {}
+  FASTKD_DEVICE int at(int row, int i) const { return channels_last ? i * stride + row : row * stride + i; }
+};
+
+// True if every row of the tile is whole packs, so that the block's threads can share out the packs of all rows: rows
+// are short, and a warp alone with one would have too few bytes under way.
+template <class T, class index_t>
+FASTKD_DEVICE bool is_packed(const Place<T, index_t>& place, const Rows& rows, Global<const T> x) {
+  const int step = static_cast<int>(place.step % static_cast<index_t>(kPack<T>));
+  return rows.count % kPack<T> == 0 && step == 0 && address_of<const T>(x + place.offset) % kPackBytes == 0;
+}
+
+// The elements of a row from i on, to and from the tile.
+template <class T>
+FASTKD_DEVICE void unpack(const Rows& rows, int row, int i, const Pack<T>& pack, Shared<sum_t<T>> tile) {
+  using Sum = sum_t<T>;
+  if (rows.channels_last) {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) tile[rows.at(row, i + j)] = widened<T>(pack.value[j]);
+  } else {
+#pragma unroll
+    for (int first = 0; first < kPack<T>; first += kPack<Sum>) {
+      Pack<Sum> part;
+#pragma unroll
+      for (int j = 0; j < kPack<Sum>; ++j) part.value[j] = widened<T>(pack.value[first + j]);
+      store_pack(tile + rows.at(row, i + first), part);
+    }
+  }
+}
+template <class T>
+FASTKD_DEVICE Pack<T> pack_of(const Rows& rows, int row, int i, Shared<sum_t<T>> tile) {
+  using Sum = sum_t<T>;
+  Pack<T> pack;
+  if (rows.channels_last) {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) pack.value[j] = static_cast<T>(Sum(tile[rows.at(row, i + j)]));
+  } else {
+#pragma unroll
+    for (int first = 0; first < kPack<T>; first += kPack<Sum>) {
+      const Pack<Sum> part = load_shared_pack<Sum>(tile + rows.at(row, i + first));
+#pragma unroll
+      for (int j = 0; j < kPack<Sum>; ++j) pack.value[first + j] = static_cast<T>(part.value[j]);
+    }
+  }
+  return pack;
+}
+
+// tile[channel * stride + cell] = x
 template <class T, class index_t>
 FASTKD_DEVICE void load_tile(const Place<T, index_t>& place, int depth, Global<const T> x, Shared<sum_t<T>> tile) {
-  const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize, stride = place.stride;
-  const int rows = place.level.channels_last ? place.cells : depth, count = place.level.channels_last ? depth : place.cells;
-  for (int row = warp; row < rows; row += warps)
-    load_row<T>(x + (place.offset + static_cast<index_t>(row) * place.step), count, [&](int i, sum_t<T> value) {
-      tile[place.level.channels_last ? i * stride + row : row * stride + i] = value;
-    });
+  constexpr int kBatch = 4;  // loads of a thread under way
+  const Rows rows(place, depth);
+  if (is_packed<T, index_t>(place, rows, x)) {
+    const int packs = rows.count / kPack<T>, all = rows.rows * packs;
+    for (int first = threadIdx.x; first < all; first += kBatch * kTile) {
+      Pack<T> batch[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int item = first + u * kTile, row = item / packs, i = item % packs * kPack<T>;
+        if (item < all) batch[u] = load_pack(x + (place.offset + static_cast<index_t>(row) * place.step + i));
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int item = first + u * kTile, row = item / packs, i = item % packs * kPack<T>;
+        if (item >= all) continue;
+        unpack<T>(rows, row, i, batch[u], tile);
+      }
+    }
+    return;
+  }
+  for (int row = threadIdx.x / kWarpSize; row < rows.rows; row += kTile / kWarpSize)
+    load_row<T>(x + (place.offset + static_cast<index_t>(row) * place.step), rows.count,
+                [&](int i, sum_t<T> value) { tile[rows.at(row, i)] = value; });
 }
 
 template <class T, class index_t>
 FASTKD_DEVICE void store_tile(const Place<T, index_t>& place, int depth, Shared<sum_t<T>> tile, Global<T> x) {
-  const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize, stride = place.stride;
-  const int rows = place.level.channels_last ? place.cells : depth, count = place.level.channels_last ? depth : place.cells;
-  for (int row = warp; row < rows; row += warps)
-    store_row<T>(x + (place.offset + static_cast<index_t>(row) * place.step), count, [&](int i) {
-      return sum_t<T>(tile[place.level.channels_last ? i * stride + row : row * stride + i]);
-    });
+  const Rows rows(place, depth);
+  if (is_packed<T, index_t>(place, rows, x)) {
+    const int packs = rows.count / kPack<T>, all = rows.rows * packs;
+    for (int item = threadIdx.x; item < all; item += kTile) {
+      const int row = item / packs, i = item % packs * kPack<T>;
+      store_pack(x + (place.offset + static_cast<index_t>(row) * place.step + i), pack_of<T>(rows, row, i, tile));
+    }
+    return;
+  }
+  for (int row = threadIdx.x / kWarpSize; row < rows.rows; row += kTile / kWarpSize)
+    store_row<T>(x + (place.offset + static_cast<index_t>(row) * place.step), rows.count,
+                 [&](int i) { return sum_t<T>(tile[rows.at(row, i)]); });
 }
 
 // LayerNorm without affine of a cell's channels: x -> (x - mean) * scale.
@@ -114,7 +197,8 @@ FASTKD_KERNEL void forward_kernel(Levels<T> levels, Global<double> partial, int6
     const Normal<Sum> v(student, depth, stride, cell, levels.eps), t(teacher, depth, stride, cell, levels.eps);
     Sum square = 0;
     for (int channel = 0; channel < depth; ++channel) {
-      const Sum e = (student[channel * stride + cell] - v.mean) * v.scale - (teacher[channel * stride + cell] - t.mean) * t.scale;
+      const Sum value = (student[channel * stride + cell] - v.mean) * v.scale;
+      const Sum e = value - (teacher[channel * stride + cell] - t.mean) * t.scale;
       square += e * e;
     }
     error = mass * square / depth;
@@ -163,7 +247,8 @@ FASTKD_KERNEL void backward_kernel(Levels<T> levels, Global<const sum_t<T>> grad
     const Normal<Sum> v(student, depth, stride, cell, levels.eps), t(teacher, depth, stride, cell, levels.eps);
     const double whole = total[place.row];
     const Sum mass = place.level.mass[place.row * place.level.cells + place.first + cell];
-    const Sum factor = static_cast<Sum>(2.0 * grad[place.row] / (depth * (whole < 1e-6 ? 1e-6 : whole))) * mass * v.scale;
+    const double share = 2.0 * grad[place.row] / (depth * (whole < 1e-6 ? 1e-6 : whole));
+    const Sum factor = static_cast<Sum>(share) * mass * v.scale;
     Sum slope = 0;
     for (int channel = 0; channel < depth; ++channel) {
       const Sum value = (student[channel * stride + cell] - v.mean) * v.scale;
@@ -204,6 +289,8 @@ struct Call {
       STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type() &&
                           s.size(2) * s.size(3) <= 2147483647,
                       "value_mimic: values must have one dtype, levels at most 2^31 - 1 cells");
+      STD_TORCH_CHECK(is_beside(s, students[0]) && is_beside(t, students[0]) && is_beside(m, students[0]),
+                      "value_mimic: student, teacher and mass must be on one device");
       student.push_back(dense(s, is_channels_last(s)));
       teacher.push_back(dense(t, is_channels_last(s)));
       mass.push_back(dense(m, false));
@@ -211,7 +298,7 @@ struct Call {
   }
 
   int64_t shared_bytes(int64_t element) const {
-    const int64_t bytes = 2 * depth * (kTile + 1) * element;
+    const int64_t bytes = 2 * depth * kContiguousStride * element;
     STD_TORCH_CHECK(bytes <= shared_limit(), "value_mimic: a head of ", depth, " channels needs ", bytes,
                     " bytes of shared memory, this GPU has ", shared_limit(), "; use more heads or the reference");
     return bytes;
@@ -283,7 +370,7 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
   const DeviceScope scope(call.student[0]);
   for (const Tensor* one : {&grad, &total})
     STD_TORCH_CHECK(one->dim() == 2 && one->size(0) == call.images && one->size(1) == call.heads &&
-                        one->scalar_type() == call.mass[0].scalar_type(),
+                        one->scalar_type() == call.mass[0].scalar_type() && is_beside(*one, call.student[0]),
                     "value_mimic_backward: grad and total must be [B, G] of the forward call");
   for (const Tensor& level : call.student) call.gradient.push_back(torch::stable::empty_like(level));
   const Tensor grads = torch::stable::contiguous(grad), totals = torch::stable::contiguous(total);

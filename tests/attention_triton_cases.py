@@ -4,6 +4,7 @@ tests/test_attention_triton.py runs this file in a process of its own, with TRIT
 it is imported. It runs every case, the programs of a launch in shuffled order, and writes what went wrong in each.
 """
 
+import dataclasses
 import json
 import math
 import random
@@ -318,6 +319,17 @@ def masked_query():
         table[1, 1, 0] = -math.inf
     output = check(arguments)[0]  # as plain torch has it, the gradients too
     assert output[1, 1, 0].isnan().all() and output.isnan().sum() == output.shape[3]
+
+
+@case("sums of queries and weight apart, in memory")
+def sums_apart():
+    kept = configurations.backward
+    configurations.backward = lambda shape, card: dataclasses.replace(kept(shape, card), apart=True)
+    try:
+        check(draw(*FEW, dtype=torch.float64, projected=True))
+        check(draw(*BLOCKS, dtype=torch.float32, projected=True))
+    finally:
+        configurations.backward = kept
 
 
 @case("nan comes through")

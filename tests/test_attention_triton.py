@@ -67,3 +67,17 @@ def test_why_not_registered(monkeypatch):
     monkeypatch.setattr(kernels, "_OPS", ("no_such_op",))
     assert "which defines fastkd::no_such_op, is not loaded" in kernels.register()
     kernels.register.cache_clear()
+
+
+def test_tables_in_cuda_graphs(monkeypatch):
+    """A graph's table is kept for as long as the process lives; its copy to the GPU cannot be captured."""
+    from fastkd.ops.triton import plan
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(plan, "_IN_GRAPHS", [])
+    table = torch.zeros(1)
+    for _ in range(2):
+        plan._keep(table, torch.device("cuda"))
+    assert len(plan._IN_GRAPHS) == 1 and plan._IN_GRAPHS[0] is table
+    with pytest.raises(RuntimeError, match="cannot capture the first call of a shape; call it once before capturing"):
+        plan._on_device(table, torch.device("cuda"))

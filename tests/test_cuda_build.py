@@ -160,6 +160,21 @@ def test_the_extension_gets_the_static_runtime_and_the_targets(script, tmp_path)
     assert {"-gencode=arch=compute_80,code=sm_90", "-DFASTKD_CUDA_TARGETS=sm_90.compute_80"} <= set(flags)
 
 
+# the sources
+
+RUNTIME = {  # none of them allocates, waits, or is refused while a CUDA graph is captured
+    "cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetLastError", "cudaGetErrorString",
+}  # fmt: skip
+
+
+def test_the_sources_allocate_nothing_and_wait_for_nothing():
+    paths = [path for pattern in ("*.cu", "device*.h", "*_device.h") for path in (ROOT / "csrc").glob(pattern)]
+    text = "\n".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")) for path in paths)
+    called = set(re.findall(r"\b(cuda[A-Z]\w*)\(", text))
+    assert called == RUNTIME
+    assert not re.findall(r"\b(?:malloc|new|atomicAdd|printf)\b(?! tensor)", text)
+
+
 # the built library
 
 built = pytest.mark.skipif(not _library.BUILT_IN_CUDA.exists(), reason="fastkd/_cuda.so is not built: `make cuda`")

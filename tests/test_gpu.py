@@ -18,7 +18,7 @@ import test_norm_relu_box_pool
 import test_pool_paint
 import test_value_mimic
 import torch
-from kernels import compile_and_export, fuzz, results_and_gradients
+from kernels import compile_and_export, fuzz, leaves, results_and_gradients
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -104,6 +104,42 @@ def test_waits_for_nothing(on_gpu, op):
             torch.autograd.backward(results, [torch.ones_like(value) for value in results])
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def everything(op, arguments):
+    """Results and gradients of a call, all on the device; nothing that a CUDA graph cannot capture."""
+    results = [value for value in tree_flatten(pair(op)[0](*arguments))[0] if isinstance(value, Tensor)]
+    roots, wanted = [value for value in results if value.requires_grad], leaves(arguments)
+    gradients = []
+    if roots and wanted:
+        gradients = torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], allow_unused=True)
+    return [value.detach() for value in [*results, *gradients] if value is not None]
+
+
+@gpu
+@pytest.mark.parametrize("op", OPS)
+def test_a_cuda_graph_captures_it(on_gpu, op):
+    arguments = arguments_on(op, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled, loaded or copied when first called is
+        expected = [everything(op, arguments) for _ in range(3)][-1]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(op, arguments)
+    for value in captured:
+        value.zero_()
+    graph.replay()
+    assert len(captured) == len(expected) and all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_graph_would_capture(op):
+    """On the CPU: the harness finds results, and gradients where something wants one."""
+    arguments = arguments_on(op, "cpu")
+    results, gradients = results_and_gradients(pair(op)[0], arguments)
+    assert len(everything(op, arguments)) >= len(results) + bool(gradients and results[0].is_floating_point())
 
 
 @gpu

@@ -2,6 +2,7 @@
 
 import pytest
 import simt
+import torch
 
 PLANTED = simt.module.planted_bugs()
 
@@ -18,3 +19,10 @@ def test_planted_bug(name, seed):
     simt.module.run_planted(name, False)
     with pytest.raises(RuntimeError, match=f"^{PLANTED[name]}: "):
         simt.module.run_planted(name, True)
+
+
+def test_memory_is_taken_for_what_the_tensor_holds():
+    simt.DEFINITIONS.define("planted_taken_for_doubles(Tensor tensor) -> int")
+    assert simt.run("planted_taken_for_doubles", torch.empty(6, dtype=torch.float64)) == 48
+    with pytest.raises(RuntimeError, match="a kernel takes elements of 8 bytes, the tensor holds 4; pass tensors of"):
+        simt.run("planted_taken_for_doubles", torch.empty(6))

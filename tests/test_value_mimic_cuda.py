@@ -11,6 +11,7 @@ from fastkd.ops import value_mimic_reference
 SHAPES = {  # images, heads, depth, sizes
     "pyramid": (2, 3, 4, [(9, 11), (4, 4), (1, 3), (1, 1)]),
     "published depth": (1, 2, 32, [(5, 29), (2, 3)]),  # more cells than a tile
+    "whole packs": (1, 2, 32, [(8, 20), (4, 4)]),  # of cells and of channels
     "one channel a head": (1, 5, 1, [(3, 4)]),
     "empty": (0, 2, 4, [(4, 4)]),
     "no cells": (2, 2, 4, [(4, 4), (0, 3)]),
@@ -55,6 +56,15 @@ def check(arguments, **settings):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_no_worse_than_plain(shape, layout, dtype):
     check(draw(*shape, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("starts", [(1, 1), (3, 0), (4, 8)], ids=str)
+def test_misaligned_starts(starts, layout):
+    """Views that begin anywhere in a 16-byte pack."""
+    stride = torch.empty(2, 8, 4, 8, memory_format=layout).stride()
+    views = [torch.randn(520).as_strided((2, 8, 4, 8), stride, start) for start in starts]
+    check([[views[0].requires_grad_()], [views[1]], [torch.rand(2, 2, 4, 8)]])
 
 
 @pytest.mark.parametrize("layouts", [(contiguous, channels_last), (channels_last, contiguous), (strided, contiguous)])

@@ -12,9 +12,18 @@ PYBIND11_MODULE(_simt, module) {
       [](uint64_t seed, int poison, int64_t shared_bytes) {
         simt::settings() = {seed, static_cast<unsigned char>(poison), shared_bytes};
         simt::forget();
+        simt::traffic() = {};
       },
       pybind11::arg("seed") = 0, pybind11::arg("poison") = 0xff, pybind11::arg("shared_bytes") = 96 * 1024,
       "Settings of the next launches; forgets the memory of earlier calls.");
+  module.def(
+      "traffic",
+      [] {
+        const simt::Traffic& counted = simt::traffic();
+        return std::map<std::string, int64_t>{
+            {"asked", counted.asked}, {"read", counted.read}, {"written", counted.written}};
+      },
+      "Bytes of global memory moved since `configure`: asked for, and each byte once a launch.");
   module.def("forget", &simt::forget, "Forgets the memory of earlier calls: their results may be freed.");
   module.def("planted_bugs", &fastkd::planted_bugs, "Name -> kind of finding of every planted bug.");
   module.def("run_planted", &fastkd::run_planted, pybind11::arg("name"), pybind11::arg("bug"),

@@ -166,7 +166,12 @@ const Planted kPlanted[] = {
     {"write_to_input", "read-only", &write_to_input},
 };
 
+// A tensor's memory taken for that of doubles: of a tensor of floats it would reach as far again behind the end.
+int64_t taken_for_doubles(Tensor tensor) { return output<double>(tensor).buffer()->size; }
+
 }  // namespace
+
+FASTKD_DEVICE_LIBRARY(library) { library.impl("planted_taken_for_doubles", TORCH_BOX(&taken_for_doubles)); }
 
 std::map<std::string, std::string> planted_bugs() {
   std::map<std::string, std::string> found;

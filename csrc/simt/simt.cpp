@@ -83,7 +83,7 @@ bool release_warp(Fiber* lanes, int count) {
       if (fiber.source_lane == kVotes) continue;
       const int source = fiber.source_lane < 0 ? other : fiber.source_lane;
       if (source >= kWarp || !(mask >> source & 1))
-        throw Finding{"lane", where(fiber.identity) + " reads lane " + std::to_string(source) + ", which does not take part"};
+        throw Finding{"lane", where(fiber.identity) + " reads lane " + std::to_string(source) + ", which is not there"};
       fiber.result = lanes[source].bits;
     }
     for (int other = 0; other < count; ++other)
@@ -111,7 +111,8 @@ void release(std::vector<Fiber>& fibers) {
     if (fiber.state == State::barrier) waiting = &fiber;
   for (Fiber& fiber : fibers)
     if (fiber.state != State::barrier || fiber.site != waiting->site)
-      throw Finding{"barrier", where(fiber.identity) + " does not reach the barrier where " + where(waiting->identity) + " waits"};
+      throw Finding{"barrier",
+                    where(fiber.identity) + " does not reach the barrier where " + where(waiting->identity) + " waits"};
   ++block->epoch;
   for (Fiber& fiber : fibers) fiber.state = State::ready;
 }
@@ -175,6 +176,11 @@ Settings& settings() {
   return values;
 }
 
+Traffic& traffic() {
+  static Traffic counted;
+  return counted;
+}
+
 const Thread& current() { return block->running->identity; }
 
 void touch(Buffer* buffer, int64_t offset, int64_t bytes, bool write, bool atomic) {
@@ -187,13 +193,19 @@ void touch(Buffer* buffer, int64_t offset, int64_t bytes, bool write, bool atomi
   if ((reinterpret_cast<uintptr_t>(buffer->data) + offset) % bytes != 0) fail("misaligned", place());
   if (write && !buffer->writable) fail("read-only", place());
   const Fiber& self = *block->running;
+  if (!buffer->shared) traffic().asked += bytes;
   const Access now{block->number, self.identity.thread, block->epoch, self.warp_epoch, atomic};
   for (int64_t at = offset; at < offset + bytes; ++at) {
     Cell& cell = buffer->cells[at];
     if (!write && !cell.initialised) fail("uninitialised", place());
-    const auto conflicts = [&](const Access& before) { return !(before.atomic && atomic) && !ordered(before, self, buffer->shared); };
+    const auto conflicts = [&](const Access& before) {
+      return !(before.atomic && atomic) && !ordered(before, self, buffer->shared);
+    };
     if (conflicts(cell.write)) fail("race", place() + " was written by thread " + std::to_string(cell.write.thread));
-    if (write && (conflicts(cell.read) || conflicts(cell.other_read))) fail("race", place() + " was read by another thread");
+    if (write && (conflicts(cell.read) || conflicts(cell.other_read)))
+      fail("race", place() + " was read by another thread");
+    if (!buffer->shared && write && cell.write.block < 0) ++traffic().written;
+    if (!buffer->shared && !write && cell.write.block < 0 && cell.read.block < 0) ++traffic().read;
     if (write) {
       cell.write = now;
       cell.initialised = true;
@@ -265,8 +277,10 @@ void prepare(Fiber& fiber, char* stack) {
 }  // namespace
 
 void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<void()>& body) {
-  if (shared_bytes > settings().shared_bytes) throw std::runtime_error("launch: more shared memory than a block may have");
-  if (threads.count() < 1 || threads.count() > 1024 || grid.count() < 1 || grid.x > 2147483647 || grid.y > 65535 || grid.z > 65535)
+  if (shared_bytes > settings().shared_bytes)
+    throw std::runtime_error("launch: more shared memory than a block may have");
+  if (threads.count() < 1 || threads.count() > 1024 || grid.count() < 1 || grid.x > 2147483647 || grid.y > 65535 ||
+      grid.z > 65535)
     throw std::runtime_error("launch: grid and block must be in CUDA's limits");
   for (const auto& buffer : buffers())  // launches on one stream are ordered
     for (Cell& cell : buffer->cells) cell.write = cell.read = cell.other_read = Access{};

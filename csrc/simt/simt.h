@@ -4,7 +4,7 @@
 // Threads are fibers; a block's fibers run one at a time in an order drawn from the seed, until each waits at a
 // barrier, waits in a warp operation, or ends. Blocks run one after another, in a drawn order. What a run reports:
 //   bounds          access outside its buffer, or to shared memory of another size       misaligned     vector access
-//   uninitialised   reading bytes nobody wrote (they also hold NaN or huge numbers)       read-only      write to an input
+//   uninitialised   reading bytes nobody wrote (they also hold NaN or huge numbers)       read-only      write to input
 //   race            two threads, one of them writing, without barrier between, not both atomic
 //   barrier         __syncthreads that some thread of the block never reaches, or reaches elsewhere
 //   lane            a warp operation whose mask names a lane that is not there, or leaves out the caller
@@ -55,6 +55,12 @@ struct Cell {
   Access write, read, other_read;  // the last two readers, of different threads
   bool initialised = false;
 };
+
+// Bytes of global memory that launches moved: in the whole, and each byte once a launch, as with a cache without end.
+struct Traffic {
+  int64_t asked = 0, read = 0, written = 0;
+};
+Traffic& traffic();
 
 struct Buffer {
   std::byte* data;
@@ -148,7 +154,8 @@ class Index {
   template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer>>>
   Index(Integer value) : value_(static_cast<int64_t>(value)) {
     constexpr int64_t limit = int64_t{1} << (Bits - 1);
-    if (value_ < -limit || value_ >= limit) fail("overflow", std::to_string(value_) + " in an index of " + std::to_string(Bits) + " bits");
+    if (value_ < -limit || value_ >= limit)
+      fail("overflow", std::to_string(value_) + " in an index of " + std::to_string(Bits) + " bits");
   }
   operator int64_t() const { return value_; }
 #define SIMT_OPERATOR(op)                                                                            \

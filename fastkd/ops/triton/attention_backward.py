@@ -4,8 +4,8 @@ A program takes a strip of a level (tiles.py) for one head of one image, tile by
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
 With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
-place in memory, tile by tile. dV is complete in a tile, the column biases' gradients in a strip; what the strips have
-in common is added up in a fixed order afterwards: no atomics, the same bits every time.
+place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile, the column biases' gradients
+in a strip; what the strips have in common is added up in a fixed order afterwards: no atomics, the same bits always.
   traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
             dV written once; for each strip d numbers a query and, where PROJECTED, the weight's gradient
 """
@@ -104,6 +104,7 @@ def instance_attention_backward_kernel(
     FOR_KEYS: tl.constexpr,
     FOR_VALUES: tl.constexpr,
     SINGLE: tl.constexpr,
+    WEIGHT_APART: tl.constexpr,  # the weight's gradient is added up in memory, tile by tile: no room in registers
     LEVELS_LAST: tl.constexpr,  # channels-last
     VALUES_LAST: tl.constexpr,
     WIDE: tl.constexpr,  # offsets in an image need 64 bits
@@ -136,7 +137,11 @@ def instance_attention_backward_kernel(
         weight_place = (head * DEPTH + depth)[None, :] * CHANNELS + channel[:, None]
         weight_known = (depth < DEPTH)[None, :] & (channel < CHANNELS)[:, None]
         weight = tl.load(key_weight + weight_place, mask=weight_known, other=0.0)  # [C, D]
-        grad_weight = tl.zeros((BLOCK_C, BLOCK_D), number)
+        part_start = part_weight
+        if FOR_KEYS:
+            part_start = part_weight + (image * parts + part) * heads * DEPTH * CHANNELS
+        if not WEIGHT_APART:
+            grad_weight = tl.zeros((BLOCK_C, BLOCK_D), number)
     if SINGLE:
         row, known, q, do, delta, maximum, factor, bias_row, bias_column = _block(
             queries, row_bias, column_bias, grad, output, normal, table, part, level, image, head, heads, 0, count, x0,
@@ -221,7 +226,13 @@ def instance_attention_backward_kernel(
                 mask=tl.trans(value_known),
             )
         if PROJECTED and FOR_KEYS:
-            grad_weight = product(x, grad_key.to(x.dtype), grad_weight, PRECISION)
+            if WEIGHT_APART:
+                sums = tl.load(part_start + weight_place, mask=weight_known & (y > y0), other=0.0)
+                sums = product(x, grad_key.to(x.dtype), sums, PRECISION)
+                tl.store(part_start + weight_place, sums, mask=weight_known)
+                tl.debug_barrier()  # as above
+            else:
+                grad_weight = product(x, grad_key.to(x.dtype), grad_weight, PRECISION)
     if FOR_KEYS:
         if SINGLE:
             tl.store(
@@ -234,8 +245,7 @@ def instance_attention_backward_kernel(
                 grad_column,
                 mask=known[:, None] & (column < width)[None, :],
             )
-        if PROJECTED:
-            part_start = part_weight + (image * parts + part) * heads * DEPTH * CHANNELS
+        if PROJECTED and not WEIGHT_APART:
             tl.store(part_start + weight_place, grad_weight, mask=weight_known)
 
 
@@ -293,7 +303,8 @@ def plan_backward(
             rows=rows,
             FOR_KEYS=for_keys,
             FOR_VALUES=for_values,
-            SINGLE=count <= chosen.queries,
+            SINGLE=count <= chosen.queries and not chosen.apart,
+            WEIGHT_APART=chosen.apart,
         ),
         chosen.warps,
         chosen.stages,

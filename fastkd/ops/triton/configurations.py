@@ -48,6 +48,8 @@ class Shape:
         element_size: bytes of a number of the pyramids.
         projected: keys are key_weight times the cells.
         last: levels are channels-last.
+        exact: products of float32 or float64 as IEEE has them, without matrix instructions (float64: with those of
+            few cards).
     """
 
     count: int
@@ -55,6 +57,7 @@ class Shape:
     element_size: int
     projected: bool
     last: bool
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Configuration:
         rows, columns: of a tile of cells, powers of two; rows * columns from 16 on.
         warps: of a program.
         stages: of the loop over tiles; 2: one tile is loaded ahead.
+        apart: the gradients of queries and key_weight are added up in memory, where registers have no room for them.
     """
 
     queries: int
@@ -73,6 +77,7 @@ class Configuration:
     columns: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 def _block(count: int, most: int) -> int:
@@ -93,12 +98,19 @@ def _tile(shape: Shape, cells: int) -> tuple[int, int]:
 
 
 def forward(shape: Shape, card: Card) -> Configuration:
+    if shape.exact:  # a thread holds whole rows of both operands
+        double = shape.element_size == 8
+        most = 16 if double else 64 if shape.projected else 32
+        warps = 16 if double and (shape.last or not shape.projected) else 8
+        return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 1)
     warps = 4 if shape.last and card.generation < 10 else 8
-    stages = 2 if shape.last else 1
+    stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
 
 
 def backward(shape: Shape, card: Card) -> Configuration:
+    if shape.element_size == 8 or (shape.element_size == 4 and shape.projected):
+        return _backward_of_wide_numbers(shape, card)
     most = _most_queries(shape)
     if shape.element_size == 4 or (not shape.projected and card.generation == 8):
         most = min(most, 32)  # queries are kept in registers, in all channels where absorbed, beside their gradients
@@ -106,12 +118,29 @@ def backward(shape: Shape, card: Card) -> Configuration:
     if blocks:
         # blocks after each other take registers for their addresses
         most = min(most, 16 if card.generation == 10 or shape.element_size == 4 else 32)
+    count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
+    apart = shape.element_size == 4 and (count <= 32 if shape.exact else count <= 16 and not shape.last)
+    most = 16 if apart else most
+    together = not blocks and not apart
     # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
-    cells = 64 if shape.last and card.generation == 10 and not blocks else 32
-    ahead = shape.last and card.generation < 10 and not blocks and shape.element_size == 2
-    return Configuration(_block(shape.count, most), *_tile(shape, cells), 8, 2 if ahead else 1)
+    cells = 64 if shape.last and card.generation == 10 and together else 32
+    ahead = shape.last and card.generation < 10 and together and shape.element_size == 2
+    return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1, apart)
+
+
+def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
+    """float64, which only gradcheck needs, and float32 with projected keys, whose weight has a gradient beside."""
+    most = 64 if shape.exact and shape.element_size == 4 else 16
+    apart = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
+    return Configuration(_block(shape.count, most), *_tile(shape, 32), 8, 1, apart)
 
 
 def mass(shape: Shape, card: Card) -> Configuration:
-    warps, stages = 4 if shape.last else 8, 2 if card.generation < 10 else 1
+    if shape.exact:
+        warps = 16 if shape.element_size == 8 and shape.projected else 8
+        cells = 32 if shape.projected and not shape.last else 64
+        return Configuration(_block(shape.count, 16), *_tile(shape, cells), warps, 1)
+    halves = shape.element_size == 2
+    warps = 4 if (shape.last if halves else shape.count <= 32) else 8
+    stages = 2 if card.generation < 10 and halves else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)

@@ -93,9 +93,44 @@ class Parts:
         return self.first[-1]
 
 
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream that tables are copied on."""
+    return torch.cuda.Stream(device)
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table for kernels on any stream: the host waits for this copy, and for nothing that is under way elsewhere.
+
+    Raises: RuntimeError while a CUDA graph is captured: the copy would become part of the graph.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "instance_attention: a CUDA graph cannot capture the first call of a shape; call it once before capturing"
+        )
+    with torch.cuda.stream(_copies(device)):
+        copied = table.pin_memory().to(device, non_blocking=True)
+    _copies(device).synchronize()
+    return copied
+
+
+def _keep(table: Tensor, device: torch.device) -> None:
+    """The cache may let go of a table that this call's kernels, or a CUDA graph that has them, will still read."""
+    if torch.cuda.is_current_stream_capturing():
+        if all(table is not other for other in _IN_GRAPHS):
+            _IN_GRAPHS.append(table)
+    else:
+        table.record_stream(torch.cuda.current_stream(device))
+
+
+_IN_GRAPHS: list[Tensor] = []
+
+
 @functools.lru_cache(maxsize=256)
-def _cut(sizes, strides, tile, most_rows, device, stream) -> Parts:
-    """Cached, as calls of one shape share it; `stream`: a table is used on the stream that it was copied on."""
+def _cut(sizes, strides, tile, most_rows, device) -> Parts:
+    """Cached, as calls of one shape share it."""
     entries, first, strips, chunks = [], [0], [], []
     for level, ((height, width), steps) in enumerate(zip(sizes, strides, strict=True)):
         rows = height if most_rows is None else most_rows
@@ -107,9 +142,7 @@ def _cut(sizes, strides, tile, most_rows, device, stream) -> Parts:
         strips.append(len(lefts))
         chunks.append(len(tops))
     table = torch.tensor(entries, dtype=torch.int64).view(-1, PART_NUMBERS)
-    if device.type == "cuda":  # from pinned memory: the host need not wait
-        table = table.pin_memory()
-    return Parts(table.to(device, non_blocking=True), tuple(first), tuple(strips), tuple(chunks))
+    return Parts(_on_device(table, device), tuple(first), tuple(strips), tuple(chunks))
 
 
 class Problem:
@@ -137,7 +170,8 @@ class Problem:
         widest = max(self.channels, heads * self.value_depth)
         self.wide = any(height * width * widest >= NARROW_LIMIT for height, width in self.sizes)
         size = max(dtype.itemsize, 0 if values is None else values[0].dtype.itemsize)
-        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last)
+        exact = size > 2 and precision_of(dtype) == "ieee"
+        self.shape = Shape(count, self.channels, size, self.projected, self.levels_last, exact)
         self.card = card or Card.of(queries.device)
 
     @staticmethod
@@ -175,12 +209,14 @@ class Problem:
 
     def cut(self, tile: Configuration, most_rows: int | None = None) -> Parts:
         """The parts, at most `most_rows` rows each (a multiple of the tile's; None: all of a level's)."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         strides = tuple(
             (*row.stride()[:3], *column.stride()[:3])
             for row, column in zip(self.row_bias, self.column_bias, strict=True)
         )
-        return _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device, stream)
+        parts = _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device)
+        if self.device.type == "cuda":
+            _keep(parts.table, self.device)
+        return parts
 
     def most_rows(self, tile: Configuration, programs: int) -> int | None:
         """Rows of a part, so that with `programs` for each the card is filled; None: all rows of a level."""

@@ -1,0 +1,283 @@
+"""What the GPU kernels really move, launch by launch, and what follows of it: PREDICTED shares of the ideal.
+
+benchmarks/roofline.py counts what an op must move; this file what its kernels do move: passes that come again, partial
+sums between two launches, the heads' reads of one tile from the L2 cache. A launch takes the longest of its bytes,
+cache bytes and operations, and launches follow each other. tests/test_gpu_traffic.py holds the bytes against those that
+the emulation counts. `python -m benchmarks.roofline` prints the table "aim | model | met".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import peers
+from benchmarks.draws import Draw, Shape
+from benchmarks.roofline import CARDS, Card, Work, _objects
+from benchmarks.roofline import instance_attention as least_attention
+
+# Bytes a second of the L2 cache. A100: 5120 bytes a clock (NVIDIA A100 architecture white paper) at 1.41 GHz. NVIDIA
+# publishes none for the others: ASSUMED.
+CACHE = {"A100": 7.2e12, "H100": 5.5e12, "RTX 4090": 5.0e12}
+BANDWIDTH_AIM, ATTENTION_AIM = 0.8, 2.0
+ATTENTION_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of a kernel, or of torch's matrix products between them.
+
+    Args:
+        name: of the kernel.
+        read, written: bytes, each once a launch.
+        cache: bytes that come from the L2 cache where they are more.
+        matrix, scalar: operations as in roofline.Work.
+    """
+
+    name: str
+    read: float
+    written: float
+    cache: float = 0
+    matrix: float = 0
+    scalar: float = 0
+
+    def seconds(self, card: Card, half: bool = True) -> float:
+        """PREDICTED."""
+        moved = Work(int(self.read + self.written), int(self.matrix), int(self.scalar)).seconds(card, half)
+        return max(moved, self.cache / CACHE[card.name])
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What drawn boxes (or ellipses in them) cover, as shares of a pyramid's cells.
+
+    Args:
+        once: of cells in some object, by the 32 bytes that memory moves.
+        each: the objects' cells, added up.
+        parts: (strip, object) pairs that touch, times channels: partial sums.
+    """
+
+    once: float
+    each: float
+    parts: int
+
+
+@functools.cache
+def cover_of(shape: Shape, size: int, last: bool, strip: Callable[[int, int], int]) -> Cover:
+    """Args: strip(rows, columns): cells of a strip of a level."""
+    draw = Draw(shape, torch.bfloat16 if size == 2 else torch.float32, last, torch.device("cpu"))
+    boxes, _ = draw.boxes()
+    line, once, each, parts = 1 if last else 32 // size, 0, 0, 0
+    for rows, columns in shape.level_sizes:
+        cover = peers.box_cover(boxes, shape.image_size, (rows, columns)).flatten(1)
+        each += int(cover.sum())
+        some = cover.unflatten(0, (shape.images, -1)).any(1)
+        some = torch.nn.functional.pad(some, (0, -some.shape[1] % line)).unflatten(1, (-1, line))
+        once += min(line * int(some.any(2).sum()), shape.images * rows * columns)
+        cells = torch.arange(rows * columns)
+        first = torch.where(cover, cells, rows * columns).amin(1) // strip(rows, columns)
+        final = torch.where(cover, cells, -1).amax(1) // strip(rows, columns)
+        parts += int((final - first + 1)[cover.any(1)].sum())
+    whole = shape.images * shape.cells
+    return Cover(once / whole, each / whole, parts * shape.channels)
+
+
+def _strip(rows: int, columns: int) -> int:
+    return 512
+
+
+def _whole_rows(rows: int, columns: int) -> int:
+    return max(1, 512 // columns) * columns
+
+
+def instance_norm_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
+    moved = shape.elements * size
+    rows = len(shape.strides) * shape.images * shape.channels
+    if not last:
+        return [
+            Launch("forward_rows_kernel", 2 * moved, 48 * rows, scalar=28 * shape.elements),
+            Launch("sum_rows_kernel", 8 * rows, 4),
+            Launch("backward_rows_kernel", 2 * moved + 40 * rows, moved, scalar=16 * shape.elements),
+        ]
+    chunks = sum(-(-high * wide // 128) for high, wide in shape.level_sizes) * shape.images * shape.channels
+    return [
+        Launch("chunk_moments_kernel", 2 * moved, 28 * chunks, 4 * moved, scalar=16 * shape.elements),
+        Launch("merge_moments_kernel", 28 * chunks, 48 * rows),
+        Launch("chunk_errors_kernel", 8 * rows, 0),  # no more, where the sides are not nearly equal
+        Launch("merge_errors_kernel", 8 * rows, 0),
+        Launch("sum_rows_kernel", 8 * rows, 4),
+        Launch("backward_chunks_kernel", 2 * moved + 40 * rows, moved, scalar=16 * shape.elements),
+    ]
+
+
+def _pool(shape: Shape, size: int, last: bool, rows: int = 1) -> list[Launch]:
+    """Of rows sums an object."""
+    cover = cover_of(shape, size, last, _strip)
+    share, sums = (1.0 if rows > 1 else cover.once), 4 * rows * cover.parts
+    moved, out = shape.elements * size, _objects(shape) * rows * (size if rows == 1 else 4)
+    return [
+        Launch("pool_kernel", share * moved, sums, scalar=(1 + cover.each) * shape.elements),
+        Launch("merge_kernel", sums, out),
+    ]
+
+
+def _paint(shape: Shape, size: int, rows: int = 1) -> Launch:
+    values = _objects(shape) * rows * (size if rows == 1 else 4)
+    return Launch("paint_kernel", values, shape.elements * size, scalar=2 * shape.elements)
+
+
+def box_pool(shape: Shape, size: int, last: bool) -> list[Launch]:
+    return [*_pool(shape, size, last), _paint(shape, size)]
+
+
+def box_paint(shape: Shape, size: int, last: bool) -> list[Launch]:
+    return [_paint(shape, size), *_pool(shape, size, last)]
+
+
+def box_paint_conv3x3(shape: Shape, size: int, last: bool) -> list[Launch]:
+    taps, products = 9 * _objects(shape), 2 * 9 * _objects(shape) * shape.channels
+    weights = 9 * shape.channels**2 * size
+    strips = sum(-(-high * wide // 512) for high, wide in shape.level_sizes)
+    whole = 4 * strips * shape.images * shape.channels
+    return [
+        Launch("matmul", weights, 4 * taps, scalar=products),
+        _paint(shape, size, 9),
+        *_pool(shape, size, last, 9),
+        Launch("bias_kernel", whole, 4 * shape.channels),
+        Launch("matmul", 4 * taps, weights, scalar=2 * products),
+    ]
+
+
+def norm_relu_box_pool(shape: Shape, size: int, last: bool) -> list[Launch]:
+    moved, numbers = shape.elements * size, _objects(shape)
+    cover = cover_of(shape, size, last, _whole_rows)
+    sums = 2 * 4 * cover.parts
+    return [
+        Launch("moments_kernel", moved, 0, scalar=8 * shape.elements),
+        Launch("pool kernels", cover.once * moved, sums, cover.each * moved, scalar=4 * cover.each * shape.elements),
+        Launch("pooled_kernel", sums, numbers * (size + 8)),
+        Launch("weigh_kernel", numbers * (size + 8), 4 * numbers),
+        Launch("backward kernels", moved + 4 * numbers, moved, scalar=8 * shape.elements),
+    ]
+
+
+def value_mimic(shape: Shape, size: int, last: bool) -> list[Launch]:
+    moved, mass = shape.elements * size, 4 * shape.images * shape.heads * shape.cells
+    return [
+        Launch("forward_kernel", 2 * moved + mass, 0, scalar=16 * shape.elements),
+        Launch("backward_kernel", 2 * moved + mass, moved, scalar=24 * shape.elements),
+    ]
+
+
+def masked_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
+    moved, flags = shape.elements * size, shape.images * shape.cells
+    share = 1 / 6 if last else 1 - (5 / 6) ** (32 // size)  # of the 32 bytes that hold a masked cell
+    return [
+        Launch("forward_kernel", share * 2 * moved + flags, 0, scalar=3 * shape.elements / 6),
+        Launch("backward_kernel", share * 2 * moved + flags, moved, scalar=3 * shape.elements / 6),
+    ]
+
+
+def _pack(shape: Shape) -> list[Launch]:
+    """The masks' pixels: of one row in eight, and so on up the pyramid, all 32 bytes."""
+    pixels = shape.images * shape.boxes * shape.height * shape.width
+    words = shape.boxes * shape.images * shape.cells // 8
+    return [Launch("pack_masks_kernel", sum(pixels / max(stride, 1) for stride in shape.strides), words)]
+
+
+def mask_pool(shape: Shape, size: int, last: bool) -> list[Launch]:
+    return [*_pack(shape), *_pool(shape, size, last), *_pack(shape), _paint(shape, size)]
+
+
+def mask_paint(shape: Shape, size: int, last: bool) -> list[Launch]:
+    return [*_pack(shape), _paint(shape, size), *_pack(shape), *_pool(shape, size, last)]
+
+
+def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
+    """A program a head: each reads all channels of its tiles, seven of eight times from the cache."""
+    moved, channels, count = shape.elements * size, shape.channels, shape.queries
+    cells, depth = shape.images * shape.cells, shape.channels // shape.heads
+    absorbed = shape.heads * count * channels < channels * (channels + count)  # instance_attention.absorbing_is_cheaper
+    keys = 0 if absorbed else channels * channels
+    logits = shape.heads * count * channels if absorbed else count * channels
+    reads = (shape.heads + 1) * moved
+    to_queries = logits + (0 if absorbed else channels * channels + count * depth * shape.heads)
+    backward = keys + logits + 2 * count * channels + to_queries
+    softmax = 8 * shape.heads * count * cells
+    return [
+        Launch("forward_kernel", 2 * moved, 0, reads, 2 * cells * (keys + logits + count * channels), softmax),
+        Launch("backward_kernel", 2 * moved, moved, reads, 2 * cells * backward, softmax),
+    ]
+
+
+MODELS = {
+    model.__name__: model
+    for model in (
+        instance_norm_mse, box_pool, box_paint, box_paint_conv3x3, norm_relu_box_pool, value_mimic, masked_mse,
+        mask_pool, mask_paint, instance_attention,
+    )
+}  # fmt: skip
+
+
+def least(name: str, shape: Shape, size: int, last: bool) -> float:
+    """Bytes that an op must move: each tensor read once and written once, of covered or masked cells what covers them.
+
+    The launches of MODELS without what comes again and without partial sums.
+    """
+    moved, mass = shape.elements * size, 4 * shape.images * shape.heads * shape.cells
+    if name in ("instance_norm_mse", "value_mimic"):
+        return 5 * moved + (2 * mass if name == "value_mimic" else 0)
+    if name == "masked_mse":
+        return sum(launch.read + launch.written for launch in masked_mse(shape, size, last))
+    covered = cover_of(shape, size, last, _strip).once * moved
+    values = 2 * _objects(shape) * size
+    if name == "norm_relu_box_pool":
+        return 3 * moved + covered + values
+    if name == "box_paint_conv3x3":
+        return 2 * moved + values + 2 * 9 * shape.channels**2 * size
+    pixels = shape.images * shape.boxes * shape.height * shape.width / min(shape.strides)
+    return moved + covered + values + (2 * pixels if name.startswith("mask") else 0)
+
+
+def aims(shape: Shape, card: Card, size: int = 2) -> list[str]:
+    """The table "aim | model | met" on a card; all of it PREDICTED."""
+    lines = [
+        f"PREDICTED on {card.name}, nothing measured: bytes-only time of the least traffic / time of the kernels' own "
+        f"traffic, launch by launch (benchmarks/gpu_traffic.py); L2 cache taken as {CACHE[card.name] / 1e12:.1f} TB/s",
+        "| op | memory order | least MB | moved MB | ideal ms | model ms | aim | model | met |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in MODELS.items():
+        if name == "instance_attention":
+            continue
+        for last in (False, True):
+            launches, bytes_least = model(shape, size, last), least(name, shape, size, last)
+            moved = sum(launch.read + launch.written for launch in launches)
+            ideal, time = bytes_least / card.bandwidth, sum(launch.seconds(card, size == 2) for launch in launches)
+            cells = (f"{bytes_least / 1e6:.0f}", f"{moved / 1e6:.0f}", f"{1e3 * ideal:.3f}", f"{1e3 * time:.3f}")
+            met = "yes" if ideal >= BANDWIDTH_AIM * time else "NO"
+            order = "channels-last" if last else "contiguous"
+            lines.append(
+                f"| {name} | {order} | {' | '.join(cells)} | >= {BANDWIDTH_AIM:.0%} | {ideal / time:.0%} | {met} |"
+            )
+    shape = dataclasses.replace(shape, queries=ATTENTION_QUERIES)
+    ideal = least_attention(shape, size).seconds(card, size == 2)
+    launches = instance_attention(shape, size, True)
+    time = sum(launch.seconds(card, size == 2) for launch in launches)
+    moved = sum(launch.read + launch.written for launch in launches)
+    cells = (f"{least_attention(shape, size).bytes / 1e6:.0f}", f"{moved / 1e6:.0f}", f"{1e3 * ideal:.3f}")
+    lines.append(
+        f"| instance_attention, N = {shape.queries} | both | {' | '.join(cells)} | {1e3 * time:.3f} | "
+        f"<= {ATTENTION_AIM:.0f} x | {time / ideal:.2f} x | {'yes' if time <= ATTENTION_AIM * ideal else 'NO'} |"
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    from benchmarks.roofline import PUBLISHED
+
+    print("\n".join(aims(PUBLISHED, CARDS[1])))
