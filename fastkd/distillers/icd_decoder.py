@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.distillers.icd_queries import AXIS_FEATURES, constant, mlp, sine_frequencies
+from fastkd.distillers.icd_queries import AXIS_FEATURES, angular_frequencies, constant, mlp
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops._pool_paint import is_channels_last
 from fastkd.ops.coverage import full_precision
@@ -69,7 +68,7 @@ class Positions:
         _, _, place, axis = _axes(tuple(level_sizes), padded_size, image_sizes.device)
         valid = torch.stack(valid_sizes(image_sizes, padded_size, level_sizes), dim=1)  # [B, L, 2]
         valid = valid.flatten(1).index_select(1, axis)  # [B, P]
-        angle = (place / valid * 2 * math.pi)[..., None] * sine_frequencies(valid.device)  # [B, P, 64]
+        angle = (place / valid)[..., None] * angular_frequencies(valid.device)  # [B, P, 64]
         table, inside = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid
         heights, widths = (list(sides) for sides in zip(*level_sizes, strict=True))
         parts = [sum(heights), sum(widths)]
@@ -84,7 +83,7 @@ class Positions:
         sides = ((row, self.rows, self.row_inside), (column, self.columns, self.column_inside))
         biases = []
         for part, table, inside in sides:
-            outside = torch.zeros_like(inside, dtype=part.dtype).masked_fill_(~inside, -math.inf)[:, None]
+            outside = inside.to(part.dtype).log()[:, None]  # 0 inside, -inf outside
             biases.append(torch.baddbmm(outside, part, table.to(part).transpose(1, 2)).unflatten(1, queries.shape[1:3]))
         return list(biases[0].split(self.heights, dim=3)), list(biases[1].split(self.widths, dim=3))
 
