@@ -216,7 +216,8 @@ class DecoderLayer(nn.Module):
     """Attention of the queries over the teacher's pyramid and a feed-forward, each with residual and LayerNorm.
 
     key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v; b_k and b_p move all logits of a query alike, so
-    they are left out and their gradient is zero.
+    they are left out and their gradient is zero. Under autocast only what touches cells is in its dtype: casting the
+    weights would cost more operators than the few queries' products save.
 
     Args:
         channels: C, of queries and values, divisible by heads.
@@ -239,12 +240,14 @@ class DecoderLayer(nn.Module):
     def forward(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
         """Queries [B, N, C] -> decoded queries [B, N, C] and their attention."""
         attention_output, attention = self.attend(queries, levels, positions)
-        decoded = self.norm_attention(queries + self.output(attention_output))
-        return self.norm_feed_forward(decoded + self.feed_forward(decoded)), attention
+        with full_precision(queries):
+            decoded = self.norm_attention(queries + self.output(attention_output))
+            return self.norm_feed_forward(decoded + self.feed_forward(decoded)), attention
 
     def attend(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
         """Queries [B, N, C] -> concatenated heads [B, N, C] and the attention."""
-        projected = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
+        with full_precision(queries):
+            projected = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
         projected = projected * projected.shape[3] ** -0.5
         row_bias, column_bias = self._tables(projected, positions)
         values = project_levels(self.value, levels, train_bias=False)
