@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastkd.distillers import ICD
 from fastkd.distillers.icd import auxiliary_losses
-from fastkd.distillers.icd_decoder import DecoderLayer, Positions, valid_sizes
+from fastkd.distillers.icd_decoder import DecoderLayer, Positions, project_levels, valid_sizes
 from fastkd.distillers.icd_queries import QueryEncoder, anchor_embedding, draw_queries, query_count, scale_indicator
 
 CHANNELS, TEACHER, HEADS = 12, 20, 4
@@ -411,6 +411,26 @@ def test_parts_have_right_gradients():
     drawn = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=2)
     outputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: auxiliary_losses(x, drawn), outputs)
+
+
+@pytest.mark.parametrize("train_bias", [True, False])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_projection_is_a_convolution(order, train_bias):
+    linear = torch.nn.Linear(6, 4).double()
+    levels = [torch.randn(2, 6, *size, dtype=torch.float64) for size in ((3, 4), (2, 2))]
+    levels = [level.contiguous(memory_format=order).requires_grad_() for level in levels]
+    kernel = linear.weight[:, :, None, None]
+    bias = linear.bias if train_bias else linear.bias.detach()
+    found = project_levels(linear, levels, train_bias=train_bias)
+    expected = [F.conv2d(level, kernel, bias) for level in levels]
+    inputs = [linear.weight, *levels, *([linear.bias] if train_bias else [])]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert mine.is_contiguous(memory_format=order)
+    gradients = (torch.autograd.grad(sum(level.square().sum() for level in side), inputs) for side in (found, expected))
+    torch.testing.assert_close(*gradients)
+    if not train_bias:
+        assert torch.autograd.grad(found[0].sum(), linear.bias, allow_unused=True) == (None,)
 
 
 def test_auxiliary_by_hand():

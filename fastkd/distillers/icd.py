@@ -13,6 +13,7 @@ from fastkd.distillers.icd_decoder import DecoderLayer, Positions, project_level
 from fastkd.distillers.icd_queries import Queries, QueryEncoder, draw_queries, mlp
 from fastkd.ops import value_mimic
 from fastkd.ops.checks import check_levels, check_same_sizes
+from fastkd.ops.coverage import full_precision
 from fastkd.ops.normalizer import global_mean
 from fastkd.types import Batch, ClassPriors
 
@@ -146,7 +147,8 @@ class ICD(nn.Module):
             targets = [level.detach() for level in attention.values]
             mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
             distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
-            terms.append((*auxiliary_losses(self.auxiliary(decoded), queries), distill))
+            with full_precision(decoded):
+                terms.append((*auxiliary_losses(self.auxiliary(decoded), queries), distill))
         names = ("icd_identification", "icd_localisation", "icd_distill")
         return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
 
@@ -174,7 +176,8 @@ class ICD(nn.Module):
             levels = [level * self.teacher_scale for level in levels]
         sizes = [tuple(level.shape[2:]) for level in levels]
         positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes)
-        decoded = self.encoder(queries)
+        with full_precision(queries.boxes):
+            decoded = self.encoder(queries)
         for layer in self.decoder:
             decoded, attention = layer(decoded, levels, positions)
             yield decoded, attention

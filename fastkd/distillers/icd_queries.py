@@ -158,22 +158,33 @@ def draw_queries(
 
 
 @constant
-def sine_frequencies(device: torch.device) -> Tensor:
-    """[64]: 1 / 10000^(2 * floor(k / 2) / 128) for k = 0, 2, .. 126."""
-    return 10000 ** -(torch.arange(0, AXIS_FEATURES, 2, device=device, dtype=torch.float32) / AXIS_FEATURES)
+def angular_frequencies(device: torch.device) -> Tensor:
+    """[64]: 2 pi / 10000^(2 * floor(k / 2) / 128) for k = 0, 2, .. 126."""
+    powers = torch.arange(0, AXIS_FEATURES, 2, dtype=torch.float64) / AXIS_FEATURES
+    return (2 * math.pi * 10000**-powers).float().to(device, non_blocking=True)
 
 
 def anchor_embedding(anchors: Tensor) -> Tensor:
     """[..., 2] -> [..., 256]: for x and then y, 64 sines and 64 cosines of 2 pi coordinate * frequency."""
-    angle = 2 * math.pi * anchors.float()[..., None] * sine_frequencies(anchors.device)  # [..., 2, 64]
+    angle = anchors.float()[..., None] * angular_frequencies(anchors.device)  # [..., 2, 64]
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
 def scale_indicator(pixels: Tensor) -> Tensor:
     """[..., 2] -> [..., 10]: for w and then h, one-hot over 5 of floor(clamp(log(size) * 1.44 - 5, 0, 4))."""
-    scale = (pixels.float().log() * 1.44 - 5).clamp(0, SCALE_BINS - 1).floor()
-    bins = torch.arange(SCALE_BINS, device=pixels.device)
-    return (scale[..., None] == bins).float().flatten(-2)
+    scale = torch.bucketize(pixels.float(), _scale_edges(pixels.device), right=True)
+    return (scale[..., None] == _numbers(SCALE_BINS, pixels.device)).float().flatten(-2)
+
+
+@constant
+def _scale_edges(device: torch.device) -> Tensor:
+    """The sizes at which the bin of `scale_indicator` changes: [4] pixels."""
+    return torch.tensor([math.exp((5 + edge) / 1.44) for edge in range(1, SCALE_BINS)]).to(device, non_blocking=True)
+
+
+@constant
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -199,7 +210,7 @@ class QueryEncoder(nn.Module):
 
     def describe(self, queries: Queries) -> Tensor:
         """[B, N, num_classes + 266]."""
-        one_hot = queries.labels[..., None] == torch.arange(self.num_classes, device=queries.labels.device)
+        one_hot = queries.labels[..., None] == _numbers(self.num_classes, queries.labels.device)
         parts = [one_hot, anchor_embedding(queries.anchors), scale_indicator(queries.pixels)]
         return torch.cat(parts, dim=-1)  # flags become floats here
 

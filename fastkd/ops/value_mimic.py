@@ -56,7 +56,9 @@ def value_mimic(
     _check(student, teacher, mass, eps)
     if not _DISPATCH.compiled(student[0]):
         return value_mimic_reference(student, teacher, mass, eps)
-    dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
+    dtype = student[0].dtype
+    if teacher[0].dtype != dtype:  # asked first, as promote_types is a dispatched operator
+        dtype = torch.promote_types(dtype, teacher[0].dtype)
     if torch.float64 in (dtype, mass[0].dtype):
         dtype = torch.float64
     sums = torch.float64 if dtype == torch.float64 else torch.float32
