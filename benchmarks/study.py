@@ -178,7 +178,7 @@ def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
         axis.annotate(label, (max(values), place), xytext=(8, 0), textcoords="offset points", va="center")
     axis.set_yticks(range(len(rows)), [row.label for row in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("AP, per cent (bar: mean, dots: seeds)")
+    axis.set_xlabel("AP, or what the label names, per cent (bar: mean, dots: seeds)")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -277,6 +277,8 @@ def main() -> None:
                 run.result()
     arguments = f" --study {chosen.study}" if chosen.study != "scenes" else ""
     arguments += f" --steps {chosen.steps}" if chosen.steps else ""
+    if chosen.seeds != parser.get_default("seeds"):
+        arguments += f" --seeds {' '.join(map(str, chosen.seeds))}"
     write_results(chosen.study, chosen.out, chosen.seeds, chosen.results, arguments, chosen.recorded)
 
 
