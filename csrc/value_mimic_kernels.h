@@ -43,7 +43,7 @@ struct Table {  // of float, double, BFloat16, Half
   Kernel forward[4], backward[4];
 };
 
-constexpr int64_t kTileBytes = 128;  // of a channel: 32 cells in float
+constexpr int64_t kTileBytes = 256;  // of a channel: 64 cells in float
 
 }  // namespace value_mimic
 }  // namespace fastkd
