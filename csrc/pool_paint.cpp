@@ -1,7 +1,7 @@
 // pool and paint over bands (bands.h), the kernels of box_pool, box_paint, mask_pool, mask_paint and their backwards.
 //
 // pool    reads the covered cells once; writes [L, K, C]. Sums in float over at most kBandRows x kSegmentCells cells,
-//         then pairwise over the segments of a band, then in double over bands.
+//         then pairwise over the segments of a band, then in double over bands; contiguous levels: see pool_planes.h.
 //         a task: a block of channels of one image of one level
 // paint   writes every cell once; reads [L, K, C], widens and divides it first, for each block or image (`widen`).
 //         a task: a block of channels of an image (contiguous) or one band, all channels (channels-last)
