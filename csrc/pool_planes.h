@@ -1,7 +1,7 @@
 // The sums of a contiguous level's cells over the objects that cover them (bands.h), without turning rows into lanes:
-// a lane is a column here. The rows of a band are added up, and of these an object takes its spans by whole vectors, the
-// last one masked; what lies in the lanes of an object is added up when all bands are done. That takes as many vectors
-// as the spans hold: where objects overlap heavily, pool_bands is faster (bands_kernels.h).
+// a lane is a column here. The rows of a band are added up, and of these an object takes its spans by whole vectors,
+// the last one masked; what lies in the lanes of an object is added up when all bands are done. That takes as many
+// vectors as the spans hold: where objects overlap heavily, pool_bands is faster (bands_kernels.h).
 #pragma once
 
 #include "bands_kernels.h"
