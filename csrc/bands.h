@@ -26,6 +26,7 @@ struct Segment {
 struct Span {
   int32_t object;  // place among the objects of the image
   int32_t nodes;  // number of its nodes, the next ones in Bands::node
+  int32_t x0, x1;  // cells x0 <= x < x1
 };
 
 struct Band {
@@ -41,12 +42,15 @@ struct Bands {
   const Span* span;
   const int32_t* node;
   int64_t count;
+  bool piled;  // the spans hold many times as many cells as the rows of the bands that have some
 };
 
 }  // namespace fastkd
 
 #if FASTKD_GENERIC_PASS
 #include "cover.h"
+
+#include <cstring>
 
 namespace fastkd {
 
@@ -59,7 +63,9 @@ class BandList {
  public:
   int64_t most_segments = 1;  // of a band
 
-  Bands view() const { return {bands_.data(), segments_.data(), spans_.data(), nodes_.data(), count()}; }
+  Bands view() const {
+    return {bands_.data(), segments_.data(), spans_.data(), nodes_.data(), count(), span_pieces_ > 3 * row_pieces_};
+  }
   int64_t count() const { return static_cast<int64_t>(bands_.size()); }
 
   // add_runs(y, runs) appends the runs of row y, of disjoint cells for each object, none of them empty.
@@ -84,12 +90,14 @@ class BandList {
   std::vector<Segment> segments_;
   std::vector<Span> spans_;
   std::vector<int32_t> nodes_;
+  int64_t span_pieces_ = 0, row_pieces_ = 0;  // of a vector each: of all spans, of a row of each band that has some
   std::vector<int32_t> change_;  // [columns + 1]: objects that begin at a column minus those that end there
   std::vector<int32_t> at_;  // [columns + 1]: -1, or the segment that begins at a column where an object begins or ends
 
   void add_band(int32_t y0, int32_t y1, int32_t columns, const std::vector<Run>& runs) {
     Band band{y0, y1, 0, static_cast<int32_t>(runs.size()), size(segments_), size(spans_), size(nodes_)};
     band.segments = add_segments(columns, runs);
+    if (!runs.empty()) row_pieces_ += 1 + columns / kSegmentCells;
     for (const Run& run : runs) {
       int32_t nodes[64], count = 0;  // written without branches: whether a node belongs to a span is not predictable
       int32_t low = at_[run.x0] + band.segments, high = at_[run.x1] + band.segments;
@@ -100,7 +108,8 @@ class BandList {
         count += high % 2;
       }
       nodes_.insert(nodes_.end(), nodes, nodes + count);
-      spans_.push_back({run.object, count});
+      spans_.push_back({run.object, count, run.x0, run.x1});
+      span_pieces_ += 1 + (run.x1 - run.x0) / kSegmentCells;
     }
     bands_.push_back(band);
     most_segments = std::max<int64_t>(most_segments, band.segments);
@@ -225,6 +234,8 @@ inline Cover cover_by_masks(const torch::stable::Tensor& masks, const torch::sta
   fill_lists(cover, [&](int64_t level, int64_t object, int32_t slot, int32_t y, std::vector<Run>& runs) {
     const auto [rows, columns] = sizes[level];
     const unsigned char* row = mask + (object * height + y * height / rows) * width;
+    // Most rows of most masks are empty: quickly seen where the cells are not far fewer than the pixels.
+    if (columns * 16 >= width && row[0] == 0 && std::memcmp(row, row + 1, width - 1) == 0) return;
     const int64_t* at = pixel[level].data();
     int64_t cells = 0;
     for (int32_t x = 0; x < columns; ++x) {

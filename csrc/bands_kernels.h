@@ -219,29 +219,36 @@ FASTKD_INLINE void stream_rows(scalar_t* out, scalar_t* row, int64_t columns, in
   write_to(total);
 }
 
-// Rows of contiguous channels that lie together in memory, painted near the core before all of them are written, and
-// what painting one band needs. Written row by row, every piece would share its cache lines with others.
+// Paints the planes of contiguous channels. What some bands give all channels is laid out first, then the rows of one
+// channel after the other are painted in the first cache, a stretch of them that lies together in memory, and written.
+// Written row by row, every piece would share its cache lines with others; painted for all channels at once, the rows
+// would leave the first cache before they are written.
 template <class V, class T>
 struct Stretch {
-  static constexpr int lanes = kLanes<V>, kBytes = 8192;  // of a channel
+  static constexpr int lanes = kLanes<V>, kBytes = 8192;  // of the rows
+  static constexpr int64_t kLayoutBytes = 1 << 17, kMostBands = 16;  // of the leaves of a stretch
 
-  int64_t width, columns, most_rows, plane, most_segments;
-  T* rows;            // [width, plane]: of each channel [most_rows, columns], and what whole vectors write beyond
-  Element<V>* nodes;  // of the band
-  Element<V>* leaf;   // [width, padded segments]: the values of the segments
-  Places<V>* places;  // [padded columns]: the segment of a cell
+  int64_t width, columns, most_rows, most_bands, most_segments;
+  T* rows;            // [most_rows, columns] of a channel, and what whole vectors write beyond
+  Element<V>* nodes;  // of a band
+  Element<V>* leaf;   // [bands, width, padded segments]: the values of the segments
+  Places<V>* places;  // [bands, padded columns]: the segment of a cell, less that of the first cell of its vector
+  Places<V>* starts;  // [bands, padded columns]: the segment of the first cell of each vector
 
   // take: gives room for so many elements of the type of its first argument, beginning a cache line
   template <class Take>
   FASTKD_INLINE Stretch(int64_t width, int64_t columns, int64_t most_segments, const Take& take)
       : width(width), columns(columns), most_segments(most_segments) {
-    const int64_t whole = kBytes / (columns * static_cast<int64_t>(sizeof(T)));
-    most_rows = whole > kBandRows ? whole : kBandRows;
-    plane = (most_rows * columns + lanes) / lanes * lanes + lanes;
-    rows = take(T{}, width * plane);
+    constexpr int64_t cells = kBytes / sizeof(T), leaves = kLayoutBytes / sizeof(Element<V>);
+    most_rows = cells / columns > kBandRows ? cells / columns : kBandRows;
+    const int64_t fitting = leaves / leaf_length();
+    most_bands = fitting < 1 ? 1 : fitting < kMostBands ? fitting : kMostBands;
+    // What is taken never shrinks where an argument grows, so that what is enough for the largest is enough for all.
+    rows = take(T{}, (cells > kBandRows * columns ? cells : kBandRows * columns) + 2 * lanes);
     nodes = take(Element<V>{}, (2 * most_segments + lanes) * width);
-    leaf = take(Element<V>{}, padded<V>(most_segments) * width);
-    places = take(Places<V>{}, padded<V>(columns));
+    leaf = take(Element<V>{}, leaves > leaf_length() ? leaves : leaf_length());
+    places = take(Places<V>{}, kMostBands * padded<V>(columns));
+    starts = take(Places<V>{}, kMostBands * padded<V>(columns));
   }
 
   // Bytes that it takes; see the constructor.
@@ -255,46 +262,45 @@ struct Stretch {
     return total;
   }
 
-  // Calls write(first, count, false) when `count` rows of an image from `first` on are painted, stretch by stretch.
-  // one_row: of bands that are long in memory only one row is painted, then write(first, count, true).
+  // Calls write(channel, first, count, false) when `count` rows of a channel from `first` on are painted, for the first
+  // `channels` of them, stretch by stretch.
+  // one_row: of bands that are long in memory only one row is painted, then write(channel, first, count, true).
   template <bool one_row, class Write>
-  FASTKD_INLINE void paint(const Bands& bands, const Element<V>* values, int64_t stride, const Write& write) {
+  FASTKD_INLINE void paint(const Bands& bands, const Element<V>* values, int64_t stride, int64_t channels,
+                           const Write& write) {
     const Band *band = bands.band, *last = bands.band + bands.count;
     while (band != last) {
+      const Band* begin = band;
       const int64_t first = band->y0;
-      if (one_row && is_long(*band)) {
-        paint_band(bands, *band, values, stride, 0, 1);
-        write(first, band->y1 - first, true);
+      const bool alone = one_row && is_long(*band);
+      do {
+        lay_out(bands, *band, values, stride, band - begin);
         ++band;
-        continue;
+      } while (!alone && band != last && band->y1 - first <= most_rows && band - begin < most_bands &&
+               !(one_row && is_long(*band)));
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        for (const Band* each = begin; each != band; ++each)
+          paint_rows(channel, each - begin, each->y0 - first, alone ? 1 : each->y1 - each->y0);
+        write(channel, first, band[-1].y1 - first, alone);
       }
-      for (; band != last && band->y1 - first <= most_rows && !(one_row && is_long(*band)); ++band)
-        paint_band(bands, *band, values, stride, band->y0 - first, band->y1 - band->y0);
-      write(first, band[-1].y1 - first, false);
     }
   }
 
  private:
+  FASTKD_INLINE int64_t leaf_length() const { return padded<V>(most_segments) * width; }
+
   FASTKD_INLINE int64_t first_cell(int64_t x) const {  // of a vector; the last one lies within the row where it can
     if (x + lanes <= columns) return x;
     return columns > lanes ? columns - lanes : 0;
-  }
-
-  FASTKD_INLINE void find_places(const Band& band, const Segment* segment) {
-    typedef Places<V> PlaceVector __attribute__((vector_size(kVectorBytes)));
-    for (int64_t s = 0; s < band.segments; ++s) {  // what is written beyond a segment is the next's
-      const PlaceVector place = PlaceVector{} + static_cast<Places<V>>(s);
-      for (int64_t x = segment[s].x0; x < segment[s].x1; x += lanes) std::memcpy(places + x, &place, sizeof(place));
-    }
   }
 
   FASTKD_INLINE bool is_long(const Band& band) const {
     return (band.y1 - band.y0) * columns * static_cast<int64_t>(sizeof(T)) >= kBytes / 2;
   }
 
-  // Paints `count` equal rows, the first of them `row`.
-  FASTKD_INLINE void paint_band(const Bands& bands, const Band& band, const Element<V>* values, int64_t stride,
-                                int64_t row, int64_t count) {
+  // Of a band, the slot-th of the stretch.
+  FASTKD_INLINE void lay_out(const Bands& bands, const Band& band, const Element<V>* values, int64_t stride,
+                             int64_t slot) {
     paint_nodes<V>(bands, band, values, stride, width, nodes);
     const int64_t length = padded<V>(most_segments);
     const Element<V>* painted = nodes + band.segments * width;
@@ -303,18 +309,36 @@ struct Stretch {
         V tile[lanes];
         for (int i = 0; i < lanes; ++i) tile[i] = load<V>(painted + (s + i) * width + at);
         transpose(tile);
-        for (int i = 0; i < lanes; ++i) store(leaf + (at + i) * length + s, tile[i]);
+        for (int i = 0; i < lanes; ++i) store(leaf + slot * leaf_length() + (at + i) * length + s, tile[i]);
       }
-    find_places(band, bands.segment + band.segment);
+    find_places(band, bands.segment + band.segment, slot);
+  }
+
+  FASTKD_INLINE void find_places(const Band& band, const Segment* segment, int64_t slot) {
+    typedef Places<V> PlaceVector __attribute__((vector_size(kVectorBytes)));
+    Places<V>*at = places + slot * padded<V>(columns), *start = starts + slot * padded<V>(columns);
+    Places<V>* all = start;  // of every cell at first; a vector's start is written behind what is read later
+    for (int64_t s = 0; s < band.segments; ++s) {  // what is written beyond a segment is the next's
+      const PlaceVector place = PlaceVector{} + static_cast<Places<V>>(s);
+      for (int64_t x = segment[s].x0; x < segment[s].x1; x += lanes) std::memcpy(all + x, &place, sizeof(place));
+    }
     for (int64_t next = 0; next < columns; next += lanes) {
-      const int64_t x = first_cell(next), s = places[x];
-      Places<V> at[lanes];
-      for (int i = 0; i < lanes; ++i) at[i] = places[x + i] - static_cast<Places<V>>(s);
-      for (int64_t channel = 0; channel < width; ++channel) {
-        const V value = permute(load<V>(leaf + channel * length + s), at);
-        T* out = rows + channel * plane + row * columns + x;
-        for (int64_t y = 0; y < count; ++y) store(out + y * columns, value);
-      }
+      PlaceVector place;
+      std::memcpy(&place, all + first_cell(next), sizeof(place));
+      start[next / lanes] = place[0];
+      place -= place[0];
+      std::memcpy(at + next, &place, sizeof(place));
+    }
+  }
+
+  // Paints `count` equal rows of a channel, the first of them `row`.
+  FASTKD_INLINE void paint_rows(int64_t channel, int64_t slot, int64_t row, int64_t count) {
+    const Element<V>* values = leaf + slot * leaf_length() + channel * padded<V>(most_segments);
+    const Places<V>*at = places + slot * padded<V>(columns), *start = starts + slot * padded<V>(columns);
+    for (int64_t next = 0; next < columns; next += lanes) {
+      const V value = permute(load<V>(values + start[next / lanes]), at + next);
+      T* out = rows + row * columns + first_cell(next);
+      for (int64_t y = 0; y < count; ++y) store(out + y * columns, value);
     }
   }
 };

@@ -380,15 +380,13 @@ struct Pool {
     const auto room = [&](auto element, int64_t count) { return take<decltype(element)>(free, count); };
     Stretch<V, acc> stretch(kLanes<V>, level.columns, arguments.most_segments, room);
     const acc* painted = values_of(arguments, task, task.channel);
-    stretch.template paint<false>(bands, painted, arguments.value_stride, [&](int64_t first, int64_t count, bool) {
-      for (int64_t channel = 0; channel < task.channels; ++channel) {
-        const int64_t plane = (task.image * level.channels + task.channel + channel) * level.rows;
-        const int64_t position = (plane + first) * level.columns;
-        const acc* values = stretch.rows + channel * stretch.plane;
-        level.large ? write_gradients<true>(level, gradient, position, count * level.columns, values)
-                    : write_gradients<false>(level, gradient, position, count * level.columns, values);
-      }
-    });
+    const auto write = [&](int64_t channel, int64_t first, int64_t count, bool) {
+      const int64_t plane = (task.image * level.channels + task.channel + channel) * level.rows;
+      const int64_t position = (plane + first) * level.columns;
+      level.large ? write_gradients<true>(level, gradient, position, count * level.columns, stretch.rows)
+                  : write_gradients<false>(level, gradient, position, count * level.columns, stretch.rows);
+    };
+    stretch.template paint<false>(bands, painted, arguments.value_stride, task.channels, write);
   }
 
   static int64_t stretch_bytes(int64_t width, int64_t columns, int64_t most_segments) {

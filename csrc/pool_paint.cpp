@@ -1,14 +1,14 @@
 // pool and paint over bands (bands.h), the kernels of box_pool, box_paint, mask_pool, mask_paint and their backwards.
 //
 // pool    reads the covered cells once; writes [L, K, C]. Sums in float over at most kBandRows x kSegmentCells cells,
-//         then pairwise over the segments of a band, then in double over bands.
+//         then pairwise over the segments of a band, then in double over bands; contiguous levels: see pool_planes.h.
 //         a task: a block of channels of one image of one level
 // paint   writes every cell once; reads [L, K, C], widens and divides it first, for each block or image (`widen`).
 //         a task: a block of channels of an image (contiguous) or one band, all channels (channels-last)
 // Results do not depend on the number of threads: a task's do not depend on who runs it.
 #include "pool_paint.h"
 
-#include "bands_kernels.h"
+#include "pool_planes.h"
 #include "pyramid.h"
 
 #include <memory>
@@ -20,7 +20,7 @@ struct Level {
   const void* in;  // pool: the level
   void* out;  // paint: the level
   const Bands* bands;  // of each image
-  int64_t channels, rows, columns, most_segments;
+  int64_t channels, rows, columns, elements, most_segments;
   bool channels_last, large;  // large: beyond the caches near a core
 };
 
@@ -40,6 +40,7 @@ struct Table {  // of float, double, BFloat16, Half
   Kernel pool[4], paint[4];
   int64_t (*stretch_bytes[4])(int64_t width, int64_t columns, int64_t most_segments);
   int64_t lanes[4], block[4];  // channels of a vector, and of a task that pools a channels-last level
+  int64_t most_objects;  // of an image whose contiguous levels are pooled by columns
 };
 
 }  // namespace pool_paint
@@ -56,6 +57,7 @@ struct PoolPaint {
   using acc = acc_t<scalar_t>;
   using V = Vector<acc>;
   static constexpr int kWidth = kLanes<V>;
+  static constexpr int64_t kMostObjects = 1024;  // of an image whose objects each have lanes of their own
   static constexpr int kVectors = 64 / kWidth > 4 ? 64 / kWidth : 4;
   static constexpr int kBlock = kVectors * kWidth;  // channels
 
@@ -100,26 +102,28 @@ struct PoolPaint {
     for (; channel < end; ++channel) pool_block<acc, 1>(arguments, task, channel, scratch);
   }
 
-  template <int U>
-  static void pool_planes(const Arguments& arguments, const Task& task, char* scratch) {
-    constexpr int width = U * kWidth;
-    const Level& level = arguments.levels[task.level];
-    const int64_t plane = task.image * level.channels + task.channel, length = padded<V>(level.columns);
-    acc* sums = take<acc>(scratch, width * length);
-    acc* cells = take<acc>(scratch, width * length);
-    for (int64_t at = 0; at < width * length; ++at) sums[at] = 0;  // channels that do not exist, columns beyond the row
-    const scalar_t* planes = static_cast<const scalar_t*>(level.in) + plane * level.rows * level.columns;
-    const ContiguousLeaves<V, U, scalar_t> leaves{planes, task.channels, level.rows, level.columns, sums, cells};
-    double* totals = new_totals(arguments, task, width, scratch);
-    pool_bands<V, U>(level.bands[task.image], leaves, take<acc>(scratch, 2 * level.most_segments * width), totals);
-    write_pooled(arguments, task, task.channel, width, task.channels, totals);
-  }
-
+  // A task is a vector of channels.
   static void pool_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
-    if (task.channels > kWidth)
-      pool_planes<2>(arguments, task, scratch);
-    else
-      pool_planes<1>(arguments, task, scratch);
+    const Level& level = arguments.levels[task.level];
+    const Bands& bands = level.bands[task.image];
+    const int64_t plane = level.rows * level.columns;
+    const int64_t objects = arguments.first[task.image + 1] - arguments.first[task.image];
+    const scalar_t* in = static_cast<const scalar_t*>(level.in);
+    const scalar_t *planes = in + (task.image * level.channels + task.channel) * plane, *end = in + level.elements;
+    double* totals = new_totals(arguments, task, kWidth, scratch);
+    acc* sums = take<acc>(scratch, kWidth * padded<V>(level.columns));
+    if (bands.piled || objects > kMostObjects) {
+      for (int64_t at = 0; at < kWidth * padded<V>(level.columns); ++at) sums[at] = 0;  // of channels that do not exist
+      acc* cells = take<acc>(scratch, kWidth * padded<V>(level.columns));
+      const ContiguousLeaves<V, 1, scalar_t> leaves{planes, task.channels, level.rows, level.columns, sums, cells};
+      pool_bands<V, 1>(bands, leaves, take<acc>(scratch, 2 * level.most_segments * kWidth), totals);
+    } else {
+      acc* partial = take<acc>(scratch, objects * kWidth * kWidth);
+      const PlanesPool<V, scalar_t> pool{planes,         end,     task.channels, level.rows,
+                                         level.columns, objects, sums,          partial};
+      pool(bands, totals);
+    }
+    write_pooled(arguments, task, task.channel, kWidth, task.channels, totals);
   }
 
   static void pool(const Arguments& arguments, const Task* task, const Task* end, char* scratch) {
@@ -168,17 +172,16 @@ struct PoolPaint {
     scalar_t* planes = static_cast<scalar_t*>(level.out) +
                        (task.image * level.channels + task.channel) * level.rows * level.columns;
     const int64_t columns = level.columns;
-    stretch.template paint<true>(level.bands[task.image], rows, width, [&](int64_t first, int64_t count, bool one_row) {
-      for (int64_t channel = 0; channel < task.channels; ++channel) {
-        scalar_t* out = planes + (channel * level.rows + first) * columns;
-        scalar_t* in = stretch.rows + channel * stretch.plane;
-        if (level.large)
-          one_row ? stream_rows(out, in, columns, count * columns) : stream_copy(out, in, count * columns);
-        else
-          for (int64_t y = 0; y < count; ++y) copy(out + y * columns, one_row ? in : in + y * columns, columns);
-      }
-      if (level.large) end_stream();
-    });
+    stretch.template paint<true>(
+        level.bands[task.image], rows, width, task.channels,
+        [&](int64_t channel, int64_t first, int64_t count, bool one_row) {
+          scalar_t *out = planes + (channel * level.rows + first) * columns, *in = stretch.rows;
+          if (level.large)
+            one_row ? stream_rows(out, in, columns, count * columns) : stream_copy(out, in, count * columns);
+          else
+            for (int64_t y = 0; y < count; ++y) copy(out + y * columns, one_row ? in : in + y * columns, columns);
+        });
+    if (level.large) end_stream();
   }
 
   static void paint(const Arguments& arguments, const Task* task, const Task* end, char* scratch) {
@@ -217,7 +220,8 @@ const pool_paint::Table& kernels<pool_paint::Table, FASTKD_CAPABILITY>() {
                                           {F::paint, D::paint, B::paint, H::paint},
                                           {F::stretch_bytes, D::stretch_bytes, B::stretch_bytes, H::stretch_bytes},
                                           {F::kWidth, D::kWidth, B::kWidth, H::kWidth},
-                                          {F::kBlock, D::kBlock, B::kBlock, H::kBlock}};
+                                          {F::kBlock, D::kBlock, B::kBlock, H::kBlock},
+                                          F::kMostObjects};
   return table;
 }
 }  // namespace fastkd
@@ -273,8 +277,8 @@ class Call {
   void add_level(const void* in, void* out, bool channels_last, int64_t bytes) {
     const int64_t index = static_cast<int64_t>(levels_.size()), channels = arguments.channels;
     const auto [rows, columns] = cover_.sizes[index];
-    levels_.push_back({in, out, bands_.data() + index * cover_.images, channels, rows, columns, 1, channels_last,
-                       is_large(bytes)});
+    levels_.push_back({in, out, bands_.data() + index * cover_.images, channels, rows, columns,
+                       cover_.images * channels * rows * columns, 1, channels_last, is_large(bytes)});
     if (rows * columns * channels == 0) return;
     for (int64_t image = 0; image < cover_.images; ++image) {
       const BandList& list = cover_.list(index, image);
@@ -284,7 +288,7 @@ class Call {
       if (out != nullptr && channels_last) {
         for (int64_t band = 0; band < list.count(); ++band) tasks_.push_back({index, image, 0, channels, band});
       } else if (out != nullptr || objects > 0) {
-        const int64_t block = channels_last ? table.block[type] : 2 * lanes;
+        const int64_t block = channels_last ? table.block[type] : out == nullptr ? lanes : 2 * lanes;
         for (int64_t channel = 0; channel < channels; channel += block)
           tasks_.push_back({index, image, channel, std::min(block, channels - channel), 0});
       }
@@ -322,7 +326,8 @@ class Call {
       const int64_t segments = level.most_segments;
       if (level.out == nullptr) {  // nodes, totals, rows of a contiguous level
         const int64_t rows = level.channels_last ? 0 : 2 * (level.columns + 2 * lanes);
-        bytes = std::max(bytes, wide * block * (2 * segments + arguments.most_objects + rows));
+        const int64_t partial = level.channels_last ? 0 : std::min(arguments.most_objects, table.most_objects) * lanes;
+        bytes = std::max(bytes, wide * block * (2 * segments + arguments.most_objects + rows + partial));
       } else {  // rows of the objects, nodes and narrowed leaves or a stretch
         const int64_t width = std::max(arguments.width, 2 * lanes);
         const int64_t rows = arguments.most_objects * width * wide, painted = 3 * segments * width * wide;

@@ -43,7 +43,7 @@ struct Table {  // of float, double, BFloat16, Half
   Kernel forward[4], backward[4];
 };
 
-constexpr int64_t kTileBytes = 128;  // of a channel: 32 cells in float
+constexpr int64_t kTileBytes = 256;  // of a channel: 64 cells in float
 
 }  // namespace value_mimic
 }  // namespace fastkd
@@ -92,11 +92,22 @@ struct Tiles {
             load<acc>(x + done * level.channel_stride + (at < cells ? at : 0) * level.cell_stride);
   }
 
+  // Whole cache lines of a level beyond the caches are written past them.
+  static FASTKD_INLINE bool is_streamed(const scalar_t* row, const Level& level) {
+    return is_large(level.image_stride * static_cast<int64_t>(sizeof(scalar_t))) && elements_to_line(row) == 0;
+  }
+
+  static FASTKD_INLINE void put_row(scalar_t* row, const Level& level, const acc* values) {
+    if (is_streamed(row, level))
+      for (int at = 0; at < kTile; at += kLane) stream(row + at, load<V>(values + at));
+    else
+      for (int at = 0; at < kTile; at += kLane) store(row + at, load<V>(values + at));
+  }
+
   static FASTKD_INLINE void store_tile(scalar_t* x, const Level& level, int64_t depth, int64_t cells, const acc* tile) {
     if (level.cell_stride == 1 && cells == kTile) {
       for (int64_t channel = 0; channel < depth; ++channel)
-        for (int at = 0; at < kTile; at += kLane)
-          store(x + channel * level.channel_stride + at, load<V>(tile + channel * kTile + at));
+        put_row(x + channel * level.channel_stride, level, tile + channel * kTile);
       return;
     }
     int64_t done = 0;
@@ -115,14 +126,16 @@ struct Tiles {
         store(x + done * level.channel_stride + at * level.cell_stride, tile[done * kTile + at]);
   }
 
-  // Asks for the lines that store_tile will write, which are in no cache yet.
+  // Asks for the lines that store_tile will write into the caches and which are in none yet.
   static FASTKD_INLINE void prefetch_tile(const scalar_t* x, const Level& level, int64_t depth, int64_t cells) {
     constexpr int64_t line = 64 / sizeof(scalar_t);
     const bool by_channel = level.cell_stride == 1;
     const int64_t rows = by_channel ? depth : cells, length = by_channel ? cells : depth;
     const int64_t stride = by_channel ? level.channel_stride : level.cell_stride;
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < rows; ++row) {
+      if (by_channel && cells == kTile && is_streamed(x + row * stride, level)) continue;
       for (int64_t at = 0; at < length; at += line) __builtin_prefetch(x + row * stride + at, 1);
+    }
   }
 
   // A lane a cell: x becomes (x - mean) * scale + offset; offset is what rounding left out of the mean. v - t is the
@@ -271,6 +284,7 @@ struct Tiles {
               store_tile(gradient, level, arguments.depth, cells, student);
             });
     }
+    end_stream();
   }
 };
 

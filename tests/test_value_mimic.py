@@ -22,7 +22,7 @@ from kernels import (
 
 from fastkd.ops import value_mimic, value_mimic_reference
 
-SIZES = [(7, 9), (3, 11), (1, 1), (0, 3)]  # whole tiles of cells and parts of one
+SIZES = [(7, 10), (3, 11), (1, 1), (0, 3)]  # whole tiles of cells and parts of one
 SHAPES = {"heads": (2, 8, 4), "one head": (2, 1, 37), "one channel": (1, 3, 1), "wide": (1, 2, 32), "empty": (0, 2, 4)}
 RAW = torch.ops.fastkd.value_mimic, torch.ops.fastkd.value_mimic_backward
 
@@ -54,6 +54,12 @@ def draw(choose):
 def test_no_worse_than_plain(capability, layout, dtype):
     for shape in SHAPES.values():
         check(value_mimic, value_mimic_reference, pyramids(shape, dtype, layout, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_levels_beyond_the_caches(capability, dtype):
+    """Gradients of a mebibyte an image are written past the caches, where their rows begin cache lines."""
+    check(value_mimic, value_mimic_reference, pyramids((1, 2, 32), dtype, sizes=[(60, 140), (60, 141)]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
