@@ -35,6 +35,7 @@ class _Contender:
     ):
         distiller, teacher = (module.distiller, module.teacher) if method else (None, None)
         self.module = StepModule(copy.deepcopy(module.detector), copy.deepcopy(distiller), teacher, module.dtype)
+        self.module.regions = module.regions
         self.module.to(processes.device)
         self.phase = Phase(distill=method)
         self.module.apply_phase(self.phase, trainable)

@@ -19,6 +19,7 @@ from fastkd.data import BatchLoader, build_train_loader
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
 from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from fastkd.training.compiled import require_compiler
 from fastkd.training.config import Recipe
 from fastkd.training.distributed import Processes, processes
 from fastkd.training.finish import Evaluation, RunResult, finish_run
@@ -64,6 +65,8 @@ def train(
     run_dir, console = Path(run_dir), console or Console(stderr=True)
     with processes(device) as group, StopSignals() as stop:
         _check_batch_size(recipe, group.world_size)
+        if recipe.runtime.compile:
+            require_compiler(group.device)
         metrics = group.first_does(lambda: look_into(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
