@@ -53,7 +53,7 @@ class Detector(nn.Module):
         return {"backbone": self.backbone, "neck": self.neck, "head": self.head}
 
     def tensor_parts(self) -> dict[str, nn.Module]:
-        """The modules of the head whose forward is arithmetic on tensors alone, by name: what torch.compile can take."""
+        """The modules of the head whose forward is arithmetic on tensors alone, by name: what torch.compile takes."""
         return {"head": self.head}
 
     @abstractmethod

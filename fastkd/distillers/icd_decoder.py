@@ -14,7 +14,6 @@ from fastkd.distillers.icd_queries import AXIS_FEATURES, constant, mlp, sine_fre
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops.coverage import full_precision
 
-
 Axes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -106,7 +106,11 @@ def _forward(module: nn.Module, *arguments: Any) -> Any:
 def _with_own_code(function: types.FunctionType) -> types.FunctionType:
     """The function with a code object of its own: torch.compile counts and limits the graphs of a code object."""
     own = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
     return own
