@@ -250,7 +250,7 @@ def test_queries_equal_transcription(num_classes):
     found = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=4, max_queries=20)
     encoder = QueryEncoder(num_classes, 8)
     described = encoder.describe(found)
-    assert found.valid.shape == (3, 20) and found.most_real == 5
+    assert found.valid.shape == (3, 20) and torch.equal(found.chosen, found.real[:, :5])
     for image, queries in enumerate(draw(batch, prior, 4, 20)):
         assert found.valid[image].tolist() == [n < len(queries) for n in range(20)]
         assert found.real[image].tolist() == [n < batch.counts[image] for n in range(20)]

@@ -52,6 +52,10 @@ class Detector(nn.Module):
         """The modules to freeze or to inherit, by name."""
         return {"backbone": self.backbone, "neck": self.neck, "head": self.head}
 
+    def tensor_parts(self) -> dict[str, nn.Module]:
+        """The modules of the head whose forward is arithmetic on tensors alone, by name: what torch.compile takes."""
+        return {"head": self.head}
+
     @abstractmethod
     def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The detection losses of a pyramid, scalars in float32 by name; their sum is what trains the detector.

@@ -34,6 +34,11 @@ class TwoStage(Detector):
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), TwoStageHead(config))
 
+    def tensor_parts(self) -> dict[str, nn.Module]:
+        rois = self.head.roi_heads
+        names = ("box_head", "box_predictor", "mask_head", "mask_predictor")
+        return {"rpn": self.head.rpn.head, **{name: getattr(rois, name) for name in names if hasattr(rois, name)}}
+
     def imitation_anchors(self) -> list[Tensor]:
         return self.head.rpn.anchors.cells
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distillers.icd_decoder import DecoderLayer, Positions, project_levels, xavier_linear
-from fastkd.distillers.icd_queries import Queries, QueryEncoder, draw_queries, mlp
+from fastkd.distillers.icd_decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
+from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp
 from fastkd.ops import value_mimic
 from fastkd.ops.checks import check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
@@ -41,6 +42,14 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     weight = (real[..., None] / (high - low).clamp(min=1e-7)).repeat(1, 1, 2)
     error = ((outputs[..., 1:].sigmoid() - targets).abs() * weight).sum()
     return entropy / counts[0], error / counts[1].clamp(min=1e-30)  # without real boxes 0
+
+
+@dataclass
+class Prepared:
+    """What ICD makes of a batch on the host: draws, and `level_axes` of the pyramid."""
+
+    draws: Draws
+    axes: Axes
 
 
 class ICD(nn.Module):
@@ -122,6 +131,7 @@ class ICD(nn.Module):
         batch: Batch,
         *,
         detach_student: bool = False,
+        prepared: Prepared | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch: auxiliary ones that train encoder and decoder, and the one the student learns from.
 
@@ -130,6 +140,8 @@ class ICD(nn.Module):
             teacher_pyramid: L tensors [B, teacher_channels, H_l, W_l]; frozen.
             batch: images, boxes, labels, seeds.
             detach_student: no gradient into the student's features (its projections still learn).
+            prepared: what `prepare` makes of the batch; given, no count and no seed is looked at, so that one compiled
+                graph serves batches of any number of boxes.
         Returns: {"icd_identification", "icd_localisation", "icd_distill"}: float scalars.
         Raises: ValueError or TypeError if pyramids or batch do not fit.
         """
@@ -137,13 +149,12 @@ class ICD(nn.Module):
         check_levels("ICD", "student_pyramid", student_pyramid, channels=self.channels)
         check_same_sizes("ICD", "student_pyramid", student_pyramid, "teacher_pyramid", teacher_pyramid)
         student = [level.detach() if detach_student else level for level in student_pyramid]
-        queries = self.queries(batch)
-        chosen = queries.real[:, : queries.most_real]
+        queries = self.queries(batch, prepared and prepared.draws)
         terms = []
         for projection, (decoded, attention) in zip(
-            self.student_values, self._decode(queries, teacher_pyramid, batch), strict=True
+            self.student_values, self._decode(queries, teacher_pyramid, batch, prepared and prepared.axes), strict=True
         ):
-            mass = attention.mass(chosen, self.temperature)
+            mass = attention.mass(queries.chosen, self.temperature)
             targets = [level.detach() for level in attention.values]
             mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
             distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
@@ -152,10 +163,15 @@ class ICD(nn.Module):
         names = ("icd_identification", "icd_localisation", "icd_distill")
         return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
 
-    def queries(self, batch: Batch) -> Queries:
+    def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> Prepared:
+        """What of `forward` depends on counts and seeds, and tables for levels (H_l, W_l) of these sizes."""
+        draws = make_draws(batch, rho=self.rho, max_queries=self.max_queries)
+        return Prepared(draws, level_axes(tuple(level_sizes), batch.padded_size, batch.boxes.device))
+
+    def queries(self, batch: Batch, draws: Draws | None = None) -> Queries:
         """The batch's real queries and the fakes its seeds draw."""
         priors = (self.prior_frequency, self.prior_mean, self.prior_std)
-        return draw_queries(batch, *priors, rho=self.rho, max_queries=self.max_queries)
+        return draw_queries(batch, *priors, rho=self.rho, max_queries=self.max_queries, draws=draws)
 
     @torch.no_grad()
     def attention(self, teacher_pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
@@ -169,13 +185,15 @@ class ICD(nn.Module):
         place = queries.real_slots % queries.real.shape[1]
         return attention.maps(batch.image_index, place)
 
-    def _decode(self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch):
+    def _decode(
+        self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch, axes: Axes | None = None
+    ):
         """Yields each layer's decoded queries and attention."""
         levels = [level.detach() for level in teacher_pyramid]
         if self.teacher_scale != 1:
             levels = [level * self.teacher_scale for level in levels]
         sizes = [tuple(level.shape[2:]) for level in levels]
-        positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes)
+        positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes, axes)
         with full_precision(queries.boxes):
             decoded = self.encoder(queries)
         for layer in self.decoder:

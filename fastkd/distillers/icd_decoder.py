@@ -13,23 +13,28 @@ from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops._pool_paint import is_channels_last
 from fastkd.ops.coverage import full_precision
 
+Axes = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 def valid_sizes(
-    image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
+    image_sizes: Tensor,
+    padded_size: tuple[int, int],
+    level_sizes: Sequence[tuple[int, int]],
+    axes: Axes | None = None,
 ) -> list[Tensor]:
     """Rows and columns of each level that lie in the image: L tensors [B, 2] int64.
 
     ceil(image size / stride), at most the level's; stride = mean of (padded height / H_l, padded width / W_l).
     """
-    strides, limits, _, _ = _axes(tuple(level_sizes), padded_size, image_sizes.device)
+    strides, limits, _, _ = axes or level_axes(tuple(level_sizes), padded_size, image_sizes.device)
     sizes = (image_sizes[:, None] / strides).ceil()  # [B, L, 2] float64
     return list(sizes.clamp(torch.ones_like(limits), limits).long().unbind(1))
 
 
 @constant
-def _axes(
+def level_axes(
     level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Axes:
     """What does not change with the batch: strides [L, 1] and limits [L, 2] of the levels, float64; place from 1 [P]
 
     float32 and axis [P] int64 (2 * level, plus 1 for columns) of the rows of all levels, then of their columns.
@@ -63,10 +68,17 @@ class Positions:
     widths: list[int]
 
     @classmethod
-    def of(cls, image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Positions:
-        """The embeddings of these images (image_sizes [B, 2]) on levels of these sizes."""
-        _, _, place, axis = _axes(tuple(level_sizes), padded_size, image_sizes.device)
-        valid = torch.stack(valid_sizes(image_sizes, padded_size, level_sizes), dim=1)  # [B, L, 2]
+    def of(
+        cls,
+        image_sizes: Tensor,
+        padded_size: tuple[int, int],
+        level_sizes: Sequence[tuple[int, int]],
+        axes: Axes | None = None,
+    ) -> Positions:
+        """The embeddings of these images (image_sizes [B, 2]) on levels of these sizes; axes: `level_axes` of them."""
+        axes = axes or level_axes(tuple(level_sizes), padded_size, image_sizes.device)
+        _, _, place, axis = axes
+        valid = torch.stack(valid_sizes(image_sizes, padded_size, level_sizes, axes), dim=1)  # [B, L, 2]
         valid = valid.flatten(1).index_select(1, axis)  # [B, P]
         angle = (place / valid)[..., None] * angular_frequencies(valid.device)  # [B, P, 64]
         table, inside = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid

@@ -46,8 +46,8 @@ class Queries:
         pixels: [B, N, 2] (width, height) of the boxes in pixels of that image.
         real: [B, N] bool.
         valid: [B, N] bool, False in the padding.
+        chosen: [B, n] bool, the first n columns of `real`, n the most real queries of an image.
         real_slots: [K] int64, image * N + place of the batch's boxes.
-        most_real: the most real queries of an image.
     """
 
     boxes: Tensor
@@ -56,8 +56,8 @@ class Queries:
     pixels: Tensor
     real: Tensor
     valid: Tensor
+    chosen: Tensor
     real_slots: Tensor
-    most_real: int
 
 
 def query_count(count: int, rho: float, max_queries: int) -> int:
@@ -101,19 +101,28 @@ def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=dtype, device=device).tril()
 
 
-def draw_queries(
-    batch: Batch, frequency: Tensor, mean: Tensor, std: Tensor, *, rho: float = 5.0, max_queries: int = 300
-) -> Queries:
-    """Real boxes and fakes of every image, with jittered anchor points.
+@dataclass
+class Draws:
+    """What of the queries needs the counts and seeds, which only the host knows, padded to N queries an image.
 
     Args:
-        batch: boxes, labels and seeds; an image's draws depend on its seed and number of boxes only.
-        frequency, mean, std: [num_classes], [num_classes, 2], [num_classes, 2], see ClassPriors; on the batch's device.
-        rho: fakes per real box.
-        max_queries: M, most queries of an image with fewer boxes than that.
-    Returns: Queries with N the most of any image; an image without boxes has one fake query.
-    Raises: ValueError if the batch's counts or seeds do not fit its images.
+        uniform: [B * N, 5] and normal: [B * N, 2]: the draws.
+        valid: [B, N] bool, False in the padding.
+        real: [B, N] bool.
+        chosen: [B, n] bool, the first n columns of `real`, n the most real queries of an image.
+        real_slots: [K] int64, image * N + place of the batch's boxes.
     """
+
+    uniform: Tensor
+    normal: Tensor
+    valid: Tensor
+    real: Tensor
+    chosen: Tensor
+    real_slots: Tensor
+
+
+def make_draws(batch: Batch, *, rho: float = 5.0, max_queries: int = 300) -> Draws:
+    """The draws of a batch, on its device; arguments and errors as of `draw_queries`."""
     counts, images, boxes = batch.counts, len(batch), batch.boxes
     if len(batch.seeds) != images:
         raise ValueError(
@@ -125,35 +134,61 @@ def draw_queries(
             "pass the boxes of each image"
         )
     totals = [query_count(count, rho, max_queries) for count in counts]
-    longest = max(totals)
+    longest, most_real = max(totals), max(counts)
     slots, real_slots = (
-        torch.tensor(
-            [b * longest + n for b, number in enumerate(numbers) for n in range(number)], dtype=torch.int64
-        ).to(boxes.device, non_blocking=True)
+        torch.tensor([b * longest + n for b, number in enumerate(numbers) for n in range(number)], dtype=torch.int64)
         for numbers in (totals, counts)
     )
-    uniform, normal = (
-        boxes.new_zeros(images * longest, draws.shape[1], dtype=draws.dtype).index_copy(
-            0, slots, draws.to(boxes.device, non_blocking=True)
-        )
+    valid, real, chosen = (
+        torch.tensor([[place < number for place in range(width)] for number in numbers], dtype=torch.bool)
+        for numbers, width in ((totals, longest), (counts, longest), (counts, most_real))
+    )
+    uniform, normal = (  # padded where they were drawn, so that the device gets them ready
+        torch.zeros(images * longest, draws.shape[1]).index_copy(0, slots, draws)
         for draws in _seeded_draws(batch.seeds, totals)
     )
-    flags = torch.zeros(images * longest, dtype=torch.bool, device=boxes.device)
-    sides = batch.image_sizes.to(boxes.device, torch.float32).flip(1).repeat(1, 2)  # [B, 4] = (w, h, w, h)
-    xyxy, labels = _fake_boxes(uniform, normal, frequency, mean, std)
-    xyxy = xyxy.index_copy(0, real_slots, boxes.float() / sides.index_select(0, batch.image_index))
+    made = (uniform, normal, valid, real, chosen, real_slots)
+    return Draws(*(values.to(boxes.device, non_blocking=True) for values in made))
+
+
+def draw_queries(
+    batch: Batch,
+    frequency: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    rho: float = 5.0,
+    max_queries: int = 300,
+    draws: Draws | None = None,
+) -> Queries:
+    """Real boxes and fakes of every image, with jittered anchor points.
+
+    Args:
+        batch: boxes, labels and seeds; an image's draws depend on its seed and number of boxes only.
+        frequency, mean, std: [num_classes], [num_classes, 2], [num_classes, 2], see ClassPriors; on the batch's device.
+        rho: fakes per real box.
+        max_queries: M, most queries of an image with fewer boxes than that.
+        draws: of the batch, made before; given, no count and no seed is looked at.
+    Returns: Queries with N the most of any image; an image without boxes has one fake query.
+    Raises: ValueError if the batch's counts or seeds do not fit its images.
+    """
+    if draws is None:
+        draws = make_draws(batch, rho=rho, max_queries=max_queries)
+    uniform, real_slots, shape = draws.uniform, draws.real_slots, draws.valid.shape
+    sides = batch.image_sizes.to(uniform).flip(1).repeat(1, 2)  # [B, 4] = (w, h, w, h)
+    xyxy, labels = _fake_boxes(uniform, draws.normal, frequency, mean, std)
+    xyxy = xyxy.index_copy(0, real_slots, batch.boxes.float() / sides.index_select(0, batch.image_index))
     size = xyxy[:, 2:] - xyxy[:, :2]
     anchors = torch.addcmul(xyxy[:, :2], size, 0.2 + 0.6 * uniform[:, 3:])  # the centre, -0.3 .. 0.3 sizes beside it
-    shape = (images, longest)
     return Queries(
         boxes=xyxy.unflatten(0, shape),
         labels=labels.index_copy(0, real_slots, batch.labels).unflatten(0, shape),
         anchors=anchors.unflatten(0, shape),
         pixels=size.unflatten(0, shape) * sides[:, None, :2],
-        real=flags.index_fill(0, real_slots, True).unflatten(0, shape),
-        valid=flags.index_fill(0, slots, True).unflatten(0, shape),
+        real=draws.real,
+        valid=draws.valid,
+        chosen=draws.chosen,
         real_slots=real_slots,
-        most_real=max(counts),
     )
 
 

@@ -52,14 +52,21 @@ class Objects:
         return values.flatten(-3, -2).index_select(-2, self.slots)
 
 
-def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
-    """The objects of a batch: its boxes and, behind them, the stand-ins.
+@dataclass
+class Places:
+    """Where each object of a batch stands among the padded ones: all that needs the counts, which only the host knows.
 
-    With context: one object an image, the box of the image with no class. Without: one unit box (0, 0, 1, 1) with no
-    class for each image without boxes.
-
-    A stand-in's mask holds the pixels whose centre its box contains.
+    Args:
+        slots: [K] int64, image * longest + place within the image.
+        valid: [B, longest] bool, False in the padding.
     """
+
+    slots: Tensor
+    valid: Tensor
+
+
+def place_objects(batch: Batch, *, context: bool, use_masks: bool) -> Places:
+    """The places of a batch's objects, on its device; see `gather_objects`."""
     device, counts = batch.boxes.device, batch.counts
     if sum(counts) != batch.boxes.shape[0] or len(counts) != len(batch):
         raise ValueError(
@@ -72,10 +79,27 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
     longest = max(count + (image in owners) for image, count in enumerate(counts))
     places = [image * longest + place for image, count in enumerate(counts) for place in range(count)]
     places += [image * longest + counts[image] for image in owners]
-    slots = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
-    image_index = slots // longest
-    owner = image_index[batch.boxes.shape[0] :]
-    corner = torch.ones(len(owners), 2, device=device)
+    filled = [[place < count + (image in owners) for place in range(longest)] for image, count in enumerate(counts)]
+    return Places(
+        slots=torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True),
+        valid=torch.tensor(filled, dtype=torch.bool).to(device, non_blocking=True),
+    )
+
+
+def gather_objects(batch: Batch, *, context: bool, use_masks: bool, places: Places | None = None) -> Objects:
+    """The objects of a batch: its boxes and, behind them, the stand-ins.
+
+    With context: one object an image, the box of the image with no class. Without: one unit box (0, 0, 1, 1) with no
+    class for each image without boxes.
+
+    A stand-in's mask holds the pixels whose centre its box contains.
+    """
+    if places is None:
+        places = place_objects(batch, context=context, use_masks=use_masks)
+    device, slots, boxes = batch.boxes.device, places.slots, batch.boxes.shape[0]
+    image_index = slots // places.valid.shape[1]
+    owner = image_index[boxes:]
+    corner = torch.ones(slots.shape[0] - boxes, 2, device=device)
     if context:
         corner = batch.image_sizes.to(corner).index_select(0, owner).flip(1)  # (w, h)
     stand_in = torch.cat([torch.zeros_like(corner), corner], dim=1)
@@ -86,13 +110,11 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
         masks = torch.cat([batch.masks, inside])
     return Objects(
         boxes=torch.cat([batch.boxes.float(), stand_in]),
-        labels=torch.cat([batch.labels, batch.labels.new_full((len(owners),), -1)]),
+        labels=torch.cat([batch.labels, batch.labels.new_full((slots.shape[0] - boxes,), -1)]),
         image_index=image_index,
         slots=slots,
-        valid=torch.zeros(len(batch) * longest, dtype=torch.bool, device=device)
-        .index_fill(0, slots, True)
-        .unflatten(0, (len(batch), longest)),
-        painted=batch.boxes.shape[0] if context else len(places),
+        valid=places.valid,
+        painted=boxes if context else slots.shape[0],
         masks=masks,
     )
 
@@ -328,7 +350,12 @@ class LGD(nn.Module):
         )
 
     def forward(
-        self, pyramid: Sequence[Tensor], batch: Batch, *, detach_student: bool = False
+        self,
+        pyramid: Sequence[Tensor],
+        batch: Batch,
+        *,
+        detach_student: bool = False,
+        places: Places | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The distillation loss and the instructive pyramid, on which the caller takes the detector's own loss.
 
@@ -338,19 +365,25 @@ class LGD(nn.Module):
             pyramid: L tensors [B, channels, H_l, W_l] of the student; receive gradients.
             batch: images, boxes, labels, and masks where use_masks.
             detach_student: the distillation loss sends no gradient into the student (its adapter still learns).
+            places: what `prepare` makes of the batch; given, no count is looked at, so that one compiled graph serves
+                batches of any number of boxes.
         Returns: {"lgd_distill": float scalar} and L tensors like pyramid.
         Raises: ValueError or TypeError if pyramid or batch do not fit.
         """
         check_levels("LGD", "pyramid", pyramid, channels=self.channels)
-        instructive = self.instruct(pyramid, batch)
+        instructive = self.instruct(pyramid, batch, places)
         levels = [level.detach() if detach_student else level for level in pyramid]
         student = [_branch(self.student_adapter, level, self.recompute) for level in levels]
         loss = instance_norm_mse(student, [level.detach() for level in instructive])
         return {"lgd_distill": self.weight * loss}, instructive
 
-    def instruct(self, pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    def prepare(self, batch: Batch) -> Places:
+        """What of `forward` depends on the counts of boxes."""
+        return place_objects(batch, context=self.context, use_masks=self.use_masks)
+
+    def instruct(self, pyramid: Sequence[Tensor], batch: Batch, places: Places | None = None) -> list[Tensor]:
         """The instructive pyramid: L tensors like pyramid."""
-        objects = gather_objects(batch, context=self.context, use_masks=self.use_masks)
+        objects = gather_objects(batch, context=self.context, use_masks=self.use_masks, places=places)
         labels = appearance = None
         if self.labels is not None:
             dtype = self.labels.local.linear.weight.dtype

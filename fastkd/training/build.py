@@ -17,6 +17,7 @@ from fastkd.detectors import Detector, build_detector, check_teacher, inherit, l
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.checkpoint import sha256_of
+from fastkd.training.compiled import Regions
 from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, MethodConfig, Recipe
 from fastkd.training.step import FrozenTeacher, StepModule
 from fastkd.types import ClassPriors
@@ -222,6 +223,7 @@ def build(recipe: Recipe) -> Built:
     distiller = build_distiller(recipe, teacher, priors)
     needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
-    module = StepModule(student, distiller, FrozenTeacher(teacher, dtype) if needs_teacher else None, dtype)
+    frozen = FrozenTeacher(teacher, dtype) if needs_teacher else None
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

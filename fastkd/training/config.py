@@ -153,12 +153,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is carried out. Only `precision`, `channels_last`, `ops`, `deterministic` and `grad_compression` can
-    change its numbers.
+    """How the run is carried out. Only `precision`, `channels_last`, `compile`, `ops`, `deterministic` and
+    `grad_compression` can change its numbers.
 
     Args:
         precision: "bfloat16" runs under autocast, "float32" does not.
         channels_last: images and weights in channels-last memory order.
+        compile: run features, head, method and frozen teacher through torch.compile (needs a C++ compiler, on a GPU
+            Triton): fewer, larger kernels after some minutes of compilation. Rounding alone differs from the run
+            without; a resumed run equals an uninterrupted one up to rounding where images differ in size.
         deterministic: ask torch for deterministic kernels on the GPU, so that resuming there is bit-exact too.
         recompute: keep no activations inside of the backbone's blocks and of LGD's branches, but compute them again in
             the backward pass: less memory for more time, the same numbers. ResNets without batch statistics only.
@@ -176,6 +179,7 @@ class RuntimeConfig:
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     channels_last: bool = True
+    compile: bool = False
     deterministic: bool = False
     recompute: bool = False
     ops: Literal["compiled", "reference"] = "compiled"

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastkd import assets
+from fastkd.training.compiled import Regions
 from fastkd.training.config import Recipe
 from fastkd.training.distributed import Processes, holding_back
 from fastkd.training.memory import transient_peak
@@ -34,7 +35,8 @@ class _Contender:
         self, recipe: Recipe, module: StepModule, trainable: frozenset[str], processes: Processes, method: bool
     ):
         distiller, teacher = (module.distiller, module.teacher) if method else (None, None)
-        self.module = StepModule(copy.deepcopy(module.detector), copy.deepcopy(distiller), teacher, module.dtype)
+        parts = (copy.deepcopy(module.detector), copy.deepcopy(distiller), teacher, module.dtype, module.regions)
+        self.module = StepModule(*parts)
         self.module.to(processes.device)
         self.phase = Phase(distill=method)
         self.module.apply_phase(self.phase, trainable)
@@ -74,9 +76,12 @@ class _Contender:
         return tensors
 
     def peak(self, parts: list[Batch], channels_last: bool) -> int:
-        """Bytes in use at the worst moment of a step."""
-        resident = self.resident()
+        """Bytes in use at the worst moment of a step; on the CPU of the step as it is without torch.compile."""
+        resident, regions = self.resident(), self.module.regions
+        if self.processes.device.type == "cpu":
+            self.module.regions = Regions()  # of a compiled graph the meter would see the ends alone
         transient = transient_peak(lambda: self.step(parts, channels_last), self.processes.device, resident)
+        self.module.regions = regions
         return sum(t.numel() * t.element_size() for t in resident) + transient
 
 

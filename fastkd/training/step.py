@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
+from fastkd.training.compiled import Regions, fix_batch, free_counts
 from fastkd.training.schedule import Phase
 from fastkd.types import Batch
 
@@ -51,15 +53,23 @@ class FrozenTeacher:
         self.detector.to(device=device, memory_format=memory_format)
         return self
 
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """The teacher's pyramid of a batch, without gradient.
+    def pyramid(self, images: Tensor, regions: Regions | None = None) -> list[Tensor]:
+        """The teacher's pyramid of a batch, without gradient; compiled where `regions` are.
 
         Not in inference mode: a method's projections keep these levels for their weights' gradients.
         """
         kind = images.device.type
         low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
         with torch.no_grad(), low:
-            return self.detector.features(images)
+            return (regions or Regions())("teacher", _features, self.detector, images)
+
+
+def _features(detector: Detector, images: Tensor) -> list[Tensor]:
+    return detector.features(images)
+
+
+def _call(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    return module(*arguments, **options)
 
 
 class StepModule(nn.Module):
@@ -70,6 +80,7 @@ class StepModule(nn.Module):
         distiller: LGD, ICD, FGFI, {"lgd": LGD, "icd": ICD} for both, or None.
         teacher: for ICD and FGFI; held, not registered.
         dtype: autocast to this type, or None for float32.
+        regions: what is compiled of the step; None compiles nothing.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class StepModule(nn.Module):
         distiller: LGD | ICD | FGFI | nn.ModuleDict | None = None,
         teacher: FrozenTeacher | None = None,
         dtype: torch.dtype | None = None,
+        regions: Regions | None = None,
     ):
         super().__init__()
         for part in distiller.values() if isinstance(distiller, nn.ModuleDict) else (distiller,):
@@ -87,6 +99,7 @@ class StepModule(nn.Module):
         self.distiller = distiller
         self.teacher = teacher
         self.dtype = dtype
+        self.regions = regions or Regions()
         if isinstance(distiller, FGFI):
             if not detector.imitation_anchors():
                 raise ValueError(
@@ -106,10 +119,11 @@ class StepModule(nn.Module):
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            pyramid = self.detector.features(batch.images)
-            if self.distiller is None or not phase.distill:
-                return dict(self.detector.loss(pyramid, batch))
-            return self._with_method(pyramid, batch, phase)
+            pyramid = self.regions("student", _features, self.detector, fix_batch(batch.images))
+            with self.regions.inside(self.detector.tensor_parts()):
+                if self.distiller is None or not phase.distill:
+                    return dict(self.detector.loss(pyramid, batch))
+                return self._with_method(pyramid, batch, phase)
 
     def _with_method(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The detector's losses and the method's. LGD's second call of the head is one with the first."""
@@ -146,14 +160,20 @@ class StepModule(nn.Module):
         self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """The losses of a method, and LGD's instructive pyramid."""
+        regions, batch = self.regions, free_counts(batch)
+        pyramid = [fix_batch(level) for level in pyramid]
         if isinstance(distiller, LGD):
-            losses, instructive = distiller(pyramid, batch, detach_student=phase.detach_student)
+            options = {"detach_student": phase.detach_student, "places": free_counts(distiller.prepare(batch))}
+            losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
             return dict(losses), instructive
-        teacher_pyramid = self.teacher.pyramid(batch.images)
+        teacher = [fix_batch(level) for level in self.teacher.pyramid(batch.images, regions)]
         if isinstance(distiller, ICD):
-            return distiller(pyramid, teacher_pyramid, batch, detach_student=phase.detach_student), None
+            prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
+            free_counts(prepared.draws)
+            options = {"detach_student": phase.detach_student, "prepared": prepared}
+            return regions("icd", _call, distiller, pyramid, teacher, batch, **options), None
         anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
-        return distiller(pyramid, teacher_pyramid, batch, anchors), None
+        return regions("fgfi", _call, distiller, pyramid, teacher, batch, anchors), None
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.

@@ -19,6 +19,7 @@ from fastkd.ops import use_backend
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
 from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from fastkd.training.compiled import compiler_settings, require_compiler
 from fastkd.training.config import Recipe
 from fastkd.training.distributed import Processes, check_shares, holding_back, processes
 from fastkd.training.finish import Evaluation, RunResult, finish_run
@@ -66,6 +67,8 @@ def train(
     with processes(device, recipe.runtime.timeout) as group, StopSignals() as stop:
         images = recipe.schedule.batch_size // recipe.schedule.accumulate
         check_shares(images, recipe.runtime.grad_compression, group.world_size)
+        if recipe.runtime.compile:
+            require_compiler(group.device)
         metrics = group.first_does(lambda: look_into(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
@@ -78,7 +81,7 @@ def train(
             console.print(f"{recipe.name}: stopped before the first step", highlight=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.first_does(lambda: open_run_directory(run_dir, built.recipe))
-        with _settings(built.recipe):
+        with _settings(built.recipe), compiler_settings(recipe.runtime.compile):
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 

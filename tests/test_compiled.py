@@ -1,0 +1,81 @@
+"""torch.compile of a step: eager's numbers, few graphs whatever the counts, and what is said where it cannot work."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from detector_cases import rectangles, small_config
+from ragged import priors
+from safetensors.torch import load_file
+from tiny_runs import make_tiny_data, silent, tiny_recipe
+
+from fastkd.detectors import build_detector
+from fastkd.distillers import ICD, LGD
+from fastkd.training import build as building
+from fastkd.training import compiled, train
+from fastkd.training.config import RuntimeConfig, Schedule
+from fastkd.training.schedule import Phase
+from fastkd.training.step import FrozenTeacher, Regions, StepModule, sum_losses
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("lgd", 3), ("icd", 4)])
+def test_compiled_equals_eager_in_few_graphs(fresh, method, wanted):
+    detector = build_detector(small_config("retinanet", norm="frozen_bn"))
+    teacher = FrozenTeacher(build_detector(small_config("retinanet", width=0.5)), None) if method == "icd" else None
+    distiller = LGD(3, 32, heads=4) if method == "lgd" else ICD(3, priors(3), 32, heads=4)
+    eager = StepModule(detector, distiller, teacher, None).train()
+    quick = StepModule(detector, distiller, teacher, None, Regions(True, "aot_eager")).train()
+    assert quick.state_dict().keys() == eager.state_dict().keys()
+    parameters = [p for p in eager.parameters() if p.requires_grad]
+    for seed, counts in enumerate([(3, 2), (5, 4), (2, 7)]):
+        batch, found = rectangles(counts, size=(64, 64), seed=seed), []
+        for module in (eager, quick):
+            torch.manual_seed(seed)
+            losses = module(batch, Phase())
+            found.append((losses, torch.autograd.grad(sum_losses(losses), parameters, allow_unused=True)))
+        (losses, grads), (compiled_losses, compiled_grads) = found
+        torch.testing.assert_close(compiled_losses, losses)
+        for ours, theirs in zip(compiled_grads, grads):
+            if theirs is None:
+                assert ours is None
+            else:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+        assert graphs() == wanted
+    assert quick.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_a_run_through_compile_learns_the_same(fresh, tmp_path_factory, tmp_path, monkeypatch):
+    data = make_tiny_data(tmp_path_factory)
+    monkeypatch.setattr(building, "Regions", functools.partial(Regions, backend="aot_eager"))
+    weights = {}
+    for on in (False, True):
+        runtime = RuntimeConfig(precision="float32", compile=on, log_every=2, checkpoint_every=4, ledger_pairs=1)
+        recipe = tiny_recipe(data, method="lgd", runtime=runtime, schedule=Schedule(steps=3, batch_size=4, accumulate=2))
+        assert train(recipe, tmp_path / str(on), device="cpu", console=silent()).status == "finished"
+        assert (graphs() > 0) == on
+        weights[on] = load_file(tmp_path / str(on) / "student.safetensors")
+    assert weights[True].keys() == weights[False].keys()
+    for name, theirs in weights[False].items():
+        torch.testing.assert_close(weights[True][name], theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_machine_without_compiler_is_refused_before_the_run(tmp_path_factory, tmp_path, monkeypatch):
+    recipe = tiny_recipe(make_tiny_data(tmp_path_factory))
+    recipe = dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, compile=True))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"compile: a C\+\+ compiler must be installed, got none of .*install g\+\+"):
+        train(recipe, tmp_path / "run", device="cpu", console=silent())
+    assert not (tmp_path / "run").exists()
