@@ -20,6 +20,7 @@ PATHS = {
     "reference": ("--runtime.ops", "reference", "--runtime.precision", "float32", "--runtime.no-channels-last"),
     "float32": ("--runtime.precision", "float32", "--runtime.no-channels-last"),
     "bfloat16": ("--runtime.precision", "bfloat16", "--runtime.channels-last"),
+    "compile": ("--runtime.precision", "bfloat16", "--runtime.channels-last", "--runtime.compile"),
 }
 
 
@@ -88,6 +89,7 @@ def _by_every_path(recipe: str, label: str) -> tuple[Row, ...]:
         Row(control, f"{label}, plain torch ops, float32", None),
         Row(f"{recipe}@float32", f"{label}, compiled ops, float32", control),
         Row(f"{recipe}@bfloat16", f"{label}, compiled ops, bfloat16", control),
+        Row(f"{recipe}@compile", f"{label}, compiled ops, bfloat16, torch.compile", control),
     )
 
 
