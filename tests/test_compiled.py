@@ -63,7 +63,8 @@ def test_a_run_through_compile_learns_the_same(fresh, tmp_path_factory, tmp_path
     weights = {}
     for on in (False, True):
         runtime = RuntimeConfig(precision="float32", compile=on, log_every=2, checkpoint_every=4, ledger_pairs=1)
-        recipe = tiny_recipe(data, method="lgd", runtime=runtime, schedule=Schedule(steps=3, batch_size=4, accumulate=2))
+        schedule = Schedule(steps=3, batch_size=4, accumulate=2)
+        recipe = tiny_recipe(data, method="lgd", runtime=runtime, schedule=schedule)
         assert train(recipe, tmp_path / str(on), device="cpu", console=silent()).status == "finished"
         assert (graphs() > 0) == on
         weights[on] = load_file(tmp_path / str(on) / "student.safetensors")
