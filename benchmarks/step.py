@@ -1,9 +1,9 @@
 """What does a training step cost? `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
 
 Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD in plain torch, ours in
-float32 and in bfloat16 with channels-last, FGFI and a teacher's own training for the cost ledger. One process, turn and
-turn about, minima. The first turn of a problem also counts operators, bytes, products and allocations. Writes
-docs/results/step.json, step.md and step.png.
+float32 and in bfloat16 with channels-last; on the first problem also --runtime.recompute and --runtime.compile, FGFI
+and a teacher's own training for the cost ledger. One process, turn and turn about, minima. The first turn of a problem
+also counts operators, bytes, products and allocations. Writes docs/results/step.json, step.md and step.png.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ import torch
 from benchmarks import memory, step_own, step_results
 from benchmarks.dispatch_ledger import DispatchLedger, count
 from benchmarks.ops import commit, machine
-from benchmarks.step_contenders import FORMS, Contender, Problem, build
+from benchmarks.step_contenders import FORMS, OPTIONS, Contender, Problem, build
 from benchmarks.study import KEEP_MEMORY
 
 CPU = torch.device("cpu")
-LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on the first problem only
+LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on a detector's first problem
+TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
 
 
-def contenders(methods: list[str], forms: list[str], first: bool) -> list[tuple[str, str]]:
-    """(method, form) of a problem; first: whether it is the first of its detector."""
-    found = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
-    return found + [pair for pair in sorted(LONE) if first and pair[0] in methods and pair[1] in forms]
+def contenders(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
+    """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
+    of_each = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
+    found = [pair for pair in of_each if pair[1] in FORMS]
+    more = sorted(LONE) * lone + sorted(TRIED) * tried
+    return found + [pair for pair in more if pair[0] in methods and pair[1] in forms]
 
 
 def problems(chosen: argparse.Namespace) -> list[Problem]:
@@ -54,6 +57,12 @@ def resident(contender: Contender) -> int:
 
 def first_turn(contender: Contender) -> dict[str, Any]:
     """A step, counted: ledger, memory and seconds (counting costs it a hundredth)."""
+    if contender.compiled:  # a mode would see the graphs' operators, not the kernels they became
+        return {
+            "seconds": [],
+            "transient_bytes": memory.measure(contender.step, CPU).peak,
+            "resident_bytes": resident(contender),
+        }
     seconds = []
 
     def work() -> None:
@@ -70,18 +79,24 @@ def first_turn(contender: Contender) -> dict[str, Any]:
     return {**entry, "transient_bytes": peak, "resident_bytes": resident(contender)}
 
 
-def measure(problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool) -> dict[str, Any]:
+def measure(
+    problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool, tried: bool = False
+) -> dict[str, Any]:
     """All contenders of a problem, turn and turn about.
 
     Args:
         first: the first problem of its detector: more repetitions, and what the cost ledger needs.
+        tried: the trainer's options take part.
         counted: the first turn is counted; else it is a step on small images, not timed.
     """
     entries, runners = {}, {}
-    for method, form in contenders(chosen.methods, chosen.forms, first):
+    small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
+    for method, form in contenders(chosen.methods, chosen.forms, lone=first, tried=tried):
         runners[method, form] = runner = build(problem, method, form)
-        small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
-        runner.on(small.batch(), runner.step)  # optimiser states are there now
+        if runner.compiled:
+            runner.step()  # the first size has the static graphs
+        else:
+            runner.on(small.batch(), runner.step)  # optimiser states are there now
         entries[f"{method}/{form}"] = first_turn(runner) if counted else {"seconds": []}
     turns = chosen.repetitions if first else chosen.repetitions - counted - 1
     for turn in range(max(turns, 1 - counted)):
@@ -106,7 +121,7 @@ def collect(chosen: argparse.Namespace) -> dict[str, Any]:
             continue
         first = problem.detector not in seen
         counted = problem.boxes == chosen.boxes[0]
-        rows.append(measure(problem, chosen, first=first, counted=counted))
+        rows.append(measure(problem, chosen, first=first, counted=counted, tried=not seen))
         seen.add(problem.detector)
         print(step_results.row_table(rows[-1]), flush=True)
     return {
@@ -126,7 +141,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--detectors", nargs="+", choices=["retinanet", "faster-rcnn"])
     methods = ["student", "lgd", "icd", "fgfi", "teacher"]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    forms = [*FORMS, *OPTIONS]
+    parser.add_argument("--forms", nargs="+", choices=forms, default=forms, help="default: all")
     parser.add_argument("--images", nargs="+", type=int, help="of a batch (default: 1 2)")
     parser.add_argument("--boxes", nargs="+", type=int, help="of an image (default: 7 30)")
     parser.add_argument("--height", type=int, default=800, help="of the images, pixels (default: 800)")
@@ -139,7 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="JSON", help="write the report of a saved run again, no run")
     chosen = parser.parse_args(arguments)
     whole = not (chosen.quick or chosen.detectors or chosen.images or chosen.boxes)
-    whole = whole and chosen.methods == methods and chosen.forms == list(FORMS)
+    whole = whole and chosen.methods == methods and chosen.forms == forms
     chosen.out = chosen.out or Path("docs/results" if whole else "build/bench")
     chosen.detectors = chosen.detectors or (["retinanet"] if chosen.quick else ["retinanet", "faster-rcnn"])
     chosen.images = chosen.images or ([1] if chosen.quick else [1, 2])

@@ -15,6 +15,7 @@ from benchmarks.plain_icd import PlainICD
 from benchmarks.plain_lgd import PlainLGD
 from fastkd.detectors import build_detector
 from fastkd.training.build import build_distiller
+from fastkd.training.compiled import Regions
 from fastkd.training.config import Recipe
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.recipes import get_recipe
@@ -23,6 +24,7 @@ from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.types import Batch, ClassPriors
 
 FORMS = ("plain", "float32", "bfloat16")
+OPTIONS = ("recompute", "compile")  # of the trainer's, on top of bfloat16
 METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
 NUM_CLASSES = 80
 
@@ -67,6 +69,7 @@ class Contender:
         optimizers: torch's; update: takes their steps and drops the gradients.
         module: student and method; frozen: the teacher, or None; ask: the teacher's forward, or None.
         batch: of every step.
+        compiled: whether torch.compile has a part in it.
     """
 
     def __init__(
@@ -78,9 +81,10 @@ class Contender:
         frozen: nn.Module | None,
         ask: Callable[[Batch], object] | None,
         batch: Batch,
+        compiled: bool = False,
     ):
         self.forward, self.optimizers, self.update = forward, optimizers, update
-        self.module, self.frozen, self.batch = module, frozen, batch
+        self.module, self.frozen, self.batch, self.compiled = module, frozen, batch, compiled
         self.teacher = None if ask is None else lambda: ask(self.batch)
 
     def on(self, batch: Batch, work: Callable[[], object]) -> None:
@@ -123,8 +127,14 @@ def priors() -> ClassPriors:
 def recipe_of(detector: str, method: str, form: str) -> Recipe:
     """Our COCO recipe of a contender in a precision."""
     recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
-    low = form == "bfloat16"
-    runtime = dataclasses.replace(recipe.runtime, precision="bfloat16" if low else "float32", channels_last=low)
+    low = form in ("bfloat16", *OPTIONS)
+    runtime = dataclasses.replace(
+        recipe.runtime,
+        precision="bfloat16" if low else "float32",
+        channels_last=low,
+        recompute=form == "recompute",
+        compile=form == "compile",
+    )
     return dataclasses.replace(recipe, runtime=runtime)
 
 
@@ -140,8 +150,9 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
     if method in ("icd", "fgfi"):
         teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
     distiller = build_distiller(recipe, teacher, priors())
-    dtype = torch.bfloat16 if form == "bfloat16" else None
-    module = StepModule(student, distiller, FrozenTeacher(teacher, dtype) if teacher is not None else None, dtype)
+    dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
+    frozen = FrozenTeacher(teacher, dtype) if teacher is not None else None
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
     module.to(memory_format=layout).train()
     if module.teacher is not None:
         module.teacher.to(torch.device("cpu"), layout)
@@ -161,6 +172,7 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
         None if module.teacher is None else module.teacher.detector,
         None if module.teacher is None else lambda batch: module.teacher.pyramid(batch.images),
         batch,
+        recipe.runtime.compile,
     )
 
 
@@ -228,5 +240,5 @@ class _Width:
 
 
 def build(problem: Problem, method: str, form: str) -> Contender:
-    """A contender; method of METHODS, form of FORMS (FGFI has no plain form)."""
+    """A contender; method of METHODS, form of FORMS or OPTIONS (FGFI has no plain form)."""
     return plain(problem, method) if form == "plain" else ours(problem, method, form)

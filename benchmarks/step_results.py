@@ -16,6 +16,7 @@ LABELS = {
     "teacher": "the teacher's own training",
 }
 FORMS = {"plain": "plain float32", "float32": "ours float32", "bfloat16": "ours bfloat16"}
+OPTIONS = {"bfloat16": "ours bfloat16", "recompute": "and --runtime.recompute", "compile": "and --runtime.compile"}
 SPEED_TARGETS = {("lgd", "float32"): 1.4, ("lgd", "bfloat16"): 2.5, ("icd", "float32"): 1.25, ("icd", "bfloat16"): 2.3}
 LGD_TARGETS = (350, 1 / 2, 1 / 2)  # kernels; of plain's bytes, of plain's peak memory
 ICD_TARGETS = {"float32": 5, "bfloat16": 8}  # times faster
@@ -59,10 +60,27 @@ def row_table(row: dict[str, Any]) -> str:
                 continue
             faster = f" ({seconds(found['plain']) / seconds(entry):.2f} x)" if found["plain"] else ""
             times.append(f"{seconds(entry):.2f} s" + (faster if entry is not found["plain"] else ""))
-            sizes.append(f"{peak(entry) / MIB:,.0f} MiB" if "ledger" in entry else "")
+            sizes.append(peak_cell(entry))
         lines.append([label, *times, *sizes])
     head = ["step", *FORMS.values(), *(f"peak, {label}" for label in FORMS.values())]
     return f"### {name_of(row)}\n\n{table(head, lines)}\n"
+
+
+def peak_cell(entry: dict[str, Any]) -> str:
+    """Peak memory where it was measured."""
+    return f"{peak(entry) / MIB:,.0f} MiB" if "transient_bytes" in entry else ""
+
+
+def options_table(row: dict[str, Any]) -> str:
+    """What the trainer's options do to a step in bfloat16: seconds and peak memory."""
+    lines = []
+    for method, label in LABELS.items():
+        found = [row["entries"].get(f"{method}/{form}") for form in OPTIONS]
+        if any(found[1:]):
+            times = [f"{seconds(entry):.2f} s" if entry else "" for entry in found]
+            lines.append([label, *times, *(peak_cell(entry) if entry else "" for entry in found)])
+    head = ["step", *OPTIONS.values(), *(f"peak, {label}" for label in OPTIONS.values())]
+    return f"### Options: {name_of(row)}\n\n{table(head, lines)}\n" if lines else ""
 
 
 def counts(values: dict[str, Any]) -> Counts:
@@ -95,7 +113,7 @@ def ledger_table(row: dict[str, Any]) -> str:
     """Student, method and difference, as counted."""
     lines = []
     for method, label in LABELS.items():
-        for form, form_label in FORMS.items():
+        for form, form_label in (FORMS | OPTIONS).items():
             entry = row["entries"].get(f"{method}/{form}")
             if entry is None or "ledger" not in entry:
                 continue
@@ -203,7 +221,7 @@ def report(saved: dict[str, Any]) -> str:
     ]
     if saved["icd_alone"] is not None:
         parts.append(own_table(saved["icd_alone"]))
-    for make in (targets, fgfi_ledger, ledger_table):
+    for make in (targets, options_table, fgfi_ledger, ledger_table):
         parts += [text for row in saved["rows"] if (text := make(row))]
     if saved["skipped"]:
         parts.append("Not measured, the time was over: " + "; ".join(name_of(row) for row in saved["skipped"]) + ".\n")

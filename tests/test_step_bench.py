@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import step, step_own, step_results
+from benchmarks import step, step_contenders, step_own, step_results
 from benchmarks.dispatch_ledger import Counts
-from benchmarks.step_contenders import FORMS, Contender, Problem
+from benchmarks.step_contenders import FORMS, OPTIONS, Contender, Problem, recipe_of
 
 
 def ledger(ops, size, peak=0):
@@ -91,8 +91,41 @@ def test_what_is_measured_and_in_which_order():
     found = [(problem.boxes, problem.images, problem.detector) for problem in step.problems(everything)]
     assert found[:3] == [(7, 1, "retinanet"), (7, 1, "faster-rcnn"), (7, 2, "retinanet")] and len(found) == 8
     assert str(everything.out) == "docs/results" and str(chosen.out) == "build/bench"
-    assert ("fgfi", "float32") in step.contenders(everything.methods, everything.forms, True)
-    assert len(step.contenders(everything.methods, everything.forms, False)) == 9
+    methods, forms = everything.methods, everything.forms
+    assert ("fgfi", "float32") in step.contenders(methods, forms, lone=True, tried=False)
+    assert len(step.contenders(methods, forms, lone=False, tried=False)) == 9
+    found = step.contenders(methods, forms, lone=True, tried=True)
+    assert len(found) == len(set(found)) == 9 + 2 + 5 and ("icd", "compile") in found
+
+
+def test_options_stand_beside_the_step_they_change():
+    row = copy.deepcopy(ROW)
+    row["entries"] |= {
+        "lgd/bfloat16": entry(2.0),
+        "lgd/recompute": entry(2.5, peak=50),
+        "lgd/compile": {"seconds": [1.5], "transient_bytes": 2**20, "resident_bytes": 2**22},
+    }
+    options = step_results.options_table(row)
+    assert line(options, "LGD") == ["2.00 s", "2.50 s", "1.50 s", "3 MiB", "3 MiB", "5 MiB"]
+    assert "student" not in options and not step_results.options_table(ROW)
+    report = step_results.report({**SAVED, "rows": [row]})
+    assert options in report and line(report, "LGD, and --runtime.recompute")
+    assert "LGD, and --runtime.compile" not in report  # not counted
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
+    problem = Problem(images=1, boxes=1, height=64, width=64)
+    recipe = recipe_of("retinanet", "lgd", option)
+    small = dataclasses.replace(recipe.detector, backbone="resnet18", channels=16)
+    monkeypatch.setattr(step_contenders, "recipe_of", lambda *_: dataclasses.replace(recipe, detector=small))
+    contender = step_contenders.build(problem, "lgd", option)
+    assert contender.compiled == contender.module.regions.enabled == (option == "compile")
+    assert recipe.runtime.recompute == (option == "recompute") and recipe.runtime.precision == "bfloat16"
+    contender.module.regions.backend = "aot_eager"
+    contender.step()
+    found = step.first_turn(contender)
+    assert found["transient_bytes"] > 0 and ("ledger" in found) == (option != "compile")
 
 
 def test_a_counted_turn_and_a_turn_on_other_images():

@@ -11,19 +11,18 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import assets
-from fastkd.data import build_train_loader
 from fastkd.detectors import Detector, check_teacher, inherit, load_detector
 from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build, open_data
 from fastkd.training.config import FGFIConfig, Recipe
-from fastkd.training.distributed import processes
+from fastkd.training.distributed import Processes, processes
 from fastkd.training.doctor_teacher import Finding, Status, check_quality
+from fastkd.training.loading import train_loader
 from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.step import sum_losses
 from fastkd.types import Batch
@@ -59,7 +58,7 @@ def examine(recipe: Recipe, *, batches: int = 4, device: torch.device | str | No
         if teacher is not None:
             yield from check_quality(teacher, built, batches, group.device)
         yield from check_start(built, teacher)
-        parts, loader = _first_batches(built, batches)
+        parts, loader = _first_batches(built, batches, group)
         if module.distiller is not None:
             if module.teacher is not None:
                 module.teacher.to(group.device, torch.contiguous_format)
@@ -264,23 +263,10 @@ def judge_gradients(own: list[float], taught: list[float], levels: list[str]) ->
         yield Finding("warning", "levels", f"{text}: do all objects lie there?")
 
 
-def _first_batches(built: Built, count: int) -> tuple[list[Batch], float]:
+def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Batch], float]:
     """The run's first batches, in parts as it takes them, and seconds a part once the workers run."""
-    recipe, extra = built.recipe, 2
-    data, schedule = recipe.data, recipe.schedule
-    loader = build_train_loader(
-        built.train_set,
-        batch_size=schedule.batch_size // schedule.accumulate,
-        total_steps=count + extra,
-        seed=recipe.seed,
-        workers=data.workers,
-        short_sides=data.short_sides,
-        max_side=data.max_side,
-        flip=0.5 if data.flip else 0.0,
-        divisor=data.divisor,
-        aspect_grouping=data.aspect_grouping,
-        channels_last=recipe.runtime.channels_last,
-    )
+    extra = 2
+    loader = train_loader(built, group, parts=count + extra)
     found, begin = [], 0.0
     for number, batch in enumerate(loader):
         if number == 0:
@@ -289,7 +275,7 @@ def _first_batches(built: Built, count: int) -> tuple[list[Batch], float]:
     return found[:count], (time.perf_counter() - begin) / (count + extra - 1)
 
 
-def check_cost(built: Built, parts: list[Batch], loading: float, group: Any) -> Iterator[Finding]:
+def check_cost(built: Built, parts: list[Batch], loading: float, group: Processes) -> Iterator[Finding]:
     """Memory of a step, the loader's rate against the step's, and how long the run will take."""
     recipe, module = built.recipe, built.module
     quick = dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, ledger_pairs=2))

@@ -10,19 +10,20 @@ from fastkd.training.build import Built
 from fastkd.training.distributed import Processes
 
 
-def train_loader(built: Built, group: Processes, step: int = 0) -> BatchLoader:
+def train_loader(built: Built, group: Processes, step: int = 0, parts: int | None = None) -> BatchLoader:
     """The parts of the steps after `step`, this process's share of each.
 
     Args:
         built: data and recipe.
         group: the processes the batches are divided over.
         step: finished optimiser steps.
+        parts: of the run, counted from its first step; None takes those of all its steps.
     """
     recipe, data, schedule = built.recipe, built.recipe.data, built.recipe.schedule
     return build_train_loader(
         built.train_set,
         batch_size=schedule.batch_size // schedule.accumulate,
-        total_steps=schedule.steps * schedule.accumulate,
+        total_steps=schedule.steps * schedule.accumulate if parts is None else parts,
         seed=recipe.seed,
         start_step=step * schedule.accumulate,
         world_size=group.world_size,
