@@ -1,40 +1,23 @@
-"""The report: judgements against pycocotools, runs with known numbers, hostile names, missing files, real runs."""
+"""The report: runs with known numbers, hostile names, missing files, real runs."""
 
 import base64
-import contextlib
 import dataclasses
 import io
 import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from safetensors.torch import save_file
 
 from fastkd.data import generate_scenes
 from fastkd.detectors import DetectorConfig, build_detector, save_detector
 from fastkd.distillers import LGD
-from fastkd.report import analysis, insides, mistakes, numbers, pictures, plots, write_report
-from fastkd.report.analysis import (
-    BACKGROUND,
-    DUPLICATE,
-    IGNORED,
-    POOR_LOCALISATION,
-    RIGHT,
-    WRONG_CLASS,
-    Found,
-    Truth,
-)
-from fastkd.report.pictures import Mark
-from fastkd.report.runs import Run, baseline_of, difference_in_conditions, load_run, load_runs
+from fastkd.report import numbers, write_report
+from fastkd.report.runs import baseline_of, difference_in_conditions, load_run, load_runs
 from fastkd.training import get_recipe, train
 
 EVIL = '</td><script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -134,110 +117,6 @@ def fake_ledger(student, extra, teacher_seconds=None, steps=40):
         "teacher": None if teacher_seconds is None else {"file": "t", "seconds": teacher_seconds},
         "extra_with_teacher": {"seconds": whole, "seconds_per_step": whole / steps},
     }
-
-
-def test_each_kind_of_mistake():
-    truth = Truth(
-        np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], float),
-        np.array([0, 1, 0]),
-        np.array([[60.0, 0, 90, 30]]),
-    )
-    boxes = [[0, 0, 10, 9], [0, 0, 10, 8], [20, 0, 30, 11], [43, 0, 53, 10], [46, 0, 56, 10], [70, 5, 80, 15]]
-    boxes += [[200, 200, 210, 210], [5, 5, 5, 5]]
-    found = Found(np.array(boxes, float), np.linspace(0.9, 0.2, 8), np.array([0, 0, 0, 0, 0, 3, 0, 0]))
-    verdict = analysis.judge(truth, found)
-    expected = [RIGHT, DUPLICATE, WRONG_CLASS, RIGHT, POOR_LOCALISATION, IGNORED, BACKGROUND, BACKGROUND]
-    assert verdict.kinds.tolist() == expected
-    assert verdict.partner.tolist() == [0, 0, 1, 2, 2, -1, -1, -1]
-    assert verdict.found_score.tolist() == pytest.approx([0.9, -1.0, 0.6])
-    counts = analysis.error_counts([verdict], [found], 0.55)
-    assert [counts[kind] for kind in (RIGHT, WRONG_CLASS, DUPLICATE, POOR_LOCALISATION)] == [2, 1, 1, 0]
-    assert analysis.miss_counts([verdict], [truth], 0.7) == {"small": (2, 3), "medium": (0, 0), "large": (0, 0)}
-    reasons = [analysis.miss_reason(k, truth, found, verdict, 0.65) for k in (1, 2)]
-    assert reasons == ["taken for another class", "found, but only with score 0.60"]
-
-
-def test_without_boxes_or_detections():
-    nothing = Found(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
-    empty = Truth(np.zeros((0, 4)), np.zeros(0, int))
-    one = Found(np.array([[0.0, 0, 5, 5]]), np.array([0.5]), np.array([0]))
-    assert analysis.judge(empty, one).kinds.tolist() == [BACKGROUND]
-    verdict = analysis.judge(Truth(one.boxes, one.labels), nothing)
-    assert verdict.kinds.tolist() == [] and verdict.found_score.tolist() == [-1.0]
-    assert analysis.miss_reason(0, Truth(one.boxes, one.labels), nothing, verdict, 0.5) == "nothing there"
-    assert analysis.best_threshold([verdict], [nothing], 1) == 0.5
-    assert analysis.best_threshold([], [], 0) == 0.5
-
-
-def random_images(rng, images=30, classes=3):
-    truths, founds = [], []
-    for _ in range(images):
-        k, d = rng.integers(0, 8), rng.integers(0, 25)
-        boxes = np.concatenate([low := rng.uniform(0, 60, (k, 2)), low + rng.uniform(5, 40, (k, 2))], axis=1)
-        guesses = np.concatenate([low := rng.uniform(0, 60, (d, 2)), low + rng.uniform(5, 40, (d, 2))], axis=1)
-        labels, guessed = rng.integers(0, classes, k), rng.integers(0, classes, d)
-        near = rng.random(d) < 0.6
-        if k:
-            partner = rng.integers(0, k, near.sum())
-            guesses[near] = boxes[partner] + rng.normal(0, 2.5, (near.sum(), 4))
-            guessed[near] = np.where(rng.random(near.sum()) < 0.7, labels[partner], guessed[near])
-        truths.append(Truth(boxes, labels))
-        founds.append(Found(guesses, np.sort(rng.random(d))[::-1], guessed))
-    return truths, founds
-
-
-def test_right_detections_are_those_pycocotools_matches():
-    truths, founds = random_images(np.random.default_rng(3))
-    xywh = lambda box: [float(v) for v in (*box[:2], *(box[2:] - box[:2]))]  # noqa: E731
-    annotations = [
-        {"image_id": i, "category_id": int(label), "bbox": xywh(box), "area": 1.0, "iscrowd": 0}
-        for i, truth in enumerate(truths)
-        for box, label in zip(truth.boxes, truth.labels)
-    ]
-    results = [
-        {"image_id": i, "category_id": int(label), "bbox": xywh(box), "area": 1.0, "score": float(score), "iscrowd": 0}
-        for i, found in enumerate(founds)
-        for box, label, score in zip(found.boxes, found.labels, found.scores)
-    ]
-    content = {"images": [{"id": i} for i in range(len(truths))], "categories": [{"id": c} for c in range(3)]}
-    sets = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        for rows in (annotations, results):
-            coco = COCO()
-            coco.dataset = content | {"annotations": [row | {"id": n} for n, row in enumerate(rows, 1)]}
-            coco.createIndex()
-            sets.append(coco)
-        runner = COCOeval(*sets, "bbox")
-        runner.params.iouThrs, runner.params.areaRng = np.array([0.5]), [[0, 1e10]]
-        runner.params.areaRngLbl = ["all"]
-        runner.evaluate()
-    matched = {
-        detection
-        for item in runner.evalImgs
-        if item is not None
-        for detection, match in zip(item["dtIds"], item["dtMatches"][0])
-        if match
-    }
-    ours, number = set(), 0
-    for truth, found in zip(truths, founds):
-        for kind in analysis.judge(truth, found).kinds:
-            number += 1
-            if kind == RIGHT:
-                ours.add(number)
-    assert ours == matched and len(ours) > 40
-
-
-def test_best_threshold_by_trying_all():
-    truths, founds = random_images(np.random.default_rng(4))
-    verdicts = [analysis.judge(truth, found) for truth, found in zip(truths, founds)]
-    boxes = sum(len(truth.labels) for truth in truths)
-
-    def f1(threshold):
-        counts = analysis.error_counts(verdicts, founds, threshold)
-        return 2 * counts[RIGHT] / (sum(counts.values()) + boxes)
-
-    best = max((f1(score), score) for found in founds for score in found.scores)
-    assert analysis.best_threshold(verdicts, founds, boxes) == best[1]
 
 
 def test_gains_controls_and_cost(scenes, tmp_path):
@@ -394,91 +273,6 @@ def test_bad_arguments(tmp_path):
         with pytest.raises(ValueError, match="write_report: images must be an integer"):
             write_report([tmp_path], tmp_path / "r.html", images=images)
     assert not (tmp_path / "r.html").exists()
-
-
-def test_images_from_the_easiest_to_the_hardest():
-    class Source:
-        class_names = ("thing",)
-
-    one = np.array([[0.0, 0, 10, 10]])
-    truths = {i: Truth(np.concatenate([one] * 4) + 20 * np.arange(4)[:, None], np.zeros(4, int)) for i in range(9)}
-    truths[9] = Truth(np.zeros((0, 4)), np.zeros(0, int))
-    found = {
-        i: Found(t.boxes[: i // 2], np.full(min(i // 2, len(t.labels)), 0.9), t.labels[: i // 2])
-        for i, t in truths.items()
-    }
-    verdicts = {i: analysis.judge(truths[i], found[i]) for i in truths}
-    judged = mistakes.Judged(Run(Path("run"), "run"), found, verdicts, 0.5)
-    images = mistakes.Images(Source(), truths, [judged])
-    assert mistakes.choose_images(images, 3) == [8, 5, 1]
-    assert mistakes.choose_images(images, 50) == [8, 6, 7, 4, 5, 2, 3, 0, 1]
-    assert mistakes.choose_images(images, 0) == []
-
-
-def test_drawn_colours_survive_and_texts_do_not_overlap():
-    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
-    marks = [
-        Mark((10, 10, 40, 40), pictures.RIGHT_COLOUR, "first"),
-        Mark((12, 12, 42, 42), pictures.WRONG_COLOUR, "second"),
-        Mark((80, 50, 120, 90), pictures.MISSED_COLOUR, dashed=True),
-    ]
-    picture = Image.open(io.BytesIO(pictures.annotated(noise, marks))).convert("RGB")
-    assert picture.size == (3 * 128, 3 * 96)
-    pixels = np.asarray(picture).reshape(-1, 3)
-    for mark in marks:
-        colour = [int(mark.colour[place : place + 2], 16) for place in (1, 3, 5)]
-        assert (pixels == colour).all(axis=1).sum() > 50
-    taken = []
-    sheet = Image.open(io.BytesIO(pictures.annotated(noise, []))).copy()
-    for place in range(6):
-        frame = (20.0 + place, 60.0, 60.0, 100.0)
-        pictures._draw_tag(sheet, frame, [frame], "label", pictures.RIGHT_COLOUR, taken)
-    overlaps = [pictures._overlap(a, b) for i, a in enumerate(taken) for b in taken[:i]]
-    assert len(taken) >= 4 and max(overlaps) == 0.0
-    large = np.zeros((1200, 900, 3), np.uint8)
-    assert Image.open(io.BytesIO(pictures.annotated(large, marks))).size == (270, 360)
-    assert max(Image.open(io.BytesIO(pictures.crop(large, marks, (0, 0, 900, 900)))).size) == 180
-
-
-def test_smoothing():
-    values = np.random.default_rng(0).normal(size=20)
-    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(20)]
-    assert plots.smooth(values, 5) == pytest.approx(expected)
-    assert plots.smooth(values, 1) is values
-
-
-def test_attention_becomes_a_density_over_the_image():
-    raw = [torch.rand(3, 8, 6), torch.rand(3, 4, 3)]
-    total = sum(level.sum(dim=(1, 2)) for level in raw)
-    levels = [level / total[:, None, None] for level in raw]
-    density, shares = insides.attention_over_image(levels, (32, 24))
-    assert density.shape == (3, 32, 24)
-    assert density.sum(axis=(1, 2)) == pytest.approx([1.0] * 3, rel=0.02)
-    for head, (level, share) in enumerate(shares):
-        assert share == pytest.approx(float(levels[level][head].sum()))
-        assert share >= 0.5
-    spot = torch.zeros(1, 8, 6)
-    spot[0, 6, 1] = 1.0
-    density, _ = insides.attention_over_image([spot, torch.zeros(1, 4, 3)], (32, 24))
-    y, x = np.unravel_index(density[0].argmax(), (32, 24))
-    assert 24 <= y < 28 and 4 <= x < 8
-
-
-def test_feature_maps():
-    student, instructive = torch.randn(5, 6, 7), torch.randn(5, 6, 7)
-    adapted = 3.0 * instructive + 2.0  # the same after normalising
-    maps = insides.feature_maps(student, adapted, instructive)
-    flat = student.flatten(1).double()
-    normalised = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    assert maps[0].reshape(-1) == pytest.approx((normalised**2).mean(0).sqrt().numpy(), rel=1e-6)
-    assert maps[1] == pytest.approx(maps[2], rel=1e-3) and maps[3] == pytest.approx(maps[4], rel=1e-3, abs=1e-3)
-    covariance = np.cov(np.asarray(normalised_of(instructive)))
-    assert maps[4].var() == pytest.approx(np.linalg.eigvalsh(covariance)[-1], rel=0.05)
-
-
-def normalised_of(maps):
-    flat = maps.flatten(1).double()
-    return (flat - flat.mean(1, keepdim=True)) / flat.std(1, unbiased=False, keepdim=True)
 
 
 def test_inside_a_mask_rcnn(scenes, tmp_path):
