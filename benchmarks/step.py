@@ -153,6 +153,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results; of parts build/bench)")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write the report of a saved run again, no run")
+    parser.add_argument("--quote", type=Path, metavar="JSON", help="print a saved run's lines for the README, no run")
     chosen = parser.parse_args(arguments)
     whole = not (chosen.quick or chosen.detectors or chosen.images or chosen.boxes)
     whole = whole and chosen.methods == methods and chosen.forms == forms
@@ -166,6 +167,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 0."""
     chosen = parse(arguments)
+    if chosen.quote:
+        print(step_results.quote(json.loads(chosen.quote.read_text(encoding="utf-8"))))
+        return 0
     saved = json.loads(chosen.report.read_text(encoding="utf-8")) if chosen.report else collect(chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")

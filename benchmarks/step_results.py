@@ -228,6 +228,24 @@ def report(saved: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def quote(saved: dict[str, Any]) -> str:
+    """The README's lines: the first problem of each detector, each method's step beside its plain form."""
+    lines, seen = [], set()
+    for row in saved["rows"]:
+        if row["detector"] in seen:
+            continue
+        seen.add(row["detector"])
+        for method in ("student", "lgd", "icd"):
+            found = [row["entries"].get(f"{method}/{form}") for form in FORMS]
+            if not all(found):
+                continue
+            plain, *own = (seconds(entry) for entry in found)
+            cells = [f"{plain:.2f} s", *(f"{value:.2f} s (**{plain / value:.2f} x**)" for value in own)]
+            memory = [peak_cell(entry) for entry in (found[0], found[-1])]
+            lines.append([f"{name_of(row).split(',')[0]}, {LABELS[method]}", *cells, *memory])
+    return table(["step", *FORMS.values(), "peak, plain", "peak, ours bfloat16"], lines)
+
+
 def plot(saved: dict[str, Any], path: Path) -> None:
     """Seconds of every step, one panel for each problem."""
     import matplotlib

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
     assert "Not measured, the time was over: RetinaNet-R50, B = 2" in text
     step_results.plot(SAVED, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def test_the_readme_quotes_the_first_problem_of_each_detector(tmp_path, capsys):
+    row = copy.deepcopy(ROW)
+    row["entries"] |= {f"{method}/bfloat16": entry(2.0) for method in ("student", "lgd")}
+    (tmp_path / "step.json").write_text(json.dumps({**SAVED, "rows": [row, {**row, "images": 2}]}))
+    assert step.main(["--quote", str(tmp_path / "step.json")]) == 0
+    text = capsys.readouterr().out
+    assert line(text, "RetinaNet-R50, LGD")[:3] == ["6.00 s", "3.00 s (**2.00 x**)", "2.00 s (**3.00 x**)"]
+    assert "ICD" not in text  # its step in bfloat16 was not measured
 
 
 def test_the_teachers_forward_is_no_part_of_icd():
