@@ -79,8 +79,19 @@ class Regions:
         if not self.enabled:
             return function(*arguments, **options)
         if name not in self._compiled:
-            self._compiled[name] = torch.compile(_with_own_code(function), fullgraph=True, backend=self.backend)
+            self._compiled[name] = torch.compile(
+                _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options()
+            )
         return self._compiled[name](*arguments, **options)
+
+    def _options(self) -> dict[str, bool] | None:
+        """Inductor orders the strides of what is kept for backward, which it cannot where one is a count of boxes; told
+        to take them as they are it need not. Releases that do not know the option compile these graphs without it.
+        """
+        import torch._inductor.config as inductor
+
+        known = self.backend == "inductor" and hasattr(inductor, "strict_output_strides")
+        return {"strict_output_strides": True} if known else None
 
     @contextlib.contextmanager
     def inside(self, modules: dict[str, nn.Module]) -> Iterator[None]:
