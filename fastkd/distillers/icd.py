@@ -185,9 +185,7 @@ class ICD(nn.Module):
         place = queries.real_slots % queries.real.shape[1]
         return attention.maps(batch.image_index, place)
 
-    def _decode(
-        self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch, axes: Axes | None = None
-    ):
+    def _decode(self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch, axes: Axes | None = None):
         """Yields each layer's decoded queries and attention."""
         levels = [level.detach() for level in teacher_pyramid]
         if self.teacher_scale != 1:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastkd.distillers.icd_queries import AXIS_FEATURES, angular_frequencies, constant, mlp
 from fastkd.ops import attention_mass, instance_attention
-from fastkd.ops._pool_paint import is_channels_last
 from fastkd.ops.coverage import full_precision
+from fastkd.ops.layout import is_channels_last
 
 Axes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -32,9 +32,7 @@ def valid_sizes(
 
 
 @constant
-def level_axes(
-    level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device
-) -> Axes:
+def level_axes(level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device) -> Axes:
     """What does not change with the batch: strides [L, 1] and limits [L, 2] of the levels, float64; place from 1 [P]
 
     float32 and axis [P] int64 (2 * level, plus 1 for columns) of the rows of all levels, then of their columns.

@@ -35,29 +35,38 @@ def constant(make: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-@dataclass
-class Queries:
-    """Queries of a batch, padded to the longest image; in every image the real ones come first, in the batch's order.
+@dataclass(kw_only=True)
+class QuerySlots:
+    """Which of the queries, padded to N of every image, are what; in an image the real ones come first.
 
     Args:
-        boxes: [B, N, 4] xyxy, divided by the image's size.
-        labels: [B, N] int64.
-        anchors: [B, N, 2] (x, y), divided by the image's size.
-        pixels: [B, N, 2] (width, height) of the boxes in pixels of that image.
         real: [B, N] bool.
         valid: [B, N] bool, False in the padding.
         chosen: [B, n] bool, the first n columns of `real`, n the most real queries of an image.
         real_slots: [K] int64, image * N + place of the batch's boxes.
     """
 
-    boxes: Tensor
-    labels: Tensor
-    anchors: Tensor
-    pixels: Tensor
     real: Tensor
     valid: Tensor
     chosen: Tensor
     real_slots: Tensor
+
+
+@dataclass(kw_only=True)
+class Queries(QuerySlots):
+    """Queries of a batch; in every image the real ones come first, in the batch's order.
+
+    Args:
+        boxes: [B, N, 4] xyxy, divided by the image's size.
+        labels: [B, N] int64.
+        anchors: [B, N, 2] (x, y), divided by the image's size.
+        pixels: [B, N, 2] (width, height) of the boxes in pixels of that image.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    anchors: Tensor
+    pixels: Tensor
 
 
 def query_count(count: int, rho: float, max_queries: int) -> int:
@@ -101,24 +110,16 @@ def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=dtype, device=device).tril()
 
 
-@dataclass
-class Draws:
-    """What of the queries needs the counts and seeds, which only the host knows, padded to N queries an image.
+@dataclass(kw_only=True)
+class Draws(QuerySlots):
+    """What of the queries needs the counts and seeds, which only the host knows.
 
     Args:
         uniform: [B * N, 5] and normal: [B * N, 2]: the draws.
-        valid: [B, N] bool, False in the padding.
-        real: [B, N] bool.
-        chosen: [B, n] bool, the first n columns of `real`, n the most real queries of an image.
-        real_slots: [K] int64, image * N + place of the batch's boxes.
     """
 
     uniform: Tensor
     normal: Tensor
-    valid: Tensor
-    real: Tensor
-    chosen: Tensor
-    real_slots: Tensor
 
 
 def make_draws(batch: Batch, *, rho: float = 5.0, max_queries: int = 300) -> Draws:
@@ -147,8 +148,9 @@ def make_draws(batch: Batch, *, rho: float = 5.0, max_queries: int = 300) -> Dra
         torch.zeros(images * longest, draws.shape[1]).index_copy(0, slots, draws)
         for draws in _seeded_draws(batch.seeds, totals)
     )
-    made = (uniform, normal, valid, real, chosen, real_slots)
-    return Draws(*(values.to(boxes.device, non_blocking=True) for values in made))
+    made = {"valid": valid, "real": real, "chosen": chosen, "real_slots": real_slots}
+    made |= {"uniform": uniform, "normal": normal}
+    return Draws(**{name: values.to(boxes.device, non_blocking=True) for name, values in made.items()})
 
 
 def draw_queries(

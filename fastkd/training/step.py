@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
-from fastkd.training.compiled import Regions, fix_batch, free_counts
+from fastkd.training.compiled import Regions
 from fastkd.training.schedule import Phase
 from fastkd.types import Batch
 
@@ -119,8 +119,8 @@ class StepModule(nn.Module):
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            pyramid = self.regions("student", _features, self.detector, fix_batch(batch.images))
-            with self.regions.inside(self.detector.tensor_parts()):
+            pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
+            with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
                     return dict(self.detector.loss(pyramid, batch))
                 return self._with_method(pyramid, batch, phase)
@@ -160,16 +160,16 @@ class StepModule(nn.Module):
         self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """The losses of a method, and LGD's instructive pyramid."""
-        regions, batch = self.regions, free_counts(batch)
-        pyramid = [fix_batch(level) for level in pyramid]
+        regions = self.regions
+        batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
         if isinstance(distiller, LGD):
-            options = {"detach_student": phase.detach_student, "places": free_counts(distiller.prepare(batch))}
+            options = {"detach_student": phase.detach_student, "places": regions.free_counts(distiller.prepare(batch))}
             losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
             return dict(losses), instructive
-        teacher = [fix_batch(level) for level in self.teacher.pyramid(batch.images, regions)]
+        teacher = regions.fix_batch(self.teacher.pyramid(batch.images, regions))
         if isinstance(distiller, ICD):
             prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
-            free_counts(prepared.draws)
+            regions.free_counts(prepared.draws)
             options = {"detach_student": phase.detach_student, "prepared": prepared}
             return regions("icd", _call, distiller, pyramid, teacher, batch, **options), None
         anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
