@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastkd.distillers.icd_queries import AXIS_FEATURES, angular_frequencies, constant, mlp
+from fastkd.distillers.constants import constant
+from fastkd.distillers.icd_queries import AXIS_FEATURES, angular_frequencies, mlp
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops.coverage import full_precision
 from fastkd.ops.layout import is_channels_last

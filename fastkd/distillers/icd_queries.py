@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.distillers.constants import constant, numbers
 from fastkd.types import Batch
 
 AXIS_FEATURES = 128
 SCALE_BINS = 5
 DESCRIPTOR_EXTRA = 2 * AXIS_FEATURES + 2 * SCALE_BINS
-
-
-def constant(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Remembers what `make` makes of its (hashable) arguments: tensors that no step changes.
-
-    Not while torch.compile, torch.export or a fake mode trace: their tensors hold nothing.
-    """
-    remembered = functools.lru_cache(maxsize=32)(make)
-
-    @functools.wraps(make)
-    def get(*arguments):
-        if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
-            return make(*arguments)
-        return remembered(*arguments)
-
-    return get
 
 
 @dataclass(kw_only=True)
@@ -210,18 +193,13 @@ def anchor_embedding(anchors: Tensor) -> Tensor:
 def scale_indicator(pixels: Tensor) -> Tensor:
     """[..., 2] -> [..., 10]: for w and then h, one-hot over 5 of floor(clamp(log(size) * 1.44 - 5, 0, 4))."""
     scale = torch.bucketize(pixels.float(), _scale_edges(pixels.device), right=True)
-    return (scale[..., None] == _numbers(SCALE_BINS, pixels.device)).float().flatten(-2)
+    return (scale[..., None] == numbers(SCALE_BINS, pixels.device)).float().flatten(-2)
 
 
 @constant
 def _scale_edges(device: torch.device) -> Tensor:
     """The sizes at which the bin of `scale_indicator` changes: [4] pixels."""
     return torch.tensor([math.exp((5 + edge) / 1.44) for edge in range(1, SCALE_BINS)]).to(device, non_blocking=True)
-
-
-@constant
-def _numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -247,7 +225,7 @@ class QueryEncoder(nn.Module):
 
     def describe(self, queries: Queries) -> Tensor:
         """[B, N, num_classes + 266]."""
-        one_hot = queries.labels[..., None] == _numbers(self.num_classes, queries.labels.device)
+        one_hot = queries.labels[..., None] == numbers(self.num_classes, queries.labels.device)
         parts = [one_hot, anchor_embedding(queries.anchors), scale_indicator(queries.pixels)]
         return torch.cat(parts, dim=-1)  # flags become floats here
 
