@@ -111,13 +111,11 @@ class _Focal(torch.autograd.Function):
         p, softplus = logits.sigmoid(), F.softplus(logits)
         slope = torch.lerp(softplus, p.new_full((), 0.5), p) if ctx.needs_input_grad[0] else None
         squared = p.square_()
-        miss = squared[entries] * softplus[entries]
         if slope is not None:
             slope.mul_(squared)
         total = (squared.mul_(softplus).sum(-1) * weight).flatten(-2).sum(-1)
-        other = (-positive).sigmoid()  # 1 - p
-        cost = F.softplus(-positive)
-        hit = other.square() * cost
+        other, cost, cost_as_negative = (-positive).sigmoid(), F.softplus(-positive), F.softplus(positive)  # 1 - p
+        hit, miss = other.square() * cost, (1 - other).square() * cost_as_negative
         if slope is not None:
             # of 0.25 (1 - p)^2 softplus(-x): -0.25 (1 - p)^2 (2 p softplus(-x) + 1 - p), here divided by 1.5
             slope[entries] = other.square() * (2 * (other - 1) * cost - other) / 6

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fastkd.distillers.constants import constant, numbers
-from fastkd.distillers.towers import normed_tower, plain_tower
+from fastkd.distillers.towers import normed_tower, plain_tower, share
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
 from fastkd.ops.checks import check_levels
+from fastkd.ops.coverage import full_precision
+from fastkd.ops.layout import is_channels_last
 from fastkd.types import Batch
 
 MASK_SIZE = 7
@@ -99,14 +101,14 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool, places: Plac
         places = place_objects(batch, context=context, use_masks=use_masks)
     device, slots, boxes = batch.boxes.device, places.slots, batch.boxes.shape[0]
     stand_ins = slots.shape[0] - boxes
-    corner = torch.ones(stand_ins, 2, device=device) if not context else batch.image_sizes.to(device).flip(1).float()
+    corner = torch.ones(stand_ins, 2, device=device) if not context else batch.image_sizes.to(device).flip(1)
     masks = None
     if use_masks:
         y, x = (torch.arange(side, device=device) + 0.5 for side in batch.padded_size)
         inside = (y < corner[:, 1:])[:, :, None] & (x < corner[:, :1])[:, None, :]
         masks = torch.cat([batch.masks, inside])
     return Objects(
-        boxes=torch.cat([batch.boxes.float(), F.pad(corner, (2, 0))]),
+        boxes=torch.cat([batch.boxes.float(), F.pad(corner, (2, 0))]),  # whole numbers become float32
         labels=F.pad(batch.labels, (0, stand_ins), value=-1),
         image_index=places.image_index,
         slots=slots,
@@ -147,9 +149,16 @@ class LinearNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., inputs] -> [..., outputs]; bias: a row of `bias_rows` for x [K, inputs], instead of the linear's."""
+        x = self.linear(x) if bias is None else torch.addmm(bias, x, self.linear.weight.t())
         return F.relu(F.layer_norm(x, x.shape[-1:]))
+
+
+def bias_rows(linears: Sequence[nn.Linear], count: int) -> list[Tensor]:
+    """The biases of linears as [count, outputs], views of one row, so that one sum gives the gradients of all."""
+    biases = torch.cat([linear.bias for linear in linears]).expand(count, -1)
+    return list(biases.split([linear.out_features for linear in linears], dim=1))
 
 
 class TransformNet(nn.Module):
@@ -161,10 +170,18 @@ class TransformNet(nn.Module):
         self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in itertools.pairwise(widths)))
         self.matrix = nn.Linear(256, size * size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, size] -> [K, size]."""
-        matrix = self.matrix(self.layers(x)).unflatten(1, (x.shape[1], x.shape[1]))
-        return (x[:, None].to(matrix.dtype) @ matrix)[:, 0]
+    def linears(self) -> list[nn.Linear]:
+        """In the order of `forward`."""
+        return [*(layer.linear for layer in self.layers), self.matrix]
+
+    def forward(self, x: Tensor, biases: Sequence[Tensor] | None = None) -> Tensor:
+        """[K, size] -> [K, size]; biases: `bias_rows` of `linears`, made where they are not given."""
+        biases = bias_rows(self.linears(), len(x)) if biases is None else biases
+        hidden = x
+        for layer, bias in zip(self.layers, biases):
+            hidden = layer(hidden, bias)
+        matrix = torch.addmm(biases[-1], hidden, self.matrix.weight.t()).unflatten(1, (x.shape[1], x.shape[1]))
+        return torch.bmm(x[:, None], matrix).squeeze(1)
 
 
 class LabelEncoder(nn.Module):
@@ -185,10 +202,21 @@ class LabelEncoder(nn.Module):
 
     def forward(self, descriptors: Tensor, objects: Objects) -> Tensor:
         """[K, descriptor] -> [K, channels]; the global feature is the maximum over the objects of the same image."""
-        local = self.local_transform(self.local(self.input_transform(descriptors)))  # [K, 64]
-        features = self.expand(local)  # [K, 1024], at least 0, as the padding is
-        highest = objects.pad(features).amax(dim=1)  # [B, 1024]
-        return self.embed(torch.cat([local, highest.index_select(0, objects.image_index)], dim=1))
+        first, second, plain = (
+            self.input_transform.linears(),
+            self.local_transform.linears(),
+            [self.local.linear, *(layer.linear for layer in self.expand), self.embed.linear],
+        )
+        biases = bias_rows([*first, *second, *plain], len(descriptors))
+        of_first, of_second = biases[: len(first)], biases[len(first) : -len(plain)]
+        of_local, of_wider, of_features, of_embedding = biases[-len(plain) :]
+        local = self.local(self.input_transform(descriptors, of_first), of_local)
+        local = self.local_transform(local, of_second)  # [K, 64]
+        wider, widest = self.expand
+        features = widest(wider(local, of_wider), of_features)  # [K, 1024], at least 0, as the padding is
+        highest = objects.pad(features).max(dim=1).values  # [B, 1024]; of equals only those of 0, ReLU's, get nothing
+        joined = torch.cat([local, highest.index_select(0, objects.image_index)], dim=1)
+        return self.embed(joined, of_embedding)
 
 
 class AppearanceEncoder(nn.Module):
@@ -243,7 +271,7 @@ class RelationAdapter(nn.Module):
         key, value = F.linear(key, weights[1], biases[1]).chunk(2, dim=2)
         parts = (query, key.unflatten(2, heads), value.unflatten(2, heads))
         query, key, value = (part.transpose(1, 2).expand(levels, -1, -1, -1) for part in parts)
-        same = (image_index[:, None] == image_index).to(query.dtype).log()  # 0, and -inf between images
+        same = (image_index[:, None] == image_index).log().to(query.dtype)  # 0, and -inf between images
         answer = F.scaled_dot_product_attention(query, key, value, same.expand(levels, 1, -1, -1))
         return module.out_proj(answer.transpose(1, 2).flatten(2))
 
@@ -260,13 +288,20 @@ class KnowledgeMapper(nn.Module):
         self.refine = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
 
     def forward(
-        self, related: Tensor, objects: Objects, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
+        self,
+        related: Tensor,
+        objects: Objects,
+        padded_size: tuple[int, int],
+        level_sizes: Sequence[tuple[int, int]],
+        order: torch.memory_format = torch.contiguous_format,
     ) -> list[Tensor]:
-        """A [L, K, C] -> the instructive pyramid, L tensors [B, C, H_l, W_l]."""
-        parts = related.split([objects.painted, related.shape[1] - objects.painted], dim=1)
-        levels = self._painted(_linear(self.object, parts[0]), objects, padded_size, level_sizes)
-        context = None if self.context is None else _linear(self.context, parts[1])  # [L, B, C]
-        return normed_tower(levels, context, self.refine, recompute=self.recompute)
+        """A [L, K, C] -> the instructive pyramid, L tensors [B, C, H_l, W_l] in that memory order."""
+        with full_precision(related):  # of all rows: fewer operators than of some of them
+            embeddings, context = self.object(related), None if self.context is None else self.context(related)
+        if context is not None:
+            embeddings, context = embeddings[:, : objects.painted], context[:, objects.painted :]
+        levels = self._painted(embeddings, objects, padded_size, level_sizes)
+        return normed_tower(levels, context, self.refine, order=order, recompute=self.recompute)
 
     def _painted(self, embeddings, objects, padded_size, level_sizes) -> list[Tensor]:
         index, batch_size = objects.image_index[: objects.painted], objects.valid.shape[0]
@@ -277,11 +312,6 @@ class KnowledgeMapper(nn.Module):
             )
         painted = mask_paint(embeddings, objects.masks[: objects.painted], index, batch_size, level_sizes)
         return plain_tower(painted, [self.paint])
-
-
-def _linear(linear: nn.Linear, values: Tensor) -> Tensor:
-    """The linear of [L, K, C], rows apart in memory: one product instead of a copy, a product and a sum."""
-    return torch.baddbmm(linear.bias, values, linear.weight.t().expand(len(values), -1, -1))
 
 
 class LGD(nn.Module):
@@ -367,11 +397,12 @@ class LGD(nn.Module):
         Raises: ValueError or TypeError if pyramid or batch do not fit.
         """
         check_levels("LGD", "pyramid", pyramid, channels=self.channels)
+        pyramid, levels = share(pyramid, 2)
         instructive = self.instruct(pyramid, batch, places)
-        levels = [level.detach() if detach_student else level for level in pyramid]
+        levels = [level.detach() if detach_student else level for level in levels]
         student = plain_tower(levels, self.student_adapter[::2], recompute=self.recompute)
         loss = instance_norm_mse(student, [level.detach() for level in instructive])
-        return {"lgd_distill": self.weight * loss}, instructive
+        return {"lgd_distill": loss if self.weight == 1 else self.weight * loss}, instructive
 
     def prepare(self, batch: Batch) -> Places:
         """What of `forward` depends on the counts of boxes."""
@@ -380,12 +411,15 @@ class LGD(nn.Module):
     def instruct(self, pyramid: Sequence[Tensor], batch: Batch, places: Places | None = None) -> list[Tensor]:
         """The instructive pyramid: L tensors like pyramid."""
         objects = gather_objects(batch, context=self.context, use_masks=self.use_masks, places=places)
-        labels = appearance = None
+        labels, appearance, dtype = None, None, self.mapper.object.weight.dtype
         if self.labels is not None:
-            dtype = self.labels.local.linear.weight.dtype
-            labels = self.labels(describe(objects, self.num_classes, batch.padded_size, dtype), objects)
+            with full_precision(pyramid[0]):  # as of few objects casting the weights would cost more than it saves
+                labels = self.labels(describe(objects, self.num_classes, batch.padded_size, dtype), objects)
         if self.appearance is not None:
             levels = [level.detach() if self.detach_appearance else level for level in pyramid]
-            appearance = self.appearance(levels, objects, batch.padded_size)
-        related = self.relation(labels, appearance, objects, len(pyramid))
-        return self.mapper(related, objects, batch.padded_size, [tuple(level.shape[2:]) for level in pyramid])
+            appearance = self.appearance(levels, objects, batch.padded_size).to(dtype)
+        with full_precision(pyramid[0]):
+            related = self.relation(labels, appearance, objects, len(pyramid))
+        order = torch.channels_last if is_channels_last(pyramid[0]) else torch.contiguous_format
+        sizes = [tuple(level.shape[2:]) for level in pyramid]
+        return self.mapper(related, objects, batch.padded_size, sizes, order)

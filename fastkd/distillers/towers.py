@@ -29,19 +29,35 @@ def plain_tower(levels: Sequence[Tensor], convs: Sequence[nn.Conv2d], *, recompu
 
 
 def normed_tower(
-    levels: Sequence[Tensor], shared: Tensor | None, convs: Sequence[nn.Conv2d], *, recompute: bool = False
+    levels: Sequence[Tensor],
+    shared: Tensor | None,
+    convs: Sequence[nn.Conv2d],
+    *,
+    order: torch.memory_format = torch.contiguous_format,
+    recompute: bool = False,
 ) -> list[Tensor]:
     """ReLU of levels + shared, then 3x3 convolutions, a GroupNorm of one group after each, with ReLU between.
 
     Args:
         levels, convs, recompute: as of `plain_tower`.
         shared: [L, B, C], added to all cells, or None; receives gradients.
+        order: memory order of what is computed, best that of the gradients to come.
     Returns: L tensors [B, C_out, H_l, W_l], under autocast in its dtype.
     """
-    return _apply(levels, shared, convs, norm=True, recompute=recompute)
+    return _apply(levels, shared, convs, norm=True, recompute=recompute, order=order)
 
 
-def _apply(levels, shared, convs, *, norm: bool, recompute: bool) -> list[Tensor]:
+def share(levels: Sequence[Tensor], users: int) -> list[list[Tensor]]:
+    """The levels for several users, whose gradients are added up in one call for all levels."""
+    if not any(level.requires_grad for level in levels):
+        return [list(levels)] * users
+    views = _Share.apply(users, *levels)
+    return [list(views[start : start + len(levels)]) for start in range(0, len(views), len(levels))]
+
+
+def _apply(
+    levels, shared, convs, *, norm: bool, recompute: bool, order: torch.memory_format = torch.contiguous_format
+) -> list[Tensor]:
     weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
     kind = levels[0].device.type
     if torch.is_autocast_enabled(kind) and weights[0].dtype != torch.float64:  # one cast for all levels
@@ -49,7 +65,27 @@ def _apply(levels, shared, convs, *, norm: bool, recompute: bool) -> list[Tensor
         weights, biases = [weight.to(dtype) for weight in weights], [bias.to(dtype) for bias in biases]
         levels, shared = [level.to(dtype) for level in levels], shared if shared is None else shared.to(dtype)
     with full_precision(levels[0]):
-        return list(_Tower.apply(norm, recompute, len(convs), shared, *weights, *biases, *levels))
+        return list(_Tower.apply((norm, order, recompute, len(convs)), shared, *weights, *biases, *levels))
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, users: int, *levels: Tensor):
+        ctx.levels = len(levels)
+        ctx.set_materialize_grads(False)
+        return tuple(level.view_as(level) for _ in range(users) for level in levels)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        first, *others = (grads[start : start + ctx.levels] for start in range(0, len(grads), ctx.levels))
+        total = list(first)
+        for more in others:
+            both = [index for index, pair in enumerate(zip(total, more)) if None not in pair]
+            sums = torch._foreach_add([total[i] for i in both], [more[i] for i in both]) if both else []
+            total = [one if other is None else other for one, other in zip(total, more)]
+            for index, value in zip(both, sums):
+                total[index] = value
+        return None, *total
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,12 +97,14 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.native_group_norm(x, None, None, images, channels, rows * columns, 1, EPS)
 
 
-def _begin(levels: Sequence[Tensor], shared: Tensor | None) -> list[Tensor]:
+def _begin(levels: Sequence[Tensor], shared: Tensor | None, order: torch.memory_format) -> list[Tensor]:
+    """ReLU of levels + shared, new tensors in that order."""
     if shared is None:
-        return torch._foreach_clamp_min(list(levels), 0.0)
-    moved = torch._foreach_add(list(levels), [row[:, :, None, None] for row in shared.unbind()])
-    torch._foreach_clamp_min_(moved, 0.0)
-    return moved
+        moved = torch._foreach_clamp_min(list(levels), 0.0)
+    else:
+        moved = torch._foreach_add(list(levels), [row[:, :, None, None] for row in shared.unbind()])
+        torch._foreach_clamp_min_(moved, 0.0)
+    return [level.contiguous(memory_format=order) for level in moved]
 
 
 def _forward(levels: list[Tensor], weights, biases, norm: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -125,10 +163,11 @@ class _Tower(torch.autograd.Function):
     """`plain_tower` or `normed_tower`; tensors: weights, biases, levels."""
 
     @staticmethod
-    def forward(ctx, norm: bool, recompute: bool, convs: int, shared: Tensor | None, *tensors: Tensor):
+    def forward(ctx, options: tuple, shared: Tensor | None, *tensors: Tensor):
+        norm, order, recompute, convs = options
         weights, biases, levels = tensors[:convs], tensors[convs : 2 * convs], tensors[2 * convs :]
-        results, kept = _forward(_begin(levels, shared) if norm else list(levels), weights, biases, norm)
-        ctx.norm, ctx.recompute, ctx.convs, ctx.levels = norm, recompute, convs, len(levels)
+        results, kept = _forward(_begin(levels, shared, order) if norm else list(levels), weights, biases, norm)
+        ctx.options, ctx.levels = options, len(levels)
         if recompute:
             ctx.save_for_backward(*weights, *biases, *levels, *(() if shared is None else (shared,)))
         else:
@@ -137,19 +176,20 @@ class _Tower(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        convs, norm = ctx.convs, ctx.norm
+        norm, order, recompute, convs = ctx.options
         weights, biases, saved = (
             ctx.saved_tensors[:convs],
             ctx.saved_tensors[convs : 2 * convs],
             ctx.saved_tensors[2 * convs :],
         )
-        needs_shared, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        needs_shared, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         needs_levels = [needed or needs_shared for needed in needs[2 * convs :]]
         trains, for_levels, for_parameters = any(needs[: 2 * convs]), [], None
         for index in reversed(range(ctx.levels)):  # small levels first: half types round the sum after each
-            if ctx.recompute:
+            if recompute:
                 level, shared = saved[index], saved[ctx.levels] if len(saved) > ctx.levels else None
-                first = _begin([level], None if shared is None else shared[index : index + 1]) if norm else [level]
+                own = None if shared is None else shared[index : index + 1]
+                first = _begin([level], own, order) if norm else [level]
                 kept = _forward(first, weights, biases, norm)[1][0]
             else:
                 each = len(saved) // ctx.levels
@@ -161,4 +201,4 @@ class _Tower(torch.autograd.Function):
             elif trains:
                 torch._foreach_add_(for_parameters, found)
         for_shared = torch.stack([grad.sum((2, 3)) for grad in for_levels]) if needs_shared else None
-        return None, None, None, for_shared, *(for_parameters or [None] * 2 * convs), *for_levels
+        return None, for_shared, *(for_parameters or [None] * 2 * convs), *for_levels

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
+from fastkd.distillers.towers import share
 from fastkd.training.compiled import Regions
 from fastkd.training.schedule import Phase
 from fastkd.types import Batch
@@ -23,7 +24,8 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
 
 def _instructive(lgd: LGD, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
     """The detector's losses on the instructive pyramid as they join the sum."""
-    return {f"instructive_{name}": lgd.instructive_weight * value for name, value in supervision.items()}
+    weight = lgd.instructive_weight
+    return {f"instructive_{name}": value if weight == 1 else weight * value for name, value in supervision.items()}
 
 
 class FrozenTeacher:
@@ -128,12 +130,13 @@ class StepModule(nn.Module):
     def _with_method(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The detector's losses and the method's. LGD's second call of the head is one with the first."""
         parts, instructive, lgd = {}, None, None
+        shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                parts[name], pyramid_made = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                parts[name], pyramid_made = self._distill_by(distiller, shared.pop(), batch, phase.of(name))
                 if pyramid_made is not None:
                     instructive, lgd = pyramid_made, name
-        student, *taught = self.detector.losses([pyramid, *([instructive] if lgd is not None else [])], batch)
+        student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
         losses = dict(student)
         for name, distiller in self._parts():
             losses |= parts.get(name, {})
