@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.icd_decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
-from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp
+from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
 from fastkd.ops import value_mimic
 from fastkd.ops.checks import check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
@@ -32,16 +32,20 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    real, valid = queries.real.to(outputs), queries.valid.to(outputs)
-    counts = global_mean(torch.stack([valid.sum(), real.sum()])).to(outputs)
+    valid, real = queries.weights.to(outputs)
+    counts = global_mean(queries.totals).to(outputs).clamp(min=1e-30)  # without real boxes the second loss is 0
     # weights and not torch.where, whose gradient is one more mask: the outputs in the padding are finite, too
     entropy = F.binary_cross_entropy_with_logits(outputs[..., 0], real, weight=valid, reduction="sum")
-    low, high = queries.boxes.to(outputs).split(2, dim=2)
-    anchors = queries.anchors.to(outputs)
-    targets = torch.cat([anchors - low, high - anchors], dim=2)  # left, top, right, bottom
-    weight = (real[..., None] / (high - low).clamp(min=1e-7)).repeat(1, 1, 2)
-    error = ((outputs[..., 1:].sigmoid() - targets).abs() * weight).sum()
-    return entropy / counts[0], error / counts[1].clamp(min=1e-30)  # without real boxes 0
+    corners, anchors = queries.boxes.to(outputs).unflatten(2, (2, 2)), queries.anchors.to(outputs)[:, :, None]
+    targets = (corners - anchors).abs()  # [B, N, 2, 2]: left, top; right, bottom
+    weight = real[..., None] / queries.sides.to(outputs).clamp(min=1e-7)  # [B, N, 2]
+    error = (outputs[..., 1:].sigmoid().unflatten(2, (2, 2)) - targets).abs()
+    return entropy / counts[0], (error * weight[:, :, None]).sum() / counts[1]
+
+
+def _tabulate_priors(module: ICD, incompatible: object) -> None:
+    """After a state dict was loaded."""
+    module._tabulate_priors()
 
 
 @dataclass
@@ -114,6 +118,8 @@ class ICD(nn.Module):
         self.rho, self.max_queries, self.weight, self.temperature = rho, max_queries, weight, temperature
         for name in ("frequency", "mean", "std"):
             self.register_buffer(f"prior_{name}", getattr(priors, name).clone())
+        self._tabulate_priors()
+        self.register_load_state_dict_post_hook(_tabulate_priors)
         self.encoder = QueryEncoder(num_classes, channels)
         self.decoder = nn.ModuleList(DecoderLayer(channels, self.teacher_channels, heads) for _ in range(layers))
         self.auxiliary = mlp(channels, channels, channels, 5)
@@ -170,8 +176,13 @@ class ICD(nn.Module):
 
     def queries(self, batch: Batch, draws: Draws | None = None) -> Queries:
         """The batch's real queries and the fakes its seeds draw."""
-        priors = (self.prior_frequency, self.prior_mean, self.prior_std)
-        return draw_queries(batch, *priors, rho=self.rho, max_queries=self.max_queries, draws=draws)
+        tables = (self.prior_cumulative, self.prior_sizes)
+        return draw_queries(batch, *tables, rho=self.rho, max_queries=self.max_queries, draws=draws)
+
+    def _tabulate_priors(self) -> None:
+        tables = prior_tables(self.prior_frequency, self.prior_mean, self.prior_std)
+        for name, table in zip(("prior_cumulative", "prior_sizes"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
     def attention(self, teacher_pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
