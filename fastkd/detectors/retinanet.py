@@ -68,9 +68,6 @@ class RetinaNet(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.anchors.cells
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return self.losses([pyramid], batch)[0]
-
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
         outputs = self.head(one_behind_the_other(pyramids))
