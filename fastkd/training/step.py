@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.distillers.towers import share
 from fastkd.training.compiled import Regions
 from fastkd.training.schedule import Phase
+from fastkd.training.side_stream import SideStream
 from fastkd.types import Batch
 
 
@@ -102,6 +104,7 @@ class StepModule(nn.Module):
         self.teacher = teacher
         self.dtype = dtype
         self.regions = regions or Regions()
+        self.side = SideStream()
         if isinstance(distiller, FGFI):
             if not detector.imitation_anchors():
                 raise ValueError(
@@ -121,19 +124,28 @@ class StepModule(nn.Module):
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            answer = self._ask_teacher(batch, phase)
             pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
             with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
                     return dict(self.detector.loss(pyramid, batch))
-                return self._with_method(pyramid, batch, phase)
+                return self._with_method(pyramid, batch, phase, answer)
 
-    def _with_method(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def _ask_teacher(self, batch: Batch, phase: Phase) -> Callable[[], list[Tensor]] | None:
+        """Starts the teacher, on a GPU beside what follows; None where nobody wants to know in this phase."""
+        if not any(isinstance(part, (ICD, FGFI)) and phase.of(name).distill for name, part in self._parts()):
+            return None
+        return self.side.start(lambda: self.teacher.pyramid(batch.images, self.regions), [batch.images])
+
+    def _with_method(
+        self, pyramid: list[Tensor], batch: Batch, phase: Phase, answer: Callable[[], list[Tensor]] | None
+    ) -> dict[str, Tensor]:
         """The detector's losses and the method's. LGD's second call of the head is one with the first."""
         parts, instructive, lgd = {}, None, None
         shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                parts[name], pyramid_made = self._distill_by(distiller, shared.pop(), batch, phase.of(name))
+                parts[name], pyramid_made = self._distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
                 if pyramid_made is not None:
                     instructive, lgd = pyramid_made, name
         student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
@@ -147,9 +159,10 @@ class StepModule(nn.Module):
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
         losses: dict[str, Tensor] = {}
+        answer = self._ask_teacher(batch, phase)
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name), answer)
                 losses |= own
                 if instructive is not None:
                     losses |= _instructive(distiller, self.detector.loss(instructive, batch))
@@ -160,16 +173,21 @@ class StepModule(nn.Module):
         return list(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else [("", self.distiller)]
 
     def _distill_by(
-        self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
+        self,
+        distiller: LGD | ICD | FGFI,
+        pyramid: list[Tensor],
+        batch: Batch,
+        phase: Phase,
+        answer: Callable[[], list[Tensor]] | None,
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-        """The losses of a method, and LGD's instructive pyramid."""
+        """The losses of a method, and LGD's instructive pyramid; answer: what `_ask_teacher` gave."""
         regions = self.regions
         batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
         if isinstance(distiller, LGD):
             options = {"detach_student": phase.detach_student, "places": regions.free_counts(distiller.prepare(batch))}
             losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
             return dict(losses), instructive
-        teacher = regions.fix_batch(self.teacher.pyramid(batch.images, regions))
+        teacher = regions.fix_batch(answer())
         if isinstance(distiller, ICD):
             prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
             regions.free_counts(prepared.draws)
