@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastkd.distillers.icd_decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
 from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
+from fastkd.distillers.linears import Biases
 from fastkd.ops import value_mimic
 from fastkd.ops.checks import check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
@@ -156,16 +157,15 @@ class ICD(nn.Module):
         check_same_sizes("ICD", "student_pyramid", student_pyramid, "teacher_pyramid", teacher_pyramid)
         student = [level.detach() if detach_student else level for level in student_pyramid]
         queries = self.queries(batch, prepared and prepared.draws)
-        terms = []
-        for projection, (decoded, attention) in zip(
-            self.student_values, self._decode(queries, teacher_pyramid, batch, prepared and prepared.axes), strict=True
-        ):
+        terms, biases = [], self._biases(queries)
+        layers = self._decode(queries, teacher_pyramid, batch, biases, prepared and prepared.axes)
+        for projection, (decoded, attention) in zip(self.student_values, layers, strict=True):
             mass = attention.mass(queries.chosen, self.temperature)
             targets = [level.detach() for level in attention.values]
             mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
             distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
             with full_precision(decoded):
-                terms.append((*auxiliary_losses(self.auxiliary(decoded), queries), distill))
+                terms.append((*auxiliary_losses(biases.apply_all(self.auxiliary, decoded), queries), distill))
         names = ("icd_identification", "icd_localisation", "icd_distill")
         return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
 
@@ -192,11 +192,24 @@ class ICD(nn.Module):
         """
         self._check_teacher(teacher_pyramid)
         queries = self.queries(batch)
-        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch)
+        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch, self._biases(queries))
         place = queries.real_slots % queries.real.shape[1]
         return attention.maps(batch.image_index, place)
 
-    def _decode(self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch, axes: Axes | None = None):
+    def _biases(self, queries: Queries) -> Biases:
+        """Of all linears that see the queries."""
+        linears = [part for layers in (self.encoder.layers, self.auxiliary) for part in layers]
+        linears = [part for part in linears if isinstance(part, nn.Linear)]
+        return Biases(linears + [own for layer in self.decoder for own in layer.query_linears()], queries.valid.numel())
+
+    def _decode(
+        self,
+        queries: Queries,
+        teacher_pyramid: Sequence[Tensor],
+        batch: Batch,
+        biases: Biases,
+        axes: Axes | None = None,
+    ):
         """Yields each layer's decoded queries and attention."""
         levels = [level.detach() for level in teacher_pyramid]
         if self.teacher_scale != 1:
@@ -204,9 +217,9 @@ class ICD(nn.Module):
         sizes = [tuple(level.shape[2:]) for level in levels]
         positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes, axes)
         with full_precision(queries.boxes):
-            decoded = self.encoder(queries)
+            decoded = self.encoder(queries, biases)
         for layer in self.decoder:
-            decoded, attention = layer(decoded, levels, positions)
+            decoded, attention = layer(decoded, levels, positions, biases)
             yield decoded, attention
 
     def _check_teacher(self, pyramid: Sequence[Tensor]) -> None:

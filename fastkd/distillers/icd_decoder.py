@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.distillers.constants import constant
 from fastkd.distillers.icd_queries import AXIS_FEATURES, mlp, waves
+from fastkd.distillers.linears import Biases
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops.coverage import full_precision
 from fastkd.ops.layout import is_channels_last
@@ -254,17 +255,33 @@ class DecoderLayer(nn.Module):
         self.feed_forward = mlp(channels, 4 * channels, channels)
         self.norm_feed_forward = nn.LayerNorm(channels)
 
-    def forward(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
-        """Queries [B, N, C] -> decoded queries [B, N, C] and their attention."""
-        attention_output, attention = self.attend(queries, levels, positions)
-        with full_precision(queries):
-            decoded = self.norm_attention(queries + self.output(attention_output))
-            return self.norm_feed_forward(decoded + self.feed_forward(decoded)), attention
+    def query_linears(self) -> list[nn.Linear]:
+        """Those that see the queries."""
+        return [self.query, self.output, *(part for part in self.feed_forward if isinstance(part, nn.Linear))]
 
-    def attend(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
+    def _biases(self, queries: Tensor) -> Biases:
+        return Biases(self.query_linears(), len(queries) * queries.shape[1])
+
+    def forward(
+        self, queries: Tensor, levels: Sequence[Tensor], positions: Positions, biases: Biases | None = None
+    ) -> tuple[Tensor, Attention]:
+        """Queries [B, N, C] -> decoded queries [B, N, C] and their attention.
+
+        biases: of `query_linears`, perhaps among others; made where they are not given.
+        """
+        biases = self._biases(queries) if biases is None else biases
+        attention_output, attention = self.attend(queries, levels, positions, biases)
+        with full_precision(queries):
+            decoded = self.norm_attention(queries + biases.apply(self.output, attention_output))
+            return self.norm_feed_forward(decoded + biases.apply_all(self.feed_forward, decoded)), attention
+
+    def attend(
+        self, queries: Tensor, levels: Sequence[Tensor], positions: Positions, biases: Biases | None = None
+    ) -> tuple[Tensor, Attention]:
         """Queries [B, N, C] -> concatenated heads [B, N, C] and the attention."""
         with full_precision(queries):
-            projected = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
+            biases = self._biases(queries) if biases is None else biases
+            projected = biases.apply(self.query, queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
         projected = projected * projected.shape[3] ** -0.5
         row_bias, column_bias = self._tables(projected, positions)
         values = project_levels(self.value, levels, train_bias=False)

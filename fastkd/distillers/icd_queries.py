@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distillers.constants import constant, numbers
+from fastkd.distillers.linears import Biases
 from fastkd.types import Batch
 
 AXIS_FEATURES = 128
@@ -259,6 +260,7 @@ class QueryEncoder(nn.Module):
         parts = [one_hot, anchor_embedding(queries.anchors), _scale_flags(queries.pixels)]
         return torch.cat(parts, dim=-1)  # flags become floats here
 
-    def forward(self, queries: Queries) -> Tensor:
-        """[B, N, channels]."""
-        return self.layers(self.describe(queries).to(self.layers[0].weight.dtype))
+    def forward(self, queries: Queries, biases: Biases | None = None) -> Tensor:
+        """[B, N, channels]; biases: those of the layers among others, instead of their own."""
+        described = self.describe(queries).to(self.layers[0].weight.dtype)
+        return self.layers(described) if biases is None else biases.apply_all(self.layers, described)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fastkd.distillers.constants import constant, numbers
+from fastkd.distillers.linears import Biases
 from fastkd.distillers.towers import normed_tower, plain_tower, share
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
 from fastkd.ops.checks import check_levels
@@ -142,6 +143,10 @@ def _scales(padded_size: tuple[int, int], dtype: torch.dtype, device: torch.devi
     return tuple(table.to(device, non_blocking=True) for table in tables)
 
 
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
 class LinearNorm(nn.Module):
     """Linear, LayerNorm without affine, ReLU."""
 
@@ -149,16 +154,10 @@ class LinearNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., inputs] -> [..., outputs]; bias: a row of `bias_rows` for x [K, inputs], instead of the linear's."""
-        x = self.linear(x) if bias is None else torch.addmm(bias, x, self.linear.weight.t())
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """[..., inputs] -> [..., outputs]; biases: the linear's among others, instead of its own."""
+        x = self.linear(x) if biases is None else biases.apply(self.linear, x)
         return F.relu(F.layer_norm(x, x.shape[-1:]))
-
-
-def bias_rows(linears: Sequence[nn.Linear], count: int) -> list[Tensor]:
-    """The biases of linears as [count, outputs], views of one row, so that one sum gives the gradients of all."""
-    biases = torch.cat([linear.bias for linear in linears]).expand(count, -1)
-    return list(biases.split([linear.out_features for linear in linears], dim=1))
 
 
 class TransformNet(nn.Module):
@@ -170,17 +169,13 @@ class TransformNet(nn.Module):
         self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in itertools.pairwise(widths)))
         self.matrix = nn.Linear(256, size * size)
 
-    def linears(self) -> list[nn.Linear]:
-        """In the order of `forward`."""
-        return [*(layer.linear for layer in self.layers), self.matrix]
-
-    def forward(self, x: Tensor, biases: Sequence[Tensor] | None = None) -> Tensor:
-        """[K, size] -> [K, size]; biases: `bias_rows` of `linears`, made where they are not given."""
-        biases = bias_rows(self.linears(), len(x)) if biases is None else biases
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """[K, size] -> [K, size]; biases: of its linears, made where they are not given."""
+        biases = Biases(_linears(self), len(x)) if biases is None else biases
         hidden = x
-        for layer, bias in zip(self.layers, biases):
-            hidden = layer(hidden, bias)
-        matrix = torch.addmm(biases[-1], hidden, self.matrix.weight.t()).unflatten(1, (x.shape[1], x.shape[1]))
+        for layer in self.layers:
+            hidden = layer(hidden, biases)
+        matrix = biases.apply(self.matrix, hidden).unflatten(1, (x.shape[1], x.shape[1]))
         return torch.bmm(x[:, None], matrix).squeeze(1)
 
 
@@ -202,21 +197,14 @@ class LabelEncoder(nn.Module):
 
     def forward(self, descriptors: Tensor, objects: Objects) -> Tensor:
         """[K, descriptor] -> [K, channels]; the global feature is the maximum over the objects of the same image."""
-        first, second, plain = (
-            self.input_transform.linears(),
-            self.local_transform.linears(),
-            [self.local.linear, *(layer.linear for layer in self.expand), self.embed.linear],
-        )
-        biases = bias_rows([*first, *second, *plain], len(descriptors))
-        of_first, of_second = biases[: len(first)], biases[len(first) : -len(plain)]
-        of_local, of_wider, of_features, of_embedding = biases[-len(plain) :]
-        local = self.local(self.input_transform(descriptors, of_first), of_local)
-        local = self.local_transform(local, of_second)  # [K, 64]
-        wider, widest = self.expand
-        features = widest(wider(local, of_wider), of_features)  # [K, 1024], at least 0, as the padding is
+        biases = Biases(_linears(self), len(descriptors))
+        local = self.local(self.input_transform(descriptors, biases), biases)
+        features = local = self.local_transform(local, biases)  # [K, 64]
+        for layer in self.expand:
+            features = layer(features, biases)  # [K, 1024], at least 0, as the padding is
         highest = objects.pad(features).max(dim=1).values  # [B, 1024]; of equals only those of 0, ReLU's, get nothing
         joined = torch.cat([local, highest.index_select(0, objects.image_index)], dim=1)
-        return self.embed(joined, of_embedding)
+        return self.embed(joined, biases)
 
 
 class AppearanceEncoder(nn.Module):
