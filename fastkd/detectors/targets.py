@@ -108,12 +108,10 @@ class _Focal(torch.autograd.Function):
     def forward(ctx, logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
         entries = (..., image, anchor, label)
         positive = logits[entries]  # [..., P]
-        p, softplus = logits.sigmoid(), F.softplus(logits)
-        slope = torch.lerp(softplus, p.new_full((), 0.5), p) if ctx.needs_input_grad[0] else None
-        squared = p.square_()
-        if slope is not None:
-            slope.mul_(squared)
-        total = (squared.mul_(softplus).sum(-1) * weight).flatten(-2).sum(-1)
+        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        each = [values.view(-1, *logits.shape[-3:]) for values in (logits, logits if slope is None else slope)]
+        rows = [_negatives(own, None if slope is None else its) for own, its in zip(*each, strict=True)]
+        total = (torch.stack(rows).view(logits.shape[:-1]) * weight).flatten(-2).sum(-1)
         other, cost, cost_as_negative = (-positive).sigmoid(), F.softplus(-positive), F.softplus(positive)  # 1 - p
         hit, miss = other.square() * cost, (1 - other).square() * cost_as_negative
         if slope is not None:
@@ -127,6 +125,17 @@ class _Focal(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         slope, weight = ctx.saved_tensors
         return slope * (1.5 * grad[..., None, None] * weight)[..., None], None, None, None, None
+
+
+def _negatives(logits: Tensor, slope: Tensor | None) -> Tensor:
+    """p^2 softplus(x), summed over classes, and its half slope written; of one pyramid at a time, to save memory."""
+    p, softplus = logits.sigmoid(), F.softplus(logits)
+    if slope is not None:
+        torch.lerp(softplus, p.new_full((), 0.5), p, out=slope)
+    squared = p.square_()
+    if slope is not None:
+        slope.mul_(squared)
+    return squared.mul_(softplus).sum(-1)
 
 
 def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:

@@ -33,15 +33,17 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    valid, real = queries.weights.to(outputs)
-    counts = global_mean(queries.totals).to(outputs).clamp(min=1e-30)  # without real boxes the second loss is 0
+    counts = global_mean(queries.totals).clamp(min=1e-30)  # without real boxes the second loss is 0
     # weights and not torch.where, whose gradient is one more mask: the outputs in the padding are finite, too
-    entropy = F.binary_cross_entropy_with_logits(outputs[..., 0], real, weight=valid, reduction="sum")
+    valid, counted = (queries.weights.to(outputs) / counts[:, None, None].to(outputs)).unbind()
+    scores, sides = outputs.split([1, 4], dim=2)
+    real = queries.weights[1].to(outputs)
+    entropy = F.binary_cross_entropy_with_logits(scores[..., 0], real, weight=valid, reduction="sum")
     corners, anchors = queries.boxes.to(outputs).unflatten(2, (2, 2)), queries.anchors.to(outputs)[:, :, None]
     targets = (corners - anchors).abs()  # [B, N, 2, 2]: left, top; right, bottom
-    weight = real[..., None] / queries.sides.to(outputs).clamp(min=1e-7)  # [B, N, 2]
-    error = (outputs[..., 1:].sigmoid().unflatten(2, (2, 2)) - targets).abs()
-    return entropy / counts[0], (error * weight[:, :, None]).sum() / counts[1]
+    weight = counted[..., None] / queries.sides.to(outputs).clamp(min=1e-7)  # [B, N, 2]
+    error = (sides.sigmoid().unflatten(2, (2, 2)) - targets).abs()
+    return entropy, (error * weight[:, :, None]).sum()
 
 
 def _tabulate_priors(module: ICD, incompatible: object) -> None:
