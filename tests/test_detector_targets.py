@@ -158,7 +158,9 @@ def test_region_heads_are_torchvisions():
     named, sizes = {str(level): x for level, x in enumerate(pyramid)}, image_list(batch).image_sizes
     expected = original.train()(named, list(proposals), sizes, torchvision_targets(batch, 1))[1]
     heads = detector.head.roi_heads
-    losses = heads.loss(pyramid, proposals, PaddedBoxes.of(batch), batch, image_generators(batch))
+    truth = PaddedBoxes.of(batch)
+    sample = heads.sample(proposals, truth, batch, image_generators(batch))
+    (losses,) = heads.losses(pyramid, [sample], truth, batch)
     same_gradients(losses.values(), expected.values(), pyramid)
 
     batch.image_sizes = torch.tensor([[128, 128], [100, 128], [128, 90], [77, 64]])
@@ -176,7 +178,9 @@ def test_region_heads_without_any_proposal_or_box():
     batch = rectangles([0] * 4, size=SIZE)
     proposals = [torch.zeros(0, 4)] * 4
     heads = detector.head.roi_heads
-    losses = heads.loss(pyramid, proposals, PaddedBoxes.of(batch), batch, image_generators(batch))
+    truth = PaddedBoxes.of(batch)
+    sample = heads.sample(proposals, truth, batch, image_generators(batch))
+    (losses,) = heads.losses(pyramid, [sample], truth, batch)
     assert all(loss == 0 for loss in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert all(parameter.grad.abs().max() == 0 for parameter in heads.parameters())

@@ -150,4 +150,4 @@ def test_bytes_and_products_of_compiled_ops():
 def test_an_op_without_a_formula_is_refused(monkeypatch):
     monkeypatch.delitem(fastkd_costs.FLOPS, "seeded_draws")
     with pytest.raises(ValueError, match=r"fastkd::seeded_draws must have a formula; add it to fastkd_costs\.py"):
-        count(lambda: torch.ops.fastkd.seeded_draws([1], [2]))
+        count(lambda: torch.ops.fastkd.seeded_draws([1], [2], 2))

@@ -11,12 +11,23 @@ from torch.nn import functional as F
 from fastkd.distillers import ICD
 from fastkd.distillers.icd import auxiliary_losses
 from fastkd.distillers.icd_decoder import DecoderLayer, Positions, project_levels, valid_sizes
-from fastkd.distillers.icd_queries import QueryEncoder, anchor_embedding, draw_queries, query_count, scale_indicator
+from fastkd.distillers.icd_queries import (
+    QueryEncoder,
+    anchor_embedding,
+    draw_queries,
+    prior_tables,
+    query_count,
+    scale_indicator,
+)
 
 CHANNELS, TEACHER, HEADS = 12, 20, 4
 
 
 # the transcription: one image, one query, one head at a time
+
+
+def tables(prior):
+    return prior_tables(prior.frequency, prior.mean, prior.std)
 
 
 def draw(batch, prior, rho, limit):
@@ -247,7 +258,7 @@ def test_query_count(count, rho, limit, expected):
 @pytest.mark.parametrize("num_classes", [1, 11])
 def test_queries_equal_transcription(num_classes):
     batch, prior = ragged_batch((3, 0, 5), num_classes=num_classes), priors(num_classes)
-    found = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=4, max_queries=20)
+    found = draw_queries(batch, *tables(prior), rho=4, max_queries=20)
     encoder = QueryEncoder(num_classes, 8)
     described = encoder.describe(found)
     assert found.valid.shape == (3, 20) and torch.equal(found.chosen, found.real[:, :5])
@@ -268,7 +279,7 @@ def test_queries_equal_transcription(num_classes):
 def test_fakes_follow_the_priors():
     """Over many draws: class frequencies, sizes within mean +- 2 std and [0.002, 0.7], boxes in the image."""
     batch, prior = ragged_batch((1,) * 4, num_classes=6), priors(6)
-    found = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=4000, max_queries=4000)
+    found = draw_queries(batch, *tables(prior), rho=4000, max_queries=4000)
     fake = found.valid & ~found.real
     labels, boxes, anchors = found.labels[fake], found.boxes[fake], found.anchors[fake]
     share = torch.bincount(labels, minlength=6) / len(labels)
@@ -284,7 +295,7 @@ def test_fakes_follow_the_priors():
 
 def test_queries_depend_on_seed_and_image_only():
     batch, prior = ragged_batch((2, 0, 4)), priors(3)
-    arguments = (prior.frequency, prior.mean, prior.std)
+    arguments = tables(prior)
     whole, part = draw_queries(batch, *arguments), draw_queries(part_of(batch, range(2, 3)), *arguments)
     number = part.valid.shape[1]
     assert torch.equal(whole.boxes[2:, :number], part.boxes) and torch.equal(whole.anchors[2:, :number], part.anchors)
@@ -408,7 +419,7 @@ def test_parts_have_right_gradients():
     queries = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, *_: layer(q, teacher, positions)[0], (queries, *weights), fast_mode=True)
     prior, batch = priors(3), ragged_batch((1, 0))
-    drawn = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=2)
+    drawn = draw_queries(batch, *tables(prior), rho=2)
     outputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: auxiliary_losses(x, drawn), outputs)
 
@@ -436,7 +447,7 @@ def test_projection_is_a_convolution(order, train_bias):
 def test_auxiliary_by_hand():
     """One real query whose outputs are exactly its distances, one fake: losses 0 and log 2."""
     prior, batch = priors(1), ragged_batch((1,), num_classes=1)
-    drawn = draw_queries(batch, prior.frequency, prior.mean, prior.std, rho=1)
+    drawn = draw_queries(batch, *tables(prior), rho=1)
     sides = torch.cat([drawn.anchors - drawn.boxes[..., :2], drawn.boxes[..., 2:] - drawn.anchors], dim=2)
     outputs = torch.cat([torch.zeros(1, 2, 1), sides.clamp(1e-4).logit()], dim=2)
     identification, localisation = auxiliary_losses(outputs, drawn)

@@ -134,3 +134,13 @@ def test_measuring_leaves_the_run_as_it_is(tiny_data, tmp_path, method):
     assert not (tmp_path / "without/ledger.json").exists()
     stored = json.loads((tmp_path / "with/ledger.json").read_text())
     assert stored["method"] == (None if method == "baseline" else "icd") and stored["run"]["steps"] == 6
+
+
+def test_a_failing_step_leaves_the_compiled_functions(tiny_data):
+    recipe = tiny_recipe(tiny_data, method="lgd")
+    module = build(recipe).module
+    trainable = frozenset(name for name, _ in module.named_parameters())
+    contender = ledger._Contender(recipe, module, trainable, ONE, method=True)
+    with pytest.raises(AttributeError):
+        contender.peak([None], channels_last=False)
+    assert contender.module.regions is module.regions

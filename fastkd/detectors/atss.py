@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, centerness, near_cells
+from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, binary_errors, centerness, near_cells
 from fastkd.detectors.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
@@ -32,15 +31,15 @@ class ATSS(LocationDetector):
         count = shared_count((matches.rows >= 0).sum())
         _, image, place, row = matches
         boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
-        predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], own)
+        predicted = self.box_coder.decode(outputs["bbox_regression"][:, image, place], own)  # [R, P, 4]
         weight = centerness(self.box_coder.encode(own, boxes))
-        error = generalized_box_iou_loss(predicted, boxes, reduction="none") * weight
-        logit = outputs["bbox_ctrness"][image, place, 0]
+        error = generalized_box_iou_loss(predicted, boxes.expand_as(predicted)) * weight
+        logit = outputs["bbox_ctrness"][:, image, place, 0]
         classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
-            "box_regression": BOX_WEIGHT * error.sum() / shared_count(weight.sum(), least=1e-6),
-            "centerness": F.binary_cross_entropy_with_logits(logit, weight, reduction="sum") / count,
+            "box_regression": BOX_WEIGHT * error.sum(1) / shared_count(weight.sum(), least=1e-6),
+            "centerness": binary_errors(logit, weight) / count,
         }
 
     @torch.no_grad()

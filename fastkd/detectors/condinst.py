@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
 from fastkd.detectors.dense import dense_candidates, survivors
@@ -36,15 +36,23 @@ class CondInst(FCOS):
     head_class = CondInstHead
     centered = True
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """One call of the head for each pyramid where it has batch statistics, which are each pyramid's own."""
         require_masks("condinst", batch)
-        return super().loss(pyramid, batch)
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.head.modules()):
+            return [super(CondInst, self).losses([pyramid], batch)[0] for pyramid in pyramids]
+        return super().losses(pyramids, batch)
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, levels = PaddedBoxes.of(batch), self.anchors(pyramid)
         anchors, matches = torch.cat(levels), Matches.of(self.assign(truth, levels))
         losses = self._box_losses(outputs, matches, anchors, truth, batch)
-        return losses | {"mask": self._mask_loss(outputs, matches, anchors, batch)}
+        parts = zip(outputs["mask_features"].unbind(), outputs["controller"].unbind(), strict=True)
+        masks = [
+            self._mask_loss({"mask_features": features, "controller": controller}, matches, anchors, batch)
+            for features, controller in parts
+        ]
+        return losses | {"mask": torch.stack(masks)}
 
     def _mask_loss(self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, batch: Batch) -> Tensor:
         image, place, rows = self._sampled(matches, batch)

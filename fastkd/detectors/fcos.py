@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
@@ -11,7 +10,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.locations import LocationDetector, Matches, centerness
+from fastkd.detectors.locations import LocationDetector, Matches, binary_errors, centerness
 from fastkd.detectors.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
@@ -53,14 +52,14 @@ class FCOS(LocationDetector):
         count = shared_count((matches.rows >= 0).sum())
         _, image, place, row = matches
         boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
-        predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], own)
+        predicted = self.box_coder.decode(outputs["bbox_regression"][:, image, place], own)  # [R, P, 4]
         target = centerness(self.box_coder.encode(own, boxes))  # positive locations lie strictly inside their box
-        logit = outputs["bbox_ctrness"][image, place, 0]
+        logit = outputs["bbox_ctrness"][:, image, place, 0]
         classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
-            "box_regression": generalized_box_iou_loss(predicted, boxes, reduction="sum") / count,
-            "centerness": F.binary_cross_entropy_with_logits(logit, target, reduction="sum") / count,
+            "box_regression": generalized_box_iou_loss(predicted, boxes.expand_as(predicted)).sum(1) / count,
+            "centerness": binary_errors(logit, target) / count,
         }
 
     def assign(self, truth: PaddedBoxes, levels: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 
@@ -14,7 +15,7 @@ from fastkd.detectors.backbone import build_backbone_and_neck
 from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.protocol import Detector
+from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.targets import PaddedBoxes, focal_loss, in_full_precision, inside_ignored
 from fastkd.types import Batch, Detections
 
@@ -63,15 +64,17 @@ class LocationDetector(Detector):
             squares.append(torch.cat([middle - half, middle + half], 1))
         return squares
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
-            outputs = {name: value.float() for name, value in outputs.items()}
-            return self._losses(outputs, pyramid, batch)
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """`loss` of several pyramids: one call of the head on all of their images."""
+        outputs = self.head(one_behind_the_other(pyramids))
+        with in_full_precision(pyramids[0][0]):
+            shape = (len(pyramids), len(batch))
+            outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
+            return apart(self._losses(outputs, pyramids[0], batch))
 
     @abstractmethod
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The losses of the head's float32 outputs."""
+        """The losses [R] of the head's float32 outputs [R, B, ...] on R pyramids like `pyramid`."""
 
     def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """[B, A, classes] float32."""
@@ -80,7 +83,7 @@ class LocationDetector(Detector):
     def _classification(
         self, logits: Tensor, matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
     ) -> Tensor:
-        """Sum of the focal loss of all locations but those in ignore regions."""
+        """Sum of the focal loss of all locations but those in ignore regions; of logits [..., B, A, classes]: [...]."""
         counted = torch.ones_like(matches.rows, dtype=torch.bool)
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
@@ -105,6 +108,11 @@ class LocationDetector(Detector):
             return self.box_coder.decode(chosen, anchors[level][index])
 
         return list(self._scores(outputs).split(sizes, dim=1)), decode
+
+
+def binary_errors(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of logits [R, P] with a target [P], summed over P: [R]."""
+    return F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none").sum(1)
 
 
 def centerness(sides: Tensor) -> Tensor:

@@ -40,6 +40,12 @@ class POTO(LocationDetector):
         return outputs["cls_logits"].float().sigmoid()
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Every pyramid's outputs are matched by themselves."""
+        each = [dict(zip(outputs, own)) for own in zip(*(value.unbind() for value in outputs.values()), strict=True)]
+        found = [self._losses_of_one(own, pyramid, batch) for own in each]
+        return {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
+
+    def _losses_of_one(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, anchors = PaddedBoxes.of(batch), torch.cat(self.anchors(pyramid))
         matches = Matches.of(self.assign(truth, outputs, pyramid, batch))
         count = shared_count((matches.rows >= 0).sum())

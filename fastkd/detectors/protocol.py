@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch, Detections
+
+
+def one_behind_the_other(pyramids: list[list[Tensor]]) -> list[Tensor]:
+    """R pyramids of B images as one of R * B."""
+    return pyramids[0] if len(pyramids) == 1 else [torch.cat(level) for level in zip(*pyramids, strict=True)]
+
+
+def apart(losses: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Losses [R] by name -> the losses of each of the R pyramids."""
+    return [dict(zip(losses, row)) for row in zip(*(value.unbind() for value in losses.values()), strict=True)]
 
 
 class Detector(nn.Module):
@@ -56,16 +67,16 @@ class Detector(nn.Module):
         """The modules of the head whose forward is arithmetic on tensors alone, by name: what torch.compile takes."""
         return {"head": self.head}
 
-    @abstractmethod
     def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The detection losses of a pyramid, scalars in float32 by name; their sum is what trains the detector.
 
         Averaged over processes with equally many images each, their gradients are those of one process on all images.
         """
+        return self.losses([pyramid], batch)[0]
 
+    @abstractmethod
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids of the same batch, one after the other; a detector may share work between them."""
-        return [self.loss(pyramid, batch) for pyramid in pyramids]
+        """`loss` of several pyramids of the same batch, one call of the head for all where that changes no number."""
 
     @abstractmethod
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:

@@ -12,7 +12,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from fastkd.detectors.backbone import build_backbone_and_neck
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.protocol import Detector
+from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.targets import BETWEEN, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, match_anchors
 from fastkd.types import Batch, Detections
 
@@ -36,11 +36,12 @@ class _Targets(NamedTuple):
 
 
 def _losses(logits: Tensor, deltas: Tensor, targets: _Targets) -> dict[str, Tensor]:
+    """The losses [R] of the outputs [R, B, A, ...] of R pyramids."""
     image, anchor = targets.image, targets.anchor
-    error = (deltas[image, anchor] - targets.deltas).abs().sum(1)
+    error = (deltas[:, image, anchor] - targets.deltas).abs().sum(2)
     return {
         "classification": focal_loss(logits, targets.weight, image, anchor, targets.label),
-        "box_regression": (error * targets.share).sum(),
+        "box_regression": (error * targets.share).sum(1),
     }
 
 
@@ -67,20 +68,16 @@ class RetinaNet(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.anchors.cells
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        return self.losses([pyramid], batch)[0]
-
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
-        levels = pyramids[0] if len(pyramids) == 1 else [torch.cat(level) for level in zip(*pyramids, strict=True)]
-        outputs = self.head(levels)
-        with in_full_precision(levels[0]):
+        outputs = self.head(one_behind_the_other(pyramids))
+        with in_full_precision(pyramids[0][0]):
             targets = self._targets(pyramids[0], batch)
             logits, deltas = (
-                outputs[name].float().unflatten(0, (len(pyramids), len(batch))).unbind()
+                outputs[name].float().unflatten(0, (len(pyramids), len(batch)))
                 for name in ("cls_logits", "bbox_regression")
             )
-            return [_losses(*both, targets) for both in zip(logits, deltas, strict=True)]
+            return apart(_losses(logits, deltas, targets))
 
     def _targets(self, pyramid: list[Tensor], batch: Batch) -> _Targets:
         anchors, truth = torch.cat(self.anchors(pyramid)), PaddedBoxes.of(batch)

@@ -62,23 +62,22 @@ class RegionHeads(nn.Module):
             self.mask_head = MaskRCNNHeads(config.channels, [width] * 4, dilation=1)
             self.mask_predictor = MaskRCNNPredictor(width, width, config.num_classes + 1)
 
-    def loss(
-        self,
-        pyramid: list[Tensor],
-        proposals: list[Tensor],
-        truth: PaddedBoxes,
-        batch: Batch,
-        generators: list[torch.Generator],
-    ) -> dict[str, Tensor]:
-        """{"roi_classification", "roi_box"} and, for Mask R-CNN, "roi_mask"; image b draws from generators[b]."""
-        with in_full_precision(pyramid[0]):
-            sample = self.sample(proposals, truth, batch, generators)
-        losses = self._box_losses(
-            *self._boxes(pyramid, self._by_image(sample.boxes, sample.image, batch)), sample, truth
-        )
+    def losses(
+        self, levels: list[Tensor], samples: list[Sample], truth: PaddedBoxes, batch: Batch
+    ) -> list[dict[str, Tensor]]:
+        """{"roi_classification", "roi_box"} and, for Mask R-CNN, "roi_mask", of each of R pyramids.
+
+        Args:
+            levels: the pyramids, one behind the other.
+            samples: `sample` of each.
+        """
+        boxes = [own for sample in samples for own in self._by_image(sample.boxes, sample.image, batch)]
+        outputs = (values.split([len(sample.boxes) for sample in samples]) for values in self._boxes(levels, boxes))
+        found = [self._box_losses(*both, sample, truth) for *both, sample in zip(*outputs, samples, strict=True)]
         if self.config.detector == "mask_rcnn":
-            losses["roi_mask"] = self._mask_loss(pyramid, sample, truth, batch)
-        return losses
+            for losses, loss in zip(found, self._mask_losses(levels, samples, truth, batch), strict=True):
+                losses["roi_mask"] = loss
+        return found
 
     @torch.no_grad()
     def sample(
@@ -121,11 +120,19 @@ class RegionHeads(nn.Module):
             box = F.smooth_l1_loss(own, target, beta=1 / 9, reduction="sum") / count
         return {"roi_classification": classification, "roi_box": box}
 
-    def _mask_loss(self, pyramid: list[Tensor], sample: Sample, truth: PaddedBoxes, batch: Batch) -> Tensor:
-        positive = sample.labels.nonzero()[:, 0]
-        boxes, image, row = sample.boxes[positive], sample.image[positive], sample.row[positive]
-        by_image = self._by_image(boxes, image, batch)
-        logits = self._masks(pyramid, by_image, sample.labels[positive])
+    def _mask_losses(
+        self, levels: list[Tensor], samples: list[Sample], truth: PaddedBoxes, batch: Batch
+    ) -> list[Tensor]:
+        positives = [sample.labels.nonzero()[:, 0] for sample in samples]
+        chosen = [Sample(*(values[own] for values in sample)) for sample, own in zip(samples, positives, strict=True)]
+        by_image = [self._by_image(sample.boxes, sample.image, batch) for sample in chosen]
+        labels = torch.cat([sample.labels for sample in chosen])
+        logits = self._masks(levels, [boxes for own in by_image for boxes in own], labels)
+        parts = zip(logits.split([len(sample.labels) for sample in chosen]), by_image, chosen, strict=True)
+        return [self._mask_loss(own, boxes, sample.row, batch) for own, boxes, sample in parts]
+
+    def _mask_loss(self, logits: Tensor, by_image: list[Tensor], row: Tensor, batch: Batch) -> Tensor:
+        """Of one pyramid's mask logits; by_image: the boxes of each image, row: of each its row of the truth."""
         with in_full_precision(logits), torch.no_grad():
             rows = row.split([len(own) for own in by_image])
             masks = batch.masks.split(batch.counts)

@@ -28,6 +28,11 @@ class RPNOutputs(NamedTuple):
     deltas: Tensor
     anchors: list[Tensor]
 
+    def apart(self, pyramids: int) -> list[RPNOutputs]:
+        """Of so many pyramids one behind the other: each one's."""
+        both = zip(self.logits.unflatten(0, (pyramids, -1)).unbind(), self.deltas.unflatten(0, (pyramids, -1)).unbind())
+        return [RPNOutputs(logits, deltas, self.anchors) for logits, deltas in both]
+
 
 class RegionProposals(nn.Module):
     """torchvision's RPN, its matching, sampling and loss computed for the whole batch at once.

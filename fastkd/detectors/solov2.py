@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd.detectors.backbone import build_backbone_and_neck
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.instance_masks import coarse_masks, dice_loss, require_masks
-from fastkd.detectors.protocol import Detector
+from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
 from fastkd.detectors.targets import BELOW, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, shared_count
@@ -35,13 +35,17 @@ class SOLOv2(Detector):
         """None: the cells are those of grids, not of the pyramid."""
         return []
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """`loss` of several pyramids: one call of the head on all of their images, one assignment."""
         require_masks("solov2", batch)
-        outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
-            return self._losses({name: value.float() for name, value in outputs.items()}, batch)
+        outputs = self.head(one_behind_the_other(pyramids))
+        with in_full_precision(pyramids[0][0]):
+            shape = (len(pyramids), len(batch))
+            outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
+            return apart(self._losses(outputs, batch))
 
     def _losses(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The losses [R] of outputs [R, B, ...] on R pyramids."""
         logits, truth = outputs["cls_logits"], PaddedBoxes.of(batch)
         matched = self.assign(truth, batch)
         positive = matched >= 0
@@ -53,21 +57,25 @@ class SOLOv2(Detector):
         row = matched[image, cell]
         focal = focal_loss(logits, counted.float(), image, cell, truth.labels[image, row])
         count = positive.sum()
+        parts = zip(outputs["kernels"].unbind(), outputs["mask_features"].unbind(), strict=True)
+        dice = [self._dice(*both, image, cell, row, batch) for both in parts]
         return {
             "classification": focal / shared_count(count, more=1.0),
-            "mask": MASK_WEIGHT * self._dice(outputs, image, cell, row, batch) / shared_count(count),
+            "mask": MASK_WEIGHT * torch.stack(dice) / shared_count(count),
         }
 
-    def _dice(self, outputs: dict[str, Tensor], image: Tensor, cell: Tensor, row: Tensor, batch: Batch) -> Tensor:
-        """Sum of the dice losses of positive cells, images ascending."""
+    def _dice(
+        self, all_kernels: Tensor, mask_features: Tensor, image: Tensor, cell: Tensor, row: Tensor, batch: Batch
+    ) -> Tensor:
+        """Sum of the dice losses of positive cells, images ascending; of one pyramid's outputs."""
         targets = coarse_masks(batch).split(batch.counts)
-        total = (outputs["kernels"].sum() + outputs["mask_features"].sum()) * 0.0  # the graph, should nothing follow
+        total = (all_kernels.sum() + mask_features.sum()) * 0.0  # the graph, should nothing follow
         for index, count in enumerate(torch.bincount(image, minlength=len(batch)).tolist()):
             own, cell = cell[:count], cell[count:]
             instance, row = row[:count], row[count:]
             if count:
-                features = outputs["mask_features"][index]
-                logits = (outputs["kernels"][index, own] @ features.flatten(1)).unflatten(1, features.shape[1:])
+                features = mask_features[index]
+                logits = (all_kernels[index, own] @ features.flatten(1)).unflatten(1, features.shape[1:])
                 total = total + dice_loss(logits, targets[index][instance]).sum()
         return total
 

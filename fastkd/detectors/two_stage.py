@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastkd.detectors.backbone import build_backbone_and_neck
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector
+from fastkd.detectors.protocol import Detector, one_behind_the_other
 from fastkd.detectors.roi import RegionHeads
 from fastkd.detectors.rpn import RegionProposals
 from fastkd.detectors.sampling import image_generators
@@ -42,19 +42,23 @@ class TwoStage(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.head.rpn.anchors.cells
 
-    def loss(self, pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
+        """`loss` of several pyramids: one call of each stage's head; every pyramid has its own proposals."""
         if self.config.detector == "mask_rcnn" and batch.masks is None:
             raise ValueError("loss: batch.masks must be [K, H, W] for mask_rcnn, got None; load the data with masks")
         config, rpn = self.config, self.head.rpn
-        generators = image_generators(batch)
-        outputs = rpn(pyramid)
-        with in_full_precision(pyramid[0]):
+        levels, numbers = one_behind_the_other(pyramids), {"pre_nms": config.rpn_pre_nms_train}
+        numbers["post_nms"] = config.rpn_post_nms_train
+        outputs, found, samples = rpn(levels).apart(len(pyramids)), [], []
+        with in_full_precision(levels[0]):
             truth = PaddedBoxes.of(batch)
-            losses = rpn.loss(outputs, truth, batch, generators)
-            proposals = rpn.proposals(
-                outputs, batch, pre_nms=config.rpn_pre_nms_train, post_nms=config.rpn_post_nms_train
-            )
-        return losses | self.head.roi_heads.loss(pyramid, proposals, truth, batch, generators)
+            for own in outputs:
+                generators = image_generators(batch)
+                found.append(rpn.loss(own, truth, batch, generators))
+                proposals = rpn.proposals(own, batch, **numbers)
+                samples.append(self.head.roi_heads.sample(proposals, truth, batch, generators))
+        later = self.head.roi_heads.losses(levels, samples, truth, batch)
+        return [first | second for first, second in zip(found, later, strict=True)]
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:

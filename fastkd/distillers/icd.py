@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.icd_decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
-from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp
+from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
+from fastkd.distillers.linears import Biases
 from fastkd.ops import value_mimic
 from fastkd.ops.checks import check_levels, check_same_sizes
 from fastkd.ops.coverage import full_precision
@@ -32,16 +33,22 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    real, valid = queries.real.to(outputs), queries.valid.to(outputs)
-    counts = global_mean(torch.stack([valid.sum(), real.sum()])).to(outputs)
+    counts = global_mean(queries.totals).clamp(min=1e-30)  # without real boxes the second loss is 0
     # weights and not torch.where, whose gradient is one more mask: the outputs in the padding are finite, too
-    entropy = F.binary_cross_entropy_with_logits(outputs[..., 0], real, weight=valid, reduction="sum")
-    low, high = queries.boxes.to(outputs).split(2, dim=2)
-    anchors = queries.anchors.to(outputs)
-    targets = torch.cat([anchors - low, high - anchors], dim=2)  # left, top, right, bottom
-    weight = (real[..., None] / (high - low).clamp(min=1e-7)).repeat(1, 1, 2)
-    error = ((outputs[..., 1:].sigmoid() - targets).abs() * weight).sum()
-    return entropy / counts[0], error / counts[1].clamp(min=1e-30)  # without real boxes 0
+    valid, counted = (queries.weights.to(outputs) / counts[:, None, None].to(outputs)).unbind()
+    scores, sides = outputs.split([1, 4], dim=2)
+    real = queries.weights[1].to(outputs)
+    entropy = F.binary_cross_entropy_with_logits(scores[..., 0], real, weight=valid, reduction="sum")
+    corners, anchors = queries.boxes.to(outputs).unflatten(2, (2, 2)), queries.anchors.to(outputs)[:, :, None]
+    targets = (corners - anchors).abs()  # [B, N, 2, 2]: left, top; right, bottom
+    weight = counted[..., None] / queries.sides.to(outputs).clamp(min=1e-7)  # [B, N, 2]
+    error = (sides.sigmoid().unflatten(2, (2, 2)) - targets).abs()
+    return entropy, (error * weight[:, :, None]).sum()
+
+
+def _tabulate_priors(module: ICD, incompatible: object) -> None:
+    """After a state dict was loaded."""
+    module._tabulate_priors()
 
 
 @dataclass
@@ -114,6 +121,8 @@ class ICD(nn.Module):
         self.rho, self.max_queries, self.weight, self.temperature = rho, max_queries, weight, temperature
         for name in ("frequency", "mean", "std"):
             self.register_buffer(f"prior_{name}", getattr(priors, name).clone())
+        self._tabulate_priors()
+        self.register_load_state_dict_post_hook(_tabulate_priors)
         self.encoder = QueryEncoder(num_classes, channels)
         self.decoder = nn.ModuleList(DecoderLayer(channels, self.teacher_channels, heads) for _ in range(layers))
         self.auxiliary = mlp(channels, channels, channels, 5)
@@ -150,16 +159,15 @@ class ICD(nn.Module):
         check_same_sizes("ICD", "student_pyramid", student_pyramid, "teacher_pyramid", teacher_pyramid)
         student = [level.detach() if detach_student else level for level in student_pyramid]
         queries = self.queries(batch, prepared and prepared.draws)
-        terms = []
-        for projection, (decoded, attention) in zip(
-            self.student_values, self._decode(queries, teacher_pyramid, batch, prepared and prepared.axes), strict=True
-        ):
+        terms, biases = [], self._biases(queries)
+        layers = self._decode(queries, teacher_pyramid, batch, biases, prepared and prepared.axes)
+        for projection, (decoded, attention) in zip(self.student_values, layers, strict=True):
             mass = attention.mass(queries.chosen, self.temperature)
             targets = [level.detach() for level in attention.values]
             mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
             distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
             with full_precision(decoded):
-                terms.append((*auxiliary_losses(self.auxiliary(decoded), queries), distill))
+                terms.append((*auxiliary_losses(biases.apply_all(self.auxiliary, decoded), queries), distill))
         names = ("icd_identification", "icd_localisation", "icd_distill")
         return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
 
@@ -170,8 +178,13 @@ class ICD(nn.Module):
 
     def queries(self, batch: Batch, draws: Draws | None = None) -> Queries:
         """The batch's real queries and the fakes its seeds draw."""
-        priors = (self.prior_frequency, self.prior_mean, self.prior_std)
-        return draw_queries(batch, *priors, rho=self.rho, max_queries=self.max_queries, draws=draws)
+        tables = (self.prior_cumulative, self.prior_sizes)
+        return draw_queries(batch, *tables, rho=self.rho, max_queries=self.max_queries, draws=draws)
+
+    def _tabulate_priors(self) -> None:
+        tables = prior_tables(self.prior_frequency, self.prior_mean, self.prior_std)
+        for name, table in zip(("prior_cumulative", "prior_sizes"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
     def attention(self, teacher_pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
@@ -181,12 +194,23 @@ class ICD(nn.Module):
         """
         self._check_teacher(teacher_pyramid)
         queries = self.queries(batch)
-        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch)
+        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch, self._biases(queries))
         place = queries.real_slots % queries.real.shape[1]
         return attention.maps(batch.image_index, place)
 
+    def _biases(self, queries: Queries) -> Biases:
+        """Of all linears that see the queries."""
+        linears = [part for layers in (self.encoder.layers, self.auxiliary) for part in layers]
+        linears = [part for part in linears if isinstance(part, nn.Linear)]
+        return Biases(linears + [own for layer in self.decoder for own in layer.query_linears()], queries.valid.numel())
+
     def _decode(
-        self, queries: Queries, teacher_pyramid: Sequence[Tensor], batch: Batch, axes: Axes | None = None
+        self,
+        queries: Queries,
+        teacher_pyramid: Sequence[Tensor],
+        batch: Batch,
+        biases: Biases,
+        axes: Axes | None = None,
     ):
         """Yields each layer's decoded queries and attention."""
         levels = [level.detach() for level in teacher_pyramid]
@@ -195,9 +219,9 @@ class ICD(nn.Module):
         sizes = [tuple(level.shape[2:]) for level in levels]
         positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes, axes)
         with full_precision(queries.boxes):
-            decoded = self.encoder(queries)
+            decoded = self.encoder(queries, biases)
         for layer in self.decoder:
-            decoded, attention = layer(decoded, levels, positions)
+            decoded, attention = layer(decoded, levels, positions, biases)
             yield decoded, attention
 
     def _check_teacher(self, pyramid: Sequence[Tensor]) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastkd.distillers.icd_queries import AXIS_FEATURES, angular_frequencies, constant, mlp
+from fastkd.distillers.constants import constant
+from fastkd.distillers.icd_queries import AXIS_FEATURES, mlp, waves
+from fastkd.distillers.linears import Biases
 from fastkd.ops import attention_mass, instance_attention
-from fastkd.ops._pool_paint import is_channels_last
 from fastkd.ops.coverage import full_precision
+from fastkd.ops.layout import is_channels_last
 
 Axes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,15 +28,18 @@ def valid_sizes(
 
     ceil(image size / stride), at most the level's; stride = mean of (padded height / H_l, padded width / W_l).
     """
-    strides, limits, _, _ = axes or level_axes(tuple(level_sizes), padded_size, image_sizes.device)
-    sizes = (image_sizes[:, None] / strides).ceil()  # [B, L, 2] float64
-    return list(sizes.clamp(torch.ones_like(limits), limits).long().unbind(1))
+    axes = axes or level_axes(tuple(level_sizes), padded_size, image_sizes.device)
+    return list(_valid_sizes(image_sizes, axes).long().unbind(1))
+
+
+def _valid_sizes(image_sizes: Tensor, axes: Axes) -> Tensor:
+    """`valid_sizes` [B, L, 2] as float64."""
+    strides, limits, _, _ = axes
+    return torch.minimum((image_sizes[:, None] / strides).ceil(), limits)
 
 
 @constant
-def level_axes(
-    level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device
-) -> Axes:
+def level_axes(level_sizes: tuple[tuple[int, int], ...], padded_size: tuple[int, int], device: torch.device) -> Axes:
     """What does not change with the batch: strides [L, 1] and limits [L, 2] of the levels, float64; place from 1 [P]
 
     float32 and axis [P] int64 (2 * level, plus 1 for columns) of the rows of all levels, then of their columns.
@@ -78,10 +83,9 @@ class Positions:
         """The embeddings of these images (image_sizes [B, 2]) on levels of these sizes; axes: `level_axes` of them."""
         axes = axes or level_axes(tuple(level_sizes), padded_size, image_sizes.device)
         _, _, place, axis = axes
-        valid = torch.stack(valid_sizes(image_sizes, padded_size, level_sizes, axes), dim=1)  # [B, L, 2]
-        valid = valid.flatten(1).index_select(1, axis)  # [B, P]
-        angle = (place / valid)[..., None] * angular_frequencies(valid.device)  # [B, P, 64]
-        table, inside = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2), place <= valid
+        valid = _valid_sizes(image_sizes, axes).flatten(1).index_select(1, axis).float()  # [B, P]
+        frequencies, phases = waves(True, valid.device)
+        table, inside = torch.addcmul(phases, (place / valid)[..., None], frequencies).sin(), place <= valid
         heights, widths = (list(sides) for sides in zip(*level_sizes, strict=True))
         parts = [sum(heights), sum(widths)]
         return cls(*table.split(parts, dim=1), *inside.split(parts, dim=1), heights, widths)
@@ -95,7 +99,7 @@ class Positions:
         sides = ((row, self.rows, self.row_inside), (column, self.columns, self.column_inside))
         biases = []
         for part, table, inside in sides:
-            outside = inside.to(part.dtype).log()[:, None]  # 0 inside, -inf outside
+            outside = inside.log().to(part.dtype)[:, None]  # 0 inside, -inf outside
             biases.append(torch.baddbmm(outside, part, table.to(part).transpose(1, 2)).unflatten(1, queries.shape[1:3]))
         return list(biases[0].split(self.heights, dim=3)), list(biases[1].split(self.widths, dim=3))
 
@@ -203,7 +207,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         weight, *levels = ctx.saved_tensors
         needs_weight, needs_bias, *needs_level = ctx.needs_input_grad
-        for_weight = torch.zeros_like(weight) if needs_weight else None
+        for_weight, more = weight, 0.0  # with a factor of 0 the weight is not read
         for_bias, for_levels = [], [None] * len(levels)
         for index in reversed(range(len(levels))):  # small levels first: half types round the sum after each
             level, grad = levels[index], grads[index]
@@ -212,15 +216,17 @@ class _Project(torch.autograd.Function):
             channels_last = is_channels_last(level)
             flat = _rows(grad) if channels_last else grad.flatten(2)
             if needs_weight and channels_last:
-                for_weight = torch.addmm(for_weight, flat.t(), _rows(level))
+                for_weight = torch.addmm(for_weight, flat.t(), _rows(level), beta=more)
             elif needs_weight:
-                for_weight = torch.addbmm(for_weight, flat, level.flatten(2).transpose(1, 2))
+                for_weight = torch.addbmm(for_weight, flat, level.flatten(2).transpose(1, 2), beta=more)
+            more = 1.0
             if needs_bias:
                 for_bias.append(flat.sum(0 if channels_last else (0, 2)))
             if needs_level[index] and channels_last:
                 for_levels[index] = (flat @ weight).view(level.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
             elif needs_level[index]:
                 for_levels[index] = (weight.t().expand(len(level), -1, -1) @ flat).view(level.shape)
+        for_weight = for_weight if needs_weight and more > 0 else None
         return for_weight, torch.stack(for_bias).sum(0) if for_bias else None, *for_levels
 
 
@@ -249,25 +255,40 @@ class DecoderLayer(nn.Module):
         self.feed_forward = mlp(channels, 4 * channels, channels)
         self.norm_feed_forward = nn.LayerNorm(channels)
 
-    def forward(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
-        """Queries [B, N, C] -> decoded queries [B, N, C] and their attention."""
-        attention_output, attention = self.attend(queries, levels, positions)
-        with full_precision(queries):
-            decoded = self.norm_attention(queries + self.output(attention_output))
-            return self.norm_feed_forward(decoded + self.feed_forward(decoded)), attention
+    def query_linears(self) -> list[nn.Linear]:
+        """Those that see the queries."""
+        return [self.query, self.output, *(part for part in self.feed_forward if isinstance(part, nn.Linear))]
 
-    def attend(self, queries: Tensor, levels: Sequence[Tensor], positions: Positions) -> tuple[Tensor, Attention]:
+    def _biases(self, queries: Tensor) -> Biases:
+        return Biases(self.query_linears(), len(queries) * queries.shape[1])
+
+    def forward(
+        self, queries: Tensor, levels: Sequence[Tensor], positions: Positions, biases: Biases | None = None
+    ) -> tuple[Tensor, Attention]:
+        """Queries [B, N, C] -> decoded queries [B, N, C] and their attention.
+
+        biases: of `query_linears`, perhaps among others; made where they are not given.
+        """
+        biases = self._biases(queries) if biases is None else biases
+        attention_output, attention = self.attend(queries, levels, positions, biases)
+        with full_precision(queries):
+            decoded = self.norm_attention(queries + biases.apply(self.output, attention_output))
+            return self.norm_feed_forward(decoded + biases.apply_all(self.feed_forward, decoded)), attention
+
+    def attend(
+        self, queries: Tensor, levels: Sequence[Tensor], positions: Positions, biases: Biases | None = None
+    ) -> tuple[Tensor, Attention]:
         """Queries [B, N, C] -> concatenated heads [B, N, C] and the attention."""
         with full_precision(queries):
-            projected = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
+            biases = self._biases(queries) if biases is None else biases
+            projected = biases.apply(self.query, queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, G, N, d]
         projected = projected * projected.shape[3] ** -0.5
         row_bias, column_bias = self._tables(projected, positions)
         values = project_levels(self.value, levels, train_bias=False)
         output, logsumexp = instance_attention(projected, levels, self.key.weight, row_bias, column_bias, values)
         attention = Attention(projected, levels, self.key.weight, row_bias, column_bias, values, logsumexp)
         # The weights of a query sum to 1: its bias moves the output by itself, and needs no pass over all cells.
-        moved = self.value.bias - self.value.bias.detach()  # 0
-        return output.transpose(1, 2).flatten(2) + moved, attention
+        return _Moved.apply(output.transpose(1, 2).flatten(2), self.value.bias), attention
 
     def _tables(self, projected: Tensor, positions: Positions) -> tuple[list[Tensor], list[Tensor]]:
         with full_precision(projected):
@@ -292,4 +313,19 @@ class _Unmoved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)
+        others = ctx.saved_tensors
+        zeros = others[0].new_zeros(sum(other.numel() for other in others)).split([other.numel() for other in others])
+        return grad, *(zero.view(other.shape) for zero, other in zip(zeros, others))
+
+
+class _Moved(torch.autograd.Function):
+    """Gives its first argument [B, N, C], to whose rows the bias [C] was added already, without its gradient."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, grad.sum((0, 1), dtype=ctx.dtype)

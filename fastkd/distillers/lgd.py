@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from fastkd.distillers.constants import constant, numbers
+from fastkd.distillers.linears import Biases
+from fastkd.distillers.towers import normed_tower, plain_tower, share
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
 from fastkd.ops.checks import check_levels
+from fastkd.ops.coverage import full_precision
+from fastkd.ops.layout import is_channels_last
 from fastkd.types import Batch
 
 MASK_SIZE = 7
@@ -47,10 +51,6 @@ class Objects:
         flat = values.new_zeros(*values.shape[:-2], self.valid.numel(), values.shape[-1])
         return flat.index_copy(-2, self.slots, values).unflatten(-2, self.valid.shape)
 
-    def unpad(self, values: Tensor) -> Tensor:
-        """[..., B, longest, D] -> [..., K, D]."""
-        return values.flatten(-3, -2).index_select(-2, self.slots)
-
 
 @dataclass
 class Places:
@@ -58,10 +58,12 @@ class Places:
 
     Args:
         slots: [K] int64, image * longest + place within the image.
+        image_index: [K] int64 in [0, B).
         valid: [B, longest] bool, False in the padding.
     """
 
     slots: Tensor
+    image_index: Tensor
     valid: Tensor
 
 
@@ -80,8 +82,10 @@ def place_objects(batch: Batch, *, context: bool, use_masks: bool) -> Places:
     places = [image * longest + place for image, count in enumerate(counts) for place in range(count)]
     places += [image * longest + counts[image] for image in owners]
     filled = [[place < count + (image in owners) for place in range(longest)] for image, count in enumerate(counts)]
+    images = [image for image, count in enumerate(counts) for _ in range(count)] + owners
     return Places(
         slots=torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True),
+        image_index=torch.tensor(images, dtype=torch.int64).to(device, non_blocking=True),
         valid=torch.tensor(filled, dtype=torch.bool).to(device, non_blocking=True),
     )
 
@@ -97,21 +101,17 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool, places: Plac
     if places is None:
         places = place_objects(batch, context=context, use_masks=use_masks)
     device, slots, boxes = batch.boxes.device, places.slots, batch.boxes.shape[0]
-    image_index = slots // places.valid.shape[1]
-    owner = image_index[boxes:]
-    corner = torch.ones(slots.shape[0] - boxes, 2, device=device)
-    if context:
-        corner = batch.image_sizes.to(corner).index_select(0, owner).flip(1)  # (w, h)
-    stand_in = torch.cat([torch.zeros_like(corner), corner], dim=1)
+    stand_ins = slots.shape[0] - boxes
+    corner = torch.ones(stand_ins, 2, device=device) if not context else batch.image_sizes.to(device).flip(1)
     masks = None
     if use_masks:
         y, x = (torch.arange(side, device=device) + 0.5 for side in batch.padded_size)
         inside = (y < corner[:, 1:])[:, :, None] & (x < corner[:, :1])[:, None, :]
         masks = torch.cat([batch.masks, inside])
     return Objects(
-        boxes=torch.cat([batch.boxes.float(), stand_in]),
-        labels=torch.cat([batch.labels, batch.labels.new_full((slots.shape[0] - boxes,), -1)]),
-        image_index=image_index,
+        boxes=torch.cat([batch.boxes.float(), F.pad(corner, (2, 0))]),  # whole numbers become float32
+        labels=F.pad(batch.labels, (0, stand_ins), value=-1),
+        image_index=places.image_index,
         slots=slots,
         valid=places.valid,
         painted=boxes if context else slots.shape[0],
@@ -123,25 +123,28 @@ def describe(
     objects: Objects, num_classes: int, padded_size: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Descriptors [K, 4 + classes (+ 49 with masks)]: box / padded size, one-hot class, mask at 7x7; all in [-1, 1]."""
-    height, width = padded_size
-    sides = torch.tensor([width, height, width, height], dtype=dtype)
-    box = objects.boxes.to(dtype) / sides.to(objects.boxes.device, non_blocking=True)
-    one_hot = objects.labels[:, None] == torch.arange(num_classes, device=objects.labels.device)
-    parts = [box, one_hot.to(box.dtype)]
+    sides, minus_one = _scales(padded_size, dtype, objects.boxes.device)
+    box = objects.boxes.to(dtype) / sides
+    parts = [box, objects.labels[:, None] == numbers(num_classes, objects.labels.device)]
     if objects.masks is not None:
         crops = []
         for masks, boxes in zip(objects.masks.split(8), objects.boxes.split(8)):  # roi_align wants masks as numbers
             index = torch.arange(boxes.shape[0], device=box.device, dtype=boxes.dtype)[:, None]
             crops.append(roi_align(masks[:, None].float(), torch.cat([index, boxes], 1), MASK_SIZE, aligned=True))
         parts.append((torch.cat(crops) >= 0.5).to(dtype).flatten(1))
-    return torch.cat(parts, dim=1) * 2 - 1
+    return torch.add(minus_one, torch.cat(parts, dim=1), alpha=2)  # flags became numbers
 
 
-def _branch(function: Callable[[Tensor], Tensor], level: Tensor, recompute: bool) -> Tensor:
-    """function(level); where it is recomputed, nothing inside of it is kept for the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, level, use_reentrant=False)
-    return function(level)
+@constant
+def _scales(padded_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(W, H, W, H) of the padded batch, and -1."""
+    height, width = padded_size
+    tables = torch.tensor([width, height, width, height], dtype=dtype), torch.tensor(-1.0, dtype=dtype)
+    return tuple(table.to(device, non_blocking=True) for table in tables)
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 class LinearNorm(nn.Module):
@@ -151,8 +154,9 @@ class LinearNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(inputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x)
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """[..., inputs] -> [..., outputs]; biases: the linear's among others, instead of its own."""
+        x = self.linear(x) if biases is None else biases.apply(self.linear, x)
         return F.relu(F.layer_norm(x, x.shape[-1:]))
 
 
@@ -165,10 +169,14 @@ class TransformNet(nn.Module):
         self.layers = nn.Sequential(*(LinearNorm(*pair) for pair in itertools.pairwise(widths)))
         self.matrix = nn.Linear(256, size * size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, size] -> [K, size]."""
-        matrix = self.matrix(self.layers(x)).unflatten(1, (x.shape[1], x.shape[1]))
-        return (x[:, None].to(matrix.dtype) @ matrix)[:, 0]
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """[K, size] -> [K, size]; biases: of its linears, made where they are not given."""
+        biases = Biases(_linears(self), len(x)) if biases is None else biases
+        hidden = x
+        for layer in self.layers:
+            hidden = layer(hidden, biases)
+        matrix = biases.apply(self.matrix, hidden).unflatten(1, (x.shape[1], x.shape[1]))
+        return torch.bmm(x[:, None], matrix).squeeze(1)
 
 
 class LabelEncoder(nn.Module):
@@ -189,10 +197,14 @@ class LabelEncoder(nn.Module):
 
     def forward(self, descriptors: Tensor, objects: Objects) -> Tensor:
         """[K, descriptor] -> [K, channels]; the global feature is the maximum over the objects of the same image."""
-        local = self.local_transform(self.local(self.input_transform(descriptors)))  # [K, 64]
-        features = self.expand(local)  # [K, 1024], at least 0, as the padding is
-        highest = objects.pad(features).amax(dim=1)  # [B, 1024]
-        return self.embed(torch.cat([local, highest.index_select(0, objects.image_index)], dim=1))
+        biases = Biases(_linears(self), len(descriptors))
+        local = self.local(self.input_transform(descriptors, biases), biases)
+        features = local = self.local_transform(local, biases)  # [K, 64]
+        for layer in self.expand:
+            features = layer(features, biases)  # [K, 1024], at least 0, as the padding is
+        highest = objects.pad(features).max(dim=1).values  # [B, 1024]; of equals only those of 0, ReLU's, get nothing
+        joined = torch.cat([local, highest.index_select(0, objects.image_index)], dim=1)
+        return self.embed(joined, biases)
 
 
 class AppearanceEncoder(nn.Module):
@@ -204,7 +216,7 @@ class AppearanceEncoder(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor], objects: Objects, padded_size: tuple[int, int]) -> Tensor:
         """L tensors [B, C, H_l, W_l] -> appearance embeddings [L, K, C]."""
-        levels = [self.conv(level) for level in pyramid]
+        levels = plain_tower(pyramid, [self.conv])
         if objects.masks is None:
             return norm_relu_box_pool(levels, objects.boxes, objects.image_index, padded_size)
         levels = [F.relu(F.group_norm(level, 1)) for level in levels]
@@ -229,24 +241,27 @@ class RelationAdapter(nn.Module):
 
     def forward(self, labels: Tensor | None, appearance: Tensor | None, objects: Objects, levels: int) -> Tensor:
         """Label embeddings [K, C] and appearance embeddings [L, K, C] (None where unused) -> [L, K, C]."""
-        images, longest = objects.valid.shape
         if labels is not None:
-            labels = objects.pad(self.label(labels))  # [B, N, C]
-        if appearance is not None:
-            appearance = objects.pad(appearance)  # [L, B, N, C]
-        if self.query == "appearance":  # the levels ask the same keys: one call with L * N queries an image
-            query = appearance.transpose(0, 1).flatten(1, 2)
-            answer = self._attend(query, labels, objects.valid).unflatten(1, (levels, longest)).transpose(0, 1)
-        elif self.query == "label_only":
-            answer = self._attend(labels, labels, objects.valid).expand(levels, -1, -1, -1)
-        else:
-            key = appearance.flatten(0, 1)  # [L * B, N, C]
-            query = key if self.query == "appearance_only" else labels.repeat(levels, 1, 1)
-            answer = self._attend(query, key, objects.valid.repeat(levels, 1)).unflatten(0, (levels, images))
-        return objects.unpad(answer)
+            labels = self.label(labels)[None]  # [1, K, C]
+        query = labels if self.query in ("label", "label_only") else appearance
+        key = labels if self.query in ("appearance", "label_only") else appearance
+        return self._attend(query, key, objects.image_index).expand(levels, -1, -1)
 
-    def _attend(self, query: Tensor, key: Tensor, valid: Tensor) -> Tensor:
-        return self.attention(query, key, key, key_padding_mask=~valid, need_weights=False)[0]
+    def _attend(self, query: Tensor, key: Tensor, image_index: Tensor) -> Tensor:
+        """Queries and keys [L or 1, K, C] -> [L or 1, K, C].
+
+        The objects of all images are one sequence under a mask: nothing is padded, and the levels share keys and mask.
+        """
+        module, levels = self.attention, max(len(query), len(key))
+        channels, heads = module.embed_dim, (module.num_heads, -1)
+        weights, biases = (p.split([channels, 2 * channels]) for p in (module.in_proj_weight, module.in_proj_bias))
+        query = F.linear(query, weights[0], biases[0]).unflatten(2, heads)  # [L or 1, K, G, d]
+        key, value = F.linear(key, weights[1], biases[1]).chunk(2, dim=2)
+        parts = (query, key.unflatten(2, heads), value.unflatten(2, heads))
+        query, key, value = (part.transpose(1, 2).expand(levels, -1, -1, -1) for part in parts)
+        same = (image_index[:, None] == image_index).log().to(query.dtype)  # 0, and -inf between images
+        answer = F.scaled_dot_product_attention(query, key, value, same.expand(levels, 1, -1, -1))
+        return module.out_proj(answer.transpose(1, 2).flatten(2))
 
 
 class KnowledgeMapper(nn.Module):
@@ -261,14 +276,20 @@ class KnowledgeMapper(nn.Module):
         self.refine = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
 
     def forward(
-        self, related: Tensor, objects: Objects, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
+        self,
+        related: Tensor,
+        objects: Objects,
+        padded_size: tuple[int, int],
+        level_sizes: Sequence[tuple[int, int]],
+        order: torch.memory_format = torch.contiguous_format,
     ) -> list[Tensor]:
-        """A [L, K, C] -> the instructive pyramid, L tensors [B, C, H_l, W_l]."""
-        levels = self._painted(self.object(related[:, : objects.painted]), objects, padded_size, level_sizes)
-        if self.context is not None:
-            context = self.context(related[:, objects.painted :])  # [L, B, C]
-            levels = [level + shared[:, :, None, None] for level, shared in zip(levels, context, strict=True)]
-        return [_branch(self._refined, level, self.recompute) for level in levels]
+        """A [L, K, C] -> the instructive pyramid, L tensors [B, C, H_l, W_l] in that memory order."""
+        with full_precision(related):  # of all rows: fewer operators than of some of them
+            embeddings, context = self.object(related), None if self.context is None else self.context(related)
+        if context is not None:
+            embeddings, context = embeddings[:, : objects.painted], context[:, objects.painted :]
+        levels = self._painted(embeddings, objects, padded_size, level_sizes)
+        return normed_tower(levels, context, self.refine, order=order, recompute=self.recompute)
 
     def _painted(self, embeddings, objects, padded_size, level_sizes) -> list[Tensor]:
         index, batch_size = objects.image_index[: objects.painted], objects.valid.shape[0]
@@ -278,14 +299,7 @@ class KnowledgeMapper(nn.Module):
                 embeddings, conv.weight, conv.bias, boxes, index, padded_size, batch_size, level_sizes
             )
         painted = mask_paint(embeddings, objects.masks[: objects.painted], index, batch_size, level_sizes)
-        return [self.paint(level) for level in painted]
-
-    def _refined(self, level: Tensor) -> Tensor:
-        first, second, last = self.refine
-        level = F.relu(level)
-        level = F.relu_(F.group_norm(first(level), 1))
-        level = F.relu_(F.group_norm(second(level), 1))
-        return F.group_norm(last(level), 1)
+        return plain_tower(painted, [self.paint])
 
 
 class LGD(nn.Module):
@@ -371,11 +385,12 @@ class LGD(nn.Module):
         Raises: ValueError or TypeError if pyramid or batch do not fit.
         """
         check_levels("LGD", "pyramid", pyramid, channels=self.channels)
+        pyramid, levels = share(pyramid, 2)
         instructive = self.instruct(pyramid, batch, places)
-        levels = [level.detach() if detach_student else level for level in pyramid]
-        student = [_branch(self.student_adapter, level, self.recompute) for level in levels]
+        levels = [level.detach() if detach_student else level for level in levels]
+        student = plain_tower(levels, self.student_adapter[::2], recompute=self.recompute)
         loss = instance_norm_mse(student, [level.detach() for level in instructive])
-        return {"lgd_distill": self.weight * loss}, instructive
+        return {"lgd_distill": loss if self.weight == 1 else self.weight * loss}, instructive
 
     def prepare(self, batch: Batch) -> Places:
         """What of `forward` depends on the counts of boxes."""
@@ -384,12 +399,15 @@ class LGD(nn.Module):
     def instruct(self, pyramid: Sequence[Tensor], batch: Batch, places: Places | None = None) -> list[Tensor]:
         """The instructive pyramid: L tensors like pyramid."""
         objects = gather_objects(batch, context=self.context, use_masks=self.use_masks, places=places)
-        labels = appearance = None
+        labels, appearance, dtype = None, None, self.mapper.object.weight.dtype
         if self.labels is not None:
-            dtype = self.labels.local.linear.weight.dtype
-            labels = self.labels(describe(objects, self.num_classes, batch.padded_size, dtype), objects)
+            with full_precision(pyramid[0]):  # as of few objects casting the weights would cost more than it saves
+                labels = self.labels(describe(objects, self.num_classes, batch.padded_size, dtype), objects)
         if self.appearance is not None:
             levels = [level.detach() if self.detach_appearance else level for level in pyramid]
-            appearance = self.appearance(levels, objects, batch.padded_size)
-        related = self.relation(labels, appearance, objects, len(pyramid))
-        return self.mapper(related, objects, batch.padded_size, [tuple(level.shape[2:]) for level in pyramid])
+            appearance = self.appearance(levels, objects, batch.padded_size).to(dtype)
+        with full_precision(pyramid[0]):
+            related = self.relation(labels, appearance, objects, len(pyramid))
+        order = torch.channels_last if is_channels_last(pyramid[0]) else torch.contiguous_format
+        sizes = [tuple(level.shape[2:]) for level in pyramid]
+        return self.mapper(related, objects, batch.padded_size, sizes, order)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
 def flat(level_sizes: Sequence[tuple[int, int]]) -> list[int]:
     """(H_l, W_l) of the levels as H_0, W_0, H_1, W_1, ..., the form the kernels take."""
     return [side for size in level_sizes for side in size]
-
-
-def is_channels_last(level: Tensor) -> bool:
-    return not level.is_contiguous() and level.is_contiguous(memory_format=torch.channels_last)
 
 
 def new_levels(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastkd.ops.layout import is_channels_last
+
 
 def register(op: str, *, fake: Callable) -> None:
     """An op without gradient: shapes and dtypes for tracing.
@@ -46,6 +48,5 @@ def _refuse_double_backward(op: str) -> Callable:
 
 def dense_like(level: torch.Tensor) -> torch.Tensor:
     """A new tensor in the kernels' memory order: channels-last where the level [B, C, H, W] is, else contiguous."""
-    channels_last = not level.is_contiguous() and level.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if channels_last else torch.contiguous_format
+    order = torch.channels_last if is_channels_last(level) else torch.contiguous_format
     return torch.empty_like(level.contiguous(memory_format=order))

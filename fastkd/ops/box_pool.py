@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
+from fastkd.ops._pool_paint import flat, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import (
     check_boxes,
@@ -19,6 +19,7 @@ from fastkd.ops.checks import (
     check_size,
 )
 from fastkd.ops.coverage import box_cover, full_precision, pool_cover
+from fastkd.ops.layout import is_channels_last
 
 _DISPATCH = Dispatch("box_pool")
 

@@ -6,6 +6,7 @@ only where those lie on the CPU and nobody is tracing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -120,14 +121,19 @@ def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Te
     On other devices than the CPU and under torch.compile this is not looked at: kernels are safe with any value there.
     """
     if image_index.numel() and values_at_hand(image_index):
-        low, high = (int(extreme) for extreme in image_index.detach().aminmax())
+        low, high = (extreme.tolist() for extreme in image_index.detach().aminmax())
         if low < 0 or high >= batch_size:
             raise ValueError(
                 f"{op}: image_index must be in [0, {batch_size}), got {low if low < 0 else high}; "
                 "pass the image of every object"
             )
-    if boxes is not None and boxes.numel() and values_at_hand(boxes) and not boxes.detach().isfinite().all():
+    if boxes is not None and boxes.numel() and values_at_hand(boxes) and not _finite(boxes):
         raise ValueError(f"{op}: boxes must be finite, got NaN or infinity; leave such boxes out")
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all numbers are finite, in one pass: NaN is the smallest and the largest number, too."""
+    return all(math.isfinite(extreme.tolist()) for extreme in values.detach().aminmax())
 
 
 def check_masks(op: str, masks: object, image_index: object) -> None:

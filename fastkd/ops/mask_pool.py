@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._pool_paint import flat, is_channels_last, new_levels, new_pooled
+from fastkd.ops._pool_paint import flat, new_levels, new_pooled
 from fastkd.ops._registration import register_with_backward
 from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
 from fastkd.ops.coverage import full_precision, mask_cover, pool_cover
+from fastkd.ops.layout import is_channels_last
 
 _DISPATCH = Dispatch("mask_pool")
 

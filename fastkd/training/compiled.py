@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastkd.detectors import Detector
 
 # fields of Batch and of what methods prepare: the dimension that counts boxes or queries
 COUNTED = {
-    **dict.fromkeys(("boxes", "labels", "image_index", "masks", "slots", "real_slots", "uniform", "normal"), 0),
-    **dict.fromkeys(("valid", "real", "chosen"), 1),
+    **dict.fromkeys(("boxes", "labels", "image_index", "masks", "slots", "real_slots"), 0),
+    **dict.fromkeys(("valid", "real", "chosen", "draws"), 1),
+    "weights": 2,
 }
 
 
@@ -93,12 +96,28 @@ class Regions:
         known = self.backend == "inductor" and hasattr(inductor, "strict_output_strides")
         return {"strict_output_strides": True} if known else None
 
+    def fix_batch(self, tensors: Any) -> Any:
+        """A tensor or several; the first size is fixed in every graph: a batch size, of which a run has one or two."""
+        if self.enabled:
+            for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
+                torch._dynamo.mark_static(tensor, 0)
+        return tensors
+
+    def free_counts(self, value: Any) -> Any:
+        """A batch, or what a method prepared of it; the sizes that count boxes or queries are free in every graph."""
+        for name, dim in COUNTED.items():
+            tensor = getattr(value, name, None)
+            if self.enabled and tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)  # "maybe": of 0 and of 1 there are graphs of their own
+        return value
+
     @contextlib.contextmanager
-    def inside(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Within the context these modules' forward is compiled, whoever calls them."""
+    def inside(self, detector: Detector) -> Iterator[None]:
+        """Within the context the forward of the detector's `tensor_parts` is compiled, whoever calls them."""
         if not self.enabled:
             yield
             return
+        modules = detector.tensor_parts()
         try:
             for name, module in modules.items():
                 module.forward = _Forward(self, name, module)
@@ -116,8 +135,7 @@ class _Forward:
 
     def __call__(self, *arguments: Any) -> Any:
         for argument in arguments:
-            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-                fix_batch(tensor)
+            self.regions.fix_batch(argument)
         return self.regions(f"part {self.name}", _forward, self.module, *arguments)
 
 
@@ -136,18 +154,3 @@ def _with_own_code(function: types.FunctionType) -> types.FunctionType:
     )
     own.__kwdefaults__ = function.__kwdefaults__
     return own
-
-
-def fix_batch(tensor: Tensor) -> Tensor:
-    """The tensor, its first size fixed in every graph: it is a batch size, of which a run has one or two."""
-    torch._dynamo.mark_static(tensor, 0)
-    return tensor
-
-
-def free_counts(value: Any) -> Any:
-    """A batch, or what a method prepared of it; the sizes that count boxes or queries are free in every graph."""
-    for name, dim in COUNTED.items():
-        tensor = getattr(value, name, None)
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # "maybe": of 0 and of 1 there are graphs of their own
-    return value

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from fastkd.training.config import Recipe
 
 TIMEOUT = 30.0  # minutes
 COMPRESSIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
@@ -113,6 +116,11 @@ class Processes:
         if compression != "none":
             wrapped.register_comm_hook(None, COMPRESSIONS[compression])
         return wrapped
+
+    def wrap_for(self, recipe: Recipe, module: nn.Module) -> nn.Module:
+        """`wrap` as the steps of a recipe need it."""
+        compression = recipe.runtime.grad_compression
+        return self.wrap(module, accumulates=recipe.schedule.accumulate > 1, compression=compression)
 
 
 def holding_back(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:

@@ -41,8 +41,7 @@ class _Contender:
         self.phase = Phase(distill=method)
         self.module.apply_phase(self.phase, trainable)
         self.optimizers = build_optimizers(recipe, self.module)
-        accumulates, compression = recipe.schedule.accumulate > 1, recipe.runtime.grad_compression
-        self.wrapped = processes.wrap(self.module, accumulates=accumulates, compression=compression)
+        self.wrapped = processes.wrap_for(recipe, self.module)
         self.processes = processes
 
     def step(self, parts: list[Batch], channels_last: bool) -> None:
@@ -80,8 +79,10 @@ class _Contender:
         resident, regions = self.resident(), self.module.regions
         if self.processes.device.type == "cpu":
             self.module.regions = Regions()  # of a compiled graph the meter would see the ends alone
-        transient = transient_peak(lambda: self.step(parts, channels_last), self.processes.device, resident)
-        self.module.regions = regions
+        try:
+            transient = transient_peak(lambda: self.step(parts, channels_last), self.processes.device, resident)
+        finally:
+            self.module.regions = regions
         return sum(t.numel() * t.element_size() for t in resident) + transient
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
-from fastkd.training.compiled import Regions, fix_batch, free_counts
+from fastkd.distillers.towers import share
+from fastkd.training.compiled import Regions
 from fastkd.training.schedule import Phase
+from fastkd.training.side_stream import SideStream
 from fastkd.types import Batch
 
 
@@ -23,7 +26,8 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
 
 def _instructive(lgd: LGD, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
     """The detector's losses on the instructive pyramid as they join the sum."""
-    return {f"instructive_{name}": lgd.instructive_weight * value for name, value in supervision.items()}
+    weight = lgd.instructive_weight
+    return {f"instructive_{name}": value if weight == 1 else weight * value for name, value in supervision.items()}
 
 
 class FrozenTeacher:
@@ -100,6 +104,7 @@ class StepModule(nn.Module):
         self.teacher = teacher
         self.dtype = dtype
         self.regions = regions or Regions()
+        self.side = SideStream()
         if isinstance(distiller, FGFI):
             if not detector.imitation_anchors():
                 raise ValueError(
@@ -119,21 +124,31 @@ class StepModule(nn.Module):
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            pyramid = self.regions("student", _features, self.detector, fix_batch(batch.images))
-            with self.regions.inside(self.detector.tensor_parts()):
+            answer = self._ask_teacher(batch, phase)
+            pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
+            with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
                     return dict(self.detector.loss(pyramid, batch))
-                return self._with_method(pyramid, batch, phase)
+                return self._with_method(pyramid, batch, phase, answer)
 
-    def _with_method(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def _ask_teacher(self, batch: Batch, phase: Phase) -> Callable[[], list[Tensor]] | None:
+        """Starts the teacher, on a GPU beside what follows; None where nobody wants to know in this phase."""
+        if not any(isinstance(part, (ICD, FGFI)) and phase.of(name).distill for name, part in self._parts()):
+            return None
+        return self.side.start(lambda: self.teacher.pyramid(batch.images, self.regions), [batch.images])
+
+    def _with_method(
+        self, pyramid: list[Tensor], batch: Batch, phase: Phase, answer: Callable[[], list[Tensor]] | None
+    ) -> dict[str, Tensor]:
         """The detector's losses and the method's. LGD's second call of the head is one with the first."""
         parts, instructive, lgd = {}, None, None
+        shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                parts[name], pyramid_made = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                parts[name], pyramid_made = self._distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
                 if pyramid_made is not None:
                     instructive, lgd = pyramid_made, name
-        student, *taught = self.detector.losses([pyramid, *([instructive] if lgd is not None else [])], batch)
+        student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
         losses = dict(student)
         for name, distiller in self._parts():
             losses |= parts.get(name, {})
@@ -144,9 +159,10 @@ class StepModule(nn.Module):
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
         losses: dict[str, Tensor] = {}
+        answer = self._ask_teacher(batch, phase)
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name))
+                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name), answer)
                 losses |= own
                 if instructive is not None:
                     losses |= _instructive(distiller, self.detector.loss(instructive, batch))
@@ -157,19 +173,24 @@ class StepModule(nn.Module):
         return list(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else [("", self.distiller)]
 
     def _distill_by(
-        self, distiller: LGD | ICD | FGFI, pyramid: list[Tensor], batch: Batch, phase: Phase
+        self,
+        distiller: LGD | ICD | FGFI,
+        pyramid: list[Tensor],
+        batch: Batch,
+        phase: Phase,
+        answer: Callable[[], list[Tensor]] | None,
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-        """The losses of a method, and LGD's instructive pyramid."""
-        regions, batch = self.regions, free_counts(batch)
-        pyramid = [fix_batch(level) for level in pyramid]
+        """The losses of a method, and LGD's instructive pyramid; answer: what `_ask_teacher` gave."""
+        regions = self.regions
+        batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
         if isinstance(distiller, LGD):
-            options = {"detach_student": phase.detach_student, "places": free_counts(distiller.prepare(batch))}
+            options = {"detach_student": phase.detach_student, "places": regions.free_counts(distiller.prepare(batch))}
             losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
             return dict(losses), instructive
-        teacher = [fix_batch(level) for level in self.teacher.pyramid(batch.images, regions)]
+        teacher = regions.fix_batch(answer())
         if isinstance(distiller, ICD):
             prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
-            free_counts(prepared.draws)
+            regions.free_counts(prepared.draws)
             options = {"detach_student": phase.detach_student, "prepared": prepared}
             return regions("icd", _call, distiller, pyramid, teacher, batch, **options), None
         anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]

@@ -266,8 +266,7 @@ class Trainer:
         changed = self.module.apply_phase(phase, self.trainable)
         if changed or self.wrapped is None:
             self.wrapped = None  # the old one's gradient hooks go before new ones come
-            accumulates, compression = self.recipe.schedule.accumulate > 1, self.recipe.runtime.grad_compression
-            self.wrapped = self.group.wrap(self.module, accumulates=accumulates, compression=compression)
+            self.wrapped = self.group.wrap_for(self.recipe, self.module)
         self.phase = phase
 
     def _take_step(self, parts: list[Batch]) -> int:
