@@ -1,8 +1,8 @@
 """What torch.compile generates for a GPU, without a GPU: Inductor runs on fake CUDA tensors and writes its wrapper.
 
-Dynamo, autograd, the partition into forward and backward graph, all passes, the scheduler's fusion and the code generation
-are those that run on a card; only what would ask a driver is answered here, with an H100's numbers. Nothing is compiled or
-run. The text of each wrapper says what it launches, call by call.
+Dynamo, autograd, the partition into forward and backward graph, all passes, the scheduler's fusion and the code
+generation are those that run on a card; only what would ask a driver is answered here, with an H100's numbers. Nothing
+is compiled or run. The text of each wrapper says what it launches, call by call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ H100 = types.SimpleNamespace(
     L2_cache_size=50 * 2**20,
 )
 
-# Autograd asks the CUDA hooks whether a device has a context, and they the driver. These say that it has none, as is true.
+# Autograd asks the CUDA hooks whether a device has a context, and they the driver. These say no, as is true.
 HOOKS = """
 #include <ATen/detail/CUDAHooksInterface.h>
 struct Hooks : at::CUDAHooksInterface {
@@ -74,7 +74,8 @@ def replace_hooks() -> None:
 
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """scaled_dot_product_attention as torch takes it apart for its memory-efficient kernel; the choice asks the card."""
+    """scaled_dot_product_attention as torch takes it apart for its memory-efficient kernel; to choose, torch asks
+    the card."""
     if attn_mask is not None:
         padding = -attn_mask.shape[-1] % 8  # its rows must begin at multiples of 16 bytes
         padded = torch.nn.functional.pad(attn_mask, (0, padding))[..., : attn_mask.shape[-1]]

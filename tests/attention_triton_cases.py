@@ -155,10 +155,10 @@ def by_triton(arguments, cotangent, card=None):
     launches, *results = attention_forward.plan_forward(*arguments, card=card)
     plan.run(launches, queries.device)
     output, logsumexp, normal = results
-    launch, gather = attention_backward.plan_backward(
+    launches, gather = attention_backward.plan_backward(
         cotangent.to(queries.dtype), output, normal, *arguments, True, True, card
     )
-    plan.run([launch], queries.device)
+    plan.run(launches, queries.device)
     return grouped(output, logsumexp, gather(), len(rows), weight is not None)
 
 

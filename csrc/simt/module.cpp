@@ -21,9 +21,10 @@ PYBIND11_MODULE(_simt, module) {
       [] {
         const simt::Traffic& counted = simt::traffic();
         return std::map<std::string, int64_t>{
-            {"asked", counted.asked}, {"read", counted.read}, {"written", counted.written}};
+            {"launches", counted.launches}, {"asked", counted.asked}, {"read", counted.read},
+            {"written", counted.written}};
       },
-      "Bytes of global memory moved since `configure`: asked for, and each byte once a launch.");
+      "Launches since `configure` and the bytes of global memory that they moved: asked for, and each once a launch.");
   module.def("forget", &simt::forget, "Forgets the memory of earlier calls: their results may be freed.");
   module.def("planted_bugs", &fastkd::planted_bugs, "Name -> kind of finding of every planted bug.");
   module.def("run_planted", &fastkd::run_planted, pybind11::arg("name"), pybind11::arg("bug"),

@@ -282,6 +282,7 @@ void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<v
   if (threads.count() < 1 || threads.count() > 1024 || grid.count() < 1 || grid.x > 2147483647 || grid.y > 65535 ||
       grid.z > 65535)
     throw std::runtime_error("launch: grid and block must be in CUDA's limits");
+  ++traffic().launches;
   for (const auto& buffer : buffers())  // launches on one stream are ordered
     for (Cell& cell : buffer->cells) cell.write = cell.read = cell.other_read = Access{};
   std::mt19937_64 random(settings().seed);

@@ -56,9 +56,10 @@ struct Cell {
   bool initialised = false;
 };
 
-// Bytes of global memory that launches moved: in the whole, and each byte once a launch, as with a cache without end.
+// Launches, and bytes of global memory that they moved: in the whole, and each byte once a launch, as with a cache
+// without end.
 struct Traffic {
-  int64_t asked = 0, read = 0, written = 0;
+  int64_t launches = 0, asked = 0, read = 0, written = 0;
 };
 Traffic& traffic();
 
