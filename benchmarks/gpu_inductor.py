@@ -27,7 +27,7 @@ from torch._inductor.fx_passes import joint_graph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-H100 = types.SimpleNamespace(
+CARD = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
     minor=0,
@@ -144,9 +144,9 @@ def fake_card() -> Iterator[FakeTensorMode]:
     cuda = device_interface.CudaInterface
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
-            (cuda, "get_device_properties", staticmethod(lambda device=None: H100)),
+            (cuda, "get_device_properties", staticmethod(lambda device=None: CARD)),
             (cuda, "get_compute_capability", staticmethod(lambda device=None: 90)),
-            (torch.cuda, "get_device_properties", lambda device=None: H100),
+            (torch.cuda, "get_device_properties", lambda device=None: CARD),
             (cuda, "is_bf16_supported", staticmethod(lambda including_emulation=False: True)),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -158,7 +158,7 @@ def fake_card() -> Iterator[FakeTensorMode]:
             (graph.GraphLowering, "compile_to_module", _write),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [H100]}))
+        stack.enter_context(mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [CARD]}))
         stack.enter_context(mock.patch.dict(device_interface.caching_worker_current_devices, {"cuda": 0}))
         stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))

@@ -245,8 +245,8 @@ def page(lines: list[str], shape: Shape) -> str:
     combined = ", ".join(f"{name}={value}" for name, value in COMBINED.items())
     parts = [
         "# Kernels that a compiled distiller launches, counted on the generated code",
-        f"Written by `python -m benchmarks.launches --write` at commit {commit()}, torch {torch.__version__}. No GPU was "
-        "there: Inductor wrote its code for an H100, nothing of it ran.\n"
+        f"Written by `python -m benchmarks.launches --write` at commit {commit()}, torch {torch.__version__}. "
+        "There was no GPU: Inductor wrote its code for an H100, nothing of it ran.\n"
         f"B = {shape.images}, {shape.height} x {shape.width}, C = {shape.channels}, {len(shape.strides)} levels, "
         "channels-last, bfloat16 autocast; the detector and its head are not in it.",
         "\n".join(lines),

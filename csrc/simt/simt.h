@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -44,6 +45,13 @@ struct Settings {
   int64_t shared_bytes = 96 * 1024;  // a block's limit of dynamic shared memory, and what kernels are told it is
 };
 Settings& settings();
+
+// What the next launches fail with, as if the CUDA runtime had said so.
+struct Failure {
+  bool has_code = true;
+  std::optional<std::string> reason;
+};
+Failure& failure();
 
 // A byte's history: who read and wrote it last.
 struct Access {
