@@ -228,7 +228,7 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
     logits = shape.heads * padded * channels if absorbed else padded * channels
     reads, pairs = (shape.heads + 1) * moved, (shape.heads / (2 if forward.pair else 1) + 1) * moved
     to_queries = logits + (0 if absorbed else channels * channels + padded * channels)
-    into_backward = keys + logits + 2 * padded * channels + to_queries
+    backwards = keys + logits + 2 * padded * channels + to_queries
     softmax = 8 * shape.heads * padded * cells
     tables = 4 * queries * sum(rows + columns for rows, columns in shape.level_sizes)
     partial = 4 * sum(_strips(shape, forward)) * queries * (depth + 2)
@@ -244,7 +244,7 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
         Launch("forward_kernel", 2 * moved + tables, partial, pairs, 2 * cells * into_forward, softmax),
         Launch("merge_kernel", partial, 4 * queries * (depth + 3)),
         Launch(
-            "backward_kernel", 2 * moved + tables, moved + parts + columns, reads, 2 * cells * into_backward, softmax
+            "backward_kernel", 2 * moved + tables, moved + parts + columns, reads, 2 * cells * backwards, softmax
         ),
         Launch("backward_merge_kernel", parts, whole),
     ]

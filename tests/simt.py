@@ -15,7 +15,8 @@ import torch
 
 from fastkd.ops import _library
 
-PATH = Path(os.environ.get("FASTKD_SIMT") or Path(__file__).resolve().parents[1] / "build" / "cmake" / "_simt.so")
+TESTS = Path(__file__).resolve().parent
+PATH = Path(os.environ.get("FASTKD_SIMT") or TESTS.parent / "build" / "cmake" / "_simt.so")
 SEEDS = (0, 1, 2)
 
 
