@@ -233,19 +233,19 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
     tables = 4 * queries * sum(rows + columns for rows, columns in shape.level_sizes)
     partial = 4 * sum(_strips(shape, forward)) * queries * (depth + 2)
     strips = _strips(shape, backward)
-    # of queries, rows of the tables and key_weight for each strip; columns are complete in a strip
-    parts = 4 * sum(strips) * (queries * (channels if absorbed else depth) + shape.images * keys)
-    parts += 4 * queries * sum(number * rows for number, (rows, _) in zip(strips, shape.level_sizes, strict=True))
-    whole = 4 * (queries * (channels if absorbed else depth) + keys)
-    whole += 4 * queries * sum(rows for rows, _ in shape.level_sizes)
-    columns = 4 * queries * sum(columns for _, columns in shape.level_sizes)
+    # Of queries and key_weight for each strip, of the row tables where a level has several; the rest is complete.
+    rows_of = [(number, rows) for number, (rows, _) in zip(strips, shape.level_sizes, strict=True)]
+    small = queries * (channels if absorbed else depth)
+    parts = 4 * sum(strips) * (small + shape.images * keys)
+    parts += 4 * queries * sum(number * rows for number, rows in rows_of if number > 1)
+    whole = 4 * (small + keys + queries * sum(rows for number, rows in rows_of if number > 1))
+    complete = 4 * queries * sum(columns for _, columns in shape.level_sizes)
+    complete += 4 * queries * sum(rows for number, rows in rows_of if number == 1)
     into_forward = keys + logits + padded * channels
     return [
         Launch("forward_kernel", 2 * moved + tables, partial, pairs, 2 * cells * into_forward, softmax),
         Launch("merge_kernel", partial, 4 * queries * (depth + 3)),
-        Launch(
-            "backward_kernel", 2 * moved + tables, moved + parts + columns, reads, 2 * cells * backwards, softmax
-        ),
+        Launch("backward_kernel", 2 * moved + tables, moved + parts + complete, reads, 2 * cells * backwards, softmax),
         Launch("backward_merge_kernel", parts, whole),
     ]
 

@@ -71,6 +71,28 @@ def test_the_emulation_counts_the_same(op, last):
     assert count.asked >= count.moved
 
 
+@pytest.mark.parametrize("queries", [7, 42, 64])
+def test_the_attentions_partial_sums_are_those_of_its_plan(queries):
+    """At a shape where images and heads fill the card."""
+    triton_report = pytest.importorskip("benchmarks.triton_report", reason="Triton is not installed")
+    shape = Shape(8, 800, 1216, queries=queries)
+    channels, heads = shape.channels, shape.heads
+    case = triton_report.Case("forward", projected=not gpu_traffic._absorbed(shape, queries), count=queries)
+    arguments, card = triton_report._arguments(case, channels, heads, shape.images), triton_report.Card(9, 132)
+    launches, output, _, normal = triton_report.attention_forward.plan_forward(*arguments, card=card)
+    model = gpu_traffic.instance_attention(shape, 2, True)
+
+    def held(given):
+        return sum(one.numel() * one.element_size() for one in given)
+
+    partial = held(launches[0].arguments[name] for name in ("part_maximum", "part_sum", "part_output"))
+    assert partial == model[0].written == model[1].read
+    backward, _ = triton_report.attention_backward.plan_backward(output, output, normal, *arguments, True, True, card)
+    assert held(backward[1].arguments["parts"]) == model[3].read
+    assert held(backward[1].arguments["sums"]) == model[3].written
+    assert len(launches) + len(backward) == len(model)
+
+
 def test_what_is_least_is_less():
     for name, model in gpu_traffic.MODELS.items():
         for last in (False, True):
