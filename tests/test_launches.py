@@ -69,6 +69,11 @@ def test_attention_launches_as_many_kernels_as_are_counted(projected):
     queries, levels, *rest = triton_report._arguments(triton_report.Case("forward", projected=projected))
     arguments, card, casts = [queries, levels, *rest], Card(9, 132), 1 + projected
     number = len(levels)
+    chosen = torch.empty(*queries.shape[:3:2], dtype=torch.bool, device="meta")
+    # the first call of a shape also makes its table of tiles and copies it to the card
+    *_, output, logsumexp, normal = attention_forward.plan_forward(*arguments, card=card)
+    attention_backward.plan_backward(output, output, normal, *arguments, True, True, card)
+    attention_mass.plan_mass(*arguments[:5], chosen, logsumexp, 1.0, card)
     with Kernels() as kernels:
         planned, output, logsumexp, normal = attention_forward.plan_forward(*arguments, card=card)
     assert kernels.found == ["copy_"] * casts
@@ -78,7 +83,6 @@ def test_attention_launches_as_many_kernels_as_are_counted(projected):
         backward[1]()
     counted = launches.launches_of("instance_attention_backward", number, True, casts)
     assert len(backward[0]) + len(kernels.found) == counted, kernels.found
-    chosen = torch.empty(output.shape[0], output.shape[2], dtype=torch.bool, device="meta")
     with Kernels() as kernels:
         planned, _ = attention_mass.plan_mass(*arguments[:5], chosen, logsumexp, 1.0, card)
     assert len(planned) + len(kernels.found) == launches.launches_of("attention_mass", number, True, casts)
