@@ -7,7 +7,7 @@
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
 #   make build    the virtual environment with the compiled package;   make lint;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
-#   make sanitize       the ops under the address and undefined-behaviour sanitizers
+#   make sanitize       the ops under the address and undefined-behaviour sanitizers, the emulation of CUDA under the first
 #   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
 #   make cuda           csrc/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
@@ -27,7 +27,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: portable demo test study bench bench-step build cmake lint test-install sanitize clean
+.PHONY: portable demo test study bench bench-step build cmake lint test-install sanitize sanitize-simt clean
 
 build: $(STAMPS)/built
 
@@ -139,6 +139,17 @@ sanitize: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/test_ops_reference.py \
 	-k "not compile and not opcheck and not export"
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py
+	$(MAKE) --no-print-directory sanitize-simt
+
+# The emulation of CUDA under AddressSanitizer: all tests of the .cu sources and the bugs planted in csrc/simt/planted.cu.
+sanitize-simt: build
+	$(CMAKE) -S . -B build/sanitize-simt -DCMAKE_BUILD_TYPE=Release -DFASTKD_SIMT=ON -DFASTKD_SANITIZE=address \
+	-DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(CMAKE) --build build/sanitize-simt --parallel 2 --target fastkd_simt
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_SIMT=$(CURDIR)/build/sanitize-simt/_simt.so \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(wildcard tests/test_*_cuda.py) \
+	tests/test_simt.py tests/test_simt_sanitized.py tests/test_launch_checks.py
 
 # The generic kernels by other compilers and for another CPU, one object a source, nothing linked or run.
 PORTABLE_CXX ?= aarch64-linux-gnu-g++ clang++

@@ -15,7 +15,7 @@ import triton
 from benchmarks import gpu_report, gpu_traffic, triton_report
 from benchmarks.gpu_report import Kernel
 from benchmarks.ops import commit
-from benchmarks.roofline import CARDS, PUBLISHED
+from benchmarks.roofline import CARDS, H100, PUBLISHED
 from fastkd.ops import _library
 
 OUT = Path("docs/results/gpu-kernels.md")
@@ -77,7 +77,7 @@ def page(kernels: list[Kernel], rows: list[triton_report.Row]) -> str:
         "## Aims",
         f"B = {shape.images}, {shape.height} x {shape.width}, C = {shape.channels}, G = {shape.heads}, "
         f"{shape.boxes} boxes an image, bfloat16, forward and backward.",
-        "\n".join(gpu_traffic.aims(shape, CARDS[1])),
+        "\n".join(gpu_traffic.aims(shape, H100)),
         "## CUDA C++",
         "\n".join(cuda_rows(kernels)),
         "## Triton",

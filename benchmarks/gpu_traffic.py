@@ -17,14 +17,17 @@ import torch
 
 from benchmarks import peers
 from benchmarks.draws import Draw, Shape
-from benchmarks.roofline import CARDS, Card, Work, _objects
+from benchmarks.roofline import Card, Work, objects_of
 from benchmarks.roofline import instance_attention as least_attention
+from fastkd.ops.triton import configurations  # imports no Triton
 
 # Bytes a second of the L2 cache. A100: 5120 bytes a clock (NVIDIA A100 architecture white paper) at 1.41 GHz. NVIDIA
 # publishes none for the others: ASSUMED.
 CACHE = {"A100": 7.2e12, "H100": 5.5e12, "RTX 4090": 5.0e12}
 BANDWIDTH_AIM, ATTENTION_AIM = 0.8, 2.0
 ATTENTION_QUERIES = 64
+OWN_AIMS = ("instance_attention", "imitation_mask")  # within twice its limits; none: bound by operations
+FORWARD, BACKWARD = configurations.forward, configurations.backward
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _pool(shape: Shape, size: int, last: bool, rows: int = 1) -> list[Launch]:
     """Of rows sums an object."""
     cover = cover_of(shape, size, last, _strip)
     share, sums = (1.0 if rows > 1 else cover.once), 4 * rows * cover.parts
-    moved, out = shape.elements * size, _objects(shape) * rows * (size if rows == 1 else 4)
+    moved, out = shape.elements * size, objects_of(shape) * rows * (size if rows == 1 else 4)
     return [
         Launch("pool_kernel", share * moved, sums, scalar=(1 + cover.each) * shape.elements),
         Launch("merge_kernel", sums, out),
@@ -126,7 +129,7 @@ def _pool(shape: Shape, size: int, last: bool, rows: int = 1) -> list[Launch]:
 
 
 def _paint(shape: Shape, size: int, rows: int = 1) -> Launch:
-    values = _objects(shape) * rows * (size if rows == 1 else 4)
+    values = objects_of(shape) * rows * (size if rows == 1 else 4)
     return Launch("paint_kernel", values, shape.elements * size, scalar=2 * shape.elements)
 
 
@@ -139,7 +142,7 @@ def box_paint(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def box_paint_conv3x3(shape: Shape, size: int, last: bool) -> list[Launch]:
-    taps, products = 9 * _objects(shape), 2 * 9 * _objects(shape) * shape.channels
+    taps, products = 9 * objects_of(shape), 2 * 9 * objects_of(shape) * shape.channels
     weights = 9 * shape.channels**2 * size
     strips = sum(-(-high * wide // 512) for high, wide in shape.level_sizes)
     whole = 4 * strips * shape.images * shape.channels
@@ -153,7 +156,7 @@ def box_paint_conv3x3(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def norm_relu_box_pool(shape: Shape, size: int, last: bool) -> list[Launch]:
-    moved, numbers = shape.elements * size, _objects(shape)
+    moved, numbers = shape.elements * size, objects_of(shape)
     cover = cover_of(shape, size, last, _whole_rows)
     sums = 2 * 4 * cover.parts
     return [
@@ -197,20 +200,80 @@ def mask_paint(shape: Shape, size: int, last: bool) -> list[Launch]:
     return [*_pack(shape), _paint(shape, size), *_pack(shape), *_pool(shape, size, last)]
 
 
+def _absorbed(shape: Shape, count: int) -> bool:
+    """As instance_attention.absorbing_is_cheaper."""
+    return shape.heads * count * shape.channels < shape.channels * (shape.channels + count)
+
+
+def _tile(kernel: Callable, shape: Shape, size: int, last: bool, count: int) -> configurations.Configuration:
+    """The blocks that an H100 is given; those of the others differ little."""
+    form = configurations.Shape(count, shape.channels, size, not _absorbed(shape, count), last)
+    return kernel(form, configurations.Card(9, 132))
+
+
+def _strips(shape: Shape, tile: configurations.Configuration) -> list[int]:
+    """Of each level; a part is a whole strip where heads and images alone fill the card, as here."""
+    return [-(-columns // tile.columns) for _, columns in shape.level_sizes]
+
+
 def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
-    """A program a head: each reads all channels of its tiles, seven of eight times from the cache."""
+    """A program a head, or two of them: each reads all channels of its tiles, all but once from the cache."""
     moved, channels, count = shape.elements * size, shape.channels, shape.queries
     cells, depth = shape.images * shape.cells, shape.channels // shape.heads
-    absorbed = shape.heads * count * channels < channels * (channels + count)  # instance_attention.absorbing_is_cheaper
+    queries = shape.images * shape.heads * count
+    forward, backward = (_tile(kernel, shape, size, last, count) for kernel in (FORWARD, BACKWARD))
+    padded = -(-count // forward.queries) * forward.queries  # matrix instructions multiply whole blocks
+    absorbed = _absorbed(shape, count)
     keys = 0 if absorbed else channels * channels
-    logits = shape.heads * count * channels if absorbed else count * channels
-    reads = (shape.heads + 1) * moved
-    to_queries = logits + (0 if absorbed else channels * channels + count * depth * shape.heads)
-    backward = keys + logits + 2 * count * channels + to_queries
-    softmax = 8 * shape.heads * count * cells
+    logits = shape.heads * padded * channels if absorbed else padded * channels
+    reads, pairs = (shape.heads + 1) * moved, (shape.heads / (2 if forward.pair else 1) + 1) * moved
+    to_queries = logits + (0 if absorbed else channels * channels + padded * channels)
+    backwards = keys + logits + 2 * padded * channels + to_queries
+    softmax = 8 * shape.heads * padded * cells
+    tables = 4 * queries * sum(rows + columns for rows, columns in shape.level_sizes)
+    partial = 4 * sum(_strips(shape, forward)) * queries * (depth + 2)
+    strips = _strips(shape, backward)
+    # Of queries and key_weight for each strip, of the row tables where a level has several; the rest is complete.
+    rows_of = [(number, rows) for number, (rows, _) in zip(strips, shape.level_sizes, strict=True)]
+    small = queries * (channels if absorbed else depth)
+    parts = 4 * sum(strips) * (small + shape.images * keys)
+    parts += 4 * queries * sum(number * rows for number, rows in rows_of if number > 1)
+    whole = 4 * (small + keys + queries * sum(rows for number, rows in rows_of if number > 1))
+    complete = 4 * queries * sum(columns for _, columns in shape.level_sizes)
+    complete += 4 * queries * sum(rows for number, rows in rows_of if number == 1)
+    into_forward = keys + logits + padded * channels
     return [
-        Launch("forward_kernel", 2 * moved, 0, reads, 2 * cells * (keys + logits + count * channels), softmax),
-        Launch("backward_kernel", 2 * moved, moved, reads, 2 * cells * backward, softmax),
+        Launch("forward_kernel", 2 * moved + tables, partial, pairs, 2 * cells * into_forward, softmax),
+        Launch("merge_kernel", partial, 4 * queries * (depth + 3)),
+        Launch("backward_kernel", 2 * moved + tables, moved + parts + complete, reads, 2 * cells * backwards, softmax),
+        Launch("backward_merge_kernel", parts, whole),
+    ]
+
+
+def attention_mass(shape: Shape, size: int, last: bool) -> list[Launch]:
+    """A program a tile: it reads the queries of all heads (or key_weight too) for every tile, from the cache."""
+    moved, channels, count = shape.elements * size, shape.channels, shape.real
+    tile, absorbed = _tile(configurations.mass, shape, size, last, count), _absorbed(shape, count)
+    padded = -(-count // tile.queries) * tile.queries
+    tiles = sum(-(-rows // tile.rows) * -(-columns // tile.columns) for rows, columns in shape.level_sizes)
+    operands = size * (shape.heads * count * channels if absorbed else channels * (channels + count))
+    tables = 4 * shape.heads * count * sum(rows + columns for rows, columns in shape.level_sizes)
+    products = shape.heads * padded * channels if absorbed else channels * (channels + padded)
+    mass, cells = shape.images * shape.heads * shape.cells, shape.images * shape.cells
+    cache = moved + shape.images * tiles * operands
+    read = moved + shape.images * (operands + tables)
+    return [Launch("mass_kernel", read, 4 * mass, cache, 2 * cells * products, 4 * padded * mass)]
+
+
+def imitation_mask(shape: Shape, size: int, last: bool) -> list[Launch]:
+    """As if every anchor of every cell were asked about; the kernels ask where box and anchor can touch."""
+    boxes, pairs = shape.images * shape.boxes, shape.anchors * len(shape.strides)
+    overlaps = boxes * shape.cells * shape.anchors
+    sides, best = 16 * (boxes + pairs), 4 * boxes * pairs
+    return [
+        Launch("best_kernel", sides, best, scalar=14 * overlaps),
+        Launch("threshold_kernel", best, 4 * boxes),
+        Launch("mark_kernel", sides + best + 12 * boxes, shape.images * shape.cells, scalar=14 * overlaps),
     ]
 
 
@@ -218,7 +281,7 @@ MODELS = {
     model.__name__: model
     for model in (
         instance_norm_mse, box_pool, box_paint, box_paint_conv3x3, norm_relu_box_pool, value_mimic, masked_mse,
-        mask_pool, mask_paint, instance_attention,
+        mask_pool, mask_paint, instance_attention, attention_mass, imitation_mask,
     )
 }  # fmt: skip
 
@@ -233,8 +296,10 @@ def least(name: str, shape: Shape, size: int, last: bool) -> float:
         return 5 * moved + (2 * mass if name == "value_mimic" else 0)
     if name == "masked_mse":
         return sum(launch.read + launch.written for launch in masked_mse(shape, size, last))
+    if name == "attention_mass":
+        return moved + mass
     covered = cover_of(shape, size, last, _strip).once * moved
-    values = 2 * _objects(shape) * size
+    values = 2 * objects_of(shape) * size
     if name == "norm_relu_box_pool":
         return 3 * moved + covered + values
     if name == "box_paint_conv3x3":
@@ -252,7 +317,7 @@ def aims(shape: Shape, card: Card, size: int = 2) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in MODELS.items():
-        if name == "instance_attention":
+        if name in OWN_AIMS:
             continue
         for last in (False, True):
             launches, bytes_least = model(shape, size, last), least(name, shape, size, last)
@@ -275,9 +340,3 @@ def aims(shape: Shape, card: Card, size: int = 2) -> list[str]:
         f"<= {ATTENTION_AIM:.0f} x | {time / ideal:.2f} x | {'yes' if time <= ATTENTION_AIM * ideal else 'NO'} |"
     )
     return lines
-
-
-if __name__ == "__main__":
-    from benchmarks.roofline import PUBLISHED
-
-    print("\n".join(aims(PUBLISHED, CARDS[1])))

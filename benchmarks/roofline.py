@@ -43,6 +43,7 @@ CARDS = (
     Card("H100", 3.35e12, 989.4e12, 66.9e12, "NVIDIA H100 data sheet, SXM"),
     Card("RTX 4090", 1.008e12, 165.2e12, 82.6e12, "NVIDIA Ada GPU Architecture white paper, appendix A"),
 )
+H100 = next(card for card in CARDS if card.name == "H100")  # whose times the aims are
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Work:
         return "bytes" if self.seconds(card, half) == self.bytes / card.bandwidth else "operations"
 
 
-def _objects(shape: Shape) -> int:
+def objects_of(shape: Shape) -> int:
     """Numbers in embeddings [L, K, C]."""
     return len(shape.strides) * shape.images * shape.boxes * shape.channels
 
@@ -84,7 +85,7 @@ def instance_norm_mse(shape: Shape, size: int) -> Work:
 
 def box_pool(shape: Shape, size: int) -> Work:
     """Forward reads the cells that boxes cover, here all; backward writes every cell's gradient."""
-    return Work((2 * shape.elements + 2 * _objects(shape)) * size, scalar=2 * shape.elements)
+    return Work((2 * shape.elements + 2 * objects_of(shape)) * size, scalar=2 * shape.elements)
 
 
 def box_paint(shape: Shape, size: int) -> Work:
@@ -94,15 +95,15 @@ def box_paint(shape: Shape, size: int) -> Work:
 
 def box_paint_conv3x3(shape: Shape, size: int) -> Work:
     """As box_paint; and nine products of every embedding forward, twice that backward, in float32."""
-    taps = 9 * _objects(shape)
+    taps = 9 * objects_of(shape)
     weights = 9 * shape.channels**2
-    moved = (2 * shape.elements + 2 * _objects(shape) + 2 * weights) * size + 4 * 2 * 2 * taps  # written and read
+    moved = (2 * shape.elements + 2 * objects_of(shape) + 2 * weights) * size + 4 * 2 * 2 * taps  # written and read
     return Work(moved, scalar=3 * 2 * taps * shape.channels + 2 * shape.elements)
 
 
 def norm_relu_box_pool(shape: Shape, size: int) -> Work:
     """Forward reads twice, for the moments and for the pool; backward reads and writes."""
-    return Work((4 * shape.elements + 2 * _objects(shape)) * size, scalar=16 * shape.elements)
+    return Work((4 * shape.elements + 2 * objects_of(shape)) * size, scalar=16 * shape.elements)
 
 
 def mask_pool(shape: Shape, size: int) -> Work:
@@ -234,8 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(table(shape, half)))
     from benchmarks import gpu_traffic  # which imports this module
 
-    h100 = next(card for card in CARDS if card.name == "H100")
-    print("\n".join(["", *gpu_traffic.aims(shape, h100, 2 if half else 4)]))
+    print("\n".join(["", *gpu_traffic.aims(shape, H100, 2 if half else 4)]))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Case:
     """A call whose kernel is compiled.
 
     Args:
-        kernel: "forward", "merge", "backward" or "mass".
+        kernel: "forward", "merge", "backward", "backward merge" or "mass".
         projected: keys are key_weight times the cells.
         last: the pyramids are channels-last.
         dtype: of the pyramids.
@@ -91,7 +91,7 @@ def _table() -> list[Case]:
         for count in counts[kernel]
         if dtype != torch.float64 or count in (7, 42)  # whose blocks are of 16 queries
     ]
-    return [*cases, Case("merge")]
+    return [*cases, Case("merge"), Case("backward merge", projected=True)]
 
 
 TABLE = _table()
@@ -129,8 +129,9 @@ def _launch(case: Case, arguments: list, card: Card) -> Launch:
     launches, output, logsumexp, normal = attention_forward.plan_forward(*arguments, card=card)
     if case.kernel in ("forward", "merge"):
         return launches[case.kernel == "merge"]
-    if case.kernel == "backward":
-        return attention_backward.plan_backward(output, output, normal, *arguments, True, True, card)[0]
+    if case.kernel.startswith("backward"):
+        launches, _ = attention_backward.plan_backward(output, output, normal, *arguments, True, True, card)
+        return launches[case.kernel == "backward merge"]
     chosen = torch.empty(output.shape[0], case.count, dtype=torch.bool, device="meta")
     return attention_mass.plan_mass(*arguments[:5], chosen, logsumexp, 1.0, card)[0][-1]
 

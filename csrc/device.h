@@ -45,6 +45,21 @@ inline void check_elements(size_t bytes, const Tensor& tensor) {
                   " bytes, the tensor holds ", tensor.element_size(), "; pass tensors of the op's dtypes");
 }
 
+inline void check_grid(int64_t x, int64_t y, int64_t z) {
+  STD_TORCH_CHECK(x <= 2147483647 && y <= 65535 && z <= 65535, "fastkd: a launch of ", x, " x ", y, " x ", z,
+                  " blocks is more than a GPU takes; pass fewer images or objects at a time");
+}
+
+// Raises what a launch failed with. Args: has_code: the library has machine code or PTX that this card runs.
+[[noreturn]] inline void fail_launch(bool has_code, const char* reason) {
+  STD_TORCH_CHECK(has_code, "fastkd: this GPU or its driver cannot run the compiled GPU kernels (", reason,
+                  "); `fastkd info` names the cards they are built for: rebuild with TORCH_CUDA_ARCH_LIST, or update "
+                  "the driver, or call the ops within fastkd.ops.use_backend(\"reference\")");
+  STD_TORCH_CHECK(false, "fastkd: a kernel's launch failed (", reason,
+                  "); an error of an earlier kernel shows up here too: run with CUDA_LAUNCH_BLOCKING=1 to see which");
+  __builtin_unreachable();
+}
+
 #ifdef __CUDACC__
 
 #define FASTKD_KERNEL __global__
@@ -119,12 +134,10 @@ inline int64_t shared_limit() {
 
 // Raises what the CUDA runtime reports; a card that the library has no code for in words.
 inline void check_cuda(cudaError_t error) {
-  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
-                      error != cudaErrorInvalidKernelImage,
-                  "fastkd: this GPU or its driver cannot run the compiled GPU kernels (", cudaGetErrorString(error),
-                  "); `fastkd info` names the cards they are built for: rebuild with TORCH_CUDA_ARCH_LIST, or update "
-                  "the driver, or call the ops within fastkd.ops.use_backend(\"reference\")");
-  STD_CUDA_CHECK(error);
+  if (error == cudaSuccess) return;
+  const bool has_code = error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
+      error != cudaErrorInvalidKernelImage;
+  fail_launch(has_code, cudaGetErrorString(error));
 }
 
 // Launches on the current stream of the tensor's device, which the caller's DeviceGuard has made current.
@@ -132,8 +145,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  STD_TORCH_CHECK(grid.x <= 2147483647 && grid.y <= 65535 && grid.z <= 65535, "fastkd: a launch of ", grid.x, " x ",
-                  grid.y, " x ", grid.z, " blocks is more than a GPU takes; pass fewer images or objects at a time");
+  check_grid(grid.x, grid.y, grid.z);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   const dim3 threads(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y), static_cast<unsigned>(block.z));
   void* stream = nullptr;
@@ -217,6 +229,8 @@ template <class... Parameters, class... Arguments>
 void launch(const Tensor&, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
   if (grid.count() == 0) return;
+  check_grid(grid.x, grid.y, grid.z);
+  if (const auto& failure = ::simt::failure(); failure.reason) fail_launch(failure.has_code, failure.reason->c_str());
   ::simt::launch(grid, block, shared_bytes, [=] { kernel(Parameters(arguments)...); });
 }
 

@@ -7,18 +7,15 @@ it is imported. It runs every case, the programs of a launch in shuffled order, 
 import dataclasses
 import json
 import math
-import random
 import sys
 import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
-import triton.language as tl
 from kernels import channels_last, contiguous, strided
 from tolerance import assert_no_worse
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton_interpreter import SEED, keep_bfloat16_as_gpus_do, shuffle_programs
 
 from fastkd.ops.attention_mass import attention_mass_reference
 from fastkd.ops.instance_attention import flatten_pyramid, instance_attention_reference
@@ -28,46 +25,15 @@ LEVELS = [(5, 7), (1, 3), (1, 1)]
 FEW = (2, 2, 3, 3, 5, 2, LEVELS)  # images, heads, queries, key depth, channels, value depth, levels
 BLOCKS = (1, 2, 18, 4, 6, 3, [(3, 9), (2, 2)])  # more queries than a block
 ONE_LEVEL = (1, 2, 3, 3, 5, 2, [(3, 5)])
-SEED = [0]  # of the programs' order
 CASES = {}
-
-
-def shuffle_programs():
-    """A launch's programs run in an order drawn from SEED."""
-    set_dim, set_index, order = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx, []
-
-    def shuffled_dim(self, x, y, z):
-        order[:] = random.Random(SEED[0]).sample(range(x), x)
-        set_dim(self, x, y, z)
-
-    InterpreterBuilder.set_grid_dim = shuffled_dim
-    InterpreterBuilder.set_grid_idx = lambda self, x, y, z: set_index(self, order[x], y, z)
-
-
-def keep_bfloat16_as_gpus_do():
-    """The interpreter holds bfloat16 as integers, multiplies those in products, and rounds towards 0: mended here."""
-    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def nearest(self, source, target):
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, target)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), target.scalar)
-
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
-    InterpreterBuilder.cast_impl = nearest
 
 
 def small_blocks():
     """Blocks and tiles so small that tiny shapes have several."""
     small = configurations.Configuration(16, 2, 8, 4, 1)
-    for name in ("forward", "backward", "mass"):
+    for name in ("backward", "mass"):
         setattr(configurations, name, lambda shape, card: small)
+    configurations.forward = lambda shape, card: dataclasses.replace(small, pair=shape.projected)
 
 
 def draw(images, heads, count, depth, channels, value_depth, sizes, *, dtype, projected, layouts=(contiguous,) * 2):
@@ -155,10 +121,10 @@ def by_triton(arguments, cotangent, card=None):
     launches, *results = attention_forward.plan_forward(*arguments, card=card)
     plan.run(launches, queries.device)
     output, logsumexp, normal = results
-    launch, gather = attention_backward.plan_backward(
+    launches, gather = attention_backward.plan_backward(
         cotangent.to(queries.dtype), output, normal, *arguments, True, True, card
     )
-    plan.run([launch], queries.device)
+    plan.run(launches, queries.device)
     return grouped(output, logsumexp, gather(), len(rows), weight is not None)
 
 

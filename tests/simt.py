@@ -1,9 +1,12 @@
 """The emulation of CUDA for tests: loads build/cmake/_simt.so and gives the .cu sources' ops as plain functions.
 
+FASTKD_SIMT names another build of it: `make sanitize` that with AddressSanitizer.
+
 Importing this module skips the tests that do so where `make cmake` found no Python.h to build the emulation with.
 """
 
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import torch
 
 from fastkd.ops import _library
 
-PATH = Path(__file__).resolve().parents[1] / "build" / "cmake" / "_simt.so"
+TESTS = Path(__file__).resolve().parent
+PATH = Path(os.environ.get("FASTKD_SIMT") or TESTS.parent / "build" / "cmake" / "_simt.so")
 SEEDS = (0, 1, 2)
 
 

@@ -16,6 +16,7 @@ CASES = [
     Case("backward", projected=True),
     Case("backward", projected=True, last=False),
     Case("backward", projected=True, count=32),
+    Case("backward merge", projected=True, dtype=torch.float32),
     Case("mass", projected=False, count=7),
     Case("forward", projected=False, dtype=torch.float32),
     Case("backward", projected=True, last=False, dtype=torch.float32),

@@ -71,26 +71,48 @@ def test_the_emulation_counts_the_same(op, last):
     assert count.asked >= count.moved
 
 
+@pytest.mark.parametrize("queries", [7, 42, 64])
+def test_the_attentions_partial_sums_are_those_of_its_plan(queries):
+    """At a shape where images and heads fill the card."""
+    triton_report = pytest.importorskip("benchmarks.triton_report", reason="Triton is not installed")
+    shape = Shape(8, 800, 1216, queries=queries)
+    channels, heads = shape.channels, shape.heads
+    case = triton_report.Case("forward", projected=not gpu_traffic._absorbed(shape, queries), count=queries)
+    arguments, card = triton_report._arguments(case, channels, heads, shape.images), triton_report.Card(9, 132)
+    launches, output, _, normal = triton_report.attention_forward.plan_forward(*arguments, card=card)
+    model = gpu_traffic.instance_attention(shape, 2, True)
+
+    def held(given):
+        return sum(one.numel() * one.element_size() for one in given)
+
+    partial = held(launches[0].arguments[name] for name in ("part_maximum", "part_sum", "part_output"))
+    assert partial == model[0].written == model[1].read
+    backward, _ = triton_report.attention_backward.plan_backward(output, output, normal, *arguments, True, True, card)
+    assert held(backward[1].arguments["parts"]) == model[3].read
+    assert held(backward[1].arguments["sums"]) == model[3].written
+    assert len(launches) + len(backward) == len(model)
+
+
 def test_what_is_least_is_less():
     for name, model in gpu_traffic.MODELS.items():
         for last in (False, True):
-            if name != "instance_attention":
+            if name not in gpu_traffic.OWN_AIMS:
                 moved = sum(launch.read + launch.written for launch in model(SHAPE, 2, last))
                 assert gpu_traffic.least(name, SHAPE, 2, last) <= moved * 1.001, name
 
 
 def test_a_launch_takes_the_longest_of_its_limits():
-    card = roofline.CARDS[1]
+    card = roofline.H100
     launch = gpu_traffic.Launch("kernel", 2e9, 1e9, cache=8e9)
     assert launch.seconds(card) == pytest.approx(8e9 / gpu_traffic.CACHE["H100"])
     assert gpu_traffic.Launch("kernel", 2e9, 1e9).seconds(card) == pytest.approx(3e9 / card.bandwidth)
 
 
 def test_the_table_of_aims():
-    lines = gpu_traffic.aims(roofline.PUBLISHED, roofline.CARDS[1])
+    lines = gpu_traffic.aims(roofline.PUBLISHED, roofline.H100)
     assert lines[0].startswith("PREDICTED on H100, nothing measured")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
-    assert len(rows) == 2 * len(gpu_traffic.MODELS) - 1
+    assert len(rows) == 2 * (len(gpu_traffic.MODELS) - len(gpu_traffic.OWN_AIMS)) + 1
     for row in rows:
         aim, model = (float(cell.strip("<>=%x ")) for cell in row[6:8])
         assert row[8] == ("yes" if (model <= aim if "x" in row[6] else model >= aim) else "NO"), row

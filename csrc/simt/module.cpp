@@ -13,6 +13,7 @@ PYBIND11_MODULE(_simt, module) {
         simt::settings() = {seed, static_cast<unsigned char>(poison), shared_bytes};
         simt::forget();
         simt::traffic() = {};
+        simt::failure() = {};
       },
       pybind11::arg("seed") = 0, pybind11::arg("poison") = 0xff, pybind11::arg("shared_bytes") = 96 * 1024,
       "Settings of the next launches; forgets the memory of earlier calls.");
@@ -21,11 +22,16 @@ PYBIND11_MODULE(_simt, module) {
       [] {
         const simt::Traffic& counted = simt::traffic();
         return std::map<std::string, int64_t>{
-            {"asked", counted.asked}, {"read", counted.read}, {"written", counted.written}};
+            {"launches", counted.launches}, {"asked", counted.asked}, {"read", counted.read},
+            {"written", counted.written}};
       },
-      "Bytes of global memory moved since `configure`: asked for, and each byte once a launch.");
+      "Launches since `configure` and the bytes of global memory that they moved: asked for, and each once a launch.");
+  module.def(
+      "fail_launches", [](bool has_code, const std::string& reason) { simt::failure() = {has_code, reason}; },
+      pybind11::arg("has_code"), pybind11::arg("reason"), "Launches fail until the next `configure`.");
   module.def("forget", &simt::forget, "Forgets the memory of earlier calls: their results may be freed.");
-  module.def("planted_bugs", &fastkd::planted_bugs, "Name -> kind of finding of every planted bug.");
+  module.def("planted_bugs", &fastkd::planted_bugs, pybind11::arg("for_sanitizer") = false,
+             "Name -> kind of finding of every planted bug, or of those that only AddressSanitizer reports.");
   module.def("run_planted", &fastkd::run_planted, pybind11::arg("name"), pybind11::arg("bug"),
              "Runs a planted bug, or its mended form; RuntimeError with what was found.");
 }

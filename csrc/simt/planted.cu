@@ -141,6 +141,31 @@ FASTKD_KERNEL void write_to_input(bool bug, Global<const float> x, Global<float>
   if (i < n) (bug ? Global<float>(x.buffer(), x.offset()) : y)[i] = 1.0f;
 }
 
+// What the emulation does not see, as it is a thread's own memory or a plain pointer: AddressSanitizer must.
+FASTKD_KERNEL void past_own_array(bool bug, Global<const float> x, Global<float> y, int n) {
+  volatile float values[4] = {};
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  values[i % 4 + (bug ? 4 : 0)] = i < n ? float(x[i]) : 0.0f;
+  if (i < n) y[i] = values[i % 4];
+}
+
+FASTKD_KERNEL void past_the_tensor(bool bug, Global<const float> x, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const auto* plain = reinterpret_cast<const float*>(address_of<const float>(x));
+  if (i < n) y[i] = plain[bug ? i + 1 : i];
+}
+
+FASTKD_KERNEL void out_of_scope(bool bug, Global<const float>, Global<float> y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  volatile float* kept;
+  volatile float other = 2;
+  {
+    volatile float value = 1;
+    kept = bug ? &value : &other;
+  }
+  if (i < n) y[i] = *kept;
+}
+
 struct Planted {
   const char *name, *kind;
   void (*kernel)(bool, Global<const float>, Global<float>, int);
@@ -166,32 +191,54 @@ const Planted kPlanted[] = {
     {"write_to_input", "read-only", &write_to_input},
 };
 
+const Planted kForSanitizer[] = {
+    {"past_own_array", "stack-buffer-overflow", &past_own_array},
+    {"past_the_tensor", "heap-buffer-overflow", &past_the_tensor},
+    {"out_of_scope", "stack-use-after-scope", &out_of_scope},
+};
+
 // A tensor's memory taken for that of doubles: of a tensor of floats it would reach as far again behind the end.
 int64_t taken_for_doubles(Tensor tensor) { return output<double>(tensor).buffer()->size; }
 
+FASTKD_KERNEL void nothing() {}
+
+// A launch of so many blocks.
+int64_t launch_grid(Tensor on, int64_t x, int64_t y, int64_t z) {
+  launch(on, Grid(x, y, z), Grid(1), 0, &nothing);
+  return x * y * z;
+}
+
 }  // namespace
 
-FASTKD_DEVICE_LIBRARY(library) { library.impl("planted_taken_for_doubles", TORCH_BOX(&taken_for_doubles)); }
+FASTKD_DEVICE_LIBRARY(library) {
+  library.impl("planted_taken_for_doubles", TORCH_BOX(&taken_for_doubles));
+  library.impl("planted_launch_grid", TORCH_BOX(&launch_grid));
+}
 
-std::map<std::string, std::string> planted_bugs() {
+std::map<std::string, std::string> planted_bugs(bool for_sanitizer) {
   std::map<std::string, std::string> found;
-  for (const Planted& planted : kPlanted) found[planted.name] = planted.kind;
+  const auto add = [&](const auto& all) {
+    for (const Planted& planted : all) found[planted.name] = planted.kind;
+  };
+  if (for_sanitizer) add(kForSanitizer);
+  else add(kPlanted);
   return found;
 }
 
 void run_planted(const std::string& name, bool bug) {
+  const Planted* found = nullptr;
+  for (const Planted& planted : kPlanted)
+    if (planted.name == name) found = &planted;
+  for (const Planted& planted : kForSanitizer)
+    if (planted.name == name) found = &planted;
+  if (found == nullptr) throw std::runtime_error("run_planted: name must be one of planted_bugs(), got " + name);
   constexpr int n = 200;  // no multiple of the block
-  for (const Planted& planted : kPlanted) {
-    if (planted.name != name) continue;
-    alignas(16) float x[n] = {}, y[n];
-    simt::forget();
-    const Global<const float> input(simt::buffer_of(x, sizeof(x), false, true), 0);
-    const Global<float> result(simt::buffer_of(y, sizeof(y), true, false), 0);
-    simt::launch(Grid((n + kBlock - 1) / kBlock), Grid(kBlock), 0, [&] { planted.kernel(bug, input, result, n); });
-    simt::forget();
-    return;
-  }
-  throw std::runtime_error("run_planted: name must be one of planted_bugs(), got " + name);
+  std::vector<float> x(n), y(n);
+  simt::forget();
+  const Global<const float> input(simt::buffer_of(x.data(), n * sizeof(float), false, true), 0);
+  const Global<float> result(simt::buffer_of(y.data(), n * sizeof(float), true, false), 0);
+  simt::launch(Grid((n + kBlock - 1) / kBlock), Grid(kBlock), 0, [&] { found->kernel(bug, input, result, n); });
+  simt::forget();
 }
 
 }  // namespace fastkd

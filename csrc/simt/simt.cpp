@@ -6,20 +6,29 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace simt {
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kStackBytes = 512 * 1024;  // its frames are larger
+#else
 constexpr size_t kStackBytes = 64 * 1024;
+#endif
 constexpr int kWarp = 32;
 constexpr int kVotes = -2;  // instead of a source lane: the lowest bits of all lanes
 enum class State { ready, barrier, warp, done };
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   Thread identity;
   State state = State::ready;
   int64_t warp_epoch = 0;
+  char* stack_start = nullptr;
+  void* sanitizer_frames = nullptr;
   // of the operation it waits in
   int site = 0, source_lane = -1;
   uint32_t mask = 0;
@@ -35,6 +44,8 @@ struct Block {
   int64_t epoch = 0, dynamic_bytes = 0;
   std::unordered_map<int, std::unique_ptr<Buffer>> shared;
   std::unique_ptr<Finding> finding;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_bytes = 0;
 };
 thread_local Block* block = nullptr;
 
@@ -43,19 +54,52 @@ std::string where(const Thread& t) {
       std::to_string(t.block_index.z) + ") thread " + std::to_string(t.thread);
 }
 
+// AddressSanitizer is told which stack runs: before a switch where it goes, after it where the other side's frames are.
+void leaves_for(void** own_frames, const void* stack, size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(own_frames, stack, bytes);
+#else
+  (void)own_frames, (void)stack, (void)bytes;
+#endif
+}
+void arrived(void* own_frames, const void** stack, size_t* bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(own_frames, stack, bytes);
+#else
+  (void)own_frames, (void)stack, (void)bytes;
+#endif
+}
+void forget_frames([[maybe_unused]] char* stack) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stack, kStackBytes);
+#endif
+}
+
+void enter(Fiber& fiber) {
+  void* frames = nullptr;
+  block->running = &fiber;
+  leaves_for(&frames, fiber.stack_start, kStackBytes);
+  swapcontext(&block->scheduler, &fiber.context);
+  arrived(frames, nullptr, nullptr);
+}
+
 void wait(State state) {
   Fiber* self = block->running;
   self->state = state;
+  leaves_for(&self->sanitizer_frames, block->scheduler_stack, block->scheduler_bytes);
   swapcontext(&self->context, &block->scheduler);
+  arrived(self->sanitizer_frames, &block->scheduler_stack, &block->scheduler_bytes);
 }
 
 void run_fiber() {
+  arrived(nullptr, &block->scheduler_stack, &block->scheduler_bytes);
   try {
     (*block->body)();
   } catch (const Finding& finding) {
     if (!block->finding) block->finding = std::make_unique<Finding>(finding);
   }
   block->running->state = State::done;
+  leaves_for(nullptr, block->scheduler_stack, block->scheduler_bytes);
   swapcontext(&block->running->context, &block->scheduler);
 }
 
@@ -134,8 +178,7 @@ void run_block(Block& current_block, std::mt19937_64& random) {
     }
     std::shuffle(order.begin(), order.end(), random);
     for (const int index : order) {
-      current_block.running = &current_block.fibers[index];
-      swapcontext(&current_block.scheduler, &current_block.running->context);
+      enter(current_block.fibers[index]);
       if (current_block.finding) throw *current_block.finding;
     }
   }
@@ -174,6 +217,11 @@ void fail(const char* kind, const std::string& message) {
 Settings& settings() {
   static Settings values;
   return values;
+}
+
+Failure& failure() {
+  static Failure next;
+  return next;
 }
 
 Traffic& traffic() {
@@ -267,8 +315,9 @@ void forget() { buffers().clear(); }
 namespace {
 
 void prepare(Fiber& fiber, char* stack) {
+  forget_frames(stack);
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_sp = fiber.stack_start = stack;
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, run_fiber, 0);
@@ -282,6 +331,7 @@ void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<v
   if (threads.count() < 1 || threads.count() > 1024 || grid.count() < 1 || grid.x > 2147483647 || grid.y > 65535 ||
       grid.z > 65535)
     throw std::runtime_error("launch: grid and block must be in CUDA's limits");
+  ++traffic().launches;
   for (const auto& buffer : buffers())  // launches on one stream are ordered
     for (Cell& cell : buffer->cells) cell.write = cell.read = cell.other_read = Access{};
   std::mt19937_64 random(settings().seed);

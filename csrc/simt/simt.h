@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -45,6 +46,13 @@ struct Settings {
 };
 Settings& settings();
 
+// What the next launches fail with, as if the CUDA runtime had said so.
+struct Failure {
+  bool has_code = true;
+  std::optional<std::string> reason;
+};
+Failure& failure();
+
 // A byte's history: who read and wrote it last.
 struct Access {
   int32_t block = -1, thread = -1;
@@ -56,9 +64,10 @@ struct Cell {
   bool initialised = false;
 };
 
-// Bytes of global memory that launches moved: in the whole, and each byte once a launch, as with a cache without end.
+// Launches, and bytes of global memory that they moved: in the whole, and each byte once a launch, as with a cache
+// without end.
 struct Traffic {
-  int64_t asked = 0, read = 0, written = 0;
+  int64_t launches = 0, asked = 0, read = 0, written = 0;
 };
 Traffic& traffic();
 

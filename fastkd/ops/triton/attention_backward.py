@@ -5,7 +5,8 @@ A program takes a strip of a level (tiles.py) for one head of one image, tile by
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
 With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
 place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile, the column biases' gradients
-in a strip; what the strips have in common is added up in a fixed order afterwards: no atomics, the same bits always.
+in a strip; what the strips have in common a second kernel adds up in a fixed order, in one launch for all gradients: no
+atomics, the same bits always.
   traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
             dV written once; for each strip d numbers a query and, where PROJECTED, the weight's gradient
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +35,8 @@ from fastkd.ops.triton.tiles import (
     tile_bias,
     tile_cells,
 )
+
+MERGED = 128  # numbers that a program of the merge kernel adds up
 
 
 @triton.jit
@@ -249,9 +253,31 @@ def instance_attention_backward_kernel(
             tl.store(part_start + weight_place, grad_weight, mask=weight_known)
 
 
-def _sum_of(parts: Tensor, shape) -> Tensor:
-    """The sum over the first dimension, in its order; a single part is the sum itself."""
-    return (parts[0] if len(parts) == 1 else parts.sum(0)).view(shape)
+@triton.jit(do_not_specialize=["rows"])
+def instance_attention_backward_merge_kernel(
+    parts,  # pointers to [COUNTS[i], numbers of a part]
+    sums,  # pointers to the sum over the first dimension
+    counts,  # of the parts
+    widths,  # numbers of a part for each query
+    rows,  # B * G * N
+    WEIGHT: tl.constexpr,  # numbers of key_weight where it is the last of the parts, else 0
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    for index in tl.static_range(len(parts)):
+        numbers = WEIGHT if WEIGHT > 0 and index + 1 == len(parts) else rows.to(tl.int64) * widths[index]
+        blocks = tl.cdiv(numbers, BLOCK)
+        if (block >= 0) & (block < blocks):
+            place = block * BLOCK + tl.arange(0, BLOCK)
+            part = tl.arange(0, BLOCK_PARTS)
+            total = tl.zeros((BLOCK_PARTS, BLOCK), sums[0].dtype.element_ty)
+            for first in range(0, counts[index], BLOCK_PARTS):
+                known = (first + part < counts[index])[:, None] & (place < numbers)[None, :]
+                offset = (first + part).to(tl.int64)[:, None] * numbers + place[None, :]
+                total += tl.load(parts[index] + offset, mask=known, other=0.0)
+            tl.store(sums[index] + place, tl.sum(total, axis=0), mask=place < numbers)
+        block -= blocks
 
 
 def plan_backward(
@@ -267,8 +293,8 @@ def plan_backward(
     for_keys: bool,
     for_values: bool,
     card: Card | None = None,
-) -> tuple[Launch, Callable[[], list[Tensor]]]:
-    """The launch of a backward pass and a function that gathers its results."""
+) -> tuple[list[Launch], Callable[[], list[Tensor]]]:
+    """The launches of a backward pass and a function that gathers its results."""
     op = "instance_attention_backward"
     problem = plan.Problem(op, queries, levels, key_weight, row_bias, column_bias, values, card)
     images, heads, count, depth = queries.shape
@@ -310,24 +336,60 @@ def plan_backward(
         chosen.stages,
     )
 
+    groups = []
+    if for_keys:
+        groups = [(part_queries, queries.shape)]
+        groups += [(part, table.shape) for part, table in zip(part_rows, row_bias)]
+        groups += [(part, table.shape) for part, table in zip(part_columns, column_bias)]
+        groups += [(part_weight, key_weight.shape)] if problem.projected else []
+    merge, sums = _plan_merge(groups, rows, problem.projected)
+
     def gather() -> list[Tensor]:
         for one, source in zip(grad_values, written, strict=True):
             if one is not source:
                 one.copy_(source)
         if not for_keys:
             return grad_values
-        results = [_sum_of(part_queries, queries.shape)]
-        if problem.projected:
-            results.append(_sum_of(part_weight, key_weight.shape))
-        results += [_sum_of(part, table.shape) for part, table in zip(part_rows, row_bias)]
-        results += [_sum_of(part, table.shape) for part, table in zip(part_columns, column_bias)]
-        return results + grad_values
+        weight = [sums.pop()] if problem.projected else []
+        return [sums[0], *weight, *sums[1:], *grad_values]
 
-    return launch, gather
+    return [launch, *merge], gather
+
+
+def _plan_merge(
+    groups: list[tuple[Tensor, torch.Size]], rows: int, projected: bool
+) -> tuple[list[Launch], list[Tensor]]:
+    """The launch that adds up the parts of all groups, and their sums; a single part is the sum itself.
+
+    Args:
+        groups: parts [P, ...] and the shape of their sum, of every query; where projected the last are key_weight's.
+    """
+    sums = [parts.view(shape) if len(parts) == 1 else parts.new_empty(shape) for parts, shape in groups]
+    several = [(parts, total) for (parts, _), total in zip(groups, sums) if len(parts) != 1 and total.numel()]
+    if not several:
+        return [], sums
+    parts, totals = zip(*several, strict=True)
+    last = projected and len(groups[-1][0]) != 1 and sums[-1].numel() > 0
+    by_query = totals[:-1] if last else totals
+    launch = Launch(
+        instance_attention_backward_merge_kernel,
+        sum(triton.cdiv(total.numel(), MERGED) for total in totals),
+        dict(
+            parts=parts,
+            sums=totals,
+            counts=tuple(map(len, parts)),
+            widths=(*(total.numel() // rows for total in by_query), *([0] if last else [])),
+            rows=rows,
+            WEIGHT=totals[-1].numel() if last else 0,
+            BLOCK=MERGED,
+            BLOCK_PARTS=16,
+        ),
+    )
+    return [launch], sums
 
 
 def instance_attention_backward(*arguments) -> list[Tensor]:
     """fastkd::instance_attention_backward on the GPU."""
-    launch, gather = plan_backward(*arguments)
-    plan.run([launch], arguments[0].device)
+    launches, gather = plan_backward(*arguments)
+    plan.run(launches, arguments[0].device)
     return gather()

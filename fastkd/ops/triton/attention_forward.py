@@ -30,6 +30,81 @@ from fastkd.ops.triton.tiles import (
 )
 
 
+@triton.jit
+def _head_of(
+    queries, key_weight, row_bias, column_bias, table, part, level, image, head, heads, count, query, x0, width,
+    CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PROJECTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What a block of queries of a head brings to every tile."""
+    known = query < count
+    channel, depth = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    row = (image * heads + head) * count + query  # of the queries' tables
+    q = tl.load(
+        queries + row[:, None] * DEPTH + depth[None, :], mask=known[:, None] & (depth < DEPTH)[None, :], other=0.0
+    )
+    weight = q
+    if PROJECTED:
+        weight = tl.load(
+            key_weight + (head * DEPTH + depth)[None, :] * CHANNELS + channel[:, None],
+            mask=(depth < DEPTH)[None, :] & (channel < CHANNELS)[:, None],
+            other=0.0,
+        )  # [C, D]
+    bias_row = bias_rows(row_bias, table, part, level, image, head, query, 6)
+    bias_column = column_bias_of(
+        bias_rows(column_bias, table, part, level, image, head, query, 9), known, x0, width, COLUMNS
+    )
+    return q, weight, bias_row, bias_column
+
+
+@triton.jit
+def _with_tile(
+    x, q, weight, bias_row, bias_column, known, value_start, value_channel, value_known, cell, inside, plane, y, y1,
+    value_channels, maximum, total, output, SCALE: tl.constexpr, PROJECTED: tl.constexpr, WITH_VALUES: tl.constexpr,
+    VALUES_LAST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum and output of a head's queries with one more tile x [C, S] of cells."""
+    number = total.dtype
+    logits = tl.zeros((q.shape[0], ROWS * COLUMNS), number)
+    if PROJECTED:
+        key = tl.zeros((ROWS * COLUMNS, q.shape[1]), number)
+        key = product(tl.trans(x), weight, key, PRECISION).to(q.dtype)
+        logits = product(q, tl.trans(key), logits, PRECISION)
+    else:
+        logits = product(q, x, logits, PRECISION)
+    logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * SCALE
+    highest = tl.maximum(maximum, tl.max(logits, axis=1))
+    # All masked so far: exp(-inf - 0) = 0.
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    power = tl.exp(logits - base[:, None])
+    factor = tl.exp(maximum - base)
+    total = total * factor + tl.sum(power, axis=1)
+    if WITH_VALUES:
+        v = tl.load(
+            value_start + map_offsets(value_channel, cell, plane, value_channels, VALUES_LAST, WIDE),
+            mask=value_known[:, None] & inside[None, :],
+            other=0.0,
+        )  # [V, S]
+        output = product(power.to(v.dtype), tl.trans(v), output * factor[:, None], PRECISION)
+    return highest, total, output
+
+
+@triton.jit
+def _store_part(
+    part_maximum, part_sum, part_output, place, known, maximum, total, output, VALUE_DEPTH: tl.constexpr,
+    WITH_VALUES: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    value = tl.arange(0, BLOCK_V)
+    tl.store(part_maximum + place, maximum, mask=known)
+    tl.store(part_sum + place, total, mask=known)
+    if WITH_VALUES:
+        tl.store(
+            part_output + place[:, None] * VALUE_DEPTH + value[None, :],
+            output,
+            mask=known[:, None] & (value < VALUE_DEPTH)[None, :],
+        )
+
+
 @triton.jit(do_not_specialize=["parts", "heads", "count", "rows"])
 def instance_attention_forward_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
@@ -62,38 +137,39 @@ def instance_attention_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIR: tl.constexpr,  # a program takes two heads, so that the cache is asked for a tile half as often
 ):
     number = part_sum.dtype.element_ty
     blocks = tl.cdiv(count, BLOCK_N)
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    head, place = place % heads, place // heads
+    programs = heads // 2 if PAIR else heads
+    head, place = place % programs, place // programs
+    if PAIR:
+        head = head * 2
     part, image = place % parts, (place // parts).to(tl.int64)
     level, x0, y0, y1, height, width = read_part(table, part)
     query = block * BLOCK_N + tl.arange(0, BLOCK_N)
     known = query < count
-    channel, depth, value = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    row = (image * heads + head) * count + query  # of the queries' tables
-    q = tl.load(
-        queries + row[:, None] * DEPTH + depth[None, :], mask=known[:, None] & (depth < DEPTH)[None, :], other=0.0
-    )
-    if PROJECTED:
-        weight = tl.load(
-            key_weight + (head * DEPTH + depth)[None, :] * CHANNELS + channel[:, None],
-            mask=(depth < DEPTH)[None, :] & (channel < CHANNELS)[:, None],
-            other=0.0,
-        )  # [C, D]
-    bias_row = bias_rows(row_bias, table, part, level, image, head, query, 6)
-    bias_column = column_bias_of(
-        bias_rows(column_bias, table, part, level, image, head, query, 9), known, x0, width, COLUMNS
-    )
+    channel, value = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
+    q, weight, bias_row, bias_column = _head_of(
+        queries, key_weight, row_bias, column_bias, table, part, level, image, head, heads, count, query, x0, width,
+        CHANNELS, DEPTH, PROJECTED, BLOCK_C, BLOCK_D, COLUMNS,
+    )  # fmt: skip
     cells = height * width
     level_start = pick(levels, level) + image * CHANNELS * cells
+    value_start = level_start
     if WITH_VALUES:
         value_start = pick(values, level) + image * heads * VALUE_DEPTH * cells
-        value_channel = head * VALUE_DEPTH + value
+    value_channel, value_known = head * VALUE_DEPTH + value, value < VALUE_DEPTH
     maximum = tl.full((BLOCK_N,), -float("inf"), number)
     total = tl.zeros((BLOCK_N,), number)
     output = tl.zeros((BLOCK_N, BLOCK_V), number)
+    if PAIR:
+        q2, weight2, bias_row2, bias_column2 = _head_of(
+            queries, key_weight, row_bias, column_bias, table, part, level, image, head + 1, heads, count, query, x0,
+            width, CHANNELS, DEPTH, PROJECTED, BLOCK_C, BLOCK_D, COLUMNS,
+        )  # fmt: skip
+        maximum2, total2, output2 = maximum, total, output
     for y in range(y0, y1, ROWS):
         plane = cells_of(table, part, y, y1)
         cell, inside = tile_cells(x0, y, y1, width, ROWS, COLUMNS)
@@ -102,37 +178,26 @@ def instance_attention_forward_kernel(
             mask=(channel < CHANNELS)[:, None] & inside[None, :],
             other=0.0,
         )  # [C, S]
-        logits = tl.zeros((BLOCK_N, ROWS * COLUMNS), number)
-        if PROJECTED:
-            key = tl.zeros((ROWS * COLUMNS, BLOCK_D), number)
-            key = product(tl.trans(x), weight, key, PRECISION).to(q.dtype)
-            logits = product(q, tl.trans(key), logits, PRECISION)
-        else:
-            logits = product(q, x, logits, PRECISION)
-        logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * SCALE
-        highest = tl.maximum(maximum, tl.max(logits, axis=1))
-        # All masked so far: exp(-inf - 0) = 0.
-        base = tl.where(highest == -float("inf"), 0.0, highest)
-        power = tl.exp(logits - base[:, None])
-        factor = tl.exp(maximum - base)
-        total = total * factor + tl.sum(power, axis=1)
-        maximum = highest
-        if WITH_VALUES:
-            v = tl.load(
-                value_start + map_offsets(value_channel, cell, plane, heads * VALUE_DEPTH, VALUES_LAST, WIDE),
-                mask=(value < VALUE_DEPTH)[:, None] & inside[None, :],
-                other=0.0,
-            )  # [V, S]
-            output = product(power.to(v.dtype), tl.trans(v), output * factor[:, None], PRECISION)
-    place = part.to(tl.int64) * rows + row
-    tl.store(part_maximum + place, maximum, mask=known)
-    tl.store(part_sum + place, total, mask=known)
-    if WITH_VALUES:
-        tl.store(
-            part_output + place[:, None] * VALUE_DEPTH + value[None, :],
-            output,
-            mask=known[:, None] & (value < VALUE_DEPTH)[None, :],
-        )
+        maximum, total, output = _with_tile(
+            x, q, weight, bias_row, bias_column, known, value_start, value_channel, value_known, cell, inside, plane,
+            y, y1, heads * VALUE_DEPTH, maximum, total, output, SCALE, PROJECTED, WITH_VALUES, VALUES_LAST, WIDE, ROWS,
+            COLUMNS, PRECISION,
+        )  # fmt: skip
+        if PAIR:
+            maximum2, total2, output2 = _with_tile(
+                x, q2, weight2, bias_row2, bias_column2, known, value_start, value_channel + VALUE_DEPTH, value_known,
+                cell, inside, plane, y, y1, heads * VALUE_DEPTH, maximum2, total2, output2, SCALE, PROJECTED,
+                WITH_VALUES, VALUES_LAST, WIDE, ROWS, COLUMNS, PRECISION,
+            )  # fmt: skip
+    place = part.to(tl.int64) * rows + (image * heads + head) * count + query
+    _store_part(
+        part_maximum, part_sum, part_output, place, known, maximum, total, output, VALUE_DEPTH, WITH_VALUES, BLOCK_V
+    )
+    if PAIR:
+        _store_part(
+            part_maximum, part_sum, part_output, place + count, known, maximum2, total2, output2, VALUE_DEPTH,
+            WITH_VALUES, BLOCK_V,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["parts", "rows"])
@@ -201,13 +266,15 @@ def plan_forward(
     output, logsumexp, normal = (queries.new_empty(*queries.shape[:3], *side) for side in sides)
     if not problem.cells:  # nothing to attend to
         return [], output.zero_(), logsumexp.fill_(-float("inf")), normal.zero_()
-    most_rows = problem.most_rows(chosen, images * heads * blocks)
+    pair = chosen.pair and heads % 2 == 0
+    programs = images * heads * blocks // (2 if pair else 1)
+    most_rows = problem.most_rows(chosen, programs)
     parts = problem.cut(chosen, most_rows)
     with_values = problem.value_depth > 0
     partial = [queries.new_empty(parts.count, rows, *side) for side in ((), (), (problem.value_depth,))]
     forward = Launch(
         instance_attention_forward_kernel,
-        parts.count * images * heads * blocks,
+        parts.count * programs,
         dict(
             **problem.arguments(parts, chosen),
             **problem.value_arguments(),
@@ -215,6 +282,7 @@ def plan_forward(
             rows=rows,
             SCALE=float(scale),
             WITH_VALUES=with_values,
+            PAIR=pair,
         ),
         chosen.warps,
         chosen.stages,

@@ -69,6 +69,7 @@ class Configuration:
         rows, columns: of a tile of cells, powers of two; rows * columns from 16 on.
         warps: of a program.
         stages: of the loop over tiles; 2: one tile is loaded ahead.
+        pair: a program of the forward pass takes two heads, where there is an even number.
         apart: the gradients of queries and key_weight are added up in memory, where registers have no room for them.
     """
 
@@ -78,6 +79,7 @@ class Configuration:
     warps: int
     stages: int
     apart: bool = False
+    pair: bool = False
 
 
 def _block(count: int, most: int) -> int:
@@ -103,6 +105,8 @@ def forward(shape: Shape, card: Card) -> Configuration:
         most = 16 if double else 64 if shape.projected else 32
         warps = 16 if double and (shape.last or not shape.projected) else 8
         return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 1)
+    if shape.last and shape.element_size == 2 and shape.projected:  # two heads' weights and sums fit beside small tiles
+        return Configuration(_block(shape.count, 64), *_tile(shape, 32), 4, 2, pair=True)
     warps = 4 if shape.last and card.generation < 10 else 8
     stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
