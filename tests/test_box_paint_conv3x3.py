@@ -60,6 +60,12 @@ def test_levels_beyond_the_caches(capability, dtype):
     check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
 
 
+def test_more_than_a_thousand_objects_in_an_image(capability):
+    call = arguments((3, 19), count=2300, images=2, sizes=[(16, 24), (3, 5)])
+    close_to_float64(box_paint_conv3x3, box_paint_conv3x3_reference, call)
+    same_bits(box_paint_conv3x3, call, (1, 3))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_float64(capability, layout, bias):
