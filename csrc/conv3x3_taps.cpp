@@ -70,12 +70,12 @@ struct Call {
   std::vector<Part> parts(bool outputs, bool inputs) const {
     const int64_t lanes = table.lanes[type];
     std::vector<Part> parts;
-    const auto add = [&](int64_t count, bool of_inputs) {
-      for (int64_t first = 0; first < count; first += lanes)
-        parts.push_back({first, std::min(lanes, count - first), of_inputs});
+    const auto add = [&](int64_t count, int64_t most, bool of_inputs) {
+      for (int64_t first = 0; first < count; first += most)
+        parts.push_back({first, std::min(most, count - first), of_inputs});
     };
-    if (outputs) add(arguments.outputs, false);
-    if (inputs) add(arguments.inputs, true);
+    if (outputs) add(arguments.outputs, lanes, false);
+    if (inputs) add(arguments.inputs, arguments.count > kManyEmbeddings ? kInputVectors * lanes : lanes, true);
     return parts;
   }
 

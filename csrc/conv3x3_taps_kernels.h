@@ -25,7 +25,10 @@ struct Arguments {
   void *for_rows, *for_weight;     // gradients, null: not wanted
 };
 
-// A task: lanes outputs, or (inputs) lanes inputs, from `first` on.
+constexpr int64_t kManyEmbeddings = 192, kInputVectors = 4;
+
+// A task: at most lanes outputs, or (inputs) lanes inputs, from `first` on; with many embeddings, whose gradients are
+// read from afar for every task, kInputVectors times as many inputs.
 struct Part {
   int64_t first, count;
   bool inputs;
@@ -224,7 +227,7 @@ struct Taps {
     for (int64_t output = 0; output < outputs; ++output)
       copy(panel + output * count,
            static_cast<const acc*>(arguments.weight) + (output * inputs + part.first) * kTaps, count);
-    acc tile[lanes * kWidth];
+    acc tile[kInputVectors * lanes * kWidth];
     for_blocks(arguments.count, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
       constexpr int64_t depth = kDepth / kTaps;  // outputs whose gradients stay in the first cache for all inputs
       for (int64_t output = 0; output < outputs; output += depth) {
@@ -246,15 +249,17 @@ struct Taps {
       }
       for (int64_t u = 0; u < vectors; ++u) {
         const int64_t n0 = first + u * lanes, left = arguments.count - n0;
-        turn_block(tile + u * lanes, kWidth, part.count, left < lanes ? left : lanes,
-                   static_cast<acc*>(arguments.for_rows) + n0 * inputs + part.first, inputs);
+        acc* out = static_cast<acc*>(arguments.for_rows) + n0 * inputs + part.first;
+        for (int64_t at = 0; at < part.count; at += lanes)
+          turn_block(tile + at * kWidth + u * lanes, kWidth, part.count - at < lanes ? part.count - at : lanes,
+                     left < lanes ? left : lanes, out + at, inputs);
       }
     });
   }
 
   static void backward(const Arguments& arguments, const Part* part, const Part* end) {
     acc* row = new acc[round_up(arguments.inputs, lanes) * kTaps + lanes];
-    acc* panel = new acc[arguments.outputs * lanes * kTaps];
+    acc* panel = new acc[arguments.outputs * kInputVectors * lanes * kTaps];
     for (; part != end; ++part) {
       if (part->inputs)
         for_rows(arguments, *part, panel);
