@@ -34,8 +34,7 @@ struct PlanesPool {
   acc* sums;      // [channels, padded]: of a band's rows
   acc* partial;   // [objects, lanes of channels, lanes of columns]
 
-  static int64_t sums_length(int64_t columns) { return lanes * padded<V>(columns); }
-  static int64_t partial_length(int64_t objects) { return objects * lanes * lanes; }
+  static FASTKD_INLINE int64_t partial_length(int64_t objects) { return objects * lanes * lanes; }
 
   // totals [objects, lanes] += the sums
   FASTKD_INLINE void operator()(const Bands& bands, double* totals) const {

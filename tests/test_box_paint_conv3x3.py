@@ -22,11 +22,13 @@ from kernels import (
 from torch.nn import functional as F
 
 from fastkd.ops import box_paint_conv3x3, box_paint_conv3x3_reference
-from fastkd.ops.box_paint_conv3x3 import multiply_taps
+from fastkd.ops.box_paint_conv3x3 import Taps, multiply_taps
+from fastkd.ops.coverage import widen
 
 SIZE = (64, 96)
 SIZES = [(16, 24), (19, 37), (4, 6), (2, 3), (1, 1)]
 RAW, RAW_BACKWARD = torch.ops.fastkd.box_paint_conv3x3, torch.ops.fastkd.box_paint_conv3x3_backward
+TAPS, TAPS_BACKWARD = torch.ops.fastkd.conv3x3_taps, torch.ops.fastkd.conv3x3_taps_backward
 
 
 def boxes_of(count, images, size=SIZE):
@@ -56,6 +58,12 @@ def test_levels_beyond_the_caches(capability, dtype):
     """Results of a mebibyte and more take a path of their own."""
     call = arguments((5, 64), dtype, images=2, sizes=[(72, 59)])
     check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
+
+
+def test_more_than_a_thousand_objects_in_an_image(capability):
+    call = arguments((3, 19), count=2300, images=2, sizes=[(16, 24), (3, 5)])
+    close_to_float64(box_paint_conv3x3, box_paint_conv3x3_reference, call)
+    same_bits(box_paint_conv3x3, call, (1, 3))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -151,6 +159,34 @@ def test_double_backward_is_a_clear_error():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("levels", [0, 1, 3])
+@pytest.mark.parametrize(("count", "inputs", "outputs"), [
+    (1, 1, 1), (5, 7, 3), (17, 48, 16), (70, 33, 40), (64, 160, 32), (67, 160, 9), (0, 4, 4), (3, 0, 2), (3, 2, 0),
+])  # fmt: skip
+def test_products_no_worse_than_plain(capability, levels, count, inputs, outputs):
+    """Of embeddings and of outputs whole vectors, tiles of them, parts and none."""
+    call = torch.randn(levels, count, inputs).requires_grad_(), torch.randn(outputs, inputs, 3, 3).requires_grad_()
+    check(multiply_taps, Taps.apply, call)
+    close_to_float64(multiply_taps, Taps.apply, call)
+    same_bits(multiply_taps, call)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_products_of_which_one_gradient_is_wanted(capability, wanted):
+    embeddings, weight = torch.randn(2, 9, 5), torch.randn(19, 5, 3, 3)
+    embeddings.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+    check(multiply_taps, Taps.apply, (embeddings, weight))
+
+
+def test_opcheck_of_the_products():
+    for dtype in (torch.float32, torch.float64):
+        call = torch.randn(5, 3, dtype=dtype).requires_grad_(), torch.randn(4, 3, 3, 3, dtype=dtype).requires_grad_()
+        opcheck(TAPS.default, call)
+        grad = torch.randn(5, 9, 4, dtype=dtype)
+        for wanted in [(True, True), (True, False), (False, True)]:
+            opcheck(TAPS_BACKWARD.default, (grad, *(value.detach() for value in call), *wanted))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     embeddings, weight, bias, boxes, index, size, images, sizes = arguments((3, 4), dtype, 3, 2, [(4, 6), (1, 1)])
@@ -176,7 +212,7 @@ def test_same_bits_with_any_number_of_threads(capability):
         results.append(results_and_gradients(box_paint_conv3x3, call))
     for found in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], results[0][0]))
-        assert torch.equal(found[1][2], results[0][1][2])  # of the bias: the other two pass torch's matrix product
+        assert all(torch.equal(one, other) for one, other in zip(found[1], results[0][1]))
 
 
 def test_autocast_gives_its_dtype_and_full_precision():
@@ -231,8 +267,18 @@ def test_fuzz_raw():
         call = forward(choose)
         return RAW(*call), *call[2:6]
 
+    def taps(choose):
+        embeddings, weight, *_ = draw(choose)
+        return widen(embeddings.detach().flatten(0, 1)), widen(weight.detach())
+
+    def taps_backward(choose):
+        call = taps(choose)
+        return TAPS(*call), *call, choose.random() < 0.7, choose.random() < 0.7
+
     assert fuzz_raw(RAW, forward) > 100
     assert fuzz_raw(RAW_BACKWARD, backward) > 100
+    assert fuzz_raw(TAPS, taps) > 100
+    assert fuzz_raw(TAPS_BACKWARD, taps_backward) > 100
 
 
 BOXES, INDEX = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)

@@ -50,6 +50,13 @@ def test_no_worse_than_plain(capability, layout, channels, dtype):
     check(norm_relu_box_pool, norm_relu_box_pool_reference, arguments(channels, dtype, layout))
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_more_than_a_thousand_objects_in_an_image(capability, layout):
+    call = arguments(19, layout=layout, count=2300, images=2, sizes=[(16, 24), (3, 5)])
+    check(norm_relu_box_pool, norm_relu_box_pool_reference, call)
+    same_bits(norm_relu_box_pool, call, (1, 3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_levels_beyond_the_caches(capability, layout, dtype):

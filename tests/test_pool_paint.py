@@ -72,6 +72,27 @@ def pair(op):
     return getattr(ops, op), getattr(ops, f"{op}_reference")
 
 
+@pytest.mark.parametrize("op, layout", CASES)
+def test_more_objects_than_have_lanes_of_their_own(capability, op, layout):
+    """Beyond 1,024 objects in an image, all of which overlap or none of which does."""
+    small = torch.randint(0, 2, (2,)).tolist()
+    for size, counts in [((16, 24), (1100, *small, 1025)), ((256, 384), (1030, *small))]:
+        call = arguments(op, counts, 17, sizes=((16, 24), (3, 5)), layout=layout, size=size)
+        check(*pair(op), call)
+        same_bits(pair(op)[0], call, (1, 3))
+
+
+def test_many_small_objects_apart_from_one_another(capability):
+    """So many that they have no lanes of their own, in bands whose spans hold few cells."""
+    y, x = torch.meshgrid(torch.arange(0, 72, 2), torch.arange(0, 70, 2), indexing="ij")
+    corner = torch.stack([x, y], -1).flatten(0, 1).float()
+    boxes, index = torch.cat([corner, corner], 1), torch.zeros(len(corner), dtype=torch.int64)
+    assert len(boxes) > 1024
+    for channels in (5, 37):
+        levels = [torch.randn(1, channels, 72, 70).requires_grad_()]
+        check(ops.box_pool, ops.box_pool_reference, (levels, boxes, index, (72, 70)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, layout", CASES)
 def test_no_worse_than_plain(capability, op, layout, dtype):

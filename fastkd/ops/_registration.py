@@ -20,7 +20,13 @@ def register(op: str, *, fake: Callable) -> None:
 
 
 def register_with_backward(
-    op: str, *, fake: Callable, setup_context: Callable, backward: Callable, backward_fake: Callable
+    op: str,
+    *,
+    fake: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    backward_fake: Callable,
+    public: str | None = None,
 ) -> None:
     """An op with a gradient.
 
@@ -28,12 +34,13 @@ def register_with_backward(
         op: name in torch.ops.fastkd; <op>_backward must exist there as well.
         fake, backward_fake: their arguments -> empty results.
         setup_context, backward: as torch.library.register_autograd takes them; backward calls <op>_backward.
+        public: the function of fastkd.ops that it is a part of, which messages name; None: the op itself.
     """
     name = f"fastkd::{op}"
     torch.library.register_fake(name, fake)
     torch.library.register_fake(f"{name}_backward", backward_fake)
     torch.library.register_autograd(name, backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward(op))
+    torch.library.register_autograd(f"{name}_backward", _refuse_double_backward(public or op))
 
 
 def _refuse_double_backward(op: str) -> Callable:

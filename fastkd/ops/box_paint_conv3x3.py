@@ -24,6 +24,8 @@ from fastkd.ops.checks import (
 from fastkd.ops.coverage import full_precision, widen
 
 _DISPATCH = Dispatch("box_paint_conv3x3")
+_TAPS = Dispatch("conv3x3_taps")
+_MANY = 512  # embeddings: with more, torch's product is faster although it copies the weight to turn it
 
 
 def box_paint_conv3x3_reference(
@@ -86,11 +88,17 @@ def box_paint_conv3x3(
 
 def multiply_taps(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The nine products of every embedding [L, K, C] with the weight [C_out, C, 3, 3]: [L, K, 9, C_out], widened."""
-    return Taps.apply(widen(embeddings), widen(weight))
+    embeddings, weight = widen(embeddings), widen(weight)
+    # Where a graph is traced their number is not asked for: a graph serves any number of boxes.
+    many = not torch.compiler.is_compiling() and embeddings.shape[0] * embeddings.shape[1] > _MANY
+    if embeddings.device.type == "cpu" and _TAPS.compiled(embeddings) and not many:
+        taps = torch.ops.fastkd.conv3x3_taps(embeddings.flatten(0, 1), weight)
+        return taps.unflatten(0, embeddings.shape[:2])
+    return Taps.apply(embeddings, weight)
 
 
 class Taps(torch.autograd.Function):
-    """The products of `multiply_taps`; the weight turned into a matrix, a copy of it, is not kept for backward."""
+    """`multiply_taps` by torch's product; the weight turned into a matrix, a copy of it, is not kept for backward."""
 
     @staticmethod
     def forward(embeddings: Tensor, weight: Tensor) -> Tensor:
@@ -186,6 +194,27 @@ def _backward(ctx, grads: list[Tensor]):
     return taps, bias if ctx.has_bias else None, None, None, None, None, None, None, None
 
 
+def _taps_fake(embeddings: Tensor, weight: Tensor) -> Tensor:
+    return embeddings.new_empty((embeddings.shape[0], 9, weight.shape[0]))
+
+
+def _taps_backward_fake(grad, embeddings, weight, for_embeddings, for_weight) -> tuple[Tensor, Tensor]:
+    rows = embeddings.shape[0] if for_embeddings else 0
+    return embeddings.new_empty((rows, embeddings.shape[1])), weight.new_empty(
+        (weight.shape[0] if for_weight else 0, *weight.shape[1:])
+    )
+
+
+def _taps_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _taps_backward(ctx, grad: Tensor):
+    wanted = tuple(ctx.needs_input_grad)
+    found = torch.ops.fastkd.conv3x3_taps_backward(grad, *ctx.saved_tensors, *wanted)
+    return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+
+
 if _DISPATCH.registered:
     register_with_backward(
         "box_paint_conv3x3",
@@ -193,4 +222,14 @@ if _DISPATCH.registered:
         setup_context=_setup_context,
         backward=_backward,
         backward_fake=_backward_fake,
+    )
+
+if _TAPS.registered:
+    register_with_backward(
+        "conv3x3_taps",
+        fake=_taps_fake,
+        setup_context=_taps_setup_context,
+        backward=_taps_backward,
+        backward_fake=_taps_backward_fake,
+        public="box_paint_conv3x3",
     )
