@@ -41,6 +41,9 @@ class QuerySlots:
     totals: Tensor
 
 
+SLOT_NAMES = tuple(item.name for item in dataclasses.fields(QuerySlots))
+
+
 @dataclass(kw_only=True)
 class Queries(QuerySlots):
     """Queries of a batch; in every image the real ones come first, in the batch's order.
@@ -180,7 +183,7 @@ def draw_queries(
         anchors=torch.addcmul(corner, sides, draws.draws[..., 3:5]),  # the centre, -0.3 .. 0.3 sizes beside it
         sides=sides,
         pixels=sides * image[:, None, :2],
-        **{item.name: getattr(draws, item.name) for item in dataclasses.fields(QuerySlots)},
+        **{name: getattr(draws, name) for name in SLOT_NAMES},
     )
 
 
