@@ -331,12 +331,14 @@ def aims(shape: Shape, card: Card, size: int = 2) -> list[str]:
             )
     shape = dataclasses.replace(shape, queries=ATTENTION_QUERIES)
     ideal = least_attention(shape, size).seconds(card, size == 2)
-    launches = instance_attention(shape, size, True)
-    time = sum(launch.seconds(card, size == 2) for launch in launches)
-    moved = sum(launch.read + launch.written for launch in launches)
-    cells = (f"{least_attention(shape, size).bytes / 1e6:.0f}", f"{moved / 1e6:.0f}", f"{1e3 * ideal:.3f}")
-    lines.append(
-        f"| instance_attention, N = {shape.queries} | both | {' | '.join(cells)} | {1e3 * time:.3f} | "
-        f"<= {ATTENTION_AIM:.0f} x | {time / ideal:.2f} x | {'yes' if time <= ATTENTION_AIM * ideal else 'NO'} |"
-    )
+    for last in (False, True):
+        launches = instance_attention(shape, size, last)
+        time = sum(launch.seconds(card, size == 2) for launch in launches)
+        moved = sum(launch.read + launch.written for launch in launches)
+        cells = (f"{least_attention(shape, size).bytes / 1e6:.0f}", f"{moved / 1e6:.0f}", f"{1e3 * ideal:.3f}")
+        lines.append(
+            f"| instance_attention, N = {shape.queries} | {'channels-last' if last else 'contiguous'} | "
+            f"{' | '.join(cells)} | {1e3 * time:.3f} | <= {ATTENTION_AIM:.0f} x | {time / ideal:.2f} x | "
+            f"{'yes' if time <= ATTENTION_AIM * ideal else 'NO'} |"
+        )
     return lines
