@@ -95,10 +95,11 @@ class ScaledResNet(Backbone, ResNet):
 
 
 class CoarsestLevels(LastLevelP6P7):
-    """torchvision's P6 and P7 from P5 or C5, right also for maps one cell wide in bfloat16 on a CPU.
+    """torchvision's P6 and P7 from P5 or C5, right also where they are one cell wide in bfloat16 on a CPU.
 
-    There the weight gradient of oneDNN's convolution of stride 2 holds uninitialised memory (seen with torch 2.14.1). A
-    column of zeros on the right changes nothing else: the convolution pads with zeros itself.
+    oneDNN's convolution of stride 2 reads uninitialised memory there: the weights' gradient of a map one cell wide and
+    the result of maps one or two wide can be anything (torch 2.14.1). Maps are made three wide; what the columns of
+    zeros on the right add to the result is cut off; the rest is what it was, as the convolution pads with zeros itself.
 
     Args:
         in_channels: channels of the map that P6 is made from.
@@ -112,13 +113,14 @@ class CoarsestLevels(LastLevelP6P7):
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Levels and names with P6 and P7 appended."""
-        p6 = self.p6(_two_wide(p[-1] if self.use_P5 else c[-1]))
-        p7 = self.p7(_two_wide(F.relu(p6)))
+        p6 = _halved(self.p6, p[-1] if self.use_P5 else c[-1])
+        p7 = _halved(self.p7, F.relu(p6))
         return [*p, p6, p7], [*names, "p6", "p7"]
 
 
-def _two_wide(level: Tensor) -> Tensor:
-    return F.pad(level, (0, 1)) if level.shape[-1] == 1 else level
+def _halved(convolution: nn.Conv2d, level: Tensor) -> Tensor:
+    width = level.shape[-1]
+    return convolution(level) if width > 2 else convolution(F.pad(level, (0, 3 - width)))[..., :1]
 
 
 class Pyramid(FeaturePyramidNetwork):
