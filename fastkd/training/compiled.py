@@ -88,13 +88,18 @@ class Regions:
         return self._compiled[name](*arguments, **options)
 
     def _options(self) -> dict[str, bool] | None:
-        """Inductor orders the strides of what is kept for backward, which it cannot where one is a count of boxes; told
-        to take them as they are it need not. Releases that do not know the option compile these graphs without it.
+        """Inductor's options that keep the counts of boxes free; those that this release of torch knows.
+
+        Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
+        the counts: one graph a count. Strides of what is kept for backward, one of them a count, it cannot sort; taken
+        as they are it need not.
         """
+        if self.backend != "inductor":
+            return None
         import torch._inductor.config as inductor
 
-        known = self.backend == "inductor" and hasattr(inductor, "strict_output_strides")
-        return {"strict_output_strides": True} if known else None
+        wanted = {"layout_optimization": False, "strict_output_strides": True}
+        return {name: value for name, value in wanted.items() if hasattr(inductor, name)}
 
     def fix_batch(self, tensors: Any) -> Any:
         """A tensor or several; the first size is fixed in every graph: a batch size, of which a run has one or two."""
