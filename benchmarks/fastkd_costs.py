@@ -79,6 +79,12 @@ def _pyramid_of(bound: dict[str, Any], result: Any) -> int:
     return 2 * sum(tensor.numel() for tensor in sides if isinstance(tensor, Tensor) and tensor.dim() == 4)
 
 
+def _taps(bound: dict[str, Any], result: Any) -> int:
+    """The product of rows and weight, forward, and as often backward as gradients are asked for."""
+    rows, weight = bound["embeddings"].shape[0], bound["weight"].numel()
+    return 2 * rows * weight * (bound.get("for_embeddings", True) + bound.get("for_weight", False))
+
+
 FLOPS: dict[str, Formula] = {
     "attention_mass": _mass,
     "box_paint": _pyramid_of,
@@ -87,6 +93,8 @@ FLOPS: dict[str, Formula] = {
     "box_paint_conv3x3_backward": _each("grads", 2),
     "box_pool": _pyramid_of,
     "box_pool_backward": _pyramid_of,
+    "conv3x3_taps": _taps,
+    "conv3x3_taps_backward": _taps,
     "imitation_mask": _imitation,
     "instance_attention": _attention,
     "instance_attention_backward": _attention_backward,

@@ -29,7 +29,7 @@ from benchmarks.ops import commit
 from benchmarks.roofline import PUBLISHED
 from fastkd.distillers import ICD, LGD
 from fastkd.ops import _library
-from fastkd.training.compiled import Regions, fix_batch, free_counts
+from fastkd.training.compiled import Regions
 from fastkd.types import Batch, ClassPriors
 
 OUT = Path("docs/results/launches.md")
@@ -115,7 +115,7 @@ def _empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _pyramid(shape: Shape, last: bool, grad: bool) -> list[Tensor]:
     order = torch.channels_last if last else torch.contiguous_format
     levels = [_empty(shape.images, shape.channels, *size, dtype=torch.bfloat16) for size in shape.level_sizes]
-    return [fix_batch(level.contiguous(memory_format=order).requires_grad_(grad)) for level in levels]
+    return [level.contiguous(memory_format=order).requires_grad_(grad) for level in levels]
 
 
 def _batch(shape: Shape) -> Batch:
@@ -153,16 +153,17 @@ def _call(module: nn.Module, *arguments, **options):
 
 def _step(method: str, shape: Shape, last: bool, regions: Regions) -> None:
     """Forward and backward of a distiller as fastkd/training/step.py calls it."""
-    module, student, batch = _distiller(method, shape, last), _pyramid(shape, last, True), _batch(shape)
+    module, batch = _distiller(method, shape, last), regions.free_counts(_batch(shape))
+    student = regions.fix_batch(_pyramid(shape, last, True))
     with torch.autocast("cuda", torch.bfloat16):
         if method == "lgd":
-            places = free_counts(module.prepare(batch))
-            losses, made = regions("lgd", _call, module, student, free_counts(batch), places=places)
+            places = regions.free_counts(module.prepare(batch))
+            losses, made = regions("lgd", _call, module, student, batch, places=places)
         else:
             prepared, made = module.prepare(batch, shape.level_sizes), []
-            free_counts(prepared.draws)
-            teacher = _pyramid(shape, last, False)
-            losses = regions("icd", _call, module, student, teacher, free_counts(batch), prepared=prepared)
+            regions.free_counts(prepared.draws)
+            teacher = regions.fix_batch(_pyramid(shape, last, False))
+            losses = regions("icd", _call, module, student, teacher, batch, prepared=prepared)
     results = [torch.stack(list(losses.values())).sum(), *made]  # the head's loss has a gradient for what LGD makes
     torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 

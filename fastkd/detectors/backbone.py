@@ -119,8 +119,11 @@ class CoarsestLevels(LastLevelP6P7):
 
 
 def _halved(convolution: nn.Conv2d, level: Tensor) -> Tensor:
-    width = level.shape[-1]
-    return convolution(level) if width > 2 else convolution(F.pad(level, (0, 3 - width)))[..., :1]
+    """The next level; the width is looked at in bfloat16 only, so that a graph for export takes any."""
+    low = convolution.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(level.device.type)
+    if not low or level.shape[-1] > 2:
+        return convolution(level)
+    return convolution(F.pad(level, (0, 3 - level.shape[-1])))[..., :1]
 
 
 class Pyramid(FeaturePyramidNetwork):

@@ -133,7 +133,10 @@ def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Te
 
 def _finite(values: Tensor) -> bool:
     """Whether all numbers are finite, in one pass: NaN is the smallest and the largest number, too."""
-    return all(math.isfinite(extreme.tolist()) for extreme in values.detach().aminmax())
+    values = values.detach()
+    if values.itemsize == 1:  # aminmax knows no float8
+        values = values.float()
+    return all(math.isfinite(extreme.tolist()) for extreme in values.aminmax())
 
 
 def check_masks(op: str, masks: object, image_index: object) -> None:
