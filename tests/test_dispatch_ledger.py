@@ -124,8 +124,8 @@ def test_compiled_ops_of_the_distillers_count_as_one(name):
             "mask_pool_backward",
             "mask_paint_backward",
         }
-    alone = {"icd": {"attention_mass", "seeded_draws"}, "fgfi": {"imitation_mask"}}.get(name, set())
-    assert own == dict.fromkeys({*both, *alone}, 1)
+    lone = {"lgd": {"conv3x3_taps"}, "icd": {"attention_mass", "seeded_draws"}, "fgfi": {"imitation_mask"}}
+    assert own == dict.fromkeys({*both, *lone.get(name, set())}, 1)
 
 
 @needs_kernels
