@@ -139,8 +139,8 @@ def describe(
 def _scales(padded_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """(W, H, W, H) of the padded batch, and -1."""
     height, width = padded_size
-    tables = torch.tensor([width, height, width, height], dtype=dtype), torch.tensor(-1.0, dtype=dtype)
-    return tuple(table.to(device, non_blocking=True) for table in tables)
+    sides = torch.tensor([width, height, width, height], dtype=dtype).to(device, non_blocking=True)
+    return sides, torch.full((), -1.0, dtype=dtype, device=device)
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
