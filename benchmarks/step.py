@@ -107,11 +107,34 @@ def measure(
     return {**dataclasses.asdict(problem), "entries": entries}
 
 
-def collect(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Measure what was asked for, as far as the time goes."""
+def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A saved run and what was measured since; a problem measured again replaces its row."""
+
+    def problem(row: dict[str, Any]) -> tuple:
+        return tuple(row[field.name] for field in dataclasses.fields(Problem))
+
+    again = {problem(row) for row in new["rows"]}
+    rows = [row for row in kept["rows"] if problem(row) not in again] + new["rows"]
+    done = {problem(row) for row in rows}
+    skipped = {problem(row): row for run in (kept, new) for row in run["skipped"] if problem(row) not in done}
+    commits = dict.fromkeys(run["commit"] for run in (kept, new))
+    return {
+        **new,
+        "command": "` and `".join(run["command"] for run in (kept, new)),
+        "commit": " and ".join(commits),
+        "seconds": kept["seconds"] + new["seconds"],
+        "icd_alone": kept["icd_alone"] or new["icd_alone"],
+        "rows": rows,
+        "skipped": list(skipped.values()),
+    }
+
+
+def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Measure what was asked for, as far as the time goes; kept: a run whose detectors' first problems are done."""
     torch.set_num_threads(chosen.threads)
-    begin, rows, skipped, seen, own = time.monotonic(), [], [], set(), None
-    if "icd" in chosen.methods:
+    begin, rows, skipped, own = time.monotonic(), [], [], None
+    seen = {row["detector"] for row in kept["rows"]} if kept else set()
+    if "icd" in chosen.methods and not kept:
         first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
         own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
         print(step_results.own_table(own), flush=True)
@@ -153,6 +176,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results; of parts build/bench)")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write the report of a saved run again, no run")
+    parser.add_argument("--add-to", type=Path, metavar="JSON", help="a saved run that this one's problems join")
     parser.add_argument("--quote", type=Path, metavar="JSON", help="print a saved run's lines for the README, no run")
     chosen = parser.parse_args(arguments)
     whole = not (chosen.quick or chosen.detectors or chosen.images or chosen.boxes)
@@ -170,7 +194,12 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.quote:
         print(step_results.quote(json.loads(chosen.quote.read_text(encoding="utf-8"))))
         return 0
-    saved = json.loads(chosen.report.read_text(encoding="utf-8")) if chosen.report else collect(chosen)
+    if chosen.report:
+        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
+    else:
+        kept = json.loads(chosen.add_to.read_text(encoding="utf-8")) if chosen.add_to else None
+        saved = collect(chosen, kept)
+        saved = together(kept, saved) if kept else saved
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")

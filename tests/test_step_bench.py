@@ -139,6 +139,16 @@ def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
     assert found["transient_bytes"] > 0 and ("ledger" in found) == (option != "compile")
 
 
+def test_problems_join_a_saved_run():
+    slower = {**ROW, "entries": {"student/plain": entry(9.0)}}
+    new = {**SAVED, "command": "later", "commit": "def", "rows": [slower, {**ROW, "images": 2}], "icd_alone": None}
+    both = step.together({**SAVED, "rows": [ROW, {**ROW, "boxes": 30}]}, {**new, "skipped": []})
+    assert [(row["images"], row["boxes"]) for row in both["rows"]] == [(1, 30), (1, 7), (2, 7)]
+    assert both["rows"][1] is slower and both["skipped"] == [] and both["icd_alone"] is ALONE
+    assert (both["command"], both["commit"]) == ("python -m benchmarks.step` and `later", "abc and def")
+    assert both["seconds"] == 122.0
+
+
 def test_a_counted_turn_and_a_turn_on_other_images():
     weight = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(weight.parameters(), lr=0.1, momentum=0.9)
