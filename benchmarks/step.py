@@ -117,7 +117,7 @@ def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     rows = [row for row in kept["rows"] if problem(row) not in again] + new["rows"]
     done = {problem(row) for row in rows}
     skipped = {problem(row): row for run in (kept, new) for row in run["skipped"] if problem(row) not in done}
-    commits = dict.fromkeys(run["commit"] for run in (kept, new))
+    commits = dict.fromkeys(commit for run in (kept, new) for commit in run["commit"].split(" and "))
     return {
         **new,
         "command": "` and `".join(run["command"] for run in (kept, new)),

@@ -8,7 +8,7 @@ from detector_cases import KINDS, rectangles, small_config
 from torch import nn
 
 from benchmarks.dispatch_ledger import count
-from fastkd.detectors import build_detector
+from fastkd.detectors import Detector, build_detector
 from fastkd.distillers import LGD
 from fastkd.training.config import OptimizerConfig
 from fastkd.training.optimizers import NamedOptimizer
@@ -86,7 +86,8 @@ def test_losses_of_two_pyramids_are_those_of_each(kind, ignored):
     assert len(calls) == (2 if kind == "condinst" else 1)  # whose mask branch has batch statistics
     handle.remove()
     apart = [detector.loss(pyramid, batch) for pyramid in pyramids]
-    assert together[0] != together[1] and [list(losses) for losses in together] == [list(losses) for losses in apart]
+    assert [list(losses) for losses in together] == [list(losses) for losses in apart]
+    assert all(together[0][name] != together[1][name] for name in together[0])
     wanted = [*pyramids[0], *pyramids[1], *detector.head.parameters()]
     totals = [sum(losses[0].values()) + 3 * sum(losses[1].values()) for losses in (together, apart)]
     torch.testing.assert_close(totals[0], totals[1])
@@ -96,6 +97,23 @@ def test_losses_of_two_pyramids_are_those_of_each(kind, ignored):
             assert one is None or not one.any()
         else:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(float(other.abs().max()), 1e-6))
+
+
+def test_a_detector_may_write_the_loss_of_one_pyramid_alone():
+    class Alone(Detector):
+        def loss(self, pyramid, batch):
+            return {"sum": sum(level.sum() for level in pyramid)}
+
+    class Neither(Detector):
+        pass
+
+    ours = build_detector(small_config("retinanet"))
+    alone, neither = (kind(ours.config, ours.backbone, ours.neck, ours.head) for kind in (Alone, Neither))
+    batch, levels = rectangles([1]), [torch.ones(1, 2, 3, 4)]
+    assert alone.losses([levels, [2 * level for level in levels]], batch) == [{"sum": 24}, {"sum": 48}]
+    for call in (lambda: neither.loss(levels, batch), lambda: neither.losses([levels], batch)):
+        with pytest.raises(NotImplementedError, match="Neither: loss must be written"):
+            call()
 
 
 def test_lgd_calls_the_head_once():

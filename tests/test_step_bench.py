@@ -147,6 +147,7 @@ def test_problems_join_a_saved_run():
     assert both["rows"][1] is slower and both["skipped"] == [] and both["icd_alone"] is ALONE
     assert (both["command"], both["commit"]) == ("python -m benchmarks.step` and `later", "abc and def")
     assert both["seconds"] == 122.0
+    assert step.together(both, {**new, "skipped": []})["commit"] == "abc and def"
 
 
 def test_a_counted_turn_and_a_turn_on_other_images():

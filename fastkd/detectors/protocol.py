@@ -71,12 +71,18 @@ class Detector(nn.Module):
         """The detection losses of a pyramid, scalars in float32 by name; their sum is what trains the detector.
 
         Averaged over processes with equally many images each, their gradients are those of one process on all images.
+        A detector writes this, or `losses`.
         """
         return self.losses([pyramid], batch)[0]
 
-    @abstractmethod
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids of the same batch, one call of the head for all where that changes no number."""
+        """`loss` of several pyramids of the same batch; ours call their head once for all where that changes no number.
+
+        Raises: NotImplementedError if the detector has written neither this nor `loss`.
+        """
+        if type(self).loss is Detector.loss:
+            raise NotImplementedError(f"{type(self).__name__}: loss must be written, got neither loss nor losses")
+        return [self.loss(pyramid, batch) for pyramid in pyramids]
 
     @abstractmethod
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
