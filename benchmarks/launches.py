@@ -30,6 +30,8 @@ from benchmarks.roofline import PUBLISHED
 from fastkd.distillers import ICD, LGD
 from fastkd.ops import _library
 from fastkd.training.compiled import Regions
+from fastkd.training.schedule import Phase
+from fastkd.training.step import StepModule
 from fastkd.types import Batch, ClassPriors
 
 OUT = Path("docs/results/launches.md")
@@ -147,24 +149,14 @@ def _distiller(method: str, shape: Shape, last: bool) -> nn.Module:
     return module
 
 
-def _call(module: nn.Module, *arguments, **options):
-    return module(*arguments, **options)
-
-
 def _step(method: str, shape: Shape, last: bool, regions: Regions) -> None:
-    """Forward and backward of a distiller as fastkd/training/step.py calls it."""
-    module, batch = _distiller(method, shape, last), regions.free_counts(_batch(shape))
-    student = regions.fix_batch(_pyramid(shape, last, True))
+    """Forward and backward of a distiller in a training step, its teacher's answer given."""
+    module, batch, student = _distiller(method, shape, last), _batch(shape), _pyramid(shape, last, True)
+    step = StepModule(nn.Module(), module, object(), None, regions)
     with torch.autocast("cuda", torch.bfloat16):
-        if method == "lgd":
-            places = regions.free_counts(module.prepare(batch))
-            losses, made = regions("lgd", _call, module, student, batch, places=places)
-        else:
-            prepared, made = module.prepare(batch, shape.level_sizes), []
-            regions.free_counts(prepared.draws)
-            teacher = regions.fix_batch(_pyramid(shape, last, False))
-            losses = regions("icd", _call, module, student, teacher, batch, prepared=prepared)
-    results = [torch.stack(list(losses.values())).sum(), *made]  # the head's loss has a gradient for what LGD makes
+        losses, made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
+    # the head's loss has a gradient for what LGD makes
+    results = [torch.stack(list(losses.values())).sum(), *(made or [])]
     torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 
 

@@ -96,7 +96,7 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
             step.regions.enabled = enabled
             levels = [level.detach().clone().requires_grad_() for level in student]
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses, _ = step._distill_by(module, levels, batch, Phase(), lambda: teacher)
+                losses, _ = step.distill_by(module, levels, batch, Phase(), lambda: teacher)
                 found.append((losses, torch.autograd.grad(sum_losses(losses), levels)))
         torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.01)
     assert graphs() == 1

@@ -145,7 +145,7 @@ class StepModule(nn.Module):
         shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                parts[name], pyramid_made = self._distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
+                parts[name], pyramid_made = self.distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
                 if pyramid_made is not None:
                     instructive, lgd = pyramid_made, name
         student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
@@ -162,7 +162,7 @@ class StepModule(nn.Module):
         answer = self._ask_teacher(batch, phase)
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                own, instructive = self._distill_by(distiller, pyramid, batch, phase.of(name), answer)
+                own, instructive = self.distill_by(distiller, pyramid, batch, phase.of(name), answer)
                 losses |= own
                 if instructive is not None:
                     losses |= _instructive(distiller, self.detector.loss(instructive, batch))
@@ -172,7 +172,7 @@ class StepModule(nn.Module):
         """The methods with the names of their phases."""
         return list(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else [("", self.distiller)]
 
-    def _distill_by(
+    def distill_by(
         self,
         distiller: LGD | ICD | FGFI,
         pyramid: list[Tensor],
@@ -180,7 +180,11 @@ class StepModule(nn.Module):
         phase: Phase,
         answer: Callable[[], list[Tensor]] | None,
     ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-        """The losses of a method, and LGD's instructive pyramid; answer: what `_ask_teacher` gave."""
+        """The losses of a method on a pyramid of the student, and LGD's instructive pyramid.
+
+        Args:
+            answer: gives the teacher's pyramid; None for LGD.
+        """
         regions = self.regions
         batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
         if isinstance(distiller, LGD):
