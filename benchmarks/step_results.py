@@ -255,8 +255,14 @@ def plot(saved: dict[str, Any], path: Path) -> None:
 
     colours = {"plain": "#9aa5b1", "float32": "#3b7dd8", "bfloat16": "#2a9d5c"}
     rows = saved["rows"]
-    figure, grid = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 3.4), layout="constrained", squeeze=False)
-    for axis, row in zip(grid[0], rows):
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 3.4 * lines), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat[len(rows) :]:
+        axis.remove()
+    for axis, row in zip(grid.flat, rows):
         methods = [method for method in ("student", "lgd", "icd") if f"{method}/plain" in row["entries"]]
         for offset, form in enumerate(FORMS):
             values = [row["entries"].get(f"{method}/{form}") for method in methods]
