@@ -85,7 +85,10 @@ class Regions:
             self._compiled[name] = torch.compile(
                 _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options()
             )
-        return self._compiled[name](*arguments, **options)
+        # Eager's backward pass runs outside of autocast: what a method computes in float32 stays float32 there, which
+        # torch.compile would cast as it casts the forward pass around it.
+        with torch._functorch.config.patch(backward_pass_autocast="off"):
+            return self._compiled[name](*arguments, **options)
 
     def _options(self) -> dict[str, bool] | None:
         """Inductor's options that keep the counts of boxes free; those that this release of torch knows.
