@@ -95,6 +95,8 @@ FLOPS: dict[str, Formula] = {
     "box_pool_backward": _pyramid_of,
     "conv3x3_taps": _taps,
     "conv3x3_taps_backward": _taps,
+    "focal_loss": lambda bound, result: 40 * bound["logits"].numel(),
+    "focal_loss_backward": lambda bound, result: 42 * bound["logits"].numel(),
     "imitation_mask": _imitation,
     "instance_attention": _attention,
     "instance_attention_backward": _attention_backward,

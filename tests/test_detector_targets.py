@@ -7,12 +7,12 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork
-from torchvision.ops import MultiScaleRoIAlign, sigmoid_focal_loss
+from torchvision.ops import MultiScaleRoIAlign
 
 from fastkd.detectors import build_detector, targets
 from fastkd.detectors.roi_align import PyramidRoIAlign
 from fastkd.detectors.sampling import draw_keys, image_generators, sample_balanced
-from fastkd.detectors.targets import BELOW, PaddedBoxes, focal_loss, inside_ignored, match_anchors
+from fastkd.detectors.targets import BELOW, PaddedBoxes, inside_ignored, match_anchors
 
 COUNTS = [4, 0, 1, 7]
 SIZE = (128, 128)  # a multiple of the coarsest stride: torchvision's anchors there are ours
@@ -211,26 +211,6 @@ def test_roi_align_is_torchvisions(size):
     direction = torch.randn_like(theirs)
     for one, other in zip(*(torch.autograd.grad(x, pyramid, direction) for x in (ours, theirs)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_focal_loss_is_torchvisions_also_for_extreme_logits():
-    logits = torch.cat([torch.randn(2, 5, 4), torch.tensor([-90.0, -30, -5, 0, 5, 30, 90, 1]).view(2, 1, 4)], 1)
-    logits.requires_grad_()
-    image, anchor, label = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 5, 5]), torch.tensor([3, 1, 2, 0])
-    one_hot = torch.zeros(2, 6, 4)
-    one_hot[image, anchor, label] = 1
-    weight = torch.rand(2, 6)
-    expected = (sigmoid_focal_loss(logits, one_hot) * weight[..., None]).sum()
-    ours = focal_loss(logits, weight, image, anchor, label)
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (ours, expected)))
-
-
-def test_focal_loss_gradient():
-    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    places = torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([3, 1])
-    weight = torch.rand(2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: focal_loss(x, weight, *places), logits)
 
 
 def test_a_box_that_touches_no_anchor_claims_none():

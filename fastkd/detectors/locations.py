@@ -16,7 +16,8 @@ from fastkd.detectors.backbone_base import group_norm
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
-from fastkd.detectors.targets import PaddedBoxes, focal_loss, in_full_precision, inside_ignored
+from fastkd.detectors.targets import PaddedBoxes, in_full_precision, inside_ignored
+from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
 PRIOR = 0.01  # probability every class starts with

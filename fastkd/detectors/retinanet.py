@@ -13,7 +13,8 @@ from fastkd.detectors.backbone import build_backbone_and_neck
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
-from fastkd.detectors.targets import BETWEEN, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, match_anchors
+from fastkd.detectors.targets import BETWEEN, PaddedBoxes, in_full_precision, inside_ignored, match_anchors
+from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
 
@@ -74,10 +75,9 @@ class RetinaNet(Detector):
         with in_full_precision(pyramids[0][0]):
             targets = self._targets(pyramids[0], batch)
             logits, deltas = (
-                outputs[name].float().unflatten(0, (len(pyramids), len(batch)))
-                for name in ("cls_logits", "bbox_regression")
+                outputs[name].unflatten(0, (len(pyramids), len(batch))) for name in ("cls_logits", "bbox_regression")
             )
-            return apart(_losses(logits, deltas, targets))
+            return apart(_losses(logits, deltas.float(), targets))
 
     def _targets(self, pyramid: list[Tensor], batch: Batch) -> _Targets:
         anchors, truth = torch.cat(self.anchors(pyramid)), PaddedBoxes.of(batch)

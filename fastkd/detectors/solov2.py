@@ -11,7 +11,8 @@ from fastkd.detectors.instance_masks import coarse_masks, dice_loss, require_mas
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
-from fastkd.detectors.targets import BELOW, PaddedBoxes, focal_loss, in_full_precision, inside_ignored, shared_count
+from fastkd.detectors.targets import BELOW, PaddedBoxes, in_full_precision, inside_ignored, shared_count
+from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
 CENTER = 0.2  # of an instance's width and height: the region whose cells are positive

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd.ops.normalizer import global_mean
 from fastkd.types import Batch
@@ -95,61 +93,6 @@ def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
     area = (per_region[..., 2:] - per_region[..., :2]).prod(-1)
     hits = (size.prod(-1) > 0.5 * area).float()
     return torch.zeros(len(batch), anchors.shape[-2], device=anchors.device).index_add_(0, image, hits) > 0
-
-
-class _Focal(torch.autograd.Function):
-    """`focal_loss`: every entry counted as a negative, 0.75 p^2 softplus(x), then the positive ones corrected.
-
-    The slope, a negative's being 1.5 p^2 ((1 - p) softplus(x) + p / 2), is the only tensor kept, and every pass over
-    the logits counts.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
-        entries = (..., image, anchor, label)
-        positive = logits[entries]  # [..., P]
-        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        each = [values.view(-1, *logits.shape[-3:]) for values in (logits, logits if slope is None else slope)]
-        rows = [_negatives(own, None if slope is None else its) for own, its in zip(*each, strict=True)]
-        total = (torch.stack(rows).view(logits.shape[:-1]) * weight).flatten(-2).sum(-1)
-        other, cost, cost_as_negative = (-positive).sigmoid(), F.softplus(-positive), F.softplus(positive)  # 1 - p
-        hit, miss = other.square() * cost, (1 - other).square() * cost_as_negative
-        if slope is not None:
-            # of 0.25 (1 - p)^2 softplus(-x): -0.25 (1 - p)^2 (2 p softplus(-x) + 1 - p), here divided by 1.5
-            slope[entries] = other.square() * (2 * (other - 1) * cost - other) / 6
-            ctx.save_for_backward(slope, weight)
-        return 0.75 * total + ((0.25 * hit - 0.75 * miss) * weight[image, anchor]).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        slope, weight = ctx.saved_tensors
-        return slope * (1.5 * grad[..., None, None] * weight)[..., None], None, None, None, None
-
-
-def _negatives(logits: Tensor, slope: Tensor | None) -> Tensor:
-    """p^2 softplus(x), summed over classes, and its half slope written; of one pyramid at a time, to save memory."""
-    p, softplus = logits.sigmoid(), F.softplus(logits)
-    if slope is not None:
-        torch.lerp(softplus, p.new_full((), 0.5), p, out=slope)
-    squared = p.square_()
-    if slope is not None:
-        slope.mul_(squared)
-    return squared.mul_(softplus).sum(-1)
-
-
-def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
-    """Weighted sum of the sigmoid focal loss (alpha 0.25, gamma 2), without a tensor of one-hot targets.
-
-    Args:
-        logits: [..., B, A, C] float32, of one pyramid or, by leading dimensions, of several with the same targets;
-            receive a gradient (once).
-        weight: [B, A] of each anchor's entries; 0 leaves the anchor out.
-        image, anchor, label: [P] int64, the positive entries, each once.
-    Returns: [...], a sum for each pyramid.
-    Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's sigmoid_focal_loss.
-    """
-    return _Focal.apply(logits, weight, image, anchor, label)
 
 
 def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Tensor:
