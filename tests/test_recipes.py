@@ -185,3 +185,8 @@ def test_damaged_json_is_named(damage, message):
     damage(values)
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(values)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match=r"get_recipe: name must be .* got 'coco-fcos-lgdd'; take coco-fcos-lgd"):
+        get_recipe("coco-fcos-lgdd")

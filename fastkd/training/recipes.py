@@ -15,6 +15,7 @@ Any recipe trains on one's own COCO-format folder by overriding `data`: --data.r
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -310,7 +311,7 @@ def recipe_names() -> list[str]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises ValueError with the known names. "scenes-teacher" is the RetinaNet teacher."""
+    """The recipe of that name; raises ValueError with the nearest names. "scenes-teacher" is the RetinaNet teacher."""
     if name == "scenes-teacher":
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
@@ -318,7 +319,10 @@ def get_recipe(name: str) -> Recipe:
     if name in CROWD_RECIPES:
         return crowd_recipe(name)
     if name not in recipe_names():
-        raise ValueError(f"get_recipe: name must be one of {recipe_names()}, got {name!r}")
+        near = difflib.get_close_matches(str(name), recipe_names()) or ["scenes-retinanet-lgd"]
+        raise ValueError(
+            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; take {' or '.join(near)}"
+        )
     if name in ROWS:
         row = ROWS[name]
         return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
