@@ -19,6 +19,7 @@ CASES = [
     Case("backward merge", projected=True, dtype=torch.float32),
     Case("mass", projected=False, count=7),
     Case("forward", projected=False, dtype=torch.float32),
+    Case("forward", projected=True, dtype=torch.float32),
     Case("backward", projected=True, last=False, dtype=torch.float32),
     Case("backward", projected=True, dtype=torch.float64),
 ]
