@@ -150,7 +150,7 @@ def _source(launch: Launch) -> ASTSource:
             continue
         signature[parameter.name] = type_of(value)
         pointers = [(index, place) for place in range(len(value))] if isinstance(value, tuple) else [(index,)]
-        if isinstance(value, (tuple, Tensor)):
+        if isinstance(value[0] if isinstance(value, tuple) else value, Tensor):
             aligned |= {pointer: [["tt.divisibility", 16]] for pointer in pointers}
     return ASTSource(launch.kernel, signature, constants, aligned)
 

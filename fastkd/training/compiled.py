@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from fastkd.detectors import Detector
 
@@ -29,6 +30,11 @@ COUNTED = {
     **dict.fromkeys(("valid", "real", "chosen", "draws"), 1),
     "weights": 2,
 }
+
+
+# Inductor's way to make one launch of several kernels that do not depend on each other: the casts of weights, the same
+# step of all levels. torch has it off, as experimental; on a CPU there is nothing to save.
+COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2, "combo_kernel_max_num_nodes": 64}
 
 
 def require_compiler(device: torch.device) -> None:
@@ -53,12 +59,19 @@ def require_compiler(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiler_settings(enabled: bool) -> Iterator[None]:
-    """Within the context DDP leaves the graphs whole; without torch.compile nothing changes.
+    """Within the context graphs are made as `Regions` needs them; without torch.compile nothing changes.
 
-    They are parts of the step, so that the exchange of gradients overlaps with the backward pass between them; torch
-    would split them at the borders of DDP's buckets.
+    DDP leaves them whole: they are parts of the step, so that the exchange of gradients overlaps with the backward pass
+    between them; torch would split them at the borders of DDP's buckets.
+
+    Their backward pass has no autocast, as eager's has none. torch would take that of the forward pass, and cast what
+    the forward pass kept in float32 (the small linears of the methods) to a half type, in launches of its own.
     """
-    with torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if enabled:
+            stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            if hasattr(functorch_config, "backward_pass_autocast"):  # torch 2.10 has none
+                stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         yield
 
 
@@ -83,12 +96,12 @@ class Regions:
             return function(*arguments, **options)
         if name not in self._compiled:
             self._compiled[name] = torch.compile(
-                _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options()
+                _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options(arguments)
             )
         return self._compiled[name](*arguments, **options)
 
-    def _options(self) -> dict[str, bool] | None:
-        """Inductor's options that keep the counts of boxes free; those that this release of torch knows.
+    def _options(self, arguments: Any) -> dict[str, bool | int] | None:
+        """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
 
         Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
         the counts: one graph a count. Strides of what is kept for backward, one of them a count, it cannot sort; taken
@@ -99,6 +112,8 @@ class Regions:
         import torch._inductor.config as inductor
 
         wanted = {"layout_optimization": False, "strict_output_strides": True}
+        if _on_gpu(arguments):
+            wanted |= COMBINED
         return {name: value for name, value in wanted.items() if hasattr(inductor, name)}
 
     def fix_batch(self, tensors: Any) -> Any:
@@ -142,6 +157,12 @@ class _Forward:
         for argument in arguments:
             self.regions.fix_batch(argument)
         return self.regions(f"part {self.name}", _forward, self.module, *arguments)
+
+
+def _on_gpu(arguments: Any) -> bool:
+    """Whether the first tensor among the arguments is on a GPU."""
+    flat = (one for argument in arguments for one in (argument if isinstance(argument, (list, tuple)) else [argument]))
+    return next((one.device.type == "cuda" for one in flat if isinstance(one, Tensor)), False)
 
 
 def _forward(module: nn.Module, *arguments: Any) -> Any:
