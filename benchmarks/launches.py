@@ -93,8 +93,10 @@ def count(text: str, levels: int, last: bool = True) -> collections.Counter[str]
             library, name = call[1].removeprefix("torch.ops."), call[2]
             if library == "fastkd":
                 flags = tuple(flag == "True" for flag in re.findall(r", (True|False)", line)[-3:])
-                wanted = {"wanted": flags} if name == "project_levels_backward" else {}
-                found["fastkd"] += launches_of(name, levels, last, **wanted)
+                how = {"wanted": flags} if name == "project_levels_backward" else {}
+                if name.startswith("attention") or name.startswith("instance_attention"):
+                    how = {"casts": 1 if "], None, [" in line else 2}  # no key_weight: it is in the queries
+                found["fastkd"] += launches_of(name, levels, last, **how)
             elif f"{library}.{name}" not in CALLS:
                 raise ValueError(f"launches: {library}.{name} must be in CALLS; add how many kernels it launches")
             else:
