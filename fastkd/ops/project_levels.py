@@ -47,7 +47,8 @@ def project_levels(levels: Sequence[Tensor], weight: Tensor, bias: Tensor) -> li
 
 def project_levels_reference(levels: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
     """Plain torch of `project_levels`."""
-    return [torch.nn.functional.conv2d(level, weight[:, :, None, None], bias) for level in levels]
+    cells = [level.permute(0, 2, 3, 1) for level in levels]  # [B, H, W, C]
+    return [torch.nn.functional.linear(each, weight, bias).permute(0, 3, 1, 2) for each in cells]
 
 
 def order_of(levels: Sequence[Tensor]) -> torch.memory_format:

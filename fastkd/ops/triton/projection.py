@@ -43,9 +43,10 @@ def forward_tiles(outputs: int, last: bool, card: Card) -> Tiles:
 
 
 def weight_tiles(outputs: int, inputs: int, last: bool, card: Card) -> Tiles:
-    """Of the weight's gradient."""
-    sides = (min(plan.power_of_two(side), 128) for side in (outputs, inputs))
-    return Tiles(64, *sides, 8, (3 if card.generation > 8 else 2) if last else 1)
+    """Of the weight's gradient; where registers have room wide blocks, so that the cache is asked for less."""
+    wide = last and card.generation > 8
+    rows, columns = min(plan.power_of_two(outputs), 128), min(plan.power_of_two(inputs), 256 if wide else 128)
+    return Tiles(64, rows, columns, 8, 3 if wide else 2 if last else 1)
 
 
 @triton.jit
@@ -236,7 +237,7 @@ class _Problem:
         tiles = weight_tiles(self.outputs, self.inputs, self.last, self.card)
         blocks = -(-self.outputs // tiles.outputs) * (-(-self.inputs // tiles.inputs) if for_weight else 1)
         count = self.tiles(tiles.cells)
-        shares = min(max(2 * self.card.processors // max(blocks, 1), 1), max(count, 1))
+        shares = min(max(self.card.processors // blocks, 1), max(count, 1))
         wanted = (((self.outputs, self.inputs), for_weight), ((self.outputs,), for_bias))
         part_weight, part_bias = (
             self.weight.new_empty(shares, *side, dtype=torch.float32) if want else None for side, want in wanted
