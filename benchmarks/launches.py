@@ -250,7 +250,8 @@ def page(lines: list[str], shape: Shape) -> str:
         "\n".join(lines),
         "`generated`: kernels Inductor writes; `products`, `convolutions`: calls of cuBLAS and cuDNN, each counted\n"
         "once (backward of a convolution: once a gradient); `fastkd`: the kernels of this library's ops, with torch's\n"
-        f"small ones inside of them. `combined`: {combined}.",
+        f"small ones inside of them. `combined`, which --runtime.compile sets on a GPU: {combined}.\n"
+        "`default`: the same without.",
     ]
     return "\n\n".join(parts) + "\n"
 
