@@ -183,7 +183,12 @@ def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: 
     wrappers = gpu_inductor.Wrappers()
     torch._dynamo.reset()
     try:
-        with gpu_inductor.fake_card(), _every_kernel(), config.patch(COMBINED if combined else {}), compiler_settings(True):
+        with (
+            gpu_inductor.fake_card(),
+            _every_kernel(),
+            config.patch(COMBINED if combined else {}),
+            compiler_settings(True),
+        ):
             _step(method, shape, last, Regions(True, wrappers))
     finally:
         torch._dynamo.reset()

@@ -12,9 +12,8 @@ from kernels import channels_last, contiguous, strided
 from tolerance import assert_no_worse
 
 from fastkd.ops.project_levels import order_of, project_levels_reference
-from fastkd.ops.triton import plan, projection
-from fastkd.ops.triton.configurations import Card
-from fastkd.ops.triton.projection import Tiles
+from fastkd.ops.triton import configurations, plan, projection
+from fastkd.ops.triton.configurations import Card, Tiles
 
 SIZES = [(5, 7), (1, 3), (1, 1)]
 FEW = (2, 5, 6, SIZES)  # images, channels, outputs, levels
@@ -29,9 +28,12 @@ def draw(images, channels, outputs, sizes, *, dtype=torch.bfloat16, layout=conti
     """Levels, weight, bias and a gradient of the results."""
     levels = [layout(torch.randn(images, channels, *size).to(dtype)) for size in sizes]
     weight = (torch.randn(outputs, channels) * channels**-0.5).to(dtype)
-    return levels, weight, torch.randn(outputs).to(dtype), [
-        layout(torch.randn(images, outputs, *size).to(dtype)) for size in sizes
-    ]
+    return (
+        levels,
+        weight,
+        torch.randn(outputs).to(dtype),
+        [layout(torch.randn(images, outputs, *size).to(dtype)) for size in sizes],
+    )
 
 
 def by_torch(levels, weight, bias, grads, dtype):
@@ -147,7 +149,7 @@ def misfits():
 
 def small_blocks():
     """Blocks so small that tiny shapes have several."""
-    projection.forward_tiles = projection.weight_tiles = lambda *arguments: SMALL
+    configurations.projection = configurations.projection_weight = lambda *arguments: SMALL
     shared.CASES, shared.small_blocks = CASES, lambda: None
 
 

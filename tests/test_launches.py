@@ -91,7 +91,10 @@ def test_attention_launches_as_many_kernels_as_are_counted(projected):
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, False)])
 def test_projections_launch_as_many_kernels_as_are_counted(wanted):
     _, levels, *_, values = triton_report._arguments(triton_report.Case("projection"))
-    weight, card = torch.empty(values[0].shape[1], levels[0].shape[1], dtype=torch.bfloat16, device="meta"), Card(9, 132)
+    weight, card = (
+        torch.empty(values[0].shape[1], levels[0].shape[1], dtype=torch.bfloat16, device="meta"),
+        Card(9, 132),
+    )
     bias = weight[:, 0].contiguous()
     with Kernels() as kernels:
         forward, _ = projection.plan_projection(levels, weight, bias, card)

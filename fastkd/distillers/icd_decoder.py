@@ -265,7 +265,12 @@ class DecoderLayer(nn.Module):
 
     def query_linears(self) -> list[nn.Linear]:
         """Those whose biases reach every query: the values' too, as the attention's weights of a query sum to 1."""
-        return [self.query, self.value, self.output, *(part for part in self.feed_forward if isinstance(part, nn.Linear))]
+        return [
+            self.query,
+            self.value,
+            self.output,
+            *(part for part in self.feed_forward if isinstance(part, nn.Linear)),
+        ]
 
     def _biases(self, queries: Tensor) -> Biases:
         return Biases(self.query_linears(), len(queries) * queries.shape[1])

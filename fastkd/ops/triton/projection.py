@@ -10,43 +10,17 @@ what the programs found in a fixed order: no atomics, the same bits always.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastkd.ops.project_levels import empty_pyramid
-from fastkd.ops.triton import plan
+from fastkd.ops.triton import configurations, plan
 from fastkd.ops.triton.attention_backward import MERGED, instance_attention_backward_merge_kernel
-from fastkd.ops.triton.configurations import Card
+from fastkd.ops.triton.configurations import Card, Tiles
 from fastkd.ops.triton.plan import Launch
 from fastkd.ops.triton.tiles import map_offsets, pick
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Blocks of a kernel: cells, outputs and inputs (channels) at a time; warps and stages of its loop."""
-
-    cells: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-
-
-def forward_tiles(outputs: int, last: bool, card: Card) -> Tiles:
-    """Of the projection; contiguous cells begin anywhere, so that they pass through registers, and fewer fit."""
-    block = min(plan.power_of_two(outputs), 256 if last else 128)
-    return Tiles(128, block, 64, 8, (3 if card.generation > 8 else 2) if last else 1)
-
-
-def weight_tiles(outputs: int, inputs: int, last: bool, card: Card) -> Tiles:
-    """Of the weight's gradient; where registers have room wide blocks, so that the cache is asked for less."""
-    wide = last and card.generation > 8
-    rows, columns = min(plan.power_of_two(outputs), 128), min(plan.power_of_two(inputs), 256 if wide else 128)
-    return Tiles(64, rows, columns, 8, 3 if wide else 2 if last else 1)
 
 
 @triton.jit
@@ -103,7 +77,9 @@ def project_levels_kernel(
     if WITH_BIAS:
         total += tl.load(bias + output, mask=known, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        pick(results, level) + image * OUTPUTS * plane + tl.trans(map_offsets(output, cell, plane, OUTPUTS, LAST, WIDE)),
+        pick(results, level)
+        + image * OUTPUTS * plane
+        + tl.trans(map_offsets(output, cell, plane, OUTPUTS, LAST, WIDE)),
         total.to(results[0].dtype.element_ty),
         mask=inside[:, None] & known[None, :],
     )
@@ -213,7 +189,7 @@ class _Problem:
     def projection(self, levels: list[Tensor], results: list[Tensor], bias: Tensor | None, turned: bool) -> Launch:
         """Levels times the weight, or times the weight turned."""
         inputs, outputs = (self.outputs, self.inputs) if turned else (self.inputs, self.outputs)
-        tiles = forward_tiles(outputs, self.last, self.card)
+        tiles = configurations.projection(outputs, self.last, self.card)
         return Launch(
             project_levels_kernel,
             self.tiles(tiles.cells) * -(-outputs // tiles.outputs),
@@ -234,7 +210,7 @@ class _Problem:
 
     def sums(self, for_weight: bool, for_bias: bool) -> tuple[list[Launch], list[Tensor]]:
         """Gradients of weight and bias, those wanted."""
-        tiles = weight_tiles(self.outputs, self.inputs, self.last, self.card)
+        tiles = configurations.projection_weight(self.outputs, self.inputs, self.last, self.card)
         blocks = -(-self.outputs // tiles.outputs) * (-(-self.inputs // tiles.inputs) if for_weight else 1)
         count = self.tiles(tiles.cells)
         shares = min(max(self.card.processors // blocks, 1), max(count, 1))
