@@ -122,7 +122,7 @@ def some_gradients():
 
 @case("nan comes through")
 def nan():
-    levels, weight, bias, grads = draw(*FEW)
+    levels, weight, bias, _ = draw(*FEW)
     levels[0][1, 2, 3, 4] = torch.nan
     launches, results = projection.plan_projection(levels, weight, bias, CARD)
     plan.run(launches, weight.device)

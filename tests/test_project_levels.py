@@ -1,4 +1,4 @@
-"""project_levels, ICD's projection of all levels in one kernel: under Triton's interpreter, as an op of torch, its use."""
+"""project_levels, ICD's projection of all levels in one kernel: under Triton's interpreter, as an op, in the decoder."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_on_a_cpu(layout):
 @pytest.mark.parametrize("half", [True, False])
 def test_the_decoder_takes_the_kernel_for_half_types_on_a_gpu(monkeypatch, half):
     torch.manual_seed(0)
-    levels, weight, bias, grads = draw(*FEW)
+    levels, weight, _, grads = draw(*FEW)
     linear = torch.nn.Linear(*reversed(weight.shape))
     asked, taken = [], []
     monkeypatch.setattr(icd_decoder, "kernel_takes", lambda levels: asked.append(levels[0].dtype) or half)
@@ -88,11 +88,12 @@ def test_the_decoder_takes_the_kernel_for_half_types_on_a_gpu(monkeypatch, half)
 
 def test_which_levels_the_kernel_takes(monkeypatch):
     monkeypatch.setattr(module._DISPATCH, "compiled", lambda level: True)
-    for dtype, device, wanted in (
+    level = types.SimpleNamespace()
+    for level.dtype, device, wanted in (
         (torch.bfloat16, "cuda", True),
         (torch.float16, "cuda", True),
         (torch.float32, "cuda", False),
         (torch.bfloat16, "cpu", False),
     ):
-        level = types.SimpleNamespace(dtype=dtype, device=torch.device(device))
+        level.device = torch.device(device)
         assert module.kernel_takes([level]) is wanted

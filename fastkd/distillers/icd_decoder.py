@@ -185,8 +185,9 @@ def _rows(level: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """The same weight and bias for all cells, as plain matrix products in the memory order of each level; half types on a
-    GPU have a kernel for all levels instead.
+    """The same weight and bias for all cells, as plain matrix products in the memory order of each level.
+
+    Half types on a GPU have a kernel for all levels instead.
 
     On a CPU they take less than half the time of 1x1 convolutions of contiguous maps, and the gradient of the weight
     grows from level to level in the products, without additions of its own.

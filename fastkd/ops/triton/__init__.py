@@ -10,16 +10,15 @@ import torch
 
 @functools.cache
 def register() -> str | None:
-    """Makes the kernels the CUDA implementation of torch.ops.fastkd.{instance_attention*, attention_mass, project_levels*}.
+    """Makes the kernels the CUDA implementation of the ops in torch.ops.fastkd, `_OPS`.
 
-    The CPU library must be loaded: it brings the attention's schemas. Nothing is compiled before the first call on a CUDA tensor.
+    The CPU library must be loaded: it brings the attention's schemas. Nothing is compiled before the first call on a
+    CUDA tensor.
 
     Returns: None once they are registered, else the reason why not.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` brings the attention kernels for CUDA"
-    from fastkd.ops import project_levels  # noqa: F401  defines the last two
-
     missing = [name for name in _OPS if not hasattr(torch.ops.fastkd, name)]
     if missing:
         return f"the library of CPU kernels, which defines fastkd::{missing[0]}, is not loaded; run `make build`"

@@ -1,9 +1,9 @@
 """A linear of all cells of a pyramid on the GPU (fastkd/ops/project_levels.py), half types: one launch for all levels.
 
 Forward a program takes a tile of cells of one level for a block of outputs: all of them at 256, so that levels cross
-memory once. The gradient of the levels is the same kernel with the weight turned. For those of weight and bias a program
-goes through its share of all levels' tiles for a block of the weight, in registers, in float32; a second kernel adds up
-what the programs found in a fixed order: no atomics, the same bits always.
+memory once. The gradient of the levels is the same kernel with the weight turned. For those of weight and bias a
+program goes through its share of all levels' tiles for a block of the weight, in registers, in float32; a second kernel
+adds up what the programs found in a fixed order: no atomics, the same bits always.
   traffic   levels read once, results written once; the gradient of the weight reads levels and gradients once from
             memory (blocks of the weight side by side, so that the L2 cache has the second read)
 """
