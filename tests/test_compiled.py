@@ -83,6 +83,33 @@ def test_a_machine_without_compiler_is_refused_before_the_run(tmp_path_factory, 
     assert not (tmp_path / "run").exists()
 
 
+def test_options_of_inductor():
+    on_gpu, on_cpu = (Regions(True)._options(kind) for kind in ("cuda", "cpu"))
+    assert on_gpu == on_cpu | compiled.COMBINED and not on_cpu.keys() & compiled.COMBINED.keys()
+    assert torch.compile(torch.sin, options=on_gpu)  # torch knows them all
+    assert Regions(True, "aot_eager")._options("cuda") is None
+    nested = [torch.nn.ReLU(), [torch.empty(1, device="meta")], torch.empty(1)]
+    assert compiled._device_type(nested) == "meta" and compiled._device_type([None]) == "cpu"
+
+
+def test_the_backward_pass_of_graphs_is_not_autocast(fresh):
+    """What the forward pass keeps in float32 stays so, as in eager; torch alone takes autocast into backward."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
+
+    def product(weight, x):
+        with torch.autocast("cpu", enabled=False):
+            return (x @ weight).sin().sum()
+
+    found = []
+    for enabled in (None, True, False):
+        torch._dynamo.reset()
+        with compiled.compiler_settings(bool(enabled)), torch.autocast("cpu", torch.bfloat16):
+            loss = Regions(enabled is not None, "aot_eager")("product", product, weight, x)
+        found += torch.autograd.grad(loss, [weight])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("name", ["lgd", "icd"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""

@@ -164,6 +164,7 @@ def test_compile_and_export(on_gpu, op):
 def test_projections_no_worse_than_plain(dtype, layout):
     """No op of fastkd.ops: ICD's projection of all levels, forward and backward, and the same bits twice."""
     import projection_triton_cases as cases
+
     from fastkd.ops import project_levels
 
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""project_levels, ICD's projection of all levels in one kernel: under Triton's interpreter, as an op, in the decoder."""
+"""project_levels, ICD's projection of all levels in one kernel: by Triton's interpreter, as an op, in the decoder."""
 
 import json
 import os

@@ -96,11 +96,14 @@ class Regions:
             return function(*arguments, **options)
         if name not in self._compiled:
             self._compiled[name] = torch.compile(
-                _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options(arguments)
+                _with_own_code(function),
+                fullgraph=True,
+                backend=self.backend,
+                options=self._options(_device_type(arguments)),
             )
         return self._compiled[name](*arguments, **options)
 
-    def _options(self, arguments: Any) -> dict[str, bool | int] | None:
+    def _options(self, device_type: str) -> dict[str, bool | int] | None:
         """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
 
         Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
@@ -112,7 +115,7 @@ class Regions:
         import torch._inductor.config as inductor
 
         wanted = {"layout_optimization": False, "strict_output_strides": True}
-        if _on_gpu(arguments):
+        if device_type == "cuda":
             wanted |= COMBINED
         return {name: value for name, value in wanted.items() if hasattr(inductor, name)}
 
@@ -159,10 +162,10 @@ class _Forward:
         return self.regions(f"part {self.name}", _forward, self.module, *arguments)
 
 
-def _on_gpu(arguments: Any) -> bool:
-    """Whether the first tensor among the arguments is on a GPU."""
+def _device_type(arguments: Any) -> str:
+    """Where the first tensor among the arguments is."""
     flat = (one for argument in arguments for one in (argument if isinstance(argument, (list, tuple)) else [argument]))
-    return next((one.device.type == "cuda" for one in flat if isinstance(one, Tensor)), False)
+    return next((one.device.type for one in flat if isinstance(one, Tensor)), "cpu")
 
 
 def _forward(module: nn.Module, *arguments: Any) -> Any:
