@@ -29,7 +29,7 @@ from benchmarks.ops import commit
 from benchmarks.roofline import PUBLISHED
 from fastkd.distillers import ICD, LGD
 from fastkd.ops import _library
-from fastkd.training.compiled import COMBINED, Regions, compiler_settings
+from fastkd.training.compiled import COMBINED, Regions
 from fastkd.training.schedule import Phase
 from fastkd.training.step import StepModule
 from fastkd.types import Batch, ClassPriors
@@ -187,7 +187,6 @@ def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: 
             gpu_inductor.fake_card(),
             _every_kernel(),
             config.patch(COMBINED if combined else {}),
-            compiler_settings(True),
         ):
             _step(method, shape, last, Regions(True, wrappers))
     finally:

@@ -92,24 +92,6 @@ def test_options_of_inductor():
     assert compiled._device_type(nested) == "meta" and compiled._device_type([None]) == "cpu"
 
 
-def test_the_backward_pass_of_graphs_is_not_autocast(fresh):
-    """What the forward pass keeps in float32 stays so, as in eager; torch alone takes autocast into backward."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
-
-    def product(weight, x):
-        with torch.autocast("cpu", enabled=False):
-            return (x @ weight).sin().sum()
-
-    found = []
-    for enabled in (None, True, False):
-        torch._dynamo.reset()
-        with compiled.compiler_settings(bool(enabled)), torch.autocast("cpu", torch.bfloat16):
-            loss = Regions(enabled is not None, "aot_eager")("product", product, weight, x)
-        found += torch.autograd.grad(loss, [weight])
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-
-
 @pytest.mark.parametrize("name", ["lgd", "icd"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""

@@ -13,6 +13,7 @@ from fastkd.distillers.icd_queries import AXIS_FEATURES, mlp, waves
 from fastkd.distillers.linears import Biases
 from fastkd.ops import attention_mass, instance_attention
 from fastkd.ops.coverage import full_precision
+from fastkd.ops.instance_attention import absorbing_is_cheaper
 from fastkd.ops.layout import is_channels_last
 from fastkd.ops.project_levels import kernel_takes
 from fastkd.ops.project_levels import project_levels as project_by_kernel
@@ -132,8 +133,10 @@ class Attention:
     def mass(self, chosen: Tensor, temperature: float = 1.0) -> list[Tensor]:
         """Attention mass [B, G, H_l, W_l] of the chosen [B, n] among the first n queries; detached."""
         count = chosen.shape[1]
+        queries = self.queries[:, :, :count]
+        absorb = absorbing_is_cheaper(queries, self.levels[0].shape[1])
         return attention_mass(
-            self.queries[:, :, :count],
+            queries,
             self.levels,
             self.key_weight,
             [table[:, :, :count] for table in self.row_bias],
@@ -141,7 +144,7 @@ class Attention:
             chosen,
             self.logsumexp[:, :, :count] if temperature == 1 else None,
             temperature,
-            absorbed=self.absorbed[:, :, :count],
+            absorbed=self.absorbed[:, :, :count] if absorb else None,
         )
 
     def maps(self, image: Tensor, place: Tensor) -> list[Tensor]:
@@ -303,7 +306,7 @@ class DecoderLayer(nn.Module):
         attention = Attention(projected, levels, self.key.weight, row_bias, column_bias, values, logsumexp, absorbed)
         # The values' bias moves the output of every query by itself, so that its gradient needs no pass over all cells.
         output = output.transpose(1, 2).flatten(2)
-        return _Moved.apply(output, biases.of(self.value).view(output.shape)), attention
+        return _Moved.apply(output, biases.of(self.value)), attention
 
     def _tables(self, projected: Tensor, positions: Positions) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Queries times key_weight, row and column biases."""
@@ -335,7 +338,7 @@ class _Unmoved(torch.autograd.Function):
 
 
 class _Moved(torch.autograd.Function):
-    """Gives its first argument, to which the second, of the same shape, was added already, without its gradient."""
+    """Gives its first argument [B, N, C], to which the second [B * N, C] was added already, without its gradient."""
 
     @staticmethod
     def forward(ctx, value: Tensor, added: Tensor) -> Tensor:
@@ -344,4 +347,4 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, grad.to(ctx.dtype)
+        return grad, grad.flatten(0, 1).to(ctx.dtype)

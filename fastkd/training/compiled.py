@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
 from fastkd.detectors import Detector
 
@@ -59,19 +58,12 @@ def require_compiler(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiler_settings(enabled: bool) -> Iterator[None]:
-    """Within the context graphs are made as `Regions` needs them; without torch.compile nothing changes.
+    """Within the context DDP leaves the graphs whole; without torch.compile nothing changes.
 
-    DDP leaves them whole: they are parts of the step, so that the exchange of gradients overlaps with the backward pass
-    between them; torch would split them at the borders of DDP's buckets.
-
-    Their backward pass has no autocast, as eager's has none. torch would take that of the forward pass, and cast what
-    the forward pass kept in float32 (the small linears of the methods) to a half type, in launches of its own.
+    They are parts of the step, so that the exchange of gradients overlaps with the backward pass between them; torch
+    would split them at the borders of DDP's buckets.
     """
-    with contextlib.ExitStack() as stack:
-        if enabled:
-            stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
-            if hasattr(functorch_config, "backward_pass_autocast"):  # torch 2.10 has none
-                stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
+    with torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext():
         yield
 
 
