@@ -93,7 +93,10 @@ class Regions:
                 backend=self.backend,
                 options=self._options(_device_type(arguments)),
             )
-        return self._compiled[name](*arguments, **options)
+        # Eager's backward pass runs outside of autocast: what a method computes in float32 stays float32 there, which
+        # torch.compile would cast as it casts the forward pass around it.
+        with torch._functorch.config.patch(backward_pass_autocast="off"):
+            return self._compiled[name](*arguments, **options)
 
     def _options(self, device_type: str) -> dict[str, bool | int] | None:
         """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
