@@ -29,7 +29,7 @@ from benchmarks.ops import commit
 from benchmarks.roofline import PUBLISHED
 from fastkd.distillers import ICD, LGD
 from fastkd.ops import _library
-from fastkd.training.compiled import Regions
+from fastkd.training.compiled import COMBINED, Regions
 from fastkd.training.schedule import Phase
 from fastkd.training.step import StepModule
 from fastkd.types import Batch, ClassPriors
@@ -37,8 +37,6 @@ from fastkd.types import Batch, ClassPriors
 OUT = Path("docs/results/launches.md")
 CLASSES = 80
 AIMS = {"lgd": 150, "icd": 100}
-# Inductor's own way to make one kernel of several that do not depend on each other; experimental in torch.
-COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2, "combo_kernel_max_num_nodes": 64}
 
 # Launches of a library call: a convolution or product is one at least, their libraries may split them or add a copy.
 CALLS = {
@@ -55,11 +53,12 @@ CALLS = {
 KINDS = ("generated", "products", "convolutions", "fastkd", "other")
 
 
-def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
+def launches_of(op: str, levels: int, last: bool, casts: int = 2, wanted: tuple[bool, ...] = (True,) * 3) -> int:
     """Launches of an op fastkd::`op`, its own kernels and torch's between them; tests/test_launches.py counts the same.
 
     Args:
         levels: L. last: levels are channels-last. casts: small tensors that the attention takes in the levels' dtype.
+        wanted: whether the projection's backward pass makes gradients of levels, weight and bias.
     """
     return {
         "instance_norm_mse": 5 if last else 2,
@@ -73,6 +72,8 @@ def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
         "instance_attention": 2 + casts,
         "instance_attention_backward": 2 + casts + 1,  # and the output's gradient cast
         "attention_mass": 1 + casts,
+        "project_levels": 1,
+        "project_levels_backward": wanted[0] + 2 * (wanted[1] or wanted[2]),
     }[op]
 
 
@@ -91,7 +92,11 @@ def count(text: str, levels: int, last: bool = True) -> collections.Counter[str]
         elif call := re.search(r"(extern_kernels|torch\.ops\.\w+)\.(\w+)(\.\w+)?\(", line):
             library, name = call[1].removeprefix("torch.ops."), call[2]
             if library == "fastkd":
-                found["fastkd"] += launches_of(name, levels, last)
+                flags = tuple(flag == "True" for flag in re.findall(r", (True|False)", line)[-3:])
+                how = {"wanted": flags} if name == "project_levels_backward" else {}
+                if name.startswith("attention") or name.startswith("instance_attention"):
+                    how = {"casts": 1 if "], None, [" in line else 2}  # no key_weight: it is in the queries
+                found["fastkd"] += launches_of(name, levels, last, **how)
             elif f"{library}.{name}" not in CALLS:
                 raise ValueError(f"launches: {library}.{name} must be in CALLS; add how many kernels it launches")
             else:
@@ -178,7 +183,11 @@ def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: 
     wrappers = gpu_inductor.Wrappers()
     torch._dynamo.reset()
     try:
-        with gpu_inductor.fake_card(), _every_kernel(), config.patch(COMBINED if combined else {}):
+        with (
+            gpu_inductor.fake_card(),
+            _every_kernel(),
+            config.patch(COMBINED if combined else {}),
+        ):
             _step(method, shape, last, Regions(True, wrappers))
     finally:
         torch._dynamo.reset()
@@ -245,7 +254,8 @@ def page(lines: list[str], shape: Shape) -> str:
         "\n".join(lines),
         "`generated`: kernels Inductor writes; `products`, `convolutions`: calls of cuBLAS and cuDNN, each counted\n"
         "once (backward of a convolution: once a gradient); `fastkd`: the kernels of this library's ops, with torch's\n"
-        f"small ones inside of them. `combined`: {combined}.",
+        f"small ones inside of them. `combined`, which --runtime.compile sets on a GPU: {combined}.\n"
+        "`default`: the same without.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -268,11 +268,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "fastkd.cli", "data", *data], check=True)
         names = chosen.rows or STUDIES[chosen.study].runs
         with ThreadPoolExecutor(chosen.jobs) as pool:
-            runs = [
-                pool.submit(train, chosen.out, name, seed, 1, overrides)
-                for seed in chosen.seeds
-                for name in names
-            ]
+            runs = [pool.submit(train, chosen.out, name, seed, 1, overrides) for seed in chosen.seeds for name in names]
             for run in runs:
                 run.result()
     arguments = f" --study {chosen.study}" if chosen.study != "scenes" else ""

@@ -76,9 +76,7 @@ def results_and_gradients(op, arguments, seed=0):
             cotangents.append(cotangent.to(value))
     wanted = leaves(arguments)
     gradients = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True) if roots and wanted else []
-    gradients = [
-        torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(wanted, gradients)
-    ]
+    gradients = [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(wanted, gradients)]
     return [value.detach() for value in results], gradients
 
 

@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.triton_report import SHARED_LIMIT, Case, Row, read_kernel  # noqa: E402
+from benchmarks.triton_report import PROJECTIONS, SHARED_LIMIT, Case, Row, read_kernel  # noqa: E402
 
 CARDS = [80, 90, 100]
 CASES = [
@@ -19,8 +19,10 @@ CASES = [
     Case("backward merge", projected=True, dtype=torch.float32),
     Case("mass", projected=False, count=7),
     Case("forward", projected=False, dtype=torch.float32),
+    Case("forward", projected=True, dtype=torch.float32),
     Case("backward", projected=True, last=False, dtype=torch.float32),
     Case("backward", projected=True, dtype=torch.float64),
+    *(Case(kernel, last=last) for kernel in PROJECTIONS for last in (True, False)),
 ]
 INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 

@@ -84,6 +84,15 @@ def test_a_machine_without_compiler_is_refused_before_the_run(tmp_path_factory, 
     assert not (tmp_path / "run").exists()
 
 
+def test_options_of_inductor():
+    on_gpu, on_cpu = (Regions(True)._options(kind) for kind in ("cuda", "cpu"))
+    assert on_gpu == on_cpu | compiled.COMBINED and not on_cpu.keys() & compiled.COMBINED.keys()
+    assert torch.compile(torch.sin, options=on_gpu)  # torch knows them all
+    assert Regions(True, "aot_eager")._options("cuda") is None
+    nested = [torch.nn.ReLU(), [torch.empty(1, device="meta")], torch.empty(1)]
+    assert compiled._device_type(nested) == "meta" and compiled._device_type([None]) == "cpu"
+
+
 def _linear_in_full_precision(module, x):
     with full_precision(x):
         return module(x)

@@ -24,10 +24,13 @@ class Biases:
         biases = torch.cat([linear.bias for linear in linears]).expand(rows, -1)
         self.biases = biases.split([linear.out_features for linear in linears], dim=1)
 
+    def of(self, linear: nn.Linear) -> Tensor:
+        """The bias of one of these linears, once for each row: [rows, outputs]."""
+        return next(bias for own, bias in zip(self.linears, self.biases) if own is linear)
+
     def apply(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """The linear, one of these, of x [..., inputs]."""
-        bias = next(bias for own, bias in zip(self.linears, self.biases) if own is linear)
-        return torch.addmm(bias, x.flatten(0, -2), linear.weight.t()).unflatten(0, x.shape[:-1])
+        return torch.addmm(self.of(linear), x.flatten(0, -2), linear.weight.t()).unflatten(0, x.shape[:-1])
 
     def apply_all(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         """A sequence of these linears and of modules without parameters."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.detectors import Detector
 
@@ -29,6 +29,11 @@ COUNTED = {
     **dict.fromkeys(("valid", "real", "chosen", "draws"), 1),
     "weights": 2,
 }
+
+
+# Inductor's way to make one launch of several kernels that do not depend on each other: the casts of weights, the same
+# step of all levels. torch has it off, as experimental; on a CPU there is nothing to save.
+COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2, "combo_kernel_max_num_nodes": 64}
 
 
 def require_compiler(device: torch.device) -> None:
@@ -83,15 +88,18 @@ class Regions:
             return function(*arguments, **options)
         if name not in self._compiled:
             self._compiled[name] = torch.compile(
-                _with_own_code(function), fullgraph=True, backend=self.backend, options=self._options()
+                _with_own_code(function),
+                fullgraph=True,
+                backend=self.backend,
+                options=self._options(_device_type(arguments)),
             )
         # Eager's backward pass runs outside of autocast: what a method computes in float32 stays float32 there, which
         # torch.compile would cast as it casts the forward pass around it.
         with torch._functorch.config.patch(backward_pass_autocast="off"):
             return self._compiled[name](*arguments, **options)
 
-    def _options(self) -> dict[str, bool] | None:
-        """Inductor's options that keep the counts of boxes free; those that this release of torch knows.
+    def _options(self, device_type: str) -> dict[str, bool | int] | None:
+        """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
 
         Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
         the counts: one graph a count. Strides of what is kept for backward, one of them a count, it cannot sort; taken
@@ -102,6 +110,8 @@ class Regions:
         import torch._inductor.config as inductor
 
         wanted = {"layout_optimization": False, "strict_output_strides": True}
+        if device_type == "cuda":
+            wanted |= COMBINED
         return {name: value for name, value in wanted.items() if hasattr(inductor, name)}
 
     def fix_batch(self, tensors: Any) -> Any:
@@ -145,6 +155,12 @@ class _Forward:
         for argument in arguments:
             self.regions.fix_batch(argument)
         return self.regions(f"part {self.name}", _forward, self.module, *arguments)
+
+
+def _device_type(arguments: Any) -> str:
+    """Where the first tensor among the arguments is."""
+    flat = (one for argument in arguments for one in (argument if isinstance(argument, (list, tuple)) else [argument]))
+    return next((one.device.type for one in flat if isinstance(one, Tensor)), "cpu")
 
 
 def _forward(module: nn.Module, *arguments: Any) -> Any:

@@ -166,9 +166,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         teacher=_scenes_teacher(detector_name) if needs_teacher else None,
         inherit=method_name in ("inherit", "icd"),
         backbone_weights=(
-            f"runs/{TEACHER_BACKBONE}/student.safetensors"
-            if teacher
-            else f"asset:{STUDENT_BACKBONE}.safetensors"
+            f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
         optimizer=OptimizerConfig(
             kind="adamw",

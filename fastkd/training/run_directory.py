@@ -1,7 +1,7 @@
 """A run's folder: may we write here, is it the same recipe, what is stored beside the checkpoints.
 
-    recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
-    priors.json  metrics.json  ledger.json  detections.json
+recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
+priors.json  metrics.json  ledger.json  detections.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton kernels of instance_attention and attention_mass. Importing this package does not import Triton."""
+"""Triton kernels of the attention ops and of ICD's projections. Importing this package does not import Triton."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 @functools.cache
 def register() -> str | None:
-    """Makes the kernels the CUDA implementation of torch.ops.fastkd.{instance_attention*, attention_mass}.
+    """Makes the kernels the CUDA implementation of the ops in torch.ops.fastkd, `_OPS`.
 
-    The CPU library must be loaded: it brings the schemas. Nothing is compiled before the first call on a CUDA tensor.
+    The CPU library must be loaded: it brings the attention's schemas. Nothing is compiled before the first call on a
+    CUDA tensor.
 
     Returns: None once they are registered, else the reason why not.
     """
@@ -21,16 +22,24 @@ def register() -> str | None:
     missing = [name for name in _OPS if not hasattr(torch.ops.fastkd, name)]
     if missing:
         return f"the library of CPU kernels, which defines fastkd::{missing[0]}, is not loaded; run `make build`"
-    from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
+    from fastkd.ops.triton import attention_backward, attention_forward, attention_mass, projection
 
     launches = (
         attention_forward.instance_attention,
         attention_backward.instance_attention_backward,
         attention_mass.attention_mass,
+        projection.project_levels,
+        projection.project_levels_backward,
     )
     for name, launch in zip(_OPS, launches, strict=True):
         torch.library.register_kernel(f"fastkd::{name}", "cuda", launch)
     return None
 
 
-_OPS = ("instance_attention", "instance_attention_backward", "attention_mass")
+_OPS = (
+    "instance_attention",
+    "instance_attention_backward",
+    "attention_mass",
+    "project_levels",
+    "project_levels_backward",
+)

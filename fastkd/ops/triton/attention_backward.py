@@ -256,7 +256,7 @@ def instance_attention_backward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def instance_attention_backward_merge_kernel(
     parts,  # pointers to [COUNTS[i], numbers of a part]
-    sums,  # pointers to the sum over the first dimension
+    sums,  # pointers to the sum over the first dimension, perhaps in a narrower type
     counts,  # of the parts
     widths,  # numbers of a part for each query
     rows,  # B * G * N
@@ -271,7 +271,7 @@ def instance_attention_backward_merge_kernel(
         if (block >= 0) & (block < blocks):
             place = block * BLOCK + tl.arange(0, BLOCK)
             part = tl.arange(0, BLOCK_PARTS)
-            total = tl.zeros((BLOCK_PARTS, BLOCK), sums[0].dtype.element_ty)
+            total = tl.zeros((BLOCK_PARTS, BLOCK), parts[0].dtype.element_ty)
             for first in range(0, counts[index], BLOCK_PARTS):
                 known = (first + part < counts[index])[:, None] & (place < numbers)[None, :]
                 offset = (first + part).to(tl.int64)[:, None] * numbers + place[None, :]

@@ -1,4 +1,4 @@
-"""Block sizes, warps and stages of the attention kernels, by shape and card: a small table, no tuning at run time.
+"""Block sizes, warps and stages of the Triton kernels, by shape and card: a small table, no tuning at run time.
 
 What decides a row is read from the compiled kernels (benchmarks/triton_report.py): the largest tile without a spilled
 register. Contiguous maps take short tiles of wide rows and more warps: their rows begin anywhere, so that they are read
@@ -82,6 +82,17 @@ class Configuration:
     pair: bool = False
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of a projection's kernel: cells, outputs and inputs (channels) at a time; warps, stages of its loop."""
+
+    cells: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
 def _block(count: int, most: int) -> int:
     """A power of two that holds `count`, from 16 to `most`."""
     return min(max(16, 1 << max(count - 1, 0).bit_length()), most)
@@ -104,7 +115,10 @@ def forward(shape: Shape, card: Card) -> Configuration:
         double = shape.element_size == 8
         most = 16 if double else 64 if shape.projected else 32
         warps = 16 if double and (shape.last or not shape.projected) else 8
-        return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 1)
+        ahead = (
+            shape.last and shape.projected and not double and shape.count > 32
+        )  # a block of 64 spills on sm_100 else
+        return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 2 if ahead else 1)
     if shape.last and shape.element_size == 2 and shape.projected:  # two heads' weights and sums fit beside small tiles
         return Configuration(_block(shape.count, 64), *_tile(shape, 32), 4, 2, pair=True)
     warps = 4 if shape.last and card.generation < 10 else 8
@@ -148,3 +162,15 @@ def mass(shape: Shape, card: Card) -> Configuration:
     warps = 4 if (shape.last if halves else shape.count <= 32) else 8
     stages = 2 if card.generation < 10 and halves else 1
     return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
+
+
+def projection(outputs: int, last: bool, card: Card) -> Tiles:
+    """Contiguous cells begin anywhere, so that they pass through registers, and fewer outputs have room."""
+    stages = 3 if card.generation > 8 else 2
+    return Tiles(128, _block(outputs, 256 if last else 128), 64, 8, stages if last else 1)
+
+
+def projection_weight(outputs: int, inputs: int, last: bool, card: Card) -> Tiles:
+    """Where registers have room wide blocks, so that the cache is asked for less."""
+    wide = last and card.generation > 8
+    return Tiles(64, _block(outputs, 128), _block(inputs, 256 if wide else 128), 8, 3 if wide else 2 if last else 1)
