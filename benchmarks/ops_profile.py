@@ -32,7 +32,6 @@ ROWS = [
     "box_paint_conv3x3",
     "norm_relu_box_pool",
     "instance_attention, N = 42",
-    "instance_attention, N = 300",
     "attention_mass + value_mimic",
     "value_mimic",
     "masked_mse",

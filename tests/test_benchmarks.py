@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import memory, results
+from benchmarks import memory, ops_profile, results
 from benchmarks import ops as bench
 from benchmarks.draws import QUICK, Draw, Shape
 from benchmarks.limits import LIMITS, Pass, floor
 from benchmarks.rows import BY_NAME, ROWS, Targets
 from benchmarks.steps import Step, assert_same
 from fastkd import ops
+from fastkd.ops import _library
 
 CPU = torch.device("cpu")
 SHAPES = [replace(QUICK, images=2), replace(QUICK, images=3, height=100, width=140, strides=(8, 32), boxes=5, real=3)]
@@ -203,3 +204,14 @@ def test_unknown_rows_are_refused(capsys):
         bench.parse(["--rows", "nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
     assert str(bench.parse([]).out) == "docs/results" and str(bench.parse(["--rows", "box_paint"]).out) == "build/bench"
+
+
+@pytest.mark.skipif(not _library.has_kernel("value_mimic", "cpu"), reason="no compiled kernels")
+def test_the_profile_names_every_kernel_of_a_step(capsys):
+    ops_profile.main(["--quick", "--rounds", "1", "--threads", "1", "--rows", "box_paint_conv3x3", "value_mimic"])
+    text = capsys.readouterr().out
+    for name in ("conv3x3_taps", "box_paint_conv3x3", "value_mimic"):
+        for part in (name, f"{name}_backward"):
+            (line,) = (line for line in text.splitlines() if line.startswith(f"| {part} |"))
+            assert all(float(cell) > 0 for cell in (line.split("|")[place] for place in (2, 4)))
+    assert text.count("**whole step**") == text.count("its bytes alone") == 2
