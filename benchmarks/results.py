@@ -226,6 +226,27 @@ def out_of_reach(row: dict, key: str) -> bool:
     return best is not None and target is not None and best < target
 
 
+def missed_table(rows: dict[str, dict], limits: dict[str, float]) -> list[str]:
+    """For each ratio that was missed: the time that it asks for, and how fast the machine had to be for that."""
+    lines = ["| op | target | asks for, ms | ours, ms | work in that time | of what this run measured |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        sides, work = row["sides"], row["sides"].get("ours", {}).get("work") or {}
+        peers = {"times_plain": f"plain: {row.get('plain_form')}", "times_compiled": "compiled"}
+        for key, peer in peers.items():
+            if row["met"].get(key, True):
+                continue
+            asked = sides[peer]["ms"] / row["targets"][key]
+            title = f"{row['targets'][key]:g} x {peer.split(':')[0]}"
+            limit = row.get("limit")
+            speed = share = "-"
+            if limit:
+                needed = rate(limit, work["multiply_adds"] or work["bytes"], asked / 1e3)
+                speed, share = f"{needed:.0f} {LIMITS[limit][1]}", f"{needed / limits[limit]:.0%} of {limit}"
+            lines.append(f"| {name} | {title} | {asked:.2f} | {sides['ours']['ms']:.2f} | {speed} | {share} |")
+    return lines
+
+
 def limit_line(limits: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.0f} {LIMITS[name][1]}" for name, value in limits.items())
 
@@ -277,6 +298,10 @@ def report(saved: dict[str, Any]) -> str:
         ]
         lines += ["computed. A target (in brackets) above the ratio at the floor is out of reach on this machine.", ""]
         lines += bounds
+        missed = missed_table(saved["rows"], saved["limits"])
+        if len(missed) > 2:
+            lines += ["", "What the missed ratios ask for: more than 100 % of what a loop of nothing else reached in the"]
+            lines += ["same run is out of reach of any program that does this work.", "", *missed]
         lines += ["", *BEYOND_THE_FLOOR]
     if saved["growth"]:
         lines += ["", "How time grows (exponent of a fit; 1 = linear, less = fixed costs show):", ""]

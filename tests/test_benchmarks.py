@@ -179,6 +179,15 @@ def test_floor_bounds_the_ratios():
     assert "floor" not in results.conclusions({"ours": sides["ours"]}, Targets(), {}, "multiply-adds")
 
 
+def test_what_missed_ratios_ask_for():
+    sides = {"ours": entry(2.0, 110, 100, elements=10**7), "plain: one": entry(12.0, 600, 100)}
+    sides["compiled"] = entry(8.0, 300, 100)
+    limits = {"copy": 40.0}
+    found = results.conclusions(sides, Targets(15, 4), limits, "multiply-adds")
+    table = results.missed_table({"box_pool, 7 boxes": found | {"sides": sides}}, limits)  # 40 MB in 0.8 ms
+    assert table[2:] == ["| box_pool, 7 boxes | 15 x plain | 0.80 | 2.00 | 50 GB/s | 125% of copy |"]
+
+
 def test_floor_writes_what_it_must():
     torch.set_num_threads(1)
     call = floor((Pass((5000, 300)), Pass((5000,), 4000)), torch.float32)
