@@ -300,8 +300,8 @@ def report(saved: dict[str, Any]) -> str:
         lines += bounds
         missed = missed_table(saved["rows"], saved["limits"])
         if len(missed) > 2:
-            lines += ["", "What the missed ratios ask for: more than 100 % of what a loop of nothing else reached in the"]
-            lines += ["same run is out of reach of any program that does this work.", "", *missed]
+            lines += ["", "What the missed ratios ask for: more than 100 % of what a loop of nothing else reached in"]
+            lines += ["the same run is out of reach of any program that does this work.", "", *missed]
         lines += ["", *BEYOND_THE_FLOOR]
     if saved["growth"]:
         lines += ["", "How time grows (exponent of a fit; 1 = linear, less = fixed costs show):", ""]
