@@ -187,13 +187,12 @@ def growth_table(growth: dict[str, dict]) -> list[str]:
 
 
 BEYOND_THE_FLOOR = """\
-What the floor does not show. box_paint_conv3x3 has, besides its bytes, the products of every embedding with nine
-matrices, forward and twice backward: 54 C^2 operations an embedding and level, which at the rate of multiply-adds above
-take 0.7 ms of 14 boxes on five levels; they are not hidden behind the bytes. A profile of samples in one thread finds
-most of the rest in loads of the gradient (backward) and stores of the result (forward), then products, covers and
-autograd. instance_norm_mse grows as its bytes do: in one thread with an exponent of 0.95 where the same bytes, with
-nothing computed, have 1.05 (1, 2 and 4 images). A floor above the time beside it says how far apart two moments of a
-shared machine can be.""".splitlines()
+What the floor does not show: ops-profile.md has the parts of each step. box_paint_conv3x3 has, besides its bytes, the
+products of every embedding with nine matrices, forward and twice backward: 54 C^2 operations an embedding and level,
+which at the rate of multiply-adds above take 0.7 ms of 14 boxes on five levels; they are not hidden behind the bytes.
+instance_norm_mse grows as its bytes do: in one thread with an exponent of 0.95 where the same bytes, with nothing
+computed, have 1.05 (1, 2 and 4 images). A floor above the time beside it says how far apart two moments of a shared
+machine can be.""".splitlines()
 
 
 def bounds_table(rows: dict[str, dict]) -> list[str]:
@@ -224,6 +223,27 @@ def out_of_reach(row: dict, key: str) -> bool:
     """Whether even a call that only moves its bytes would miss this target."""
     best, target = row.get("at_floor", {}).get(key), row["targets"].get(key)
     return best is not None and target is not None and best < target
+
+
+def missed_table(rows: dict[str, dict], limits: dict[str, float]) -> list[str]:
+    """For each ratio that was missed: the time that it asks for, and how fast the machine had to be for that."""
+    lines = ["| op | target | asks for, ms | ours, ms | work in that time | of what this run measured |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        sides, work = row["sides"], row["sides"].get("ours", {}).get("work") or {}
+        peers = {"times_plain": f"plain: {row.get('plain_form')}", "times_compiled": "compiled"}
+        for key, peer in peers.items():
+            if row["met"].get(key, True):
+                continue
+            asked = sides[peer]["ms"] / row["targets"][key]
+            title = f"{row['targets'][key]:g} x {peer.split(':')[0]}"
+            limit = row.get("limit")
+            speed = share = "-"
+            if limit:
+                needed = rate(limit, work["multiply_adds"] or work["bytes"], asked / 1e3)
+                speed, share = f"{needed:.0f} {LIMITS[limit][1]}", f"{needed / limits[limit]:.0%} of {limit}"
+            lines.append(f"| {name} | {title} | {asked:.2f} | {sides['ours']['ms']:.2f} | {speed} | {share} |")
+    return lines
 
 
 def limit_line(limits: dict[str, float]) -> str:
@@ -277,6 +297,10 @@ def report(saved: dict[str, Any]) -> str:
         ]
         lines += ["computed. A target (in brackets) above the ratio at the floor is out of reach on this machine.", ""]
         lines += bounds
+        missed = missed_table(saved["rows"], saved["limits"])
+        if len(missed) > 2:
+            lines += ["", "What the missed ratios ask for: more than 100 % of what a loop of nothing else reached in"]
+            lines += ["the same run is out of reach of any program that does this work.", "", *missed]
         lines += ["", *BEYOND_THE_FLOOR]
     if saved["growth"]:
         lines += ["", "How time grows (exponent of a fit; 1 = linear, less = fixed costs show):", ""]

@@ -35,6 +35,13 @@ struct Band {
   int64_t segment, span, node;  // the first ones in Bands
 };
 
+// Spans that are painted one by one into the same sums; more are added up pile by pile, as the error of a sum grows
+// with its length.
+constexpr int64_t kPile = 64;
+
+// Nodes that painting a band takes room for: two trees, the second one of a pile.
+constexpr int64_t painted_nodes(int64_t segments) { return 4 * segments; }
+
 // The bands of one image of one level, which together hold all its rows.
 struct Bands {
   const Band* band;

@@ -141,28 +141,37 @@ FASTKD_INLINE void pool_bands(const Bands& bands, const Leaves& leaves, Element<
   }
 }
 
+template <class V>
+FASTKD_INLINE void clear(Element<V>* values, int64_t count) {
+  for (int64_t at = 0; at < count; at += kLanes<V>) store(values + at, V{});
+}
+
+// out [width] += in, whole vectors
+template <class V>
+FASTKD_INLINE void add_row(Element<V>* out, const Element<V>* in, int64_t width) {
+  for (int64_t at = 0; at < width; at += kLanes<V>) store(out + at, V(load<V>(out + at) + load<V>(in + at)));
+}
+
 // nodes[n + s] = sum over the objects that cover segment s of their rows of values: `width` numbers, a multiple of the
-// lanes, `stride` apart.
+// lanes, `stride` apart. nodes has room for painted_nodes.
 template <class V>
 FASTKD_INLINE void paint_nodes(const Bands& bands, const Band& band, const Element<V>* values, int64_t stride,
                                int64_t width, Element<V>* nodes) {
-  for (int64_t at = 0; at < 2 * band.segments * width; at += kLanes<V>) store(nodes + at, V{});
+  const int64_t size = 2 * band.segments * width, most = kPile > band.segments ? kPile : band.segments;
   const int32_t* node = bands.node + band.node;
   const Span* span = bands.span + band.span;
-  for (const Span* end = span + band.spans; span != end; ++span)
-    for (const int32_t* last = node + span->nodes; node != last; ++node)
-      for (int64_t at = 0; at < width; at += kLanes<V>) {
-        Element<V>* out = nodes + *node * width + at;
-        store(out, V(load<V>(out) + load<V>(values + span->object * stride + at)));
-      }
+  const Span* last = span + band.spans;
+  clear<V>(nodes, size);
+  for (bool piled = band.spans > most; span != last;) {
+    Element<V>* pile = piled ? nodes + size : nodes;
+    if (piled) clear<V>(pile, size);
+    for (const Span* end = last - span > most ? span + most : last; span != end; ++span)
+      for (const int32_t* behind = node + span->nodes; node != behind; ++node)
+        add_row<V>(pile + *node * width, values + span->object * stride, width);
+    if (piled) add_row<V>(nodes, pile, size);
+  }
   for (int64_t i = 1; i < band.segments; ++i)
-    for (int64_t at = 0; at < width; at += kLanes<V>) {
-      const V above = load<V>(nodes + i * width + at);
-      for (int64_t child = 2 * i; child < 2 * i + 2; ++child) {
-        Element<V>* out = nodes + child * width + at;
-        store(out, V(load<V>(out) + above));
-      }
-    }
+    for (int64_t child = 2 * i; child < 2 * i + 2; ++child) add_row<V>(nodes + child * width, nodes + i * width, width);
 }
 
 // Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` has
@@ -245,7 +254,7 @@ struct Stretch {
     most_bands = fitting < 1 ? 1 : fitting < kMostBands ? fitting : kMostBands;
     // What is taken never shrinks where an argument grows, so that what is enough for the largest is enough for all.
     rows = take(T{}, (cells > kBandRows * columns ? cells : kBandRows * columns) + 2 * lanes);
-    nodes = take(Element<V>{}, (2 * most_segments + lanes) * width);
+    nodes = take(Element<V>{}, (painted_nodes(most_segments) + lanes) * width);
     leaf = take(Element<V>{}, leaves > leaf_length() ? leaves : leaf_length());
     places = take(Places<V>{}, kMostBands * padded<V>(columns));
     starts = take(Places<V>{}, kMostBands * padded<V>(columns));

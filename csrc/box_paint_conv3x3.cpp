@@ -13,6 +13,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
+
 namespace fastkd {
 namespace box_paint_conv3x3 {
 
@@ -300,9 +302,11 @@ struct Call {
     for (int64_t image = 0; image < arguments.images; ++image) objects = std::max(objects, objects_of(image));
     const int64_t lanes = table.lanes[type], row = (columns + 2 * lanes) * lanes;
     run_balanced(tasks, cost, [&](const Task* begin, const Task* end) {
-      std::vector<double> nodes(2 * segments * node_width), narrowed(segments * node_width), sums(row), cells(row);
-      std::vector<double> totals((objects * kRegions + 1) * total_width);
-      kernel(arguments, {nodes.data(), narrowed.data(), sums.data(), cells.data(), totals.data()}, begin, end);
+      const auto room = [](int64_t numbers) { return std::unique_ptr<double[]>(new double[numbers]); };
+      const auto nodes = room(painted_nodes(segments) * node_width), narrowed = room(segments * node_width);
+      const auto totals = room((objects * kRegions + 1) * total_width);
+      std::vector<double> sums(row), cells(row);  // zeros stand for channels that do not exist
+      kernel(arguments, {nodes.get(), narrowed.get(), sums.data(), cells.data(), totals.get()}, begin, end);
     });
   }
 };

@@ -4,6 +4,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <memory>
+
 #if FASTKD_COMPILES_KERNELS
 namespace fastkd {
 template <>
@@ -11,9 +14,9 @@ const conv3x3_taps::Table& kernels<conv3x3_taps::Table, FASTKD_CAPABILITY>() {
   using F = Taps<float>;
   using D = Taps<double>;
   static const conv3x3_taps::Table table = {{F::forward, D::forward},
-                                            {F::turn, D::turn},
                                             {F::backward, D::backward},
                                             {F::pack, D::pack},
+                                            {F::scratch_length, D::scratch_length},
                                             {F::lanes, D::lanes}};
   return table;
 }
@@ -26,6 +29,20 @@ namespace {
 using namespace conv3x3_taps;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
+
+constexpr int64_t kMostEmbeddings = 512;  // with more the library's product is faster, although the weight is copied
+
+Tensor shaped(const Tensor& tensor, std::vector<int64_t> shape) {
+  return torch::stable::view(tensor, IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+}
+
+// out = first second. Not matmul, which autocast, where a backward pass runs under it, would round.
+void multiply_into(const Tensor& first, const Tensor& second, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(first), from(second), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // A call: its dense arguments, the embeddings packed for the products, and the tasks.
 struct Call {
@@ -59,12 +76,19 @@ struct Call {
     return scratch.back().mutable_data_ptr();
   }
 
-  void pack(bool rows, bool columns) {
+  void pack_columns() {
+    void* columns = room({arguments.inputs, arguments.padded});
+    table.pack[type](arguments, embeddings.const_data_ptr(), nullptr, columns);
+    arguments.columns = columns;
+  }
+
+  void pack_rows() {  // which are what they must be where they are whole vectors
     const int64_t lanes = table.lanes[type], width = (arguments.inputs + lanes - 1) / lanes * lanes;
-    void* by_rows = rows ? room({arguments.count, width}) : nullptr;
-    void* by_columns = columns ? room({arguments.inputs, arguments.padded}) : nullptr;
-    table.pack[type](arguments, embeddings.const_data_ptr(), by_rows, by_columns);
-    arguments.rows = by_rows, arguments.columns = by_columns;
+    arguments.rows = embeddings.const_data_ptr();
+    if (width == arguments.inputs) return;
+    void* rows = room({arguments.count, width});
+    table.pack[type](arguments, embeddings.const_data_ptr(), rows, nullptr);
+    arguments.rows = rows;
   }
 
   std::vector<Part> parts(bool outputs, bool inputs) const {
@@ -75,16 +99,27 @@ struct Call {
         parts.push_back({first, std::min(most, count - first), of_inputs});
     };
     if (outputs) add(arguments.outputs, lanes, false);
-    if (inputs) add(arguments.inputs, arguments.count > kManyEmbeddings ? kInputVectors * lanes : lanes, true);
+    if (inputs) add(arguments.inputs, lanes, true);
     return parts;
   }
 
-  void run(Kernel kernel, const std::vector<Part>& parts, int64_t divisor) const {
+  void run(Kernel kernel, const std::vector<Part>& parts, int64_t scratch_length) const {
     const int64_t others = arguments.count * kTaps;
     const auto cost = [&](const Part& part) {
-      return part.count * others * (part.inputs ? arguments.outputs : arguments.inputs) / divisor;
+      return part.count * others * (part.inputs ? arguments.outputs : arguments.inputs) / 16;
     };
-    run_balanced(parts, cost, [&](const Part* begin, const Part* end) { kernel(arguments, begin, end); });
+    run_balanced(parts, cost, [&](const Part* begin, const Part* end) {
+      const std::unique_ptr<double[]> scratch(new double[scratch_length]);  // of the widest dtype
+      kernel(arguments, begin, end, scratch.get());
+    });
+  }
+
+  bool by_library() const { return arguments.count > kMostEmbeddings; }
+
+  // The weight turned, the matrix of a library's product: [C, 9 * O].
+  Tensor matrix() const {
+    const Tensor turned = torch::stable::contiguous(torch::stable::transpose(shaped(weight, {arguments.outputs, -1}), 0, 1));
+    return shaped(turned, {arguments.inputs, kTaps * arguments.outputs});
   }
 };
 
@@ -92,9 +127,13 @@ Tensor forward(Tensor embeddings, Tensor weight) {
   Call call(embeddings, weight);
   Tensor taps = call.make({call.arguments.count, kTaps, call.arguments.outputs});
   if (taps.numel() == 0) return taps;
-  call.pack(false, true);
+  if (call.by_library()) {
+    multiply_into(call.embeddings, call.matrix(), shaped(taps, {call.arguments.count, -1}));
+    return taps;
+  }
+  call.pack_columns();
   call.arguments.taps = taps.mutable_data_ptr();
-  call.run(call.table.forward[call.type], call.parts(true, false), 16);
+  call.run(call.table.forward[call.type], call.parts(true, false), 0);
   return taps;
 }
 
@@ -114,13 +153,22 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weigh
     return {rows, matrix};
   }
   const Tensor plain = torch::stable::contiguous(grad);
+  if (call.by_library()) {
+    const Tensor grads = shaped(plain, {arguments.count, kTaps * arguments.outputs});
+    if (for_embeddings) multiply_into(grads, torch::stable::transpose(call.matrix(), 0, 1), rows);
+    if (!for_weight) return {rows, matrix};
+    const Tensor turned = call.make({arguments.inputs, kTaps * arguments.outputs});
+    multiply_into(torch::stable::transpose(call.embeddings, 0, 1), grads, turned);
+    Tensor flat = shaped(matrix, {arguments.outputs, -1});
+    torch::stable::copy_(flat, torch::stable::transpose(shaped(turned, {-1, arguments.outputs}), 0, 1));
+    return {rows, matrix};
+  }
   arguments.taps = const_cast<void*>(plain.const_data_ptr());
-  arguments.turned = call.room({arguments.outputs, kTaps, arguments.padded});
   arguments.for_rows = rows.mutable_data_ptr();
   arguments.for_weight = matrix.mutable_data_ptr();
-  call.pack(for_weight, false);
-  call.run(call.table.turn[call.type], call.parts(true, false), arguments.inputs);
-  call.run(call.table.backward[call.type], call.parts(for_weight, for_embeddings), 16);
+  if (for_weight) call.pack_rows();
+  call.run(call.table.backward[call.type], call.parts(for_weight, for_embeddings),
+           call.table.scratch_length[call.type](arguments));
   return {rows, matrix};
 }
 

@@ -3,7 +3,8 @@
 // costs more than the product: here the weight is read as it lies, its numbers broadcast, and a lane is an embedding.
 //
 // forward    of each output o the nine rows w[o, :, t] times e^T, a tile [9, embeddings], then turned
-// backward   g^T [O, 9, N] is turned once; for e: the rows w[o, c, :] times g^T; for w: the rows g^T[o, t, :] times e
+// backward   g^T [O, 9, N] is turned as it is needed; for w: the rows g^T[o, t, :] of a task times e; for e: the rows
+//            w[o, c, :] of all inputs of a thread times a few outputs of g^T, which stay in the first cache meanwhile
 // e^T and g^T lie in blocks of as many embeddings as a product takes at a time, one row of a block after the other.
 // Sums in registers over at most kDepth products, then in memory, in an order that depends on the shape alone.
 #pragma once
@@ -21,24 +22,22 @@ struct Arguments {
   const void* weight;              // [O, C, 9]
   const void *rows, *columns;      // embeddings [N, C rounded up to whole vectors], and their blocks [C, embeddings]
   void* taps;                      // forward: result [N, 9, O]; backward: its gradient
-  void* turned;                    // the gradient in blocks [O, 9, embeddings]
-  void *for_rows, *for_weight;     // gradients, null: not wanted
+  void *for_rows, *for_weight;     // gradients
 };
 
-constexpr int64_t kManyEmbeddings = 192, kInputVectors = 4;
-
-// A task: at most lanes outputs, or (inputs) lanes inputs, from `first` on; with many embeddings, whose gradients are
-// read from afar for every task, kInputVectors times as many inputs.
+// A task: at most lanes outputs, or (inputs) lanes inputs, from `first` on. Those of inputs follow each other.
 struct Part {
   int64_t first, count;
   bool inputs;
 };
 
-using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end);
+// scratch: of backward, as much as scratch_length says
+using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end, void* scratch);
 
 struct Table {  // of float, double
-  Kernel forward[2], turn[2], backward[2];
+  Kernel forward[2], backward[2];
   void (*pack[2])(const Arguments&, const void* embeddings, void* rows, void* columns);
+  int64_t (*scratch_length[2])(const Arguments&);
   int64_t lanes[2];
 };
 
@@ -110,6 +109,8 @@ struct Taps {
   static constexpr int lanes = kLanes<V>;
   static constexpr int64_t kWidth = kMostVectors * lanes;  // of a tile
   static constexpr int kRows = lanes < 8 ? lanes : 8;      // inputs at a time
+  static constexpr int64_t kOutputs = kDepth / kTaps;      // whose gradients stay in the first cache for all inputs
+  static_assert(kOutputs % lanes == 0);
 
   // f(first, constant number of vectors) for the blocks of n numbers, from a multiple of kWidth on
   template <class F>
@@ -149,7 +150,7 @@ struct Taps {
     }
   }
 
-  static void forward(const Arguments& arguments, const Part* part, const Part* end) {
+  static void forward(const Arguments& arguments, const Part* part, const Part* end, void*) {
     const int64_t inputs = arguments.inputs, outputs = arguments.outputs;
     const acc* columns = static_cast<const acc*>(arguments.columns);
     acc tile[lanes * kTaps * kWidth];  // of each output and tap a row of embeddings
@@ -170,41 +171,42 @@ struct Taps {
       });
   }
 
-  // turned = the gradient of the taps, zeros behind the embeddings
-  static void turn(const Arguments& arguments, const Part* part, const Part* end) {
-    const int64_t outputs = arguments.outputs;
-    for (; part != end; ++part)
-      for_blocks(arguments.count, [&](int64_t first, auto vectors) {
-        constexpr int64_t block = vectors * lanes;
-        for (int64_t tap = 0; tap < kTaps; ++tap)
-          for (int64_t n = first; n < first + block; n += lanes) {
-            const acc* in = static_cast<const acc*>(arguments.taps) + (n * kTaps + tap) * outputs + part->first;
-            acc* out = static_cast<acc*>(arguments.turned) + first * outputs * kTaps +
-                       (part->first * kTaps + tap) * block + n - first;
-            const int64_t left = arguments.count - n < lanes ? arguments.count - n : lanes;
-            turn_block(in, kTaps * outputs, left, part->count, out, kTaps * block);
-            for (int64_t at = 0; left < lanes && at < part->count; ++at)
-              for (int64_t lane = left; lane < lanes; ++lane) out[at * kTaps * block + lane] = 0;
-          }
-      });
+  // turned [count, 9, block] = the gradients of the taps of `count` outputs and a block of embeddings, then zeros
+  static FASTKD_INLINE void turn(const Arguments& arguments, int64_t output, int64_t count, int64_t first,
+                                 int64_t block, acc* turned) {
+    for (int64_t at = 0; at < count; at += lanes)
+      for (int64_t tap = 0; tap < kTaps; ++tap)
+        for (int64_t n = 0; n < block; n += lanes) {
+          const acc* in =
+              static_cast<const acc*>(arguments.taps) + ((first + n) * kTaps + tap) * arguments.outputs + output + at;
+          acc* out = turned + (at * kTaps + tap) * block + n;
+          const int64_t some = count - at < lanes ? count - at : lanes, behind = arguments.count - first - n;
+          const int64_t left = behind < lanes ? behind : lanes;
+          turn_block(in, kTaps * arguments.outputs, left, some, out, kTaps * block);
+          for (int64_t row = 0; left < lanes && row < some; ++row)
+            for (int64_t lane = left; lane < lanes; ++lane) out[row * kTaps * block + lane] = 0;
+        }
   }
 
-  static void for_weight(const Arguments& arguments, const Part& part, acc* row) {
-    const int64_t inputs = arguments.inputs, width = round_up(inputs, lanes);
+  // Of a task of outputs. turned: [count, 9, N rounded up] in blocks; row: [inputs rounded up, 9] and a vector.
+  static void for_weight(const Arguments& arguments, const Part& part, acc* row, acc* turned) {
+    const int64_t inputs = arguments.inputs, width = round_up(inputs, lanes), row_of_output = part.count * kTaps;
     const acc* embeddings = static_cast<const acc*>(arguments.rows);
+    for_blocks(arguments.count, [&](int64_t first, auto vectors) {
+      turn(arguments, part.first, part.count, first, vectors * lanes, turned + first * row_of_output);
+    });
     acc tile[lanes * kWidth > kTaps * kWidth ? lanes * kWidth : kTaps * kWidth] = {};
-    for (int64_t output = part.first; output < part.first + part.count; ++output) {
+    for (int64_t output = 0; output < part.count; ++output) {
       for_blocks(inputs, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
-        const acc* grad = static_cast<const acc*>(arguments.turned) + output * kTaps * kWidth;
-        const int64_t blocks = arguments.count / kWidth, stride = kWidth * arguments.outputs * kTaps;
+        const int64_t blocks = arguments.count / kWidth;
         if (blocks > 0)
-          multiply_strided<V, kTaps, vectors, kWidth, 1>(grad, stride, blocks, kWidth, embeddings + first, width, tile,
-                                                         kWidth, true);
+          multiply_strided<V, kTaps, vectors, kWidth, 1>(turned + output * kTaps * kWidth, kWidth * row_of_output,
+                                                         blocks, kWidth, embeddings + first, width, tile, kWidth, true);
         const auto add_rest = [&](int64_t n, auto others) __attribute__((always_inline)) {
           constexpr int64_t block = others * lanes;
-          const acc* rest = static_cast<const acc*>(arguments.turned) + n * arguments.outputs * kTaps;
-          multiply_strided<V, kTaps, vectors, block, 1>(rest + output * kTaps * block, 0, 1, arguments.count - n,
-                                                        embeddings + n * width + first, width, tile, kWidth, n == 0);
+          const acc* rest = turned + n * row_of_output + output * kTaps * block;
+          multiply_strided<V, kTaps, vectors, block, 1>(rest, 0, 1, arguments.count - n, embeddings + n * width + first,
+                                                        width, tile, kWidth, n == 0);
         };
         for_blocks(arguments.count, add_rest, blocks * kWidth);
         for (int64_t u = 0; u < vectors; ++u) {
@@ -216,32 +218,28 @@ struct Taps {
               for (int tap = 0; tap < kTaps; ++tap) out[lane * kTaps + tap] = tile[tap * kWidth + u * lanes + lane];
         }
       });
-      acc* out = static_cast<acc*>(arguments.for_weight) + output * inputs * kTaps;
-      copy(out, row, inputs * kTaps);
+      copy(static_cast<acc*>(arguments.for_weight) + (part.first + output) * inputs * kTaps, row, inputs * kTaps);
     }
   }
 
-  // panel: room for the weights of a task, [outputs, inputs of the task, 9]
-  static void for_rows(const Arguments& arguments, const Part& part, acc* panel) {
-    const int64_t inputs = arguments.inputs, outputs = arguments.outputs, count = part.count * kTaps;
-    for (int64_t output = 0; output < outputs; ++output)
-      copy(panel + output * count,
-           static_cast<const acc*>(arguments.weight) + (output * inputs + part.first) * kTaps, count);
-    acc tile[kInputVectors * lanes * kWidth];
+  // Of the inputs [begin, end). panel: [kOutputs, 9, kWidth]; sums: [end - begin rounded up, kWidth].
+  static void for_rows(const Arguments& arguments, int64_t begin, int64_t end, acc* panel, acc* sums) {
+    const int64_t inputs = arguments.inputs, outputs = arguments.outputs;
+    const acc* weight = static_cast<const acc*>(arguments.weight);
     for_blocks(arguments.count, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
-      constexpr int64_t depth = kDepth / kTaps;  // outputs whose gradients stay in the first cache for all inputs
-      for (int64_t output = 0; output < outputs; output += depth) {
-        const int64_t some = outputs - output < depth ? outputs - output : depth;
-        const acc* right =
-            static_cast<const acc*>(arguments.turned) + (first * outputs + output * vectors * lanes) * kTaps;
-        for (int64_t at = 0; at < part.count;) {
+      for (int64_t output = 0; output < outputs; output += kOutputs) {
+        const int64_t some = outputs - output < kOutputs ? outputs - output : kOutputs;
+        turn(arguments, output, some, first, vectors * lanes, panel);
+        for (int64_t input = begin; input < end;) {
           const auto multiply_rows = [&](auto rows) __attribute__((always_inline)) {
-            multiply_strided<V, rows, vectors, kTaps, 1>(panel + output * count + at * kTaps, count, some, kTaps,
-                                                         right, vectors * lanes, tile + at * kWidth, kWidth,
-                                                         output == 0);
-            at += rows;
+            const acc* left = weight + (output * inputs + input) * kTaps;
+            for (int64_t next = some; next < 2 * some && output + next < outputs; ++next)
+              fetch(left + next * inputs * kTaps, left + (next * inputs + rows) * kTaps);
+            multiply_strided<V, rows, vectors, kTaps, 1>(left, inputs * kTaps, some, kTaps, panel, vectors * lanes,
+                                                         sums + (input - begin) * kWidth, kWidth, output == 0);
+            input += rows;
           };
-          if (at + kRows <= part.count)
+          if (input + kRows <= end)
             multiply_rows(std::integral_constant<int, kRows>{});
           else
             multiply_rows(std::integral_constant<int, 1>{});
@@ -249,25 +247,27 @@ struct Taps {
       }
       for (int64_t u = 0; u < vectors; ++u) {
         const int64_t n0 = first + u * lanes, left = arguments.count - n0;
-        acc* out = static_cast<acc*>(arguments.for_rows) + n0 * inputs + part.first;
-        for (int64_t at = 0; at < part.count; at += lanes)
-          turn_block(tile + at * kWidth + u * lanes, kWidth, part.count - at < lanes ? part.count - at : lanes,
-                     left < lanes ? left : lanes, out + at, inputs);
+        acc* out = static_cast<acc*>(arguments.for_rows) + n0 * inputs;
+        for (int64_t input = begin; input < end; input += lanes)
+          turn_block(sums + (input - begin) * kWidth + u * lanes, kWidth, end - input < lanes ? end - input : lanes,
+                     left < lanes ? left : lanes, out + input, inputs);
       }
     });
   }
 
-  static void backward(const Arguments& arguments, const Part* part, const Part* end) {
-    acc* row = new acc[round_up(arguments.inputs, lanes) * kTaps + lanes];
-    acc* panel = new acc[arguments.outputs * kInputVectors * lanes * kTaps];
-    for (; part != end; ++part) {
-      if (part->inputs)
-        for_rows(arguments, *part, panel);
-      else
-        for_weight(arguments, *part, row);
-    }
-    delete[] panel;
-    delete[] row;
+  static int64_t scratch_length(const Arguments& arguments) {
+    const int64_t width = round_up(arguments.inputs, lanes);
+    const int64_t weight = width * kTaps + lanes + lanes * kTaps * arguments.padded;
+    const int64_t rows = kOutputs * kTaps * kWidth + width * kWidth;
+    return weight > rows ? weight : rows;
+  }
+
+  static void backward(const Arguments& arguments, const Part* part, const Part* end, void* scratch) {
+    acc* room = static_cast<acc*>(scratch);
+    for (; part != end && !part->inputs; ++part)
+      for_weight(arguments, *part, room, room + round_up(arguments.inputs, lanes) * kTaps + lanes);
+    if (part != end)
+      for_rows(arguments, part->first, end[-1].first + end[-1].count, room, room + kOutputs * kTaps * kWidth);
   }
 };
 

@@ -126,11 +126,11 @@ struct Call {
       if (stretch && level.columns > 0)
         bytes = std::max(bytes, table.stretch_bytes[type](lanes, level.columns, segments));
     run_balanced(tasks, cost, [&](const Task* begin, const Task* end) {
-      std::vector<double> nodes(2 * segments * node_width), buffer(2 * (columns + lanes) * lanes);
-      std::vector<double> totals(objects * total_width);
+      const std::unique_ptr<double[]> nodes(new double[painted_nodes(segments) * node_width]);
+      std::vector<double> buffer(2 * (columns + lanes) * lanes), totals(objects * total_width);
       const std::unique_ptr<char[]> rows(new char[bytes + kLineBytes]);
       char* start = rows.get() + kLineBytes - reinterpret_cast<uintptr_t>(rows.get()) % kLineBytes;
-      kernel(arguments, {nodes.data(), buffer.data(), totals.data(), start}, begin, end);
+      kernel(arguments, {nodes.get(), buffer.data(), totals.data(), start}, begin, end);
     });
   }
 };

@@ -132,7 +132,8 @@ class Call {
         bytes = std::max(bytes, wide * block * (2 * segments + arguments.most_objects + rows + partial));
       } else {  // rows of the objects, nodes and narrowed leaves or a stretch
         const int64_t width = std::max(arguments.width, 2 * lanes);
-        const int64_t rows = arguments.most_objects * width * wide, painted = 3 * segments * width * wide;
+        const int64_t rows = arguments.most_objects * width * wide;
+        const int64_t painted = (painted_nodes(segments) + segments) * width * wide;
         const int64_t columns = std::max<int64_t>(level.columns, 1);
         const int64_t stretch = table.stretch_bytes[type](2 * lanes, columns, segments);
         bytes = std::max(bytes, rows + (level.channels_last ? painted : stretch));

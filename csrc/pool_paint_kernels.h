@@ -167,7 +167,7 @@ struct PoolPaint {
     const Bands& bands = level.bands[task.image];
     const Band& band = bands.band[task.row];
     const int64_t width = arguments.width;
-    acc* nodes = take<acc>(scratch, 2 * level.most_segments * width);
+    acc* nodes = take<acc>(scratch, painted_nodes(level.most_segments) * width);
     scalar_t* narrowed = take<scalar_t>(scratch, level.most_segments * width);
     paint_nodes<V>(bands, band, rows, width, width, nodes);
     scalar_t* image = static_cast<scalar_t*>(level.out) + task.image * level.rows * level.columns * level.channels;

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import memory, results
+from benchmarks import memory, ops_profile, results
 from benchmarks import ops as bench
 from benchmarks.draws import QUICK, Draw, Shape
 from benchmarks.limits import LIMITS, Pass, floor
 from benchmarks.rows import BY_NAME, ROWS, Targets
 from benchmarks.steps import Step, assert_same
 from fastkd import ops
+from fastkd.ops import _library
 
 CPU = torch.device("cpu")
 SHAPES = [replace(QUICK, images=2), replace(QUICK, images=3, height=100, width=140, strides=(8, 32), boxes=5, real=3)]
@@ -178,6 +179,15 @@ def test_floor_bounds_the_ratios():
     assert "floor" not in results.conclusions({"ours": sides["ours"]}, Targets(), {}, "multiply-adds")
 
 
+def test_what_missed_ratios_ask_for():
+    sides = {"ours": entry(2.0, 110, 100, elements=10**7), "plain: one": entry(12.0, 600, 100)}
+    sides["compiled"] = entry(8.0, 300, 100)
+    limits = {"copy": 40.0}
+    found = results.conclusions(sides, Targets(15, 4), limits, "multiply-adds")
+    table = results.missed_table({"box_pool, 7 boxes": found | {"sides": sides}}, limits)  # 40 MB in 0.8 ms
+    assert table[2:] == ["| box_pool, 7 boxes | 15 x plain | 0.80 | 2.00 | 50 GB/s | 125% of copy |"]
+
+
 def test_floor_writes_what_it_must():
     torch.set_num_threads(1)
     call = floor((Pass((5000, 300)), Pass((5000,), 4000)), torch.float32)
@@ -203,3 +213,14 @@ def test_unknown_rows_are_refused(capsys):
         bench.parse(["--rows", "nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
     assert str(bench.parse([]).out) == "docs/results" and str(bench.parse(["--rows", "box_paint"]).out) == "build/bench"
+
+
+@pytest.mark.skipif(not _library.has_kernel("value_mimic", "cpu"), reason="no compiled kernels")
+def test_the_profile_names_every_kernel_of_a_step(capsys):
+    ops_profile.main(["--quick", "--rounds", "1", "--rows", "box_paint_conv3x3", "value_mimic"])
+    lines = capsys.readouterr().out.splitlines()
+    kernels = [f"of it {name}" for name in ("box_paint_conv3x3", "box_paint_conv3x3_backward", "conv3x3_taps")]
+    for part in (*kernels, "forward", "backward", "**whole step**", "its bytes alone"):
+        found = [line.split("|") for line in lines if line.startswith(f"| {part} |")]
+        assert len(found) == (1 if part in kernels else 2)
+        assert all(float(cells[place]) > 0 for cells in found for place in (2, 4))

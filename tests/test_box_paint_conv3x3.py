@@ -19,6 +19,7 @@ from kernels import (
     same_bits,
     strided,
 )
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from fastkd.ops import box_paint_conv3x3, box_paint_conv3x3_reference
@@ -60,8 +61,10 @@ def test_levels_beyond_the_caches(capability, dtype):
     check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
 
 
-def test_more_than_a_thousand_objects_in_an_image(capability):
-    call = arguments((3, 19), count=2300, images=2, sizes=[(16, 24), (3, 5)])
+@pytest.mark.parametrize("sizes", [[(16, 24), (3, 5)], [(3, 5)], [(1, 2)]], ids=str)
+def test_more_than_a_thousand_objects_in_an_image(capability, sizes):
+    call = arguments((3, 19), count=2300, images=2, sizes=sizes)
+    check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
     close_to_float64(box_paint_conv3x3, box_paint_conv3x3_reference, call)
     same_bits(box_paint_conv3x3, call, (1, 3))
 
@@ -162,27 +165,52 @@ def test_double_backward_is_a_clear_error():
 @pytest.mark.parametrize("levels", [0, 1, 3])
 @pytest.mark.parametrize(("count", "inputs", "outputs"), [
     (1, 1, 1), (5, 7, 3), (17, 48, 16), (70, 33, 40), (64, 160, 32), (67, 160, 9), (0, 4, 4), (3, 0, 2), (3, 2, 0),
+    (190, 17, 21), (600, 17, 21),
 ])  # fmt: skip
 def test_products_no_worse_than_plain(capability, levels, count, inputs, outputs):
-    """Of embeddings and of outputs whole vectors, tiles of them, parts and none."""
+    """Of embeddings and of outputs whole vectors, tiles of them, parts and none; and so many that torch multiplies."""
     call = torch.randn(levels, count, inputs).requires_grad_(), torch.randn(outputs, inputs, 3, 3).requires_grad_()
     check(multiply_taps, Taps.apply, call)
     close_to_float64(multiply_taps, Taps.apply, call)
     same_bits(multiply_taps, call)
 
 
+@pytest.mark.parametrize("count", [9, 300])
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
-def test_products_of_which_one_gradient_is_wanted(capability, wanted):
-    embeddings, weight = torch.randn(2, 9, 5), torch.randn(19, 5, 3, 3)
+def test_products_of_which_one_gradient_is_wanted(capability, wanted, count):
+    embeddings, weight = torch.randn(2, count, 5), torch.randn(19, 5, 3, 3)
     embeddings.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
     check(multiply_taps, Taps.apply, (embeddings, weight))
 
 
-def test_opcheck_of_the_products():
+def test_one_graph_for_few_and_many_products():
+    """The kernel or torch's product is chosen where the graph runs: no guard, and the eager call's bits."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(multiply_taps, fullgraph=True, backend=counter, dynamic=True)
+    weight = torch.randn(5, 4, 3, 3)
+    for count in (11, 100, 256, 257, 400):
+        embeddings = torch.randn(2, count, 4)
+        assert torch.equal(compiled(embeddings, weight), multiply_taps(embeddings, weight))
+    assert counter.frame_count == 1
+
+
+def test_autocast_does_not_round_the_gradients_of_many_products():
+    call = torch.randn(2, 300, 5).requires_grad_(), torch.randn(7, 5, 3, 3).requires_grad_()
+    cotangent = torch.randn(2, 300, 9, 7)
+    expected = torch.autograd.grad(multiply_taps(*call), call, cotangent)
+    found = multiply_taps(*call)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(found, call, cotangent)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected))
+
+
+@pytest.mark.parametrize("count", [5, 600])
+def test_opcheck_of_the_products(count):
     for dtype in (torch.float32, torch.float64):
-        call = torch.randn(5, 3, dtype=dtype).requires_grad_(), torch.randn(4, 3, 3, 3, dtype=dtype).requires_grad_()
-        opcheck(TAPS.default, call)
-        grad = torch.randn(5, 9, 4, dtype=dtype)
+        call = [torch.randn(*shape, dtype=dtype).requires_grad_() for shape in [(count, 3), (4, 3, 3, 3)]]
+        opcheck(TAPS.default, tuple(call))
+        grad = torch.randn(count, 9, 4, dtype=dtype)
         for wanted in [(True, True), (True, False), (False, True)]:
             opcheck(TAPS_BACKWARD.default, (grad, *(value.detach() for value in call), *wanted))
 

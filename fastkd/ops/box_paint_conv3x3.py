@@ -25,7 +25,6 @@ from fastkd.ops.coverage import full_precision, widen
 
 _DISPATCH = Dispatch("box_paint_conv3x3")
 _TAPS = Dispatch("conv3x3_taps")
-_MANY = 512  # embeddings: with more, torch's product is faster although it copies the weight to turn it
 
 
 def box_paint_conv3x3_reference(
@@ -89,9 +88,7 @@ def box_paint_conv3x3(
 def multiply_taps(embeddings: Tensor, weight: Tensor) -> Tensor:
     """The nine products of every embedding [L, K, C] with the weight [C_out, C, 3, 3]: [L, K, 9, C_out], widened."""
     embeddings, weight = widen(embeddings), widen(weight)
-    # Where a graph is traced their number is not asked for: a graph serves any number of boxes.
-    many = not torch.compiler.is_compiling() and embeddings.shape[0] * embeddings.shape[1] > _MANY
-    if embeddings.device.type == "cpu" and _TAPS.compiled(embeddings) and not many:
+    if embeddings.device.type == "cpu" and _TAPS.compiled(embeddings):
         taps = torch.ops.fastkd.conv3x3_taps(embeddings.flatten(0, 1), weight)
         return taps.unflatten(0, embeddings.shape[:2])
     return Taps.apply(embeddings, weight)
