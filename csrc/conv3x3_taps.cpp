@@ -118,7 +118,8 @@ struct Call {
 
   // The weight turned, the matrix of a library's product: [C, 9 * O].
   Tensor matrix() const {
-    const Tensor turned = torch::stable::contiguous(torch::stable::transpose(shaped(weight, {arguments.outputs, -1}), 0, 1));
+    const Tensor rows = shaped(weight, {arguments.outputs, arguments.inputs * kTaps});
+    const Tensor turned = torch::stable::contiguous(torch::stable::transpose(rows, 0, 1));
     return shaped(turned, {arguments.inputs, kTaps * arguments.outputs});
   }
 };

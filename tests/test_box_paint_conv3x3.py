@@ -165,7 +165,7 @@ def test_double_backward_is_a_clear_error():
 @pytest.mark.parametrize("levels", [0, 1, 3])
 @pytest.mark.parametrize(("count", "inputs", "outputs"), [
     (1, 1, 1), (5, 7, 3), (17, 48, 16), (70, 33, 40), (64, 160, 32), (67, 160, 9), (0, 4, 4), (3, 0, 2), (3, 2, 0),
-    (190, 17, 21), (600, 17, 21),
+    (190, 17, 21), (600, 17, 21), (600, 0, 3), (600, 3, 0),
 ])  # fmt: skip
 def test_products_no_worse_than_plain(capability, levels, count, inputs, outputs):
     """Of embeddings and of outputs whole vectors, tiles of them, parts and none; and so many that torch multiplies."""
