@@ -115,6 +115,7 @@ def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
     again = {problem(row) for row in new["rows"]}
     rows = [row for row in kept["rows"] if problem(row) not in again] + new["rows"]
+    rows.sort(key=lambda row: (row["boxes"], row["images"], row["detector"] != "retinanet"))  # as `problems` has them
     done = {problem(row) for row in rows}
     skipped = {problem(row): row for run in (kept, new) for row in run["skipped"] if problem(row) not in done}
     commits = dict.fromkeys(commit for run in (kept, new) for commit in run["commit"].split(" and "))

@@ -143,8 +143,8 @@ def test_problems_join_a_saved_run():
     slower = {**ROW, "entries": {"student/plain": entry(9.0)}}
     new = {**SAVED, "command": "later", "commit": "def", "rows": [slower, {**ROW, "images": 2}], "icd_alone": None}
     both = step.together({**SAVED, "rows": [ROW, {**ROW, "boxes": 30}]}, {**new, "skipped": []})
-    assert [(row["images"], row["boxes"]) for row in both["rows"]] == [(1, 30), (1, 7), (2, 7)]
-    assert both["rows"][1] is slower and both["skipped"] == [] and both["icd_alone"] is ALONE
+    assert [(row["images"], row["boxes"]) for row in both["rows"]] == [(1, 7), (2, 7), (1, 30)]
+    assert both["rows"][0] is slower and both["skipped"] == [] and both["icd_alone"] is ALONE
     assert (both["command"], both["commit"]) == ("python -m benchmarks.step` and `later", "abc and def")
     assert both["seconds"] == 122.0
     assert step.together(both, {**new, "skipped": []})["commit"] == "abc and def"
