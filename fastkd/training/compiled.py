@@ -95,7 +95,8 @@ class Regions:
             )
         # Eager's backward pass runs outside of autocast: what a method computes in float32 stays float32 there, which
         # torch.compile would cast as it casts the forward pass around it.
-        with torch._functorch.config.patch(backward_pass_autocast="off"):
+        config = torch._functorch.config
+        with config.patch(_known(config, {"backward_pass_autocast": "off"})):
             return self._compiled[name](*arguments, **options)
 
     def _options(self, device_type: str) -> dict[str, bool | int] | None:
@@ -112,7 +113,7 @@ class Regions:
         wanted = {"layout_optimization": False, "strict_output_strides": True}
         if device_type == "cuda":
             wanted |= COMBINED
-        return {name: value for name, value in wanted.items() if hasattr(inductor, name)}
+        return _known(inductor, wanted)
 
     def fix_batch(self, tensors: Any) -> Any:
         """A tensor or several; the first size is fixed in every graph: a batch size, of which a run has one or two."""
@@ -165,6 +166,11 @@ def _device_type(arguments: Any) -> str:
 
 def _forward(module: nn.Module, *arguments: Any) -> Any:
     return type(module).forward(module, *arguments)
+
+
+def _known(config: types.ModuleType, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that this release of torch has."""
+    return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
 def _with_own_code(function: types.FunctionType) -> types.FunctionType:

@@ -115,9 +115,8 @@ def forward(shape: Shape, card: Card) -> Configuration:
         double = shape.element_size == 8
         most = 16 if double else 64 if shape.projected else 32
         warps = 16 if double and (shape.last or not shape.projected) else 8
-        ahead = (
-            shape.last and shape.projected and not double and shape.count > 32
-        )  # a block of 64 spills on sm_100 else
+        # Without a tile ahead a block of 64 queries spills on sm_100.
+        ahead = shape.last and shape.projected and not double and shape.count > 32
         return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 2 if ahead else 1)
     if shape.last and shape.element_size == 2 and shape.projected:  # two heads' weights and sums fit beside small tiles
         return Configuration(_block(shape.count, 64), *_tile(shape, 32), 4, 2, pair=True)
