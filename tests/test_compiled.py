@@ -130,7 +130,9 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
             total = sum_losses(losses) + sum((a * b).mean() for a, b in zip(instructive or (), weights))
             found.append((losses, torch.autograd.grad(total, [*levels, *parameters])))
         (losses, grads), (compiled_losses, compiled_grads) = found
-        torch.testing.assert_close(compiled_losses, losses, rtol=0.05, atol=0.01)
+        torch.testing.assert_close(
+            (compiled_losses, compiled_grads[: len(student)]), (losses, grads[: len(student)]), rtol=0.05, atol=0.01
+        )
         assert len(grads) > len(student) + 4
         for ours, theirs in zip(compiled_grads, grads):
             assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
