@@ -66,7 +66,8 @@ class Attachment:
             )
         self.model, self.distillation, self.teacher = model, distillation, teacher
         self.normalization = normalization or Normalization()
-        self.failures, self.losses = 0, {}
+        self.failures, self._succeeded = 0, False
+        self.losses: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self.on_detach: list[Callable[[], None]] = []
         claim(model, self)
@@ -101,11 +102,11 @@ class Attachment:
             with preserved_randomness(device):
                 losses = self.distillation(make_step())
         except Exception:
-            if self.distillation.computed == 0:
+            if not self._succeeded:
                 raise
             self._failed()
             return {}
-        self.failures = 0
+        self.failures, self._succeeded = 0, True
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         return losses
 

@@ -119,3 +119,57 @@ def find_features(module: nn.Module) -> Callable[[Tensor], Any]:
         if callable(part):
             return part
     return module
+
+
+class _Reached(Exception):
+    """Ends a forward pass with the output of a part."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+def features_until(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
+    """images -> what `part` gives in the module's forward pass, which ends there."""
+
+    def features(images: Tensor) -> Any:
+        handle = part.register_forward_hook(_stop)
+        try:
+            module(images)
+        except _Reached as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise ValueError(
+            f"Teacher: the forward pass of {type(module).__name__} must run {type(part).__name__}, it did not; name "
+            "the part that makes the pyramid"
+        )
+
+    return features
+
+
+def pick_teacher(teacher: nn.Module | Teacher | None, num_classes: int) -> Teacher | None:
+    """A detector of any known package as `Teacher`, with a warning where it knows other classes."""
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    if hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
+        from fastkd.integrations.torchvision import torchvision_teacher
+
+        picked = torchvision_teacher(teacher, num_classes)
+    elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
+        from fastkd.integrations.transformers import transformers_teacher
+
+        picked = transformers_teacher(teacher)
+    else:
+        picked = Teacher(teacher)
+    if picked.num_classes not in (None, num_classes):
+        warnings.warn(
+            f"fastkd: the teacher knows {picked.num_classes} classes, the student {num_classes}; a teacher teaches "
+            "best on the same classes. kd.report() says whether it finds the objects of a batch",
+            stacklevel=3,
+        )
+    return picked

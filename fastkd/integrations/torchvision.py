@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +19,7 @@ from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment
 from fastkd.integrations.priors import measure_priors
-from fastkd.integrations.teachers import Normalization, Teacher
+from fastkd.integrations.teachers import Normalization, Teacher, pick_teacher
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -61,15 +60,7 @@ def attach(
         total_steps=total_steps,
         **settings,
     )
-    if teacher is not None and not isinstance(teacher, Teacher):
-        teacher = torchvision_teacher(teacher, classes) if hasattr(teacher, "transform") else Teacher(teacher)
-    if teacher is not None and teacher.num_classes not in (None, classes):
-        warnings.warn(
-            f"fastkd: the teacher knows {teacher.num_classes} classes, the student {classes}; a teacher teaches best "
-            "on the same classes. kd.report() says whether it finds the objects of a batch",
-            stacklevel=2,
-        )
-    return TorchvisionAttachment(model, distillation, teacher, first_label)
+    return TorchvisionAttachment(model, distillation, pick_teacher(teacher, classes), first_label)
 
 
 class TorchvisionAttachment(Attachment):

@@ -62,6 +62,7 @@ def detector(name, *, channels=32, width=16, norm=nn.BatchNorm2d, classes=CLASSE
         return ssd.SSD(dense, generator, SIZE, classes + 1, head=ssd.SSDHead([channels] * 5, [4] * 5, classes + 1))
     pyramid = fpn(dense=False, channels=channels, width=width, norm=norm)
     two_stage = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
+    two_stage |= {"box_detections_per_img": 5}
     kind = MaskRCNN if name == "mask-rcnn" else FasterRCNN
     return kind(pyramid, classes + 1, **sizes, **two_stage)
 
