@@ -31,8 +31,8 @@ MODULES = {"lgd": "fastkd.distillers.lgd", "icd": "fastkd.distillers.icd", "fgfi
 QUADRATIC = {
     "norm_relu_box_pool": ("lgd", "fastkd.distillers.lgd"),
     "box_paint_conv3x3": ("lgd", "fastkd.distillers.lgd"),
-    "instance_attention": ("icd", "fastkd.distillers.icd_decoder"),
-    "attention_mass": ("icd", "fastkd.distillers.icd_decoder"),
+    "instance_attention": ("icd", "fastkd.distillers.decoder"),
+    "attention_mass": ("icd", "fastkd.distillers.decoder"),
     "imitation_mask": ("fgfi", "fastkd.distillers.fgfi"),
 }
 
