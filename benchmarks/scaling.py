@@ -85,7 +85,7 @@ def trainable(recipe: Recipe) -> tuple[int, int]:
     size = torch.full((classes, 2), 0.1, dtype=torch.float64)
     priors = ClassPriors(torch.full((classes,), 1 / classes, dtype=torch.float64), size, size / 10)
     with torch.device("meta"):
-        method = build_distiller(recipe, teacher, priors)
+        method = build_distiller(recipe, teacher, priors, student)
     counts = [sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (student, method) if part]
     return counts[0], sum(counts[1:])
 

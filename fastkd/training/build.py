@@ -142,17 +142,28 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
 
 
 def build_distiller(
-    recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+    recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None, student: Detector | None = None
 ) -> LGD | ICD | FGFI | nn.ModuleDict | None:
-    """The method of a recipe with fresh weights, drawn from the global generator; two of them as "lgd" and "icd"."""
+    """The method of a recipe with fresh weights, drawn from the global generator; two of them as "lgd" and "icd".
+
+    Args:
+        recipe: names the method.
+        teacher: for ICD and FGFI.
+        priors: for ICD.
+        student: for FGFI, which imitates at its anchors.
+    """
     if isinstance(recipe.method, LGDICDConfig):
         parts = {"lgd": recipe.method.lgd, "icd": recipe.method.icd}
-        return nn.ModuleDict({name: _distiller(part, recipe, teacher, priors) for name, part in parts.items()})
-    return _distiller(recipe.method, recipe, teacher, priors)
+        return nn.ModuleDict({name: _distiller(part, recipe, teacher, priors, student) for name, part in parts.items()})
+    return _distiller(recipe.method, recipe, teacher, priors, student)
 
 
 def _distiller(
-    method: MethodConfig | None, recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
+    method: MethodConfig | None,
+    recipe: Recipe,
+    teacher: Detector | None,
+    priors: ClassPriors | None,
+    student: Detector | None,
 ) -> LGD | ICD | FGFI | None:
     detector = recipe.detector
     if isinstance(method, LGDConfig):
@@ -183,7 +194,8 @@ def _distiller(
             teacher_scale=method.teacher_scale,
         )
     if isinstance(method, FGFIConfig):
-        return FGFI(detector.channels, teacher_channels=teacher.channels, psi=method.psi, weight=method.weight)
+        anchors = student.imitation_anchors()
+        return FGFI(anchors, detector.channels, teacher_channels=teacher.channels, psi=method.psi, weight=method.weight)
     return None
 
 
@@ -220,7 +232,7 @@ def build(recipe: Recipe) -> Built:
             log.info("%s: %s", name, notes[name])
     priors = measure_priors(train_set) if recipe.icd else None
     torch.manual_seed(recipe.seed + 1)
-    distiller = build_distiller(recipe, teacher, priors)
+    distiller = build_distiller(recipe, teacher, priors, student)
     needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     frozen = FrozenTeacher(teacher, dtype) if needs_teacher else None

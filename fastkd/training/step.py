@@ -105,14 +105,6 @@ class StepModule(nn.Module):
         self.dtype = dtype
         self.regions = regions or Regions()
         self.side = SideStream()
-        if isinstance(distiller, FGFI):
-            if not detector.imitation_anchors():
-                raise ValueError(
-                    f"StepModule: distiller must not be FGFI for {detector.config.detector}, whose cells answer for no "
-                    "boxes; use ICD or LGD"
-                )
-            for level, anchors in enumerate(detector.imitation_anchors()):
-                self.register_buffer(f"anchors{level}", anchors.clone(), persistent=False)
 
     def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The weighted losses of a batch; their sum is what trains.
@@ -192,13 +184,10 @@ class StepModule(nn.Module):
             losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
             return dict(losses), instructive
         teacher = regions.fix_batch(answer())
-        if isinstance(distiller, ICD):
-            prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
-            regions.free_counts(prepared.draws)
-            options = {"detach_student": phase.detach_student, "prepared": prepared}
-            return regions("icd", _call, distiller, pyramid, teacher, batch, **options), None
-        anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
-        return regions("fgfi", _call, distiller, pyramid, teacher, batch, anchors), None
+        prepared = distiller.prepare(batch, [(level.shape[2], level.shape[3]) for level in pyramid])
+        options = {"detach_student": phase.detach_student, "prepared": regions.free_counts(prepared)}
+        name = type(distiller).__name__.lower()
+        return regions(name, _call, distiller, pyramid, batch, teacher, **options).losses, None
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.
