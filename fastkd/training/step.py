@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.common.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
-from fastkd.distillers.towers import share
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
 from fastkd.training.schedule import Phase
@@ -134,13 +133,12 @@ class StepModule(nn.Module):
     ) -> dict[str, Tensor]:
         """The detector's losses and the method's. LGD's second call of the head is one with the first."""
         parts, instructive, lgd = {}, None, None
-        shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
         for name, distiller in self._parts():
             if phase.of(name).distill:
-                parts[name], pyramid_made = self.distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
+                parts[name], pyramid_made = self.distill_by(distiller, pyramid, batch, phase.of(name), answer)
                 if pyramid_made is not None:
                     instructive, lgd = pyramid_made, name
-        student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
+        student, *taught = self.detector.losses([pyramid, *([instructive] if lgd is not None else [])], batch)
         losses = dict(student)
         for name, distiller in self._parts():
             losses |= parts.get(name, {})
@@ -180,9 +178,10 @@ class StepModule(nn.Module):
         regions = self.regions
         batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
         if isinstance(distiller, LGD):
-            options = {"detach_student": phase.detach_student, "places": regions.free_counts(distiller.prepare(batch))}
-            losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
-            return dict(losses), instructive
+            prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in pyramid])
+            options = {"detach_student": phase.detach_student, "prepared": regions.free_counts(prepared)}
+            made = regions("lgd", _call, distiller, pyramid, batch, **options)
+            return dict(made.losses), made.instructive
         teacher = regions.fix_batch(answer())
         prepared = distiller.prepare(batch, [(level.shape[2], level.shape[3]) for level in pyramid])
         options = {"detach_student": phase.detach_student, "prepared": regions.free_counts(prepared)}
