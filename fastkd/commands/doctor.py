@@ -37,10 +37,12 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     """The recipe `name` with the overrides in `args`, the number of batches and the device."""
     import tyro
 
-    from fastkd.training.config import Recipe
+    from fastkd.training.recipes.options import typed, untyped
+
+    default = typed(find_recipe(name))
 
     def doctor(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = find_recipe(name),  # noqa: B008
+        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
         batches: int = 4,
         device: str = "auto",
     ) -> tuple:
@@ -51,7 +53,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             batches: Batches the teacher is measured on and the losses are taken from.
             device: auto, cpu, cuda or cuda:N.
         """
-        return recipe, batches, device
+        return untyped(recipe), batches, device
 
     return tyro.cli(doctor, args=list(args), prog=f"fastkd doctor {name}")
 
