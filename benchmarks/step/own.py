@@ -38,7 +38,7 @@ def call(problem: Problem, form: str, channels: int) -> Callable[[], None]:
 
     def work() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-            losses = module(student, teacher, batch)
+            losses = module(student, batch, teacher).losses
         sum(value.float() for value in losses.values()).backward()
         for tensor in (*student, *icd.parameters()):
             tensor.grad = None

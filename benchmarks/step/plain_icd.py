@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ops import peers
-from fastkd.distillers import ICD
+from fastkd.distillers import ICD, Distilled
 from fastkd.distillers.queries import Queries
 from fastkd.types import Batch
 
@@ -76,7 +76,7 @@ class PlainICD(nn.Module):
         super().__init__()
         self.icd = icd
 
-    def forward(self, student: list[Tensor], teacher: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: list[Tensor], batch: Batch, teacher: list[Tensor]) -> Distilled:
         """The three losses."""
         icd, queries = self.icd, self.icd.queries(batch)
         cells, own = peers.cells_of(teacher), peers.cells_of(student)  # [B, S, C]
@@ -97,7 +97,8 @@ class PlainICD(nn.Module):
             mimic = self.mimic(peers.split_heads(projection(own), layer.heads), value.detach(), mass)
             losses = [total + loss for total, loss in zip(losses, (*auxiliary, mimic))]
         distill = icd.weight * losses[2] / len(icd.decoder)
-        return {"icd_identification": losses[0], "icd_localisation": losses[1], "icd_distill": distill}
+        names = ("icd_identification", "icd_localisation", "icd_distill")
+        return Distilled(dict(zip(names, (*losses[:2], distill), strict=True)))
 
     def mimic(self, value: Tensor, target: Tensor, mass: Tensor) -> Tensor:
         """Weighted squared error of normalised values [B, G, S, d]."""

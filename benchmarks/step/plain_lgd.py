@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ops import peers
-from fastkd.distillers import LGD
+from fastkd.distillers import LGD, Distilled
 from fastkd.distillers.lgd import LinearNorm, TransformNet
 from fastkd.types import Batch
 
@@ -42,12 +42,12 @@ class PlainLGD(nn.Module):
         super().__init__()
         self.lgd = lgd
 
-    def forward(self, pyramid: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def forward(self, pyramid: list[Tensor], batch: Batch, teacher: list[Tensor] | None = None) -> Distilled:
         """The distillation loss and the instructive pyramid."""
         instructive = self.instruct(pyramid, batch)
         adapted = [self.lgd.student_adapter(level) for level in pyramid]
         loss = peers.instance_norm_mse(adapted, [level.detach() for level in instructive])
-        return {"lgd_distill": self.lgd.weight * loss}, instructive
+        return Distilled({"lgd_distill": self.lgd.weight * loss}, instructive)
 
     def instruct(self, pyramid: list[Tensor], batch: Batch) -> list[Tensor]:
         """The instructive pyramid."""

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.common.folding import fold_norms
 from fastkd.distillers import Distilled, Distiller
+from fastkd.training.methods.phase import Phase
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
-from fastkd.training.methods.phase import Phase
 from fastkd.types import Batch
-
 
 Teacher = Callable[[], list[Tensor]]  # waits for the teacher that was started
 

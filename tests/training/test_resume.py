@@ -15,7 +15,8 @@ from tiny_runs import assert_same_run, everything, make_tiny_data, silent, tiny_
 
 from fastkd.training import train
 from fastkd.training import trainer as module
-from fastkd.training.config import LGDConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.config import OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.methods import LGDConfig
 from fastkd.training.run.directory import RunDirectoryError
 from fastkd.training.run.signals import Interrupted, StopSignals
 

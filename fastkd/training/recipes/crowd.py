@@ -14,6 +14,7 @@ from fastkd.detectors import DetectorConfig
 from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
 from fastkd.training.methods import LGDConfig, Method
 
+
 @dataclass(frozen=True)
 class CrowdNumbers:
     """The numbers of the generated crowd's recipes; those of the plain student hold for all.
