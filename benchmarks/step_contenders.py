@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.plain_detectors import PlainDetector
 from benchmarks.plain_icd import PlainICD
-from benchmarks.plain_lgd import PlainLGD
 from fastkd.detectors import build_detector
+from fastkd.distillers import LGD
+from fastkd.ops import use_backend
 from fastkd.training.build import build_distiller
 from fastkd.training.compiled import Regions
 from fastkd.training.config import Recipe
@@ -177,7 +178,10 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
 
 
 class PlainStep(nn.Module):
-    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone.
+
+    LGD is the module itself, its ops taking their references.
+    """
 
     def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
         super().__init__()
@@ -188,10 +192,11 @@ class PlainStep(nn.Module):
         """The losses by name."""
         pyramid = self.detector.features(batch.images)
         losses = dict(self.detector.loss(pyramid, batch))
-        if isinstance(self.distiller, PlainLGD):
-            distill, instructive = self.distiller(pyramid, batch)
-            supervision = self.detector.loss(instructive, batch)
-            losses |= distill | {f"instructive_{name}": value for name, value in supervision.items()}
+        if isinstance(self.distiller, LGD):
+            with use_backend("reference"):
+                made = self.distiller(pyramid, batch)
+            supervision = self.detector.loss(made.instructive, batch)
+            losses |= made.losses | {f"instructive_{name}": value for name, value in supervision.items()}
         elif self.distiller is not None:
             losses |= self.distiller(pyramid, self.ask(batch), batch)
         return losses
@@ -210,8 +215,8 @@ def plain(problem: Problem, method: str) -> Contender:
     student = PlainDetector(kind, NUM_CLASSES, recipe.detector.backbone)
     teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if method == "icd" else None
     distiller = build_distiller(recipe, _Width(recipe.detector.channels), priors())
-    if distiller is not None:
-        distiller = (PlainLGD if method == "lgd" else PlainICD)(distiller)
+    if method == "icd":
+        distiller = PlainICD(distiller)
     module = PlainStep(student.train(), distiller, teacher)
     own = list(distiller.parameters()) if method == "icd" else []
     mine = {id(parameter) for parameter in own}

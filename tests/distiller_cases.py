@@ -25,7 +25,7 @@ def losses(name, module, student, teacher, batch, anchors=None):
         return module(student, teacher, batch)
     if name == "fgfi":
         return module(student, teacher, batch, ANCHORS if anchors is None else anchors)
-    return module(student, batch)[0]
+    return module(student, batch).losses
 
 
 def inputs(counts=(3, 0, 2), *, levels=LEVELS, **options):

@@ -12,8 +12,8 @@ from fastkd.ops.normalizer import global_mean
 def every_distiller(batch, student, teacher, modules):
     """The sum of everything the three methods learn from on a batch."""
     lgd, icd, fgfi = modules
-    losses, instructive = lgd(student, batch)
-    total = sum(losses.values()) + sum(level.square().mean() + level.abs().mean() for level in instructive)
+    made = lgd(student, batch)
+    total = sum(made.losses.values()) + sum(level.square().mean() + level.abs().mean() for level in made.instructive)
     total = total + sum(icd(student, teacher, batch).values())
     anchors = [torch.tensor([[-s, -s, s, s]]) for s in (6.0, 12.0, 24.0, 48.0)]
     return total + fgfi(student, teacher, batch, anchors, scale=100.0)["fgfi_imitation"]
