@@ -143,7 +143,7 @@ def _batch(shape: Shape) -> Batch:
     )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Detector:
     """What LGD and ICD ask of a student and of a teacher."""
 

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.step.plain_detectors import PlainDetector
-from benchmarks.step.plain_icd import PlainICD
-from benchmarks.step.plain_lgd import PlainLGD
 from fastkd.detectors import build_detector
+from fastkd.ops import use_backend
 from fastkd.training.build import build_distiller
 from fastkd.training.config import Recipe
-from fastkd.training.methods import WITH_RECIPES
 from fastkd.training.methods.protocol import Given
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import Regions
@@ -27,8 +25,7 @@ from fastkd.types import Batch, ClassPriors
 
 FORMS = ("plain", "float32", "bfloat16")
 OPTIONS = ("recompute", "compile")  # of the trainer's, on top of bfloat16
-METHODS = ("student", *(method.kind for method in WITH_RECIPES), "teacher")
-PLAIN = {"lgd": PlainLGD, "icd": PlainICD}
+METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
 NUM_CLASSES = 80
 
 
@@ -180,7 +177,10 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
 
 
 class PlainStep(nn.Module):
-    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone.
+
+    LGD is the module itself, its ops taking their references.
+    """
 
     def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
         super().__init__()
@@ -193,7 +193,9 @@ class PlainStep(nn.Module):
         losses = dict(self.detector.loss(pyramid, batch))
         if self.distiller is None:
             return losses
-        made = self.distiller(pyramid, batch, self.ask(batch) if self.teacher is not None else None)
+        teacher = self.ask(batch) if self.teacher is not None else None
+        with use_backend("reference"):
+            made = self.distiller(pyramid, batch, teacher)
         if made.instructive is not None:
             supervision = self.detector.loss(made.instructive, batch)
             losses |= {f"instructive_{name}": value for name, value in supervision.items()}
@@ -215,8 +217,6 @@ def plain(problem: Problem, method: str) -> Contender:
     teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if needs_teacher else None
     shape = _Shape(NUM_CLASSES, recipe.detector.channels)
     distiller = build_distiller(recipe, Given(shape, shape, priors()))
-    if distiller is not None:
-        distiller = PLAIN[method](distiller)
     module = PlainStep(student.train(), distiller, teacher)
     own = list(distiller.parameters()) if recipe.method_optimizer is not None else []
     mine = {id(parameter) for parameter in own}
@@ -239,12 +239,12 @@ def plain(problem: Problem, method: str) -> Contender:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the methods with a plain form ask of a student and of a teacher."""
+    """What LGD and ICD ask of a student and of a teacher."""
 
     num_classes: int
     channels: int
 
 
 def build(problem: Problem, method: str, form: str) -> Contender:
-    """A contender; method of METHODS, form of FORMS or OPTIONS (only methods in PLAIN have a plain form)."""
+    """A contender; method of METHODS, form of FORMS or OPTIONS; a method's plain form is its distiller on the reference ops."""
     return plain(problem, method) if form == "plain" else ours(problem, method, form)

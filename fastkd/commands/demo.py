@@ -230,10 +230,12 @@ def _reading(metrics: dict[str, dict], inheriting: Sequence[str]) -> list[str]:
     for name in inheriting:
         score = metrics.get(name, {}).get("bbox", {}).get("AP")
         if None not in (score, control):
-            gain = f"{score - control:+.1f}"
-            lines.append(f"{name} starts from the teacher's neck and head, as {CONTROL} does; over that it gains {gain}.")
+            rest = f", as {CONTROL} does; over that it gains {score - control:+.1f}."
         elif score is not None:
-            lines.append(f"{name} starts from the teacher's neck and head; --control also trains what that alone gives.")
+            rest = "; --control also trains what that alone gives."
+        else:
+            continue
+        lines.append(f"{name} starts from the teacher's neck and head{rest}")
     return lines
 
 

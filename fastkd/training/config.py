@@ -159,8 +159,8 @@ class Recipe:
         detector: the student.
         data: images, annotations and augmentation.
         method: distillation method; None trains the detector alone.
-        teacher: file of a trained detector (a run's student.safetensors), for methods that need one and inheriting; "asset:NAME" is
-            one that ships with fastkd.
+        teacher: file of a trained detector (a run's student.safetensors), for methods that need one and for inheriting;
+            "asset:NAME" is one that ships with fastkd.
         inherit: start neck and head from the teacher's where names and shapes agree.
         backbone_weights: file of pretrained weights (torchvision names) or "asset:NAME"; None starts at random.
         optimizer: of the student, and of the method where `method_optimizer` is None.

@@ -26,8 +26,9 @@ class ScoreL2Config(FeatureMethod):
     weight: float = dataclasses.field(default=6.0, kw_only=True)
 
     def build(self, given: Given) -> ScoreL2:
-        levels = len(given.student.strides)
-        return ScoreL2(given.student.channels, teacher_channels=given.teacher.channels, levels=levels, weight=self.weight)
+        student, teacher = given.student, given.teacher
+        levels = len(student.strides)
+        return ScoreL2(student.channels, teacher_channels=teacher.channels, levels=levels, weight=self.weight)
 
     @classmethod
     def unfit(cls, detector: DetectorConfig) -> str | None:
