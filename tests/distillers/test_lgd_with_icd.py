@@ -124,19 +124,19 @@ def test_recipes():
     for detector in ("retinanet", "fcos", "faster-rcnn", "mask-rcnn"):
         for family in ("scenes", "coco"):
             lgd, icd, both = (get_recipe(f"{family}-{detector}-{m}") for m in ("lgd", "icd", "lgdicd"))
-            assert (both.lgd, both.icd) == (lgd.method, icd.method) and both.schedule == lgd.schedule
+            assert (both.method.lgd, both.method.icd) == (lgd.method, icd.method) and both.schedule == lgd.schedule
             assert both.teacher == icd.teacher and both.inherit and both.method_optimizer == icd.method_optimizer
             assert both.method.lgd_optimizer == lgd.method_optimizer
             assert Recipe.from_dict(json.loads(json.dumps(both.to_dict()))) == both
     changed = parse_cli("scenes-retinanet-lgdicd", ["--method.icd.weight", "2", "--method.lgd.heads", "4"])
-    assert changed.icd.weight == 2 and changed.lgd.heads == 4
+    assert changed.method.icd.weight == 2 and changed.method.lgd.heads == 4
     with pytest.raises(ValueError, match=r"pair_of: .* must share detector"):
         pair_of(LGDICDConfig, get_recipe("coco-fcos-lgd"), get_recipe("coco-retinanet-icd"), name="pair")
     with pytest.raises(ValueError, match="ICD must have a teacher"):
         dataclasses.replace(both, teacher=None, inherit=False)
-    masks = dataclasses.replace(both.lgd, use_masks=True)
+    masks = dataclasses.replace(both.method.lgd, use_masks=True)
     with pytest.raises(ValueError, match="must be False for fcos, got True; it loads no masks"):
-        dataclasses.replace(get_recipe("coco-fcos-lgdicd"), method=LGDICDConfig(masks, both.icd))
+        dataclasses.replace(get_recipe("coco-fcos-lgdicd"), method=LGDICDConfig(masks, both.method.icd))
 
 
 def test_a_pair_needs_its_teacher(scenes):
