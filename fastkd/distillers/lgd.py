@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from fastkd.distillers.lgd_objects import MASK_SIZE, Objects, box_descriptors, gather_objects
 from fastkd.distillers.protocol import Distilled, Distiller
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
-from fastkd.ops.checks import check_levels
-from fastkd.ops.coverage import full_precision
-from fastkd.ops.layout import is_channels_last
+from fastkd.ops._support.checks import check_levels
+from fastkd.ops._support.coverage import full_precision
+from fastkd.ops._support.layout import is_channels_last
 from fastkd.types import Batch
 
 ADAPTER_QUERIES = ("appearance", "label", "appearance_only", "label_only")
