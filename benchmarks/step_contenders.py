@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_detectors import PlainDetector
-from benchmarks.plain_icd import PlainICD
 from benchmarks.plain_lgd import PlainLGD
 from fastkd.detectors import build_detector
+from fastkd.ops import use_backend
 from fastkd.training.build import build_distiller
 from fastkd.training.compiled import Regions
 from fastkd.training.config import Recipe
@@ -149,7 +149,7 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
     teacher = None
     if method in ("icd", "fgfi"):
         teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
-    distiller = build_distiller(recipe, teacher, priors())
+    distiller = build_distiller(recipe, teacher, priors(), student)
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None else None
     module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
@@ -177,7 +177,10 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
 
 
 class PlainStep(nn.Module):
-    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone.
+
+    ICD is the module itself, its ops in plain torch.
+    """
 
     def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
         super().__init__()
@@ -193,7 +196,8 @@ class PlainStep(nn.Module):
             supervision = self.detector.loss(instructive, batch)
             losses |= distill | {f"instructive_{name}": value for name, value in supervision.items()}
         elif self.distiller is not None:
-            losses |= self.distiller(pyramid, self.ask(batch), batch)
+            with use_backend("reference"):
+                losses |= self.distiller(pyramid, batch, self.ask(batch)).losses
         return losses
 
     @torch.no_grad()
@@ -210,8 +214,8 @@ def plain(problem: Problem, method: str) -> Contender:
     student = PlainDetector(kind, NUM_CLASSES, recipe.detector.backbone)
     teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if method == "icd" else None
     distiller = build_distiller(recipe, _Width(recipe.detector.channels), priors())
-    if distiller is not None:
-        distiller = (PlainLGD if method == "lgd" else PlainICD)(distiller)
+    if method == "lgd":
+        distiller = PlainLGD(distiller)
     module = PlainStep(student.train(), distiller, teacher)
     own = list(distiller.parameters()) if method == "icd" else []
     mine = {id(parameter) for parameter in own}

@@ -96,7 +96,7 @@ def test_unfit_data_is_refused_before_training(tiny_data, tmp_path):
 
 
 def test_solov2_has_nothing_to_imitate(tiny_data):
-    with pytest.raises(ValueError, match="FGFI: anchors must be a list .* got none; use ICD or LGD"):
+    with pytest.raises(ValueError, match=r"FGFI: anchors must be a list .* got none; use ICD or LGD"):
         FGFI(build_detector(tiny_detector("solov2")).imitation_anchors())
 
 
