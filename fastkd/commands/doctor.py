@@ -61,7 +61,7 @@ def run(recipe, batches: int, device: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fastkd.training.doctor import examine
+    from fastkd.training.doctor.checks import examine
 
     console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
     for finding in examine(recipe, batches=batches, device=device_argument(device)):

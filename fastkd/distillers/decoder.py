@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastkd.distillers.queries import AXIS_FEATURES, frequencies, mlp
 from fastkd.ops import attention_mass, instance_attention
-from fastkd.ops.coverage import full_precision
+from fastkd.ops._support.coverage import full_precision
 
 
 @dataclass

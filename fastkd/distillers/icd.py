@@ -12,9 +12,9 @@ from fastkd.distillers.decoder import Attention, DecoderLayer, position_embeddin
 from fastkd.distillers.protocol import Distilled, Distiller
 from fastkd.distillers.queries import Queries, QueryEncoder, QueryNoise, draw_queries, make_noise, mlp
 from fastkd.ops import value_mimic
-from fastkd.ops.checks import check_levels, check_same_sizes
-from fastkd.ops.coverage import full_precision, widen
-from fastkd.ops.normalizer import global_mean
+from fastkd.ops._support.checks import check_levels, check_same_sizes
+from fastkd.ops._support.coverage import full_precision, widen
+from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch, ClassPriors
 
 
