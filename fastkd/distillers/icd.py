@@ -31,7 +31,7 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = widen(outputs)
-    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; masks as factors: no wait for a GPU
+    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; boolean indexing would wait for a GPU
     num_valid, num_real = global_mean(torch.stack([valid.sum(), real.sum()]))
     scores, ltrb = outputs[..., 0], outputs[..., 1:].sigmoid()
 
@@ -64,6 +64,9 @@ class ICD(Distiller):
     """
 
     needs_teacher = True
+    prior_frequency: Tensor
+    prior_mean: Tensor
+    prior_std: Tensor
 
     def __init__(
         self,
