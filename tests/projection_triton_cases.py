@@ -11,7 +11,8 @@ import torch
 from kernels import channels_last, contiguous, strided
 from tolerance import assert_no_worse
 
-from fastkd.ops.project_levels import order_of, project_levels_reference
+from fastkd.ops._support.layout import order_of
+from fastkd.ops.project_levels import project_levels_reference
 from fastkd.ops.triton import configurations, plan, projection
 from fastkd.ops.triton.configurations import Card, Tiles
 

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._support.checks import check_device, check_levels, check_same_sizes, check_tensor
-from fastkd.ops._support.coverage import full_precision, widen
+from fastkd.ops._support.coverage import flatten_pyramid, full_precision, widen
 from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import dense_like, register_with_backward
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DISPATCH = Dispatch("instance_attention")
-
-
-def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
-    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
-    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.layout import empty_pyramid
 from fastkd.ops._support.registration import register_with_backward
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -49,23 +50,6 @@ def project_levels_reference(levels: Sequence[Tensor], weight: Tensor, bias: Ten
     """Plain torch of `project_levels`."""
     cells = [level.permute(0, 2, 3, 1) for level in levels]  # [B, H, W, C]
     return [torch.nn.functional.linear(each, weight, bias).permute(0, 3, 1, 2) for each in cells]
-
-
-def order_of(levels: Sequence[Tensor]) -> torch.memory_format:
-    """The memory order of what the op makes: channels-last where all levels are, else contiguous."""
-    last = all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
-    last = last and not all(level.is_contiguous() for level in levels)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def empty_pyramid(levels: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """Room for a pyramid of other channels."""
-    order = order_of(levels)
-    sizes = [(level.shape[0], channels, *level.shape[2:]) for level in levels]
-    return [
-        torch.empty(size, dtype=level.dtype, device=level.device, memory_format=order)
-        for size, level in zip(sizes, levels, strict=True)
-    ]
 
 
 def _forward_fake(levels, weight, bias) -> list[Tensor]:

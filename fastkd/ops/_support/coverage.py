@@ -1,6 +1,8 @@
-"""Which cells an object covers, and the two sums over covered cells that all box and mask ops share (references)."""
+"""Plain torch shared by references: precision, flat pyramids, and sums over the cells that an object covers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ def full_precision(value: Tensor) -> torch.autocast:
 def widen(value: Tensor) -> Tensor:
     """float32 of half types, anything wider as it is."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
+    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
+    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
 def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.ops.project_levels import empty_pyramid
+from fastkd.ops._support.layout import empty_pyramid
 from fastkd.ops.triton import configurations, plan
 from fastkd.ops.triton.attention_backward import MERGED, instance_attention_backward_merge_kernel
 from fastkd.ops.triton.configurations import Card, Tiles
