@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each room may import the rooms of the lines above its own, and nothing else.
 FLOORS = (
-    ("types", "boxes", "files", "signals", "tensor_files", "assets"),
+    ("types", "boxes", "files", "signals", "codec", "tensor_files", "assets"),
     ("ops",),
     ("distillers", "detectors", "data", "evaluation", "report"),
     ("integrations", "training"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
+from fastkd.boxes import box_iou
 from fastkd.detectors.common.locations import (
     LocationDetector,
     LocationHead,
@@ -57,7 +58,7 @@ class ATSS(LocationDetector):
         places = self._candidates(truth, levels, grids)  # [B, K, M]
         own = anchors[places]  # [B, K, M, 4]
         middle, half = (own[..., :2] + own[..., 2:]) / 2, (own[..., 2:] - own[..., :2]) * (self.reach / 2)
-        iou = box_iou_of_pairs(truth.boxes[:, :, None], torch.cat([middle - half, middle + half], -1))
+        iou = box_iou(truth.boxes[:, :, None], torch.cat([middle - half, middle + half], -1))
         threshold = iou.mean(-1, keepdim=True) + iou.std(-1, keepdim=True)
         first, last = truth.boxes[:, :, None].split(2, -1)
         fits = (iou >= threshold) & ((middle > first) & (middle < last)).all(-1) & truth.valid[..., None]
@@ -73,14 +74,6 @@ class ATSS(LocationDetector):
             found.append(window.gather(-1, nearest) + first)
             first += len(anchors)
         return torch.cat(found, -1)
-
-
-def box_iou_of_pairs(boxes: Tensor, squares: Tensor) -> Tensor:
-    """IoU of boxes [..., 4] with as many others."""
-    size = (torch.minimum(boxes[..., 2:], squares[..., 2:]) - torch.maximum(boxes[..., :2], squares[..., :2])).clamp(0)
-    overlap = size.prod(-1)
-    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, squares)]
-    return overlap / (areas[0] + areas[1] - overlap)
 
 
 def _highest(fits: Tensor, value: Tensor, places: Tensor, locations: int) -> Tensor:

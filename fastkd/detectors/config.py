@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
+
+from fastkd.codec import decode, encode, require
 
 DETECTORS = ("retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2")
@@ -250,23 +251,16 @@ class DetectorConfig:
 
     def to_dict(self) -> dict:
         """The fields as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        return encode(self, {})
 
     @classmethod
     def from_dict(cls, values: dict) -> DetectorConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a field that is missing, as in a file of an earlier version, has its default.
 
         Raises: ValueError for an unknown field or an invalid value.
         """
-        if not isinstance(values, dict):
-            raise ValueError(f"DetectorConfig.from_dict: values must be a mapping, got {type(values).__name__}")
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"DetectorConfig.from_dict: unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**values)
+        require(isinstance(values, dict), "DetectorConfig", "an object", values)
+        return decode(cls, cls().to_dict() | values, "DetectorConfig", {})
 
 
 def _is_integer(value, least: int) -> bool:
@@ -277,6 +271,5 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check(good: bool, name: str, wanted: str, value) -> None:
-    if not good:
-        raise ValueError(f"DetectorConfig: {name} must be {wanted}, got {value!r}")
+def _check(good: bool, name: str, wanted: str, value: object) -> None:
+    require(good, f"DetectorConfig: {name}", wanted, value)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.atss import box_iou_of_pairs
+from fastkd.boxes import box_iou
 from fastkd.detectors.common.locations import LocationDetector, LocationHead, Matches, near_cells
 from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
@@ -83,7 +83,7 @@ class POTO(LocationDetector):
         image = torch.arange(len(places), device=places.device)[:, None, None]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, places].flatten(0, 2), own.flatten(0, 2))
         corner, end = truth.boxes[:, :, None].split(2, -1)
-        iou = box_iou_of_pairs(truth.boxes[:, :, None], predicted.view_as(own))
+        iou = box_iou(truth.boxes[:, :, None], predicted.view_as(own))
         probability = outputs["cls_logits"][image, places, truth.labels[..., None]].sigmoid()
         near = (middle - centers[:, :, None]).abs() < RADIUS * stride
         allowed = (near & (middle > corner) & (middle < end)).all(-1)

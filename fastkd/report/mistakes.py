@@ -220,7 +220,7 @@ def _false_positive(images: Images, judged: Judged, image_id: int, place: int, b
     marks = [Mark(tuple(other), TRUTH_COLOUR) for other in truth.boxes] + [Mark(tuple(box), WRONG_COLOUR)]
     text = f"<b>{KINDS[kind]}</b><br>{escape(images.name(found.labels[place]))} {found.scores[place]:.2f}"
     if partner >= 0:
-        iou = analysis.box_iou(box[None], truth.boxes[partner : partner + 1])[0, 0]
+        iou = analysis.pairwise_iou(box[None], truth.boxes[partner : partner + 1])[0, 0]
         word = "again" if kind == DUPLICATE else "truth:"
         text += f"<br>{word} {escape(images.name(truth.labels[partner]))}, IoU {iou:.2f}"
     text += f'<br><span class="soft">image {image_id}</span>'

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastkd.codec import decode, encode, require
 from fastkd.detectors import DetectorConfig
-from fastkd.training.codec import decode, encode, require
 
 
 def _require_fraction(owner: object, *names: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from fastkd.detectors.common.targets import in_full_precision
+from fastkd.ops._support.coverage import full_precision
 
 
 class ModulatedDeformConv(DeformConv2d):
@@ -32,7 +32,7 @@ class ModulatedDeformConv(DeformConv2d):
     def forward(self, maps: Tensor) -> Tensor:
         """Maps [B, C, H, W] to [B, C', H', W'] of the same type; computed in float32 also under autocast."""
         offset, mask = self.offset(maps).split([2 * self.taps, self.taps], dim=1)
-        with in_full_precision(maps):
+        with full_precision(maps):
             result = deform_conv2d(
                 maps.float(),
                 offset.float(),

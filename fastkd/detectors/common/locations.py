@@ -14,9 +14,10 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from fastkd.detectors.backbones.base import group_norm
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision, inside_ignored
+from fastkd.detectors.common.targets import PaddedBoxes, inside_ignored
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
@@ -68,7 +69,7 @@ class LocationDetector(Detector):
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images."""
         outputs = self.head(one_behind_the_other(pyramids))
-        with in_full_precision(pyramids[0][0]):
+        with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
             return apart(self._losses(outputs, pyramids[0], batch))
@@ -95,7 +96,7 @@ class LocationDetector(Detector):
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             return dense_detections(*self._scores_and_decoder(outputs, pyramid), batch, self.config)
 
     def _scores_and_decoder(self, outputs: dict[str, Tensor], pyramid: list[Tensor]):

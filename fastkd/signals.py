@@ -9,11 +9,21 @@ from collections.abc import Iterator
 
 
 class Interrupted(Exception):
-    """A signal arrived where there is nothing left to save. Args: signum: the signal."""
+    """A signal stopped the work and everything is saved. Args: signum: the signal."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM, as shells know them."""
+        return 128 + self.signum
+
+    @classmethod
+    def with_exit_code(cls, exit_code: int) -> Interrupted:
+        """The inverse of `exit_code`."""
+        return cls(exit_code - 128)
 
 
 class StopSignals:
