@@ -4,8 +4,8 @@ A pickle is a program that may call anything. Here its opcodes are read one by o
 build dicts, lists, text, numbers and plain numpy arrays; what numpy would be called for is recognised by name and done
 by the code below. Nothing is imported or called on the file's behalf, so nothing in it can run.
 
-`pickle.Unpickler` with a whitelisting `find_class` would be shorter and is not as safe (CPython 3.11): a nested tuple as
-a dict's key overflows the C stack in its hash, a memo index of 2**31 in a file of nine bytes takes 34 GB, and extension
+`pickle.Unpickler` with a whitelisting `find_class` would be shorter and is not as safe (CPython 3.11): a nested tuple
+as a dict's key overflows the C stack in its hash, a memo index of 2**31 in nine bytes takes 34 GB, and extension
 opcodes bypass `find_class` for whatever the process has unpickled by them before.
 """
 
