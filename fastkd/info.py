@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
 import platform
 
 import torch
@@ -56,10 +57,11 @@ def _gpus() -> list[str]:
 
 
 def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
-    """What runs where; why_not: why no compiled op runs on the CPU."""
+    """What runs where; why_not: why no compiled op runs on the CPU. Each module of fastkd.ops is one op."""
     table = {}
-    for op in sorted(name for name in ops.__all__ if f"{name}_reference" in ops.__all__):
-        reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
+    for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.ispkg):
+        on_cpu = "as fast as a kernel" if op in library.TORCH_ON_CPU else why_not or library.why_no_kernel(op)
+        reasons = {"cpu": on_cpu, "cuda": library.why_no_kernel(op, "cuda")}
         table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
         if reasons["cuda"] is None and op in library.TRITON_OPS:
             table[op]["cuda"] = "compiled by Triton when first called"
