@@ -44,7 +44,7 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(typing.get_args(annotation), value, where, kinds)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _decode_dataclass(annotation, value, where, kinds)
     if origin is tuple:
         require(isinstance(value, (list, tuple)), where, "a list", value)

@@ -192,6 +192,7 @@ def _write_graph(
                 dynamic_shapes=shapes,
                 verbose=False,
             )
+            assert program is not None  # as dynamo=True promises
             program.save(str(partial), external_data=False)
         return _compare(module, partial, path, name, names, examples)
 

@@ -71,9 +71,11 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
 def _cards() -> list[str]:
     """The visible GPUs that the kernels are not built for, in words."""
     build = library.cuda_build()
-    cards = range(torch.cuda.device_count() if build else 0)
+    if build is None:
+        return []
+    cards = range(torch.cuda.device_count())
     found = {library.why_unsupported(build, torch.cuda.get_device_capability(index)) for index in cards}
-    return sorted(found - {None})
+    return sorted(reason for reason in found if reason is not None)
 
 
 def collect() -> dict:

@@ -49,7 +49,8 @@ def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, 
 
 def _write_split(root: Path, split: str, count: int, parameters: dict, results: list) -> None:
     """Collect the drawn images in order and write the split's annotation file."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index, (width, height, found) in enumerate(results):
         image_id = index + 1
         images.append({"id": image_id, "file_name": f"{index:06d}.jpg", "width": width, "height": height})

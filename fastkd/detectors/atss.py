@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
@@ -54,7 +56,7 @@ class ATSS(LocationDetector):
     def assign(self, truth: PaddedBoxes, pyramid: list[Tensor]) -> Tensor:
         """The row of `truth` each location answers for, or BELOW: [B, A] int64."""
         levels = self.anchors(pyramid)
-        anchors, grids = torch.cat(levels), [tuple(level.shape[-2:]) for level in pyramid]
+        anchors, grids = torch.cat(levels), [level.shape[-2:] for level in pyramid]
         places = self._candidates(truth, levels, grids)  # [B, K, M]
         own = anchors[places]  # [B, K, M, 4]
         middle, half = (own[..., :2] + own[..., 2:]) / 2, (own[..., 2:] - own[..., :2]) * (self.reach / 2)
@@ -64,7 +66,7 @@ class ATSS(LocationDetector):
         fits = (iou >= threshold) & ((middle > first) & (middle < last)).all(-1) & truth.valid[..., None]
         return _highest(fits, iou, places, len(anchors))
 
-    def _candidates(self, truth: PaddedBoxes, levels: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
+    def _candidates(self, truth: PaddedBoxes, levels: list[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
         centers, found, first = (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2, [], 0
         for anchors, grid, stride in zip(levels, grids, self.strides, strict=True):
             window = near_cells(centers, grid, stride, CANDIDATES)

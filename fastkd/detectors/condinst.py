@@ -92,9 +92,8 @@ class CondInst(FCOS):
         outputs, found = self.head(pyramid), []
         with full_precision(pyramid[0]):
             anchors = torch.cat(self.anchors(pyramid))
-            boxes, scores, labels, places = dense_candidates(
-                *self._scores_and_decoder(outputs, pyramid), batch, self.config
-            )
+            scores_and_decoder = self._scores_and_decoder(outputs, pyramid)
+            boxes, scores, labels, places = dense_candidates(*scores_and_decoder, batch, self.config)
             kept = survivors(boxes, scores, labels, self.config)
             for image, (own, size) in enumerate(zip(kept, batch.image_sizes.tolist(), strict=True)):
                 masks = [torch.zeros(0, *size, dtype=torch.bool, device=boxes.device)]

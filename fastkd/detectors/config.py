@@ -234,12 +234,11 @@ class DetectorConfig:
 
     def anchor_sizes(self) -> list[tuple[float, ...]]:
         """Sides in pixels of the square anchors, level by level; rounded down, as torchvision does, or exact."""
-        if self.detector == "retinanet":
-            base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-        else:
-            base, scales = 8, (1.0,)
-        base = self.anchor_base if self.anchor_base is not None else base
-        scales = self.anchor_scales if self.anchor_scales is not None else scales
+        base, scales = self.anchor_base, self.anchor_scales
+        if base is None:
+            base = 4 if self.detector == "retinanet" else 8
+        if scales is None:
+            scales = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)) if self.detector == "retinanet" else (1.0,)
         sizes = [tuple(base * stride * scale for scale in scales) for stride in self.strides]
         return [tuple(max(1, int(size)) for size in level) for level in sizes] if self.anchor_rounding else sizes
 

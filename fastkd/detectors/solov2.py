@@ -115,6 +115,7 @@ class SOLOv2(Detector):
     def _centers(self, truth: PaddedBoxes, batch: Batch) -> tuple[Tensor, Tensor]:
         """Centres of mass [B, K, 2] of the masks in pixels, and which rows have a mask [B, K]."""
         masks, means = batch.masks, []
+        assert masks is not None  # see require_masks
         area = masks.sum((1, 2))
         for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
             place = torch.arange(length, device=masks.device) + 0.5

@@ -70,8 +70,7 @@ def match_image(
     truth = clip_to_image(truth, *size)
     boxes, regions = truth[~ignored], truth[ignored]
     iou = overlaps(found, boxes)[0]
-    covered = (overlaps(found, regions)[1] > OVERLAP).any(1)
-    hidden = (overlaps(boxes, regions)[1] > OVERLAP).any(1)
+    covered, hidden = (np.any(overlaps(one, regions)[1] > OVERLAP, axis=1) for one in (found, boxes))
     matched, union = _jaccard(iou, scores, covered, hidden)
     return ImageMatch(scores, _greedy(iou, covered), len(boxes), matched, union)
 

@@ -123,7 +123,7 @@ def _check(boxes, image_index, anchors, strides, batch_size, level_sizes, psi) -
 
 
 def _check_anchors(op: str, name: str, base: object, boxes: Tensor) -> None:
-    check_tensor(op, name, base, "[A, 4]", 2)
+    base = check_tensor(op, name, base, "[A, 4]", 2)
     check_kernel_dtype(op, name, base)
     if base.shape[0] < 1 or base.shape[1] != 4:
         raise ValueError(f"{op}: {name} must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors")

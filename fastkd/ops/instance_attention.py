@@ -184,15 +184,15 @@ def kernel_arguments(
 
     absorbed: W_k^T q of every head [B, G, N, C] where the caller has it.
     """
-    weight: Tensor | None = widen(key_weight)
-    wide = widen(queries)
+    wide, weight = widen(queries), widen(key_weight)
+    rows, columns = ([widen(table) for table in side] for side in (row_bias, column_bias))
+    cells = [level.detach() for level in levels]
     if absorbing_is_cheaper(queries, levels[0].shape[1]):
         with full_precision(queries):
             heads = weight.unflatten(0, (queries.shape[1], -1))
             wide = torch.einsum("bgnd,gdc->bgnc", wide, heads) if absorbed is None else widen(absorbed)
-        weight = None
-    tables = [[widen(table) for table in side] for side in (row_bias, column_bias)]
-    return wide, [level.detach() for level in levels], weight, *tables
+        return wide, cells, None, rows, columns
+    return wide, cells, weight, rows, columns
 
 
 def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,7 +88,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grads: list[Tensor]):
     weight, *levels = ctx.saved_tensors
-    for_levels, for_weight, for_bias = any(ctx.needs_input_grad[0]), *ctx.needs_input_grad[1:]
+    for_levels = any(ctx.needs_input_grad[0])
+    for_weight, for_bias = ctx.needs_input_grad[1:]
     found = torch.ops.fastkd.project_levels_backward(list(grads), levels, weight, for_levels, for_weight, for_bias)
     grad_levels = [found.pop(0) for _ in levels] if for_levels else [None] * len(levels)
     return grad_levels, found.pop(0) if for_weight else None, found.pop(0) if for_bias else None

@@ -22,6 +22,7 @@ from fastkd.report.analysis import (
 from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded, grid, key, note, paragraph, table
 from fastkd.report.pictures import MISSED_COLOUR, OTHER_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
 from fastkd.report.runs import Run
+from fastkd.report.sources import ValidationSet
 
 MOST_CROPS = 160
 # Bytes of all pictures from which on a section takes no more. Base64 adds a third, and the page stays under 8 MB.
@@ -43,7 +44,7 @@ class Judged:
 class Images:
     """Validation images of a report: where they come from, their ground truth, and the runs judged against it."""
 
-    source: object
+    source: ValidationSet
     truths: dict[int, Truth]
     judged: list[Judged] = field(default_factory=list)
 
@@ -57,7 +58,7 @@ class Images:
         return clean(self.source.class_names[label], 30)
 
 
-def judge_runs(source, runs: list[Run]) -> Images:
+def judge_runs(source: ValidationSet, runs: list[Run]) -> Images:
     """Judges every run that has detections. Args: source: a ValidationSet (or anything with its methods)."""
     images = Images(source, {image_id: source.truth(image_id) for image_id in source.image_ids})
     boxes = sum(len(truth.labels) for truth in images.truths.values())

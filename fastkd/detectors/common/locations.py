@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,9 @@ class LocationDetector(Detector):
         with full_precision(pyramid[0]):
             return dense_detections(*self._scores_and_decoder(outputs, pyramid), batch, self.config)
 
-    def _scores_and_decoder(self, outputs: dict[str, Tensor], pyramid: list[Tensor]):
+    def _scores_and_decoder(
+        self, outputs: dict[str, Tensor], pyramid: list[Tensor]
+    ) -> tuple[list[Tensor], Callable[[int, Tensor], Tensor]]:
         """What `dense_detections` asks for."""
         anchors = self.anchors(pyramid)
         sizes = [len(level) for level in anchors]
@@ -124,7 +127,7 @@ def centerness(sides: Tensor) -> Tensor:
     return torch.sqrt(ratio)
 
 
-def near_cells(points: Tensor, grid: tuple[int, int], stride: int, size: int) -> Tensor:
+def near_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
     """The cells of a grid in a window around points.
 
     The window is `size` cells on a side, less where the grid is smaller, moved into the grid. So it holds the `size`
@@ -159,14 +162,15 @@ def tower(in_channels: int, channels: int, convs: int) -> nn.Sequential:
 def predictor(in_channels: int, out_channels: int, *, prior: bool = False) -> nn.Conv2d:
     """The last convolution of a tower; with `prior` its sigmoid starts at 0.01."""
     conv = _small(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-    if prior:
+    if prior and conv.bias is not None:
         nn.init.constant_(conv.bias, -math.log((1 - PRIOR) / PRIOR))
     return conv
 
 
 def _small(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -200,7 +204,8 @@ class BoxTower(nn.Module):
         super().__init__()
         self.conv = tower(config.channels, config.channels, config.head_convs)
         self.bbox_reg = predictor(config.channels, 4)
-        nn.init.ones_(self.bbox_reg.bias)
+        if self.bbox_reg.bias is not None:
+            nn.init.ones_(self.bbox_reg.bias)
         self.scales = nn.Parameter(torch.ones(len(config.strides)))
         self.more = tuple(more)
         for name, channels in more.items():

@@ -73,7 +73,8 @@ class RegionHeads(nn.Module):
         """
         boxes = [own for sample in samples for own in self._by_image(sample.boxes, sample.image, batch)]
         outputs = (values.split([len(sample.boxes) for sample in samples]) for values in self._boxes(levels, boxes))
-        found = [self._box_losses(*both, sample, truth) for *both, sample in zip(*outputs, samples, strict=True)]
+        logits, deltas = outputs
+        found = [self._box_losses(*own, truth) for own in zip(logits, deltas, samples, strict=True)]
         if self.config.detector == "mask_rcnn":
             for losses, loss in zip(found, self._mask_losses(levels, samples, truth, batch), strict=True):
                 losses["roi_mask"] = loss
@@ -135,6 +136,7 @@ class RegionHeads(nn.Module):
         """Of one pyramid's mask logits; by_image: the boxes of each image, row: of each its row of the truth."""
         with full_precision(logits), torch.no_grad():
             rows = row.split([len(own) for own in by_image])
+            assert batch.masks is not None  # TwoStage.losses has looked
             masks = batch.masks.split(batch.counts)
             parts = [
                 project_masks_on_boxes(mask, own, which, logits.shape[-1])

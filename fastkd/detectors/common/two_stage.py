@@ -32,6 +32,8 @@ class TwoStage(Detector):
     samples the same anchors, and the same proposals as far as they are the same.
     """
 
+    head: TwoStageHead
+
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), TwoStageHead(config))
 

@@ -64,7 +64,7 @@ class _Type:
         self.order = order
 
     def numpy(self) -> np.dtype:
-        return np.dtype(_KINDS[self.code]).newbyteorder(self.order)
+        return np.dtype(self.order + _KINDS[self.code])
 
 
 @dataclass

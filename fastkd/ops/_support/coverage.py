@@ -23,7 +23,7 @@ def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
     return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
-def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int, int]) -> Tensor:
+def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: Sequence[int]) -> Tensor:
     """Cells (y, x) with y1 * H_l / H <= y <= y2 * H_l / H, likewise x; corners clamped to the image, in float32.
 
     Args: boxes [K, 4] xyxy pixels; image_size (H, W); level_size (H_l, W_l).
@@ -40,7 +40,7 @@ def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int,
     return row[:, :, None] & column[:, None, :]
 
 
-def mask_cover(masks: Tensor, level_size: tuple[int, int]) -> Tensor:
+def mask_cover(masks: Tensor, level_size: Sequence[int]) -> Tensor:
     """Masks [K, H, W] bool resized to [K, H_l, W_l] by nearest neighbour: cell y reads row floor(y * H / H_l)."""
     rows, columns = level_size
     y = torch.arange(rows, device=masks.device) * masks.shape[1] // rows
