@@ -72,7 +72,7 @@ gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json
 
 roofline: $(STAMPS)/dependencies
-	$(BIN)/python -m benchmarks.gpu.roofline
+	$(BIN)/python -m benchmarks.gpu.predictions
 
 wheel: build
 	rm -rf dist

@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from benchmarks.environment import commit
 from benchmarks.gpu import inductor as gpu_inductor
 from benchmarks.gpu.roofline import PUBLISHED
 from benchmarks.ops.draws import Shape
+from fastkd.files import write_json
 from fastkd.ops._support import library
 from fastkd.training.methods import ICDConfig, LGDConfig
 from fastkd.training.methods.protocol import Given
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = table(results)
     print("\n".join(lines))
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(chosen.json, results)
     if chosen.write:
         OUT.write_text(page(lines, shape), encoding="utf-8")
 

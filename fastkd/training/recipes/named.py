@@ -239,9 +239,11 @@ def get_recipe(name: str) -> Recipe:
     if name in CROWD_RECIPES:
         return CROWD_RECIPES[name](name)
     if name not in recipe_names():
-        near = difflib.get_close_matches(str(name), recipe_names()) or ["scenes-retinanet-lgd"]
+        names = recipe_names()
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(
-            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; take {' or '.join(near)}"
+            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; "
+            f"nearest: {', '.join(near)}"
         )
     if name in ROWS:
         row = ROWS[name]
