@@ -39,7 +39,7 @@ DEFINITIONS = torch.library.Library("fastkd_simt", "FRAGMENT")
 module = load()
 
 
-def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=96 * 1024):
+def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=99 * 1024):
     """A call of an op under the emulation; RuntimeError with what it finds."""
     module.configure(seed, poison, shared_bytes)
     try:

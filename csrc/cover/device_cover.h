@@ -14,7 +14,6 @@ constexpr int kWords = kTile / kWarpSize;     // of a tile's cells as bits
 constexpr int kWarps = kBlock / kWarpSize;
 
 #ifdef __CUDACC__
-#define FASTKD_RESIDENT(blocks) __launch_bounds__(kBlock, blocks)  // of kBlock threads on a multiprocessor
 FASTKD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 FASTKD_DEVICE int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }
 template <class U>
@@ -22,7 +21,6 @@ FASTKD_DEVICE U* shared_at(unsigned char* memory, int bytes) {
   return reinterpret_cast<U*>(memory + bytes);
 }
 #else
-#define FASTKD_RESIDENT(blocks)
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 template <class U>
