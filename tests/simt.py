@@ -18,6 +18,7 @@ from fastkd.ops._support import library
 TESTS = Path(__file__).resolve().parent
 PATH = Path(os.environ.get("FASTKD_SIMT") or TESTS.parent / "build" / "cmake" / "_simt.so")
 SEEDS = (0, 1, 2)
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes of shared memory of a block
 
 
 def load():

@@ -154,6 +154,7 @@ inline void check_cuda(cudaError_t error) {
 template <class... Parameters, class... Arguments>
 void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "a launch takes 4 KB of arguments");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check_grid(grid.x, grid.y, grid.z);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));

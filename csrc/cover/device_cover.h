@@ -212,11 +212,8 @@ inline Sizes sizes_of(const std::vector<Plane>& planes) {
 }
 
 inline void check_sizes(const char* op, const Sizes& sizes) {
-  constexpr int64_t kLargest = int64_t{1} << 30;
   STD_TORCH_CHECK(sizes.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels are possible, got ", sizes.size());
-  for (const auto& [rows, columns] : sizes)
-    STD_TORCH_CHECK(rows >= 0 && columns >= 0 && rows < kLargest && columns < kLargest && rows * columns < kLargest,
-                    op, ": a level must have fewer than 2^30 cells, got ", rows, " x ", columns);
+  for (const auto& [rows, columns] : sizes) check_cells(op, rows, columns);
 }
 
 // The levels without their data, for blocks of `strip` cells and `group` channels of an image.

@@ -185,7 +185,7 @@ struct Call {
       STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type() &&
                           is_beside(s, students[0]) && is_beside(t, students[0]),
                       "instance_norm_mse: levels must have one dtype and lie on one device");
-      STD_TORCH_CHECK(s.size(2) * s.size(3) <= 2147483647, "instance_norm_mse: a level has at most 2^31 - 1 cells");
+      check_cells("instance_norm_mse", s.size(2), s.size(3));
       student.push_back(dense(s, is_channels_last(s)));
       teacher.push_back(dense(t, is_channels_last(s)));
       elements += s.numel();

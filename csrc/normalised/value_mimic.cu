@@ -286,9 +286,9 @@ struct Call {
         STD_TORCH_CHECK(one->dim() == 4 && one->size(0) == images && one->size(2) == s.size(2) &&
                             one->size(3) == s.size(3) && one->size(1) == (one == &m ? heads : heads * depth),
                         "value_mimic: levels must be [B, C, H, W], mass [B, G, H, W], of the same sizes");
-      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type() &&
-                          s.size(2) * s.size(3) <= 2147483647,
-                      "value_mimic: values must have one dtype, levels at most 2^31 - 1 cells");
+      check_cells("value_mimic", s.size(2), s.size(3));
+      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type(),
+                      "value_mimic: values must have one dtype");
       STD_TORCH_CHECK(is_beside(s, students[0]) && is_beside(t, students[0]) && is_beside(m, students[0]),
                       "value_mimic: student, teacher and mass must be on one device");
       student.push_back(dense(s, is_channels_last(s)));
