@@ -1,6 +1,6 @@
-// What the GPU kernels that pool and paint share: a pyramid cut into blocks, and which cells the objects (boxes, masks)
-// of an image cover. Everything that depends on the values of boxes, masks or image_index is found on the device; an
-// image_index out of range matches no image, NaN covers nothing.
+// box_pool, box_paint, mask_pool, mask_paint and box_paint_conv3x3 on the GPU share: a pyramid cut into blocks, and which
+// cells the objects (boxes, masks) of an image cover, found on the device. An image_index out of range matches no image,
+// NaN covers nothing.
 #pragma once
 
 #include "cover/covered_range.h"

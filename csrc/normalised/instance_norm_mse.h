@@ -1,4 +1,4 @@
-// What instance_norm_mse.cpp hands its kernels.
+// instance_norm_mse and its kernels share this; value_mimic, the family's other op, shares common/ alone.
 #pragma once
 
 #include "common/pyramid.h"

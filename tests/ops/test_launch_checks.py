@@ -72,20 +72,20 @@ def test_static_and_dynamic_shared_memory_count_together(card):
 
 def test_launches_that_a_card_would_refuse():
     launch_shared(48 * KIB - 64, 0)
-    with pytest.raises(RuntimeError, match="^launch: .* 49153 bytes of shared memory, without permission 49152"):
+    with pytest.raises(RuntimeError, match=r"^launch: .* 49153 bytes of shared memory, without permission 49152"):
         launch_shared(48 * KIB - 63, 0)
     launch_shared(60 * KIB, 60 * KIB)
-    with pytest.raises(RuntimeError, match="^launch: 61441 dynamic bytes, allowed are 61440"):
+    with pytest.raises(RuntimeError, match=r"^launch: 61441 dynamic bytes, allowed are 61440"):
         launch_shared(60 * KIB + 1, 60 * KIB)
     launch_shared(99 * KIB - 64, 99 * KIB - 64)
-    with pytest.raises(RuntimeError, match="^launch: .* 101440 bytes of shared memory allowed, the card has 101376"):
+    with pytest.raises(RuntimeError, match=r"^launch: .* 101440 bytes of shared memory allowed, the card has 101376"):
         launch_shared(60 * KIB, 99 * KIB)
-    with pytest.raises(RuntimeError, match="^launch: 101377 bytes of shared memory, the card has 101376"):
+    with pytest.raises(RuntimeError, match=r"^launch: 101377 bytes of shared memory, the card has 101376"):
         launch_shared(99 * KIB + 1, 99 * KIB + 1)
 
 
 def test_static_arrays_beside_dynamic_memory_fit_in_what_launches_reckon_with():
-    with pytest.raises(RuntimeError, match="^launch: .* 1296 static bytes beside dynamic ones, not 1280"):
+    with pytest.raises(RuntimeError, match=r"^launch: .* 1296 static bytes beside dynamic ones, not 1280"):
         launch_shared(KIB, None, True)
 
 
