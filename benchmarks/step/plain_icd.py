@@ -21,21 +21,23 @@ from fastkd.types import Batch
 Size = tuple[int, int]
 
 
-def frequencies(features: int = 128) -> Tensor:
+def frequencies(device: torch.device, features: int = 128) -> Tensor:
     """[features / 2]: 10000 ^ -(2 i / features)."""
-    return 10000 ** -(torch.arange(0, features, 2) / features)
+    return 10000 ** -(torch.arange(0, features, 2, device=device) / features)
 
 
 def positions(batch: Batch, sizes: list[Size]) -> tuple[Tensor, Tensor]:
     """Sines and cosines [B, S, 256] of every cell's place in its image, and which cells are inside [B, S]."""
+    device = batch.image_sizes.device
     embedded, inside = [], []
     for rows, columns in sizes:
         stride = (batch.padded_size[0] / rows + batch.padded_size[1] / columns) / 2
         valid = (batch.image_sizes.double() / stride).ceil()
-        valid = torch.minimum(valid.clamp(min=1), torch.tensor([rows, columns])).float()  # [B, 2]
-        y, x = torch.arange(1, rows + 1), torch.arange(1, columns + 1)
+        valid = torch.minimum(valid.clamp(min=1), torch.tensor([rows, columns], device=device)).float()  # [B, 2]
+        y, x = torch.arange(1, rows + 1, device=device), torch.arange(1, columns + 1, device=device)
         y_part, x_part = (
-            (place / valid[:, axis, None] * 2 * math.pi)[..., None] * frequencies() for axis, place in enumerate((y, x))
+            (place / valid[:, axis, None] * 2 * math.pi)[..., None] * frequencies(device)
+            for axis, place in enumerate((y, x))
         )
         y_part, x_part = (torch.stack([part.sin(), part.cos()], dim=3).flatten(2) for part in (y_part, x_part))
         whole = [y_part[:, :, None].expand(-1, -1, columns, -1), x_part[:, None].expand(-1, rows, -1, -1)]
@@ -47,7 +49,7 @@ def positions(batch: Batch, sizes: list[Size]) -> tuple[Tensor, Tensor]:
 def encode(icd: ICD, queries: Queries) -> Tensor:
     """Query vectors [B, N, C]."""
     one_hot = F.one_hot(queries.labels, icd.encoder.num_classes).float()
-    angle = 2 * math.pi * queries.anchors[..., None] * frequencies()
+    angle = 2 * math.pi * queries.anchors[..., None] * frequencies(queries.anchors.device)
     anchor = torch.cat([angle.sin(), angle.cos()], dim=3).flatten(2)
     scale = (queries.pixels.log() * 1.44 - 5).clamp(0, 4).floor().long()
     return icd.encoder.layers(torch.cat([one_hot, anchor, F.one_hot(scale, 5).flatten(2).float()], dim=2))

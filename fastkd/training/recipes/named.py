@@ -19,8 +19,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
-
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITH_MASKS, WITHOUT_ANCHORS
 from fastkd.training.config import (
@@ -342,6 +340,8 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     Exits with a help text on --help and with code 2 on an unknown or ill-typed option (as argparse does); raises
     ValueError where the values contradict each other.
     """
+    import tyro  # only the command line needs it
+
     recipe = get_recipe(name)
     return tyro.cli(
         tyro.conf.AvoidSubcommands[Recipe],
