@@ -20,8 +20,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
-
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITHOUT_ANCHORS
 from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
@@ -267,6 +265,8 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     Exits with a help text on --help and with code 2 on an unknown or ill-typed option (as argparse does); raises
     ValueError where the values contradict each other.
     """
+    import tyro  # only the command line needs it
+
     recipe = typed(get_recipe(name))
     parsed = tyro.cli(
         tyro.conf.AvoidSubcommands[type(recipe)],  # type: ignore[misc]
