@@ -85,6 +85,9 @@ class StepModule(nn.Module):
         teacher: for ICD and FGFI; held, not registered.
         dtype: autocast to this type, or None for float32.
         regions: what is compiled of the step; None compiles nothing.
+
+    Attributes:
+        detector_losses: names of the detector's own losses in the last step's result.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class StepModule(nn.Module):
         self.dtype = dtype
         self.regions = regions or Regions()
         self.side = SideStream()
+        self.detector_losses: tuple[str, ...] = ()
         if isinstance(distiller, FGFI):
             if not detector.imitation_anchors():
                 raise ValueError(
@@ -128,7 +132,9 @@ class StepModule(nn.Module):
             pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
             with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
-                    return dict(self.detector.loss(pyramid, batch))
+                    losses = dict(self.detector.loss(pyramid, batch))
+                    self.detector_losses = tuple(losses)
+                    return losses
                 return self._with_method(pyramid, batch, phase, answer)
 
     def _ask_teacher(self, batch: Batch, phase: Phase) -> Callable[[], list[Tensor]] | None:
@@ -150,6 +156,7 @@ class StepModule(nn.Module):
                     instructive, lgd = pyramid_made, name
         student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
         losses = dict(student)
+        self.detector_losses = tuple(losses)
         for name, distiller in self._parts():
             losses |= parts.get(name, {})
             if name == lgd:
