@@ -9,7 +9,7 @@
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers, the emulation of CUDA under the first
 #   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
-#   make cuda           csrc/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
+#   make cuda           csrc/*/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
@@ -17,9 +17,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.h)
-EMULATED := $(wildcard csrc/*.cu csrc/simt/*)
+SOURCES := $(filter-out csrc/simt/%,$(wildcard csrc/*/*.cpp csrc/*/*.h))
+CUDA_SOURCES := $(filter-out csrc/simt/%,$(wildcard csrc/*/*.cu csrc/*/*.h))
+EMULATED := $(wildcard csrc/*/*.cu csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The emulation of CUDA for tests is a Python module: it is built where Python's headers are.
 SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(os.path.join(\
@@ -69,10 +69,10 @@ test: build cmake $(STAMPS)/cuda
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 gpu-report: cuda
-	$(BIN)/python -m benchmarks.gpu_report --json build/gpu_report.json
+	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json
 
 roofline: $(STAMPS)/dependencies
-	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.gpu.roofline
 
 wheel: build
 	rm -rf dist
@@ -82,9 +82,9 @@ wheel: build
 # These end with one line where there is no GPU. The sanitizers slow a kernel down a hundredfold: few calls of each op,
 # and memory that the tests do not fill, as initcheck could not see it read before it is written.
 gpu: $(STAMPS)/dependencies
-	@$(BIN)/python -m benchmarks.gpu_check --card
+	@$(BIN)/python -m benchmarks.gpu.check --card
 	@$(MAKE) --no-print-directory cuda
-	@$(BIN)/python -m benchmarks.gpu_check
+	@$(BIN)/python -m benchmarks.gpu.check
 
 test-gpu: gpu
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu
@@ -93,12 +93,12 @@ bench-gpu: gpu
 	$(BIN)/python -m benchmarks.ops --device cuda --out build/bench-gpu
 
 sanitize-gpu: gpu
-	@tool=$$($(BIN)/python -m benchmarks.gpu_check --sanitizer) || exit 1; \
+	@tool=$$($(BIN)/python -m benchmarks.gpu.check --sanitizer) || exit 1; \
 	for check in memcheck racecheck initcheck synccheck; do \
 		echo "compute-sanitizer --tool $$check"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTKD_GPU_CALLS=5 FASTKD_POISON=0 \
 		"$$tool" --tool $$check --target-processes all --error-exitcode 1 \
-		$(BIN)/python -m pytest -q -x -m gpu tests/test_gpu.py -k plain || exit 1; \
+		$(BIN)/python -m pytest -q -x -m gpu tests/ops/test_gpu.py -k plain || exit 1; \
 	done
 
 demo: build
@@ -124,21 +124,21 @@ test-install: $(STAMPS)/dependencies
 	$(PYTHON) -m venv $(INSTALL)/venv
 	$(INSTALL)/venv/bin/python -m pip install --quiet $(INSTALL)/fastkd-*.tar.gz
 	cd $(INSTALL) && venv/bin/fastkd info
-	cd $(INSTALL) && venv/bin/python -I -c "import sys, fastkd.ops._library as l; sys.exit(l.why_not_loaded())"
+	cd $(INSTALL) && venv/bin/python -I -c "import sys, fastkd.ops._support.library as l; sys.exit(l.why_not_loaded())"
 	rm -rf $(INSTALL)
 
-# The tests of every op, picked up by name: fastkd/ops/<op>.py has tests/test_<op>.py, or shares one of two files. What compiles or traces runs no
+# The tests of every op, picked up by name: fastkd/ops/<op>.py has tests/ops/test_<op>.py, or shares one of two files. What compiles or traces runs no
 # kernel that the other tests do not run. Then the bugs planted in tests/planted, which must all be found.
-OP_TESTS = $(wildcard $(patsubst fastkd/ops/%.py,tests/test_%.py,$(wildcard fastkd/ops/*.py))) tests/test_pool_paint.py tests/test_attention.py
+OP_TESTS = $(wildcard $(patsubst fastkd/ops/%.py,tests/ops/test_%.py,$(wildcard fastkd/ops/*.py))) tests/ops/test_pool_paint.py tests/ops/test_attention.py
 SANITIZERS := address,undefined,float-cast-overflow
 sanitize: build
 	$(CMAKE) -S . -B build/sanitize -DFASTKD_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(CMAKE) --build build/sanitize --parallel 2 --target fastkd_cpu planted
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/test_ops_reference.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/ops/test_ops_reference.py \
 	-k "not compile and not opcheck and not export"
-	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/test_planted_bugs.py
+	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/ops/test_planted_bugs.py
 	$(MAKE) --no-print-directory sanitize-simt
 
 # The emulation of CUDA under AddressSanitizer: all tests of the .cu sources and the bugs planted in csrc/simt/planted.cu.
@@ -148,14 +148,14 @@ sanitize-simt: build
 	$(CMAKE) --build build/sanitize-simt --parallel 2 --target fastkd_simt
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_SIMT=$(CURDIR)/build/sanitize-simt/_simt.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(wildcard tests/test_*_cuda.py) \
-	tests/test_simt.py tests/test_simt_sanitized.py tests/test_launch_checks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(wildcard tests/ops/test_*_cuda.py) \
+	tests/ops/test_simt.py tests/ops/test_simt_sanitized.py tests/ops/test_launch_checks.py
 
 # The generic kernels by other compilers and for another CPU, one object a source, nothing linked or run.
 PORTABLE_CXX ?= aarch64-linux-gnu-g++ clang++
 TORCH_INCLUDE = $(shell $(BIN)/python -c "import importlib.util as i; print(i.find_spec('torch').submodule_search_locations[0])")/include
 portable: $(STAMPS)/dependencies
-	set -e; for compiler in $(PORTABLE_CXX); do command -v $$compiler; for source in csrc/*.cpp; do \
+	set -e; for compiler in $(PORTABLE_CXX); do command -v $$compiler; for source in $(filter %.cpp,$(SOURCES)); do \
 	    $$compiler -std=c++20 -O2 -Wall -Wextra -Werror -Wno-psabi -fvisibility=hidden -fPIC -ffp-contract=off -DFASTKD_CAPABILITY=0 \
 	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -isystem $(TORCH_INCLUDE) -c $$source -o /dev/null; done; done
 

@@ -1,7 +1,7 @@
-"""Builds csrc/*.cpp into the Python-independent library fastkd/_cpu.so, and csrc/*.cu into fastkd/_cuda.so.
+"""Builds csrc/*/*.cpp into the Python-independent library fastkd/_cpu.so, and csrc/*/*.cu into fastkd/_cuda.so.
 
 Every C++ source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512, 3 AVX512_BF16;
-csrc/capability.h), chosen at run time: one library serves every x86-64 machine, every Python and every torch >= 2.10.
+csrc/common/capability.h), chosen at run time: one library serves every x86-64 machine, Python and torch >= 2.10.
 
 Environment: MAX_JOBS (parallel compilers; default: by cores and free memory); CXX and CXXFLAGS (read by setuptools);
 FASTKD_CUDA: unset = build the GPU kernels where that is possible and say why where not, 0 = do not, 1 = fail where that
@@ -33,7 +33,7 @@ COMPILE_ARGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=off",  # csrc/simd.h, multiply_add
+    "-ffp-contract=off",  # csrc/common/simd.h, multiply_add
     "-Wall",
     "-Wno-psabi",
     f"-fmacro-prefix-map={ROOT}/=",
@@ -239,12 +239,13 @@ class PythonIndependentWheel(bdist_wheel):
 
 def extension(name: str, pattern: str) -> CppExtension:
     def paths(pattern: str) -> list[str]:
-        return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+        found = (path.relative_to(ROOT) for path in ROOT.glob(pattern))
+        return sorted(path.as_posix() for path in found if path.parts[1] != "simt")  # the emulation, for tests
 
     return CppExtension(
         name,
         sources=paths(pattern),
-        depends=paths("csrc/*.h"),
+        depends=paths("csrc/*/*.h"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": COMPILE_ARGS, "nvcc": NVCC_ARGS},
         extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
@@ -268,7 +269,7 @@ def complete(cuda: CppExtension, home: Path, pairs: list[tuple[str, str]]) -> Cp
 
 
 setup(
-    ext_modules=[extension("fastkd._cpu", "csrc/*.cpp"), extension("fastkd._cuda", "csrc/*.cu")],
+    ext_modules=[extension("fastkd._cpu", "csrc/*/*.cpp"), extension("fastkd._cuda", "csrc/*/*.cu")],
     cmdclass={
         "build_ext": Build.with_options(no_python_abi_suffix=True),
         "bdist_wheel": PythonIndependentWheel,

@@ -1,8 +1,8 @@
 """Bytes that a training step sends and the efficiency PROJECTED from them: python -m benchmarks.scaling [--write].
 
 The bytes are counted: 4 (or 2, compressed) for every parameter that trains, of the COCO recipes' detectors and methods;
-tests/test_four_processes.py finds the same number on the wire. Times and efficiencies are a model's, nothing was run on
-these machines. --write puts the tables between the marks of docs/scaling.md.
+tests/training/test_four_processes.py counts the same number sent. Times and efficiencies are a model's: nothing was
+run on these machines. --write puts the tables between the marks of docs/scaling.md.
 """
 
 from __future__ import annotations

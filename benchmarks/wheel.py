@@ -15,15 +15,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from benchmarks.gpu_report import cuobjdump, run
+from benchmarks.gpu.report import cuobjdump, run
 
 LIMIT = 50_000_000  # bytes
 CARDS = {"sm_80", "sm_90", "sm_100"}
 LOAD = """
-from fastkd.ops import _library
-for reason in (_library.why_not_loaded(), _library.why_no_cuda()):
+from fastkd.ops._support import library
+for reason in (library.why_not_loaded(), library.why_no_cuda()):
     assert reason is None, reason
-print(_library.__file__, "|", _library.cuda_build())
+print(library.__file__, "|", library.cuda_build())
 """
 
 

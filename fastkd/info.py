@@ -12,7 +12,7 @@ from rich.table import Table
 
 import fastkd
 from fastkd import ops
-from fastkd.ops import _library
+from fastkd.ops._support import library
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "scipy", "pillow", "pycocotools", "tyro", "rich", "tensorboard", "matplotlib",
@@ -43,7 +43,7 @@ def _cpu_model() -> str:
 def _cpu_library() -> tuple[str | None, str | None]:
     """Why the compiled ops cannot run (None if they can), and the capability in use; must not raise."""
     try:
-        return _library.why_not_loaded(), _library.cpu_capability()
+        return library.why_not_loaded(), library.cpu_capability()
     except RuntimeError as error:  # FASTKD_CPU_CAPABILITY names what this CPU lacks
         return str(error).splitlines()[0], None
 
@@ -59,18 +59,18 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
     """What runs where; why_not: why no compiled op runs on the CPU."""
     table = {}
     for op in sorted(name for name in ops.__all__ if f"{name}_reference" in ops.__all__):
-        reasons = {"cpu": why_not or _library.why_no_kernel(op), "cuda": _library.why_no_kernel(op, "cuda")}
+        reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
         table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
-        if reasons["cuda"] is None and op in _library.TRITON_OPS:
+        if reasons["cuda"] is None and op in library.TRITON_OPS:
             table[op]["cuda"] = "compiled by Triton when first called"
     return table
 
 
 def _cards() -> list[str]:
     """The visible GPUs that the kernels are not built for, in words."""
-    build = _library.cuda_build()
+    build = library.cuda_build()
     cards = range(torch.cuda.device_count() if build else 0)
-    found = {_library.why_unsupported(build, torch.cuda.get_device_capability(index)) for index in cards}
+    found = {library.why_unsupported(build, torch.cuda.get_device_capability(index)) for index in cards}
     return sorted(found - {None})
 
 
@@ -93,14 +93,14 @@ def collect() -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": capability,
-            "library": str(_library.cpu_library()),
-            "build": _library.cpu_build(),
+            "library": str(library.cpu_library()),
+            "build": library.cpu_build(),
             "why_not": why_not,
         },
         "cuda": {
             "torch": torch.version.cuda,
-            "build": _library.cuda_build(),
-            "why_not": _library.why_no_cuda(),
+            "build": library.cuda_build(),
+            "why_not": library.why_no_cuda(),
             "gpus": _gpus(),
             "unsupported": _cards(),
         },

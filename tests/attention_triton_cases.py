@@ -1,7 +1,7 @@
 """The Triton kernels of instance_attention and attention_mass under Triton's interpreter, on the CPU.
 
-tests/test_attention_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1, which Triton reads when
-it is imported. It runs every case, the programs of a launch in shuffled order, and writes what went wrong in each.
+tests/ops/test_attention_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1, which Triton reads
+when it is imported. It runs every case, the programs of a launch in shuffled order, and writes what went wrong in each.
 """
 
 import dataclasses

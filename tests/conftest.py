@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernels import CAPABILITIES
 
-from fastkd.ops import _library
+from fastkd.ops._support import library
 
 matplotlib.use("Agg")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
@@ -39,7 +39,7 @@ def fixed_threads_and_seed():
 
 def _use_capability(request, monkeypatch):
     monkeypatch.setenv("FASTKD_CPU_CAPABILITY", request.param)
-    assert _library.cpu_capability() == request.param
+    assert library.cpu_capability() == request.param
     return request.param
 
 

@@ -18,9 +18,9 @@ from fastkd.detectors import load_detector
 from fastkd.training import train
 from fastkd.training.build import build
 from fastkd.training.config import RuntimeConfig, Schedule
-from fastkd.training.distributed import holding_back, processes
-from fastkd.training.finish import Evaluation
-from fastkd.training.loading import train_loader
+from fastkd.training.parallel.processes import holding_back, processes
+from fastkd.training.run.finish import Evaluation
+from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase
 from fastkd.training.step import sum_losses
 

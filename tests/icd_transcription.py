@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastkd.distillers.icd_queries import prior_tables
+from fastkd.distillers.queries import prior_tables
 
 CHANNELS, TEACHER, HEADS = 12, 20, 4
 

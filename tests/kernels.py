@@ -11,10 +11,10 @@ from tolerance import assert_no_worse, largest
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastkd.ops import _library
+from fastkd.ops._support import library
 
 CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16"]
-CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(_library.cpu_capability() or "generic") + 1]
+CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(library.cpu_capability() or "generic") + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

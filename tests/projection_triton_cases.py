@@ -1,6 +1,6 @@
 """The Triton kernels of project_levels under Triton's interpreter, on the CPU.
 
-tests/test_project_levels.py runs this file in a process of its own, with TRITON_INTERPRET=1, as
+tests/ops/test_project_levels.py runs this file in a process of its own, with TRITON_INTERPRET=1, as
 attention_triton_cases.py is run.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.ops import _library
+from fastkd.ops._support import library
 
 TESTS = Path(__file__).resolve().parent
 PATH = Path(os.environ.get("FASTKD_SIMT") or TESTS.parent / "build" / "cmake" / "_simt.so")
@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 def load():
     """The module _simt; its ops are then torch.ops.fastkd_simt.*, with the schemas of torch.ops.fastkd.*."""
-    assert _library.why_not_loaded() is None, "the CPU library has the schemas"
+    assert library.why_not_loaded() is None, "the CPU library has the schemas"
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("fastkd::"):
             definition = str(schema).removeprefix("fastkd::")

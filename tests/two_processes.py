@@ -16,7 +16,7 @@ from fastkd.training import step, train
 from fastkd.training import trainer as trainer_module
 from fastkd.training.build import build
 from fastkd.training.config import LGDConfig, RuntimeConfig, Schedule
-from fastkd.training.distributed import processes
+from fastkd.training.parallel.processes import processes
 from fastkd.training.schedule import Phase
 
 CASES = [

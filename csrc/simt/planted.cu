@@ -2,7 +2,7 @@
 // bug by its name and find nothing in the mended ones.
 #include "planted.h"
 
-#include "../device.h"
+#include "common/device.h"
 
 namespace fastkd {
 namespace {

@@ -1,4 +1,4 @@
-// CUDA's execution model on the CPU, for tests: the .cu sources compile against this file (through csrc/device.h) and
+// CUDA's execution model on the CPU, for tests: the .cu sources compile against this file (through csrc/common/device.h) and
 // run with every access checked. Never shipped.
 //
 // Threads are fibers; a block's fibers run one at a time in an order drawn from the seed, until each waits at a

@@ -72,7 +72,7 @@ def run_all(recipes: dict[str, Any], metrics: dict[str, dict], out: Path, where)
         where: device, or None.
     """
     from fastkd.training import train
-    from fastkd.training.run_directory import RunDirectoryError
+    from fastkd.training.run.directory import RunDirectoryError
 
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         say(f"\n[{number}/{len(recipes)}] {name}: {recipe.schedule.steps} steps into {out / name}")
@@ -129,7 +129,7 @@ def crowd_demo_recipes(*, data: Path, seed: int, steps: int | None) -> dict[str,
 
 def evaluate_teacher(weights: Path, recipe, folder: Path, device) -> dict[str, Any]:
     """Measure the teacher on the validation images, once; its folder then looks like a run's to the report."""
-    from fastkd.training.checkpoint import sha256_of
+    from fastkd.training.run.checkpoint import sha256_of
 
     if not weights.is_file():
         raise ValueError(f"--teacher must be an existing file, got {weights}")
@@ -144,7 +144,7 @@ def evaluate_teacher(weights: Path, recipe, folder: Path, device) -> dict[str, A
     from fastkd.data import CocoDataset, build_eval_loader
     from fastkd.detectors import load_detector, save_detector
     from fastkd.evaluation import CocoEvaluator, evaluate, print_metrics
-    from fastkd.training.ledger import teacher_cost
+    from fastkd.training.cost.ledger import teacher_cost
 
     data, root = recipe.data, Path(recipe.data.root)
     dataset = CocoDataset(root / data.val_annotations, root / data.val_images)

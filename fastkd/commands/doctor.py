@@ -65,7 +65,7 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fastkd.training.doctor import examine
+    from fastkd.training.doctor.checks import examine
 
     console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
     for finding in examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir):

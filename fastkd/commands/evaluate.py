@@ -69,7 +69,7 @@ def evaluate(
     from fastkd.detectors import load_detector
     from fastkd.evaluation import evaluate as run
     from fastkd.evaluation import evaluator_of, print_metrics
-    from fastkd.training.distributed import processes
+    from fastkd.training.parallel.processes import processes
 
     detector, class_names = load_detector(checkpoint)
     masks = detector.config.with_masks and format == "coco"

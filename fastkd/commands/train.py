@@ -38,7 +38,7 @@ def find_recipe(name: str):
     Raises: ValueError naming the recipes that come closest.
     """
     from fastkd.training.config import Recipe
-    from fastkd.training.recipes import all_recipes
+    from fastkd.training.recipes.named import all_recipes
 
     if name.endswith(".json"):
         path = Path(name)
@@ -59,7 +59,7 @@ def find_recipe(name: str):
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe among the arguments of `train`, wherever it stands, and the other arguments."""
-    from fastkd.training.recipes import recipe_names
+    from fastkd.training.recipes.named import recipe_names
 
     args = list(args)
     names = set(recipe_names())
@@ -89,7 +89,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     import tyro
 
     from fastkd.training.config import Recipe
-    from fastkd.training.scaling import scale_to_batch
+    from fastkd.training.recipes.scaling import scale_to_batch
 
     default = find_recipe(name)
 
@@ -155,8 +155,8 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastkd.training.paper_recipes import published_ap
-    from fastkd.training.recipes import all_recipes
+    from fastkd.training.recipes.named import all_recipes
+    from fastkd.training.recipes.papers import published_ap
 
     table = Table(header_style="bold")
     for column in ("recipe", "backbone", "method", "steps", "published AP"):

@@ -2,16 +2,16 @@
 
 from fastkd.detectors.atss import ATSS
 from fastkd.detectors.build import build_detector
+from fastkd.detectors.common.two_stage import TwoStage
 from fastkd.detectors.condinst import CondInst
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.convert import Conversion, convert_checkpoint
 from fastkd.detectors.fcos import FCOS
 from fastkd.detectors.poto import POTO
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
 from fastkd.detectors.solov2 import SOLOv2
-from fastkd.detectors.two_stage import TwoStage
-from fastkd.detectors.weights import (
+from fastkd.detectors.weights.convert import Conversion, convert_checkpoint
+from fastkd.detectors.weights.files import (
     MatchReport,
     check_teacher,
     inherit,

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, binary_errors, centerness, near_cells
-from fastkd.detectors.targets import BELOW, PaddedBoxes, shared_count
+from fastkd.detectors.common.locations import (
+    LocationDetector,
+    LocationHead,
+    Matches,
+    binary_errors,
+    centerness,
+    near_cells,
+)
+from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
 CANDIDATES = 9  # locations of a level that a box considers

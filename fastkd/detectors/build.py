@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastkd.detectors.atss import ATSS
+from fastkd.detectors.common.two_stage import TwoStage
 from fastkd.detectors.condinst import CondInst
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.fcos import FCOS
@@ -10,7 +11,6 @@ from fastkd.detectors.poto import POTO
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
 from fastkd.detectors.solov2 import SOLOv2
-from fastkd.detectors.two_stage import TwoStage
 
 _DETECTORS = {
     "retinanet": RetinaNet,

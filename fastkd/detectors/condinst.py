@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
-from fastkd.detectors.dense import dense_candidates, survivors
-from fastkd.detectors.fcos import FCOS
-from fastkd.detectors.instance_masks import (
+from fastkd.detectors.common.dense import dense_candidates, survivors
+from fastkd.detectors.common.instance_masks import (
     MASK_STRIDE,
     MASKS_AT_ONCE,
     aligned_upsample,
@@ -16,9 +14,11 @@ from fastkd.detectors.instance_masks import (
     dice_loss,
     require_masks,
 )
-from fastkd.detectors.locations import Matches
-from fastkd.detectors.sampling import draw_keys, image_generators
-from fastkd.detectors.targets import PaddedBoxes, in_full_precision, shared_count
+from fastkd.detectors.common.locations import Matches
+from fastkd.detectors.common.sampling import draw_keys, image_generators
+from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision, shared_count
+from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
+from fastkd.detectors.fcos import FCOS
 from fastkd.types import Batch, Detections
 
 MASK_THRESHOLD = 0.5

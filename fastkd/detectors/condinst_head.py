@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.detectors.backbone_base import group_norm
+from fastkd.detectors.backbones.base import group_norm
+from fastkd.detectors.common.instance_masks import aligned_upsample
+from fastkd.detectors.common.locations import LocationHead
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.instance_masks import aligned_upsample
-from fastkd.detectors.locations import LocationHead
 
 MASK_CHANNELS = 8  # of the mask features and between the layers of a mask head
 WEIGHTS = ((MASK_CHANNELS, MASK_CHANNELS + 2), (MASK_CHANNELS, MASK_CHANNELS), (1, MASK_CHANNELS))

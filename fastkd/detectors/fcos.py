@@ -8,10 +8,10 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.backbone_base import group_norm
+from fastkd.detectors.backbones.base import group_norm
+from fastkd.detectors.common.locations import LocationDetector, Matches, binary_errors, centerness
+from fastkd.detectors.common.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.locations import LocationDetector, Matches, binary_errors, centerness
-from fastkd.detectors.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
 CENTER_RADIUS = 1.5  # strides from a box's centre within which locations are positive

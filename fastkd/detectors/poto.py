@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.detectors.atss import box_iou_of_pairs
-from fastkd.detectors.locations import LocationDetector, LocationHead, Matches, near_cells
-from fastkd.detectors.targets import BELOW, PaddedBoxes, shared_count
+from fastkd.detectors.common.locations import LocationDetector, LocationHead, Matches, near_cells
+from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
 
 ALPHA = 0.8  # how much of the quality is the box's

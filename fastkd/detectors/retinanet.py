@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.backbones.resnet import build_backbone_and_neck
+from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
+from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, in_full_precision, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.dense import PyramidAnchors, dense_detections
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
-from fastkd.detectors.targets import BETWEEN, PaddedBoxes, in_full_precision, inside_ignored, match_anchors
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.detectors.backbone import build_backbone_and_neck
+from fastkd.detectors.backbones.resnet import build_backbone_and_neck
+from fastkd.detectors.common.instance_masks import coarse_masks, dice_loss, require_masks
+from fastkd.detectors.common.targets import BELOW, PaddedBoxes, in_full_precision, inside_ignored, shared_count
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.instance_masks import coarse_masks, dice_loss, require_masks
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
-from fastkd.detectors.targets import BELOW, PaddedBoxes, in_full_precision, inside_ignored, shared_count
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 

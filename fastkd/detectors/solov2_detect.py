@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.detectors.common.instance_masks import MASK_STRIDE, MASKS_AT_ONCE
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.instance_masks import MASK_STRIDE, MASKS_AT_ONCE
 from fastkd.types import Detections
 
 MASK_THRESHOLD = 0.5

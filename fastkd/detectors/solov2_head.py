@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.detectors.backbone_base import group_norm
+from fastkd.detectors.backbones.base import group_norm
+from fastkd.detectors.common.locations import by_location, predictor, tower
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.locations import by_location, predictor, tower
 
 MASK_LEVELS = 4  # P2 .. P5 make the mask features
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.ops import imitation_mask, masked_mse
-from fastkd.ops.checks import check_levels, check_same_sizes
-from fastkd.ops.normalizer import global_mean
+from fastkd.ops._support.checks import check_levels, check_same_sizes
+from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch
 
 

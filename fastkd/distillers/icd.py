@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distillers.icd_decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
-from fastkd.distillers.icd_queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
+from fastkd.distillers.decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
 from fastkd.distillers.linears import Biases
+from fastkd.distillers.queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
 from fastkd.ops import value_mimic
-from fastkd.ops.checks import check_levels, check_same_sizes
-from fastkd.ops.coverage import full_precision
-from fastkd.ops.normalizer import global_mean
+from fastkd.ops._support.checks import check_levels, check_same_sizes
+from fastkd.ops._support.coverage import full_precision
+from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch, ClassPriors
 
 

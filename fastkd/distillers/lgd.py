@@ -15,9 +15,9 @@ from fastkd.distillers.constants import constant, numbers
 from fastkd.distillers.linears import Biases
 from fastkd.distillers.towers import normed_tower, plain_tower, share
 from fastkd.ops import box_paint_conv3x3, instance_norm_mse, mask_paint, mask_pool, norm_relu_box_pool
-from fastkd.ops.checks import check_levels
-from fastkd.ops.coverage import full_precision
-from fastkd.ops.layout import is_channels_last
+from fastkd.ops._support.checks import check_levels
+from fastkd.ops._support.coverage import full_precision
+from fastkd.ops._support.layout import is_channels_last
 from fastkd.types import Batch
 
 MASK_SIZE = 7

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastkd.ops.coverage import full_precision
+from fastkd.ops._support.coverage import full_precision
 
 EPS = 1e-5  # of the group norms
 

@@ -1,13 +1,13 @@
 """The ops of distillation: public functions that check their arguments, and their specification, `*_reference`.
 
-A public function takes the compiled kernel of the tensors' device, else the reference (`_dispatch`); `use_backend`
-chooses the reference for all.
+A public function takes the compiled kernel of the device of its tensors, else the reference (`_support/dispatch.py`);
+`use_backend` chooses the reference for all.
 
 A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, with the image of each in
 image_index.
 """
 
-from fastkd.ops._dispatch import use_backend
+from fastkd.ops._support.dispatch import use_backend
 from fastkd.ops.attention_mass import attention_mass, attention_mass_reference
 from fastkd.ops.box_paint import box_paint, box_paint_reference
 from fastkd.ops.box_paint_conv3x3 import box_paint_conv3x3, box_paint_conv3x3_reference

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import register_with_backward
-from fastkd.ops.box_paint import box_paint_reference
-from fastkd.ops.checks import (
+from fastkd.ops._support.checks import (
     check_batch_size,
     check_boxes,
     check_device,
@@ -21,7 +18,10 @@ from fastkd.ops.checks import (
     check_size,
     check_tensor,
 )
-from fastkd.ops.coverage import full_precision, widen
+from fastkd.ops._support.coverage import full_precision, widen
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import register_with_backward
+from fastkd.ops.box_paint import box_paint_reference
 
 _DISPATCH = Dispatch("box_paint_conv3x3")
 _TAPS = Dispatch("conv3x3_taps")

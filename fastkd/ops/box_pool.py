@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._pool_paint import flat, new_levels, new_pooled
-from fastkd.ops._registration import register_with_backward
-from fastkd.ops.checks import (
+from fastkd.ops._support.checks import (
     check_boxes,
     check_device,
     check_kernel_dtype,
@@ -18,8 +15,11 @@ from fastkd.ops.checks import (
     check_object_values,
     check_size,
 )
-from fastkd.ops.coverage import box_cover, full_precision, pool_cover
-from fastkd.ops.layout import is_channels_last
+from fastkd.ops._support.coverage import box_cover, full_precision, pool_cover
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.layout import is_channels_last
+from fastkd.ops._support.pool_paint import flat, new_levels, new_pooled
+from fastkd.ops._support.registration import register_with_backward
 
 _DISPATCH = Dispatch("box_pool")
 

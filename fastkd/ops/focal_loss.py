@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import register_with_backward
-from fastkd.ops.checks import check_kernel_dtype, check_tensor
-from fastkd.ops.coverage import widen
+from fastkd.ops._support.checks import check_kernel_dtype, check_tensor
+from fastkd.ops._support.coverage import widen
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import register_with_backward
 
 _DISPATCH = Dispatch("focal_loss")
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import register
-from fastkd.ops.checks import (
+from fastkd.ops._support.checks import (
     check_batch_size,
     check_boxes,
     check_device,
@@ -19,6 +17,8 @@ from fastkd.ops.checks import (
     check_tensor,
     values_at_hand,
 )
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import register
 
 _DISPATCH = Dispatch("imitation_mask")
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import dense_like, register_with_backward
-from fastkd.ops.checks import check_levels
-from fastkd.ops.coverage import full_precision, widen
+from fastkd.ops._support.checks import check_levels
+from fastkd.ops._support.coverage import full_precision, widen
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import dense_like, register_with_backward
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST = ("AutocastCPU", "AutocastCUDA")

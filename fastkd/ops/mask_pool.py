@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._pool_paint import flat, new_levels, new_pooled
-from fastkd.ops._registration import register_with_backward
-from fastkd.ops.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
-from fastkd.ops.coverage import full_precision, mask_cover, pool_cover
-from fastkd.ops.layout import is_channels_last
+from fastkd.ops._support.checks import check_device, check_kernel_dtype, check_levels, check_masks, check_object_values
+from fastkd.ops._support.coverage import full_precision, mask_cover, pool_cover
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.layout import is_channels_last
+from fastkd.ops._support.pool_paint import flat, new_levels, new_pooled
+from fastkd.ops._support.registration import register_with_backward
 
 _DISPATCH = Dispatch("mask_pool")
 

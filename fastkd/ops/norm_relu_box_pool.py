@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import dense_like, register_with_backward
-from fastkd.ops.box_pool import box_pool_reference
-from fastkd.ops.checks import (
+from fastkd.ops._support.checks import (
     check_boxes,
     check_device,
     check_kernel_dtype,
@@ -19,6 +16,9 @@ from fastkd.ops.checks import (
     check_object_values,
     check_size,
 )
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import dense_like, register_with_backward
+from fastkd.ops.box_pool import box_pool_reference
 
 _DISPATCH = Dispatch("norm_relu_box_pool")
 

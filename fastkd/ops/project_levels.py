@@ -2,7 +2,7 @@
 
 out[l][b, o, y, x] = sum_c weight[o, c] levels[l][b, c, y, x] + bias[o]
 
-Not public: fastkd.distillers.icd_decoder calls it where it pays, which is in half types on a GPU. On a CPU products
+Not public: fastkd.distillers.decoder calls it where it pays, which is in half types on a GPU. On a CPU products
 level by level are as fast, and torch has them.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._dispatch import Dispatch
-from fastkd.ops._registration import register_with_backward
+from fastkd.ops._support.dispatch import Dispatch
+from fastkd.ops._support.registration import register_with_backward
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -11,9 +11,9 @@ from fastkd.training.config import (
     RuntimeConfig,
     Schedule,
 )
-from fastkd.training.finish import RunResult
-from fastkd.training.recipes import all_recipes, get_recipe, parse_cli, recipe_names
-from fastkd.training.scaling import scale_to_batch
+from fastkd.training.recipes.named import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.recipes.scaling import scale_to_batch
+from fastkd.training.run.finish import RunResult
 from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.training.trainer import NonFiniteLossError, train
 

@@ -16,9 +16,9 @@ from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
-from fastkd.training.checkpoint import sha256_of
-from fastkd.training.compiled import Regions
 from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, MethodConfig, Recipe
+from fastkd.training.parallel.compiled import Regions
+from fastkd.training.run.checkpoint import sha256_of
 from fastkd.training.step import FrozenTeacher, StepModule
 from fastkd.types import ClassPriors
 
@@ -98,7 +98,7 @@ def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
 
 def _how_to_make(path: Path) -> str:
     """The command that makes a file where recipes look for the result of another; "" for other files."""
-    from fastkd.training.recipes import recipe_names
+    from fastkd.training.recipes.named import recipe_names
 
     name = path.parent.name
     if path.parts[:-2] == ("runs",) and name in recipe_names():

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.detectors import Detector
-from fastkd.detectors.folding import fold_norms
+from fastkd.detectors.common.folding import fold_norms
 from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.distillers.towers import share
-from fastkd.training.compiled import Regions
+from fastkd.training.parallel.compiled import Regions
+from fastkd.training.parallel.side_stream import SideStream
 from fastkd.training.schedule import Phase
-from fastkd.training.side_stream import SideStream
 from fastkd.types import Batch
 
 

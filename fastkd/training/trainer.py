@@ -16,20 +16,20 @@ from torch import Tensor
 
 from fastkd.data import BatchLoader
 from fastkd.ops import use_backend
-from fastkd.training import ledger as cost
 from fastkd.training.build import Built, build
-from fastkd.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
-from fastkd.training.compiled import compiler_settings, require_compiler
 from fastkd.training.config import Recipe
-from fastkd.training.distributed import Processes, check_shares, holding_back, processes
-from fastkd.training.finish import Evaluation, RunResult, finish_run
-from fastkd.training.jumps import JumpCounter
-from fastkd.training.loading import Loading, train_loader
-from fastkd.training.logging import Interval, RunLog, RunProgress, Stopwatch
+from fastkd.training.cost import ledger as cost
 from fastkd.training.optimizers import build_optimizers
-from fastkd.training.run_directory import RunDirectoryError, look_into, open_run_directory
+from fastkd.training.parallel.compiled import compiler_settings, require_compiler
+from fastkd.training.parallel.processes import Processes, check_shares, holding_back, processes
+from fastkd.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from fastkd.training.run.directory import RunDirectoryError, look_into, open_run_directory
+from fastkd.training.run.finish import Evaluation, RunResult, finish_run
+from fastkd.training.run.jumps import JumpCounter
+from fastkd.training.run.loading import Loading, train_loader
+from fastkd.training.run.logging import Interval, RunLog, RunProgress, Stopwatch
+from fastkd.training.run.signals import Interrupted, StopSignals
 from fastkd.training.schedule import Phase, phase_at, steps_of
-from fastkd.training.signals import Interrupted, StopSignals
 from fastkd.training.step import sum_losses
 from fastkd.types import Batch
 

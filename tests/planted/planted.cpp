@@ -1,6 +1,6 @@
 // Bugs on purpose, one a run: `planted NAME` must end in a report of the sanitizers, or the sanitizer build would not
-// find such a bug in a kernel either. tests/test_planted_bugs.py knows what each report must say.
-#include "simd.h"
+// find such a bug in a kernel either. tests/ops/test_planted_bugs.py knows what each report must say.
+#include "common/simd.h"
 
 #include <cstdio>
 #include <cstdlib>

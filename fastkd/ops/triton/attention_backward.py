@@ -1,4 +1,4 @@
-"""instance_attention backward on the GPU, the formulas of csrc/instance_attention.cpp.
+"""instance_attention backward on the GPU, the formulas of csrc/attention/instance_attention.cpp.
 
 A program takes a strip of a level (tiles.py) for one head of one image, tile by tile, and computes P anew:
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.ops._registration import dense_like
+from fastkd.ops._support.registration import dense_like
 from fastkd.ops.triton import configurations, plan
 from fastkd.ops.triton.configurations import Card
 from fastkd.ops.triton.plan import Launch

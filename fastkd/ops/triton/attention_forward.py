@@ -1,4 +1,4 @@
-"""instance_attention forward on the GPU, the formulas of csrc/instance_attention.cpp.
+"""instance_attention forward on the GPU, the formulas of csrc/attention/instance_attention.cpp.
 
 A program takes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head: tiles come
 one after the other, with a running maximum m, sum l and output O for each query, rescaled where m grows. Keys are the

@@ -1,6 +1,6 @@
 """Block sizes, warps and stages of the Triton kernels, by shape and card: a small table, no tuning at run time.
 
-What decides a row is read from the compiled kernels (benchmarks/triton_report.py): the largest tile without a spilled
+A row is chosen from the compiled kernels (benchmarks/gpu/triton_report.py): the largest tile without a spilled
 register. Contiguous maps take short tiles of wide rows and more warps: their rows begin anywhere, so that they are read
 number by number, through registers; channels-last cells are copied straight into shared memory, a tile ahead.
 """

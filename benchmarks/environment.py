@@ -1,0 +1,55 @@
+"""What every benchmark records or sets about its surroundings: commit, machine, allocator."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd import ops
+from fastkd.ops._support import library
+
+# glibc returns large blocks to the system and faults them in again, a tenth of a step's time at these sizes
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git(*command: str) -> str | None:
+    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """First digits of the commit, with "+" where the tree differs from it."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return (_git("rev-parse", "HEAD") or "unknown")[:12] + ("+" if changed else "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on and with."""
+    names = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "capability": library.cpu_capability(),
+        "torch": torch.__version__,
+        "kernels": {name: library.has_kernel(name, device.type) for name in names},
+        "allocator": {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()},
+    }

@@ -1,0 +1,1 @@
+"""The GPU code: resources, traffic, launches, predictions."""

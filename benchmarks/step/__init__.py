@@ -1,0 +1,1 @@
+"""Whole training steps against plain torch."""

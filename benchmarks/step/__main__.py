@@ -1,0 +1,217 @@
+"""What does a training step cost? `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
+
+Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD in plain torch, ours in
+float32 and in bfloat16 with channels-last; on the first problem also --runtime.recompute and --runtime.compile, FGFI
+and a teacher's own training for the cost ledger. One process, turn and turn about, minima. The first turn of a problem
+also counts operators, bytes, products and allocations. Writes docs/results/step.json, step.md and step.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.environment import KEEP_MEMORY, commit, machine
+from benchmarks.step import own as step_own
+from benchmarks.step import results as step_results
+from benchmarks.step.contenders import FORMS, OPTIONS, Contender, Problem, build
+from benchmarks.step.dispatch_ledger import DispatchLedger, count
+
+CPU = torch.device("cpu")
+LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on a detector's first problem
+TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
+
+
+def contenders(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
+    """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
+    of_each = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
+    found = [pair for pair in of_each if pair[1] in FORMS]
+    more = sorted(LONE) * lone + sorted(TRIED) * tried
+    return found + [pair for pair in more if pair[0] in methods and pair[1] in forms]
+
+
+def problems(chosen: argparse.Namespace) -> list[Problem]:
+    """In the order of their worth, as the time may run out: few boxes before many, one image before two."""
+    return [
+        Problem(detector, images, boxes, chosen.height, chosen.width)
+        for boxes in chosen.boxes
+        for images in chosen.images
+        for detector in chosen.detectors
+    ]
+
+
+def resident(contender: Contender) -> int:
+    """Bytes of weights, statistics, optimiser states and the frozen teacher."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in contender.resident())
+
+
+def first_turn(contender: Contender) -> dict[str, Any]:
+    """A step, counted: ledger, memory and seconds (counting costs it a hundredth)."""
+    if contender.compiled:  # a mode would see the graphs' operators, not the kernels they became
+        return {
+            "seconds": [],
+            "transient_bytes": memory.measure(contender.step, CPU).peak,
+            "resident_bytes": resident(contender),
+        }
+    seconds = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        with DispatchLedger() as found:
+            contender.step()
+        seconds.append(time.perf_counter() - begin)
+        seconds.append(found.counts)
+
+    peak = memory.measure(work, CPU).peak
+    entry = {"seconds": [seconds[0]], "ledger": dataclasses.asdict(seconds[1])}
+    if contender.teacher is not None:
+        entry["teacher_ledger"] = dataclasses.asdict(count(contender.teacher))
+    return {**entry, "transient_bytes": peak, "resident_bytes": resident(contender)}
+
+
+def measure(
+    problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool, tried: bool = False
+) -> dict[str, Any]:
+    """All contenders of a problem, turn and turn about.
+
+    Args:
+        first: the first problem of its detector: more repetitions, and what the cost ledger needs.
+        tried: the trainer's options take part.
+        counted: the first turn is counted; else it is a step on small images, not timed.
+    """
+    entries, runners = {}, {}
+    small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
+    for method, form in contenders(chosen.methods, chosen.forms, lone=first, tried=tried):
+        runners[method, form] = runner = build(problem, method, form)
+        if runner.compiled:
+            runner.step()  # the first size has the static graphs
+        else:
+            runner.on(small.batch(), runner.step)  # optimiser states are there now
+        entries[f"{method}/{form}"] = first_turn(runner) if counted else {"seconds": []}
+    turns = chosen.repetitions if first else chosen.repetitions - counted - 1
+    for turn in range(max(turns, 1 - counted)):
+        order = list(runners) if turn % 2 == 0 else list(reversed(runners))
+        for method, form in order:
+            gc.collect()
+            entries[f"{method}/{form}"]["seconds"].append(runners[method, form].timed())
+    return {**dataclasses.asdict(problem), "entries": entries}
+
+
+def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A saved run and what was measured since; a problem measured again replaces its row."""
+
+    def problem(row: dict[str, Any]) -> tuple:
+        return tuple(row[field.name] for field in dataclasses.fields(Problem))
+
+    again = {problem(row) for row in new["rows"]}
+    rows = [row for row in kept["rows"] if problem(row) not in again] + new["rows"]
+    rows.sort(key=lambda row: (row["boxes"], row["images"], row["detector"] != "retinanet"))  # as `problems` has them
+    done = {problem(row) for row in rows}
+    skipped = {problem(row): row for run in (kept, new) for row in run["skipped"] if problem(row) not in done}
+    commits = dict.fromkeys(commit for run in (kept, new) for commit in run["commit"].split(" and "))
+    return {
+        **new,
+        "command": "` and `".join(run["command"] for run in (kept, new)),
+        "commit": " and ".join(commits),
+        "seconds": kept["seconds"] + new["seconds"],
+        "icd_alone": kept["icd_alone"] or new["icd_alone"],
+        "rows": rows,
+        "skipped": list(skipped.values()),
+    }
+
+
+def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Measure what was asked for, as far as the time goes; kept: a run whose detectors' first problems are done."""
+    torch.set_num_threads(chosen.threads)
+    begin, rows, skipped, own = time.monotonic(), [], [], None
+    seen = {row["detector"] for row in kept["rows"]} if kept else set()
+    if "icd" in chosen.methods and not kept:
+        first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
+        own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
+        print(step_results.own_table(own), flush=True)
+    for problem in problems(chosen):
+        if time.monotonic() - begin > 60 * chosen.minutes:
+            skipped.append(dataclasses.asdict(problem))
+            continue
+        first = problem.detector not in seen
+        counted = problem.boxes == chosen.boxes[0]
+        rows.append(measure(problem, chosen, first=first, counted=counted, tried=not seen))
+        seen.add(problem.detector)
+        print(step_results.row_table(rows[-1]), flush=True)
+    return {
+        "command": f"python -m benchmarks.step {shlex.join(sys.argv[1:])}".strip(),
+        "commit": commit(),
+        "machine": machine(CPU),
+        "threads": chosen.threads,
+        "seconds": time.monotonic() - begin,
+        "icd_alone": own,
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", choices=["retinanet", "faster-rcnn"])
+    methods = ["student", "lgd", "icd", "fgfi", "teacher"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all")
+    forms = [*FORMS, *OPTIONS]
+    parser.add_argument("--forms", nargs="+", choices=forms, default=forms, help="default: all")
+    parser.add_argument("--images", nargs="+", type=int, help="of a batch (default: 1 2)")
+    parser.add_argument("--boxes", nargs="+", type=int, help="of an image (default: 7 30)")
+    parser.add_argument("--height", type=int, default=800, help="of the images, pixels (default: 800)")
+    parser.add_argument("--width", type=int, default=1216, help="of the images, pixels (default: 1216)")
+    parser.add_argument("--repetitions", type=int, default=2, help="timed turns of a detector's first problem (2)")
+    parser.add_argument("--minutes", type=float, default=20, help="no new problem begins after so many (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="RetinaNet, one image, 7 boxes (eight minutes)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results; of parts build/bench)")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="write the report of a saved run again, no run")
+    parser.add_argument("--add-to", type=Path, metavar="JSON", help="a saved run that this one's problems join")
+    parser.add_argument("--quote", type=Path, metavar="JSON", help="print a saved run's lines for the README, no run")
+    chosen = parser.parse_args(arguments)
+    whole = not (chosen.quick or chosen.detectors or chosen.images or chosen.boxes)
+    whole = whole and chosen.methods == methods and chosen.forms == forms
+    chosen.out = chosen.out or Path("docs/results" if whole else "build/bench")
+    chosen.detectors = chosen.detectors or (["retinanet"] if chosen.quick else ["retinanet", "faster-rcnn"])
+    chosen.images = chosen.images or ([1] if chosen.quick else [1, 2])
+    chosen.boxes = chosen.boxes or ([7] if chosen.quick else [7, 30])
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 0."""
+    chosen = parse(arguments)
+    if chosen.quote:
+        print(step_results.quote(json.loads(chosen.quote.read_text(encoding="utf-8"))))
+        return 0
+    if chosen.report:
+        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
+    else:
+        kept = json.loads(chosen.add_to.read_text(encoding="utf-8")) if chosen.add_to else None
+        saved = collect(chosen, kept)
+        saved = together(kept, saved) if kept else saved
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")
+    step_results.plot(saved, chosen.out / "step.png")
+    print(step_results.report(saved))
+    return 0
+
+
+if __name__ == "__main__":
+    if any(name not in os.environ for name in KEEP_MEMORY):  # the allocator reads them when the process starts
+        environment = {**KEEP_MEMORY, **os.environ}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]], environment)
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Who takes part in `benchmarks.step`: student, methods and teacher, in plain torch and ours, each with whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.step.plain_detectors import PlainDetector
+from benchmarks.step.plain_icd import PlainICD
+from benchmarks.step.plain_lgd import PlainLGD
+from fastkd.detectors import build_detector
+from fastkd.training.build import build_distiller
+from fastkd.training.config import Recipe
+from fastkd.training.optimizers import build_optimizers
+from fastkd.training.parallel.compiled import Regions
+from fastkd.training.recipes.named import get_recipe
+from fastkd.training.schedule import Phase
+from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
+from fastkd.types import Batch, ClassPriors
+
+FORMS = ("plain", "float32", "bfloat16")
+OPTIONS = ("recompute", "compile")  # of the trainer's, on top of bfloat16
+METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
+NUM_CLASSES = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the steps are taken on.
+
+    Args:
+        detector: as in recipe names, "retinanet" or "faster-rcnn".
+        images: B. boxes: of each image. height, width: pixels.
+    """
+
+    detector: str = "retinanet"
+    images: int = 1
+    boxes: int = 7
+    height: int = 800
+    width: int = 1216
+
+    def batch(self, seed: int = 0) -> Batch:
+        """Noise with boxes of a tenth to a half of the image's sides."""
+        generator = torch.Generator().manual_seed(seed)
+        total, sides = self.images * self.boxes, torch.tensor([self.width, self.height])
+        size = (0.1 + 0.4 * torch.rand(total, 2, generator=generator)) * sides
+        low = torch.rand(total, 2, generator=generator) * (sides - size)
+        return Batch(
+            images=torch.randn(self.images, 3, self.height, self.width, generator=generator),
+            image_sizes=torch.tensor([[self.height, self.width]] * self.images),
+            boxes=torch.cat([low, low + size], dim=1),
+            labels=torch.randint(NUM_CLASSES, (total,), generator=generator),
+            image_index=torch.arange(self.images).repeat_interleave(self.boxes),
+            counts=[self.boxes] * self.images,
+            seeds=list(range(self.images)),
+        )
+
+
+class Contender:
+    """Something that takes training steps.
+
+    Args:
+        forward: batch -> losses by name.
+        optimizers: torch's; update: takes their steps and drops the gradients.
+        module: student and method; frozen: the teacher, or None; ask: the teacher's forward, or None.
+        batch: of every step.
+        compiled: whether torch.compile has a part in it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Batch], dict[str, Tensor]],
+        optimizers: list[torch.optim.Optimizer],
+        update: Callable[[], object],
+        module: nn.Module,
+        frozen: nn.Module | None,
+        ask: Callable[[Batch], object] | None,
+        batch: Batch,
+        compiled: bool = False,
+    ):
+        self.forward, self.optimizers, self.update = forward, optimizers, update
+        self.module, self.frozen, self.batch, self.compiled = module, frozen, batch, compiled
+        self.teacher = None if ask is None else lambda: ask(self.batch)
+
+    def on(self, batch: Batch, work: Callable[[], object]) -> None:
+        """Does some work on another batch."""
+        own, self.batch = self.batch, batch.to("cpu", memory_format=memory_format_of(self.batch.images))
+        work()
+        self.batch = own
+
+    def resident(self) -> list[Tensor]:
+        """Tensors that stay from step to step."""
+        held = {id(t): t for m in (self.module, self.frozen) if m for t in (*m.parameters(), *m.buffers())}
+        states = [
+            value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()
+        ]
+        return [*held.values(), *(value for value in states if isinstance(value, Tensor))]
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        sum_losses(self.forward(self.batch)).backward()
+        self.update()
+
+    def timed(self) -> float:
+        """Seconds of a step."""
+        begin = time.perf_counter()
+        self.step()
+        return time.perf_counter() - begin
+
+
+def memory_format_of(images: Tensor) -> torch.memory_format:
+    """Channels-last or contiguous."""
+    return torch.contiguous_format if images.is_contiguous() else torch.channels_last
+
+
+def priors() -> ClassPriors:
+    """Of objects a quarter of an image wide."""
+    side = torch.full((NUM_CLASSES, 2), 0.25, dtype=torch.float64)
+    return ClassPriors(torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, dtype=torch.float64), side, side / 2)
+
+
+def recipe_of(detector: str, method: str, form: str) -> Recipe:
+    """Our COCO recipe of a contender in a precision."""
+    recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
+    low = form in ("bfloat16", *OPTIONS)
+    runtime = dataclasses.replace(
+        recipe.runtime,
+        precision="bfloat16" if low else "float32",
+        channels_last=low,
+        recompute=form == "recompute",
+        compile=form == "compile",
+    )
+    return dataclasses.replace(recipe, runtime=runtime)
+
+
+def ours(problem: Problem, method: str, form: str) -> Contender:
+    """A contender as the trainer builds it, after the first phases of its schedule."""
+    torch.manual_seed(0)
+    recipe = recipe_of(problem.detector, method, form)
+    layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
+    student = build_detector(recipe.detector)
+    if recipe.runtime.recompute:
+        student.parts()["backbone"].recompute()
+    teacher = None
+    if method in ("icd", "fgfi"):
+        teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
+    distiller = build_distiller(recipe, teacher, priors())
+    dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
+    frozen = FrozenTeacher(teacher, dtype) if teacher is not None else None
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
+    module.to(memory_format=layout).train()
+    if module.teacher is not None:
+        module.teacher.to(torch.device("cpu"), layout)
+    phase = Phase(distill=distiller is not None)
+    optimizers = build_optimizers(recipe, module)
+    batch = problem.batch().to("cpu", memory_format=layout)
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return Contender(
+        lambda batch: module(batch, phase),
+        [optimizer.optimizer for optimizer in optimizers],
+        update,
+        module,
+        None if module.teacher is None else module.teacher.detector,
+        None if module.teacher is None else lambda batch: module.teacher.pyramid(batch.images),
+        batch,
+        recipe.runtime.compile,
+    )
+
+
+class PlainStep(nn.Module):
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+
+    def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
+        super().__init__()
+        self.detector, self.distiller = detector, distiller
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses by name."""
+        pyramid = self.detector.features(batch.images)
+        losses = dict(self.detector.loss(pyramid, batch))
+        if isinstance(self.distiller, PlainLGD):
+            distill, instructive = self.distiller(pyramid, batch)
+            supervision = self.detector.loss(instructive, batch)
+            losses |= distill | {f"instructive_{name}": value for name, value in supervision.items()}
+        elif self.distiller is not None:
+            losses |= self.distiller(pyramid, self.ask(batch), batch)
+        return losses
+
+    @torch.no_grad()
+    def ask(self, batch: Batch) -> list[Tensor]:
+        """The teacher's pyramid."""
+        return self.teacher.features(batch.images)
+
+
+def plain(problem: Problem, method: str) -> Contender:
+    """A contender in plain torch, with torch's optimisers as they come."""
+    torch.manual_seed(0)
+    kind = problem.detector.replace("-", "_")
+    recipe = recipe_of(problem.detector, method, "float32")
+    student = PlainDetector(kind, NUM_CLASSES, recipe.detector.backbone)
+    teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if method == "icd" else None
+    distiller = build_distiller(recipe, _Width(recipe.detector.channels), priors())
+    if distiller is not None:
+        distiller = (PlainLGD if method == "lgd" else PlainICD)(distiller)
+    module = PlainStep(student.train(), distiller, teacher)
+    own = list(distiller.parameters()) if method == "icd" else []
+    mine = {id(parameter) for parameter in own}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
+    rate = recipe.optimizer.learning_rate
+    sgd = torch.optim.SGD(rest, lr=rate, momentum=0.9, weight_decay=1e-4)
+    adamw = torch.optim.AdamW(own, lr=1e-4, weight_decay=1e-4) if own else None
+
+    def update() -> None:
+        if adamw is not None:
+            nn.utils.clip_grad_norm_(own, recipe.method_optimizer.clip_norm)
+            adamw.step()
+            adamw.zero_grad()
+        sgd.step()
+        sgd.zero_grad()
+
+    optimizers = [sgd] if adamw is None else [sgd, adamw]
+    return Contender(module, optimizers, update, module, teacher, module.ask if teacher else None, problem.batch())
+
+
+@dataclass(frozen=True)
+class _Width:
+    """What `build_distiller` asks of a teacher."""
+
+    channels: int
+
+
+def build(problem: Problem, method: str, form: str) -> Contender:
+    """A contender; method of METHODS, form of FORMS or OPTIONS (FGFI has no plain form)."""
+    return plain(problem, method) if form == "plain" else ours(problem, method, form)

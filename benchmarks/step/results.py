@@ -1,0 +1,278 @@
+"""From the measurements of `benchmarks.step` to tables: docs/results/step.md and step.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.step.dispatch_ledger import Counts
+
+MIB, GB = 2**20, 1e9
+LABELS = {
+    "student": "student alone",
+    "lgd": "LGD",
+    "icd": "ICD",
+    "fgfi": "FGFI",
+    "teacher": "the teacher's own training",
+}
+FORMS = {"plain": "plain float32", "float32": "ours float32", "bfloat16": "ours bfloat16"}
+OPTIONS = {"bfloat16": "ours bfloat16", "recompute": "and --runtime.recompute", "compile": "and --runtime.compile"}
+SPEED_TARGETS = {("lgd", "float32"): 1.4, ("lgd", "bfloat16"): 2.5, ("icd", "float32"): 1.25, ("icd", "bfloat16"): 2.3}
+LGD_TARGETS = (350, 1 / 2, 1 / 2)  # kernels; of plain's bytes, of plain's peak memory
+ICD_TARGETS = {"float32": 5, "bfloat16": 8}  # times faster
+ICD_SHARES = (120, 1 / 8, 1 / 10)  # as LGD_TARGETS
+
+
+def seconds(entry: dict[str, Any]) -> float:
+    """The fastest step."""
+    return min(entry["seconds"])
+
+
+def peak(entry: dict[str, Any]) -> int:
+    """Bytes in use at the worst moment."""
+    return entry["transient_bytes"] + entry["resident_bytes"]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A problem in words."""
+    name = {"retinanet": "RetinaNet-R50", "faster-rcnn": "Faster R-CNN-R50"}[row["detector"]]
+    return f"{name}, B = {row['images']}, {row['boxes']} boxes an image, {row['height']} x {row['width']}"
+
+
+def row_table(row: dict[str, Any]) -> str:
+    """Seconds and peak memory of a problem's steps; in brackets how many times faster than the plain form."""
+    lines = []
+    for method, label in LABELS.items():
+        found = {form: row["entries"].get(f"{method}/{form}") for form in FORMS}
+        if not any(found.values()):
+            continue
+        times, sizes = [], []
+        for entry in found.values():
+            if entry is None:
+                times.append("")
+                sizes.append("")
+                continue
+            faster = f" ({seconds(found['plain']) / seconds(entry):.2f} x)" if found["plain"] else ""
+            times.append(f"{seconds(entry):.2f} s" + (faster if entry is not found["plain"] else ""))
+            sizes.append(peak_cell(entry))
+        lines.append([label, *times, *sizes])
+    head = ["step", *FORMS.values(), *(f"peak, {label}" for label in FORMS.values())]
+    return f"### {name_of(row)}\n\n{table(head, lines)}\n"
+
+
+def peak_cell(entry: dict[str, Any]) -> str:
+    """Peak memory where it was measured."""
+    return f"{peak(entry) / MIB:,.0f} MiB" if "transient_bytes" in entry else ""
+
+
+def options_table(row: dict[str, Any]) -> str:
+    """What the trainer's options do to a step in bfloat16: seconds and peak memory."""
+    lines = []
+    for method, label in LABELS.items():
+        found = [row["entries"].get(f"{method}/{form}") for form in OPTIONS]
+        if any(found[1:]):
+            times = [f"{seconds(entry):.2f} s" if entry else "" for entry in found]
+            lines.append([label, *times, *(peak_cell(entry) if entry else "" for entry in found)])
+    head = ["step", *OPTIONS.values(), *(f"peak, {label}" for label in OPTIONS.values())]
+    return f"### Options: {name_of(row)}\n\n{table(head, lines)}\n" if lines else ""
+
+
+def counts(values: dict[str, Any]) -> Counts:
+    """A stored ledger."""
+    return Counts(**values)
+
+
+def own_part(row: dict[str, Any], method: str, form: str) -> Counts | None:
+    """The ledger of a method beyond student and teacher; None where something was not counted."""
+    whole, alone = row["entries"].get(f"{method}/{form}"), row["entries"].get(f"student/{form}")
+    if whole is None or alone is None or "ledger" not in whole or "ledger" not in alone:
+        return None
+    own = counts(whole["ledger"]).minus(counts(alone["ledger"]))
+    if "teacher_ledger" in whole:
+        asked = counts(whole["teacher_ledger"])
+        peak_bytes = own.peak  # the teacher's own temporaries are gone when the student's peak comes
+        own = own.minus(asked)
+        own.peak = peak_bytes
+    return own
+
+
+def ledger_lines(label: str, found: Counts) -> list[str]:
+    """A line of the ledger."""
+    numbers = [found.ops - found.views, found.ops, found.syncs]
+    sizes = [found.bytes_read / GB, found.bytes_written / GB, found.flops / GB, found.largest / MIB, found.peak / MIB]
+    return [label, *(f"{n:,d}" for n in numbers), *(f"{s:,.2f}" for s in sizes[:2]), *(f"{s:,.0f}" for s in sizes[2:])]
+
+
+def ledger_table(row: dict[str, Any]) -> str:
+    """Student, method and difference, as counted."""
+    lines = []
+    for method, label in LABELS.items():
+        for form, form_label in (FORMS | OPTIONS).items():
+            entry = row["entries"].get(f"{method}/{form}")
+            if entry is None or "ledger" not in entry:
+                continue
+            lines.append(ledger_lines(f"{label}, {form_label}", counts(entry["ledger"])))
+            own = own_part(row, method, form) if method not in ("student", "teacher") else None
+            if own is not None:
+                lines.append(ledger_lines(f"*{label}'s own part, {form_label}*", own))
+    head = ["", "kernels", "with views", "waits", "GB read", "GB written", "GFLOP", "largest, MiB", "peak, MiB"]
+    return f"### Ledger: {name_of(row)}\n\n{table(head, lines)}\n" if lines else ""
+
+
+def targets(row: dict[str, Any]) -> str:
+    """The targets beside their figures."""
+    lines, entries = [], row["entries"]
+    for (method, form), wanted in SPEED_TARGETS.items():
+        plain, own = entries.get(f"{method}/plain"), entries.get(f"{method}/{form}")
+        if plain and own:
+            ratio = seconds(plain) / seconds(own)
+            lines.append(
+                [f"{LABELS[method]}, {FORMS[form]}", f"{wanted} x faster", f"{ratio:.2f} x", _met(ratio >= wanted)]
+            )
+    plain = own_part(row, "lgd", "plain")
+    for form in ("float32", "bfloat16"):
+        own = own_part(row, "lgd", form)
+        if plain is not None and own is not None:
+            lines += share_lines(f"LGD's own part, {FORMS[form]}", own, plain, *LGD_TARGETS)
+    return f"### Targets: {name_of(row)}\n\n{table(['', 'target', 'measured', 'met'], lines)}\n" if lines else ""
+
+
+def share_lines(label: str, own: Counts, plain: Counts, ops: int, share: float, memory: float) -> list[list[str]]:
+    """Kernels, bytes and peak memory of an own part beside their targets."""
+    kernels = own.ops - own.views
+    found = f"{kernels} (plain {plain.ops - plain.views})"
+    lines = [[f"{label}: kernels", f"at most {ops}", found, _met(kernels <= ops)]]
+    for what, wanted, mine, theirs in (
+        ("bytes", share, own.bytes, plain.bytes),
+        ("extra peak memory", memory, own.peak, plain.peak),
+    ):
+        found = f"{mine / GB:.2f} GB (plain {theirs / GB:.2f} GB)"
+        good = theirs > 0 and mine <= wanted * theirs
+        lines.append([f"{label}: {what}", f"1/{1 / wanted:.0f} of plain's", found, _met(good)])
+    return lines
+
+
+def own_table(own: dict[str, Any]) -> str:
+    """ICD's own part alone: its ledger, and its targets."""
+    entries, problem, head = own["entries"], own["problem"], ["", "seconds", "kernels", "GB", "GFLOP", "peak, MiB"]
+    rows, lines = [], []
+    for form, entry in entries.items():
+        found = counts(entry["ledger"])
+        numbers = [f"{found.ops - found.views}", f"{found.bytes / GB:.2f}", f"{found.flops / GB:.0f}"]
+        rows.append([FORMS[form], f"{seconds(entry):.3f}", *numbers, f"{found.peak / MIB:,.0f}"])
+        if form != "plain" and "plain" in entries:
+            plain, label = entries["plain"], f"ICD's own part, {FORMS[form]}"
+            ratio = seconds(plain) / seconds(entry)
+            wanted = ICD_TARGETS[form]
+            lines.append([f"{label}: time", f"{wanted} x faster", f"{ratio:.1f} x", _met(ratio >= wanted)])
+            lines += share_lines(label, found, counts(plain["ledger"]), *ICD_SHARES)
+    size = f"B = {problem['images']}, {problem['boxes']} boxes, {problem['height']} x {problem['width']}"
+    text = f"### ICD's own part alone, forward and backward, {size}\n\n{table(head, rows)}\n"
+    return text + (f"\n{table(['', 'target', 'measured', 'met'], lines)}\n" if lines else "")
+
+
+def _met(good: bool) -> str:
+    return "yes" if good else "no"
+
+
+def fgfi_ledger(row: dict[str, Any], ratio: float = 1.0) -> str:
+    """Extra cost of LGD beside that of FGFI with its teacher's training (methods.md 4).
+
+    Args:
+        ratio: steps of the teacher's training for each of the student's.
+    """
+    names = [f"{method}/float32" for method in ("student", "lgd", "fgfi", "teacher")]
+    if not all(name in row["entries"] for name in names):
+        return ""
+    student, lgd, fgfi, teacher = (seconds(row["entries"][name]) for name in names)
+    alone, with_teacher = fgfi - student, fgfi - student + ratio * teacher
+    saved = 1 - (lgd - student) / with_teacher
+    lines = [
+        ["LGD", f"{lgd - student:.2f} s", "none", f"{lgd - student:.2f} s"],
+        ["FGFI", f"{alone:.2f} s", f"{teacher:.2f} s", f"{with_teacher:.2f} s"],
+    ]
+    head = ["extra over the student, ours float32", "in the step", "teacher's training step", "together"]
+    return (
+        f"### Cost beside FGFI: {name_of(row)}\n\n{table(head, lines)}\n\nThe R101 teacher trains as many steps as the "
+        f"student. LGD's extra cost is {saved:.0%} lower (target: at least 51 %): {_met(saved >= 0.51)}.\n"
+    )
+
+
+def report(saved: dict[str, Any]) -> str:
+    """The whole of step.md."""
+    cpu, torch_version = saved["machine"]["cpu"], saved["machine"]["torch"]
+    parts = [
+        "# A training step\n",
+        f"`{saved['command']}` at {saved['commit']}, {saved['threads']} threads of {cpu}, torch {torch_version}; "
+        f"{saved['seconds'] / 60:.0f} minutes. Seconds are minima of a few steps taken turn and turn about in one "
+        "process. Plain: the published algorithm in eager float32 torch on torchvision's detectors, teacher R101 in "
+        "float32 (benchmarks/plain_*.py). Peak memory: what torch's allocator hands out at the worst moment, with "
+        "weights, optimiser states and teacher.\n",
+        *(row_table(row) for row in saved["rows"]),
+        "Ledger: counted by a dispatch mode, nominal and machine-independent: every operand read once and every result "
+        "written once; kernels are dispatched operators but views; waits are points where a GPU's host would wait. A "
+        "method's own part is its step less the student's and the teacher's forward.\n",
+    ]
+    if saved["icd_alone"] is not None:
+        parts.append(own_table(saved["icd_alone"]))
+    for make in (targets, options_table, fgfi_ledger, ledger_table):
+        parts += [text for row in saved["rows"] if (text := make(row))]
+    if saved["skipped"]:
+        parts.append("Not measured, the time was over: " + "; ".join(name_of(row) for row in saved["skipped"]) + ".\n")
+    return "\n".join(parts)
+
+
+def quote(saved: dict[str, Any]) -> str:
+    """The README's lines: the first problem of each detector, each method's step beside its plain form."""
+    lines, seen = [], set()
+    for row in saved["rows"]:
+        if row["detector"] in seen:
+            continue
+        seen.add(row["detector"])
+        for method in ("student", "lgd", "icd"):
+            found = [row["entries"].get(f"{method}/{form}") for form in FORMS]
+            if not all(found):
+                continue
+            plain, *own = (seconds(entry) for entry in found)
+            cells = [f"{plain:.2f} s", *(f"{value:.2f} s (**{plain / value:.2f} x**)" for value in own)]
+            memory = [peak_cell(entry) for entry in (found[0], found[-1])]
+            lines.append([f"{name_of(row).split(',')[0]}, {LABELS[method]}", *cells, *memory])
+    return table(["step", *FORMS.values(), "peak, plain", "peak, ours bfloat16"], lines)
+
+
+def plot(saved: dict[str, Any], path: Path) -> None:
+    """Seconds of every step, one panel for each problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"plain": "#9aa5b1", "float32": "#3b7dd8", "bfloat16": "#2a9d5c"}
+    rows = saved["rows"]
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 3.4 * lines), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat[len(rows) :]:
+        axis.remove()
+    for axis, row in zip(grid.flat, rows):
+        methods = [method for method in ("student", "lgd", "icd") if f"{method}/plain" in row["entries"]]
+        for offset, form in enumerate(FORMS):
+            values = [row["entries"].get(f"{method}/{form}") for method in methods]
+            places = [place + (offset - 1) * 0.27 for place in range(len(methods))]
+            bars = [seconds(entry) if entry else 0.0 for entry in values]
+            axis.bar(places, bars, 0.25, color=colours[form], label=FORMS[form])
+        axis.set_xticks(range(len(methods)), [LABELS[method] for method in methods])
+        axis.set_title(f"{row['detector']}, B = {row['images']}, {row['boxes']} boxes", fontsize=9)
+        axis.set_ylabel("seconds a step")
+        axis.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Seeds x methods on generated data."""

@@ -1,0 +1,79 @@
+// A pyramid cut into tasks of whole rows, shared evenly by the threads. A row is one channel of one image of one level.
+#pragma once
+
+#include "common/capability.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace fastkd {
+
+// Channels [channel, channel + channels) of an image of a level; `row` counts rows over all levels, level by level.
+struct Task {
+  int64_t level, image, channel, channels, row;
+};
+
+// The place of a tensor's dtype in a table of kernels for float, double, BFloat16, Half.
+inline int type_index(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return 0;
+    case ScalarType::Double: return 1;
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Half: return 3;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "fastkd: levels must be float32, float64, bfloat16 or float16, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// The dtype of sums: float for half types.
+inline torch::headeronly::ScalarType widened(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// [B, C, H, W] dense with C fastest. Tensors that are contiguous as well (one channel, one cell) count as contiguous.
+inline bool is_channels_last(const torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+// The tensor itself where it is dense in the wanted order, else a copy that is.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Calls run(first task, end) on contiguous runs of tasks, one run a thread, each of about the same number of
+// elements: the tasks of a large level cost more, so counting tasks would leave the other threads waiting. Which
+// thread runs a task does not change its result.
+template <class Work, class Cost, class Run>
+void run_balanced(const std::vector<Work>& tasks, const Cost& cost, const Run& run) {
+  constexpr int64_t kElementsPerThread = 16384;  // fewer do not pay for waking a thread
+  int64_t total = 0;
+  for (const Work& task : tasks) total += cost(task);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, total / kElementsPerThread));
+  std::vector<int64_t> first(parts + 1, static_cast<int64_t>(tasks.size()));
+  int64_t done = 0, part = 0;
+  for (size_t index = 0; index < tasks.size(); ++index) {
+    while (part < parts && done * parts >= part * total) first[part++] = static_cast<int64_t>(index);
+    done += cost(tasks[index]);
+  }
+  const auto run_parts = [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) run(tasks.data() + first[part], tasks.data() + first[part + 1]);
+  };
+  torch::stable::parallel_for(0, parts, 1, run_parts);
+}
+
+}  // namespace fastkd

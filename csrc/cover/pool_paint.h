@@ -1,0 +1,31 @@
+// What box_pool, box_paint, mask_pool and mask_paint share: two sums over the cells that objects cover, each the
+// other's backward.
+#pragma once
+
+#include "cover/bands.h"
+
+#if FASTKD_GENERIC_PASS
+namespace fastkd {
+
+using Sizes = std::vector<std::pair<int64_t, int64_t>>;  // (H_l, W_l) of the levels
+
+// Of levels [B, C, H_l, W_l] on the CPU that agree in B, C and dtype, at least one; throws where they are none.
+Sizes sizes_of(const std::vector<torch::stable::Tensor>& levels);
+
+// Of a list H_0, W_0, H_1, W_1, ...
+Sizes sizes_of(const std::vector<int64_t>& sides);
+
+// [L, K, C]: out[l, k] = sum, or mean, of levels[l] over the cells that object k covers; 0 where there are none.
+torch::stable::Tensor pool_levels(const std::vector<torch::stable::Tensor>& levels, const Cover& cover, bool mean);
+
+// L tensors [B, C, H_l, W_l] for paint_levels to fill: so that sizes beyond the memory fail before a cover is made.
+std::vector<torch::stable::Tensor> new_levels(const torch::stable::Tensor& values, int64_t images, const Sizes& sizes,
+                                              const std::vector<bool>& channels_last);
+
+// Cells of levels[l] = sum of values[l, k] over the objects that cover it, divided by the number of cells they cover if
+// mean. values is [L, K, C].
+void paint_levels(const torch::stable::Tensor& values, const Cover& cover, bool mean,
+                  const std::vector<torch::stable::Tensor>& levels);
+
+}  // namespace fastkd
+#endif  // FASTKD_GENERIC_PASS

@@ -1,0 +1,51 @@
+// What instance_norm_mse.cpp hands its kernels.
+#pragma once
+
+#include "common/pyramid.h"
+
+namespace fastkd {
+namespace instance_norm_mse {
+
+// Of each side mean, scale, scale_low, offset (Normal); then mean(e IN(s)) and mean(e IN(t)).
+enum Moment { kStudent = 0, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };
+
+enum Sum { kX = 0, kY, kXX, kYY, kXY, kSums };
+
+struct Level {
+  const void* student;
+  const void* teacher;
+  void* grad_student;  // null: not wanted
+  void* grad_teacher;
+  int64_t channels, cells;
+  double* sums;  // channels-last forward: [images, parts, kSums, channels]
+  int64_t parts;
+  bool large;  // see is_large
+};
+
+// Cells [cell, cell + cells) of an image of a channels-last level; `row` is the image's first row.
+struct Part {
+  int64_t level, image, cell, cells, number, row;
+};
+
+struct Arguments {
+  const Level* levels;
+  void* moments;       // [kMoments, rows] of acc_t
+  double* row_errors;  // [rows]; of rows to be done again: -1
+  int64_t rows;
+  double eps;
+  double factor;  // 2 grad / N
+};
+
+struct Table {  // of float, double, BFloat16, Half
+  using OnRows = void (*)(const Arguments&, const Task* begin, const Task* end);
+  using OnParts = void (*)(const Arguments&, const Part* begin, const Part* end);
+  OnRows forward[4], backward[4];  // contiguous levels
+  OnRows guess_rows[4];            // channels-last levels, in this order
+  OnParts sum_parts[4];
+  OnRows finish_rows[4], careful_rows[4];
+  OnParts backward_parts[4];
+  int64_t block[4];  // channels of a task of careful_rows
+};
+
+}  // namespace instance_norm_mse
+}  // namespace fastkd

@@ -1,0 +1,245 @@
+// The kernels of instance_norm_mse.cu for channels-last levels; traffic and order of sums are described there.
+#pragma once
+
+#include "common/device_channels.h"
+#include "normalised/instance_norm_mse_device.h"
+
+namespace fastkd {
+namespace {
+
+// The place of a channels-last block: a thread has `width` channels of one image from `channel` on, and every
+// (threads / kWarpSize)-th cell of the chunk from its warp's number on.
+template <class T, int width>
+struct Place {
+  int level, chunk, cells, first_cell, warp, warps;
+  int64_t image, channel, row, offset, chunk_row;  // row and chunk_row of the first channel
+  bool inside;
+  FASTKD_DEVICE explicit Place(const Levels<T>& levels) {
+    const int64_t block = blockIdx.x;
+    level = level_of_block(levels, block);
+    const Level<T>& mine = levels.level[level];
+    const int64_t groups = (levels.channels + kWarpSize * width - 1) / (kWarpSize * width);
+    const int64_t inner = block - mine.first_block;
+    chunk = static_cast<int>(inner % mine.chunks);
+    const int64_t group = inner / mine.chunks % groups;
+    image = inner / mine.chunks / groups;
+    warp = threadIdx.x / kWarpSize;
+    warps = blockDim.x / kWarpSize;
+    channel = (group * kWarpSize + threadIdx.x % kWarpSize) * width;
+    inside = channel < levels.channels;
+    first_cell = chunk * kChunk;
+    cells = static_cast<int>(mine.cells - first_cell < kChunk ? mine.cells - first_cell : kChunk);
+    row = mine.first_row + image * levels.channels + channel;
+    chunk_row = mine.first_chunk_row + (image * mine.chunks + chunk) * levels.channels + channel;
+    offset = (image * mine.cells + first_cell) * levels.channels + channel;
+  }
+};
+
+// What chunk_moments_kernel leaves of a chunk's channel: the student's mean, what rounding left out of it and centred
+// squares, the same of the teacher, and the centred products of the two.
+enum Part { kMean, kRest, kSquares, kProducts = 6, kParts };
+constexpr double kMostCancelled = 32;  // how much larger terms may be than what is left of them
+
+// partial [kParts, chunk rows]. The chunk is read twice, the second time from a cache.
+template <class T, class index_t, int width>
+FASTKD_KERNEL void chunk_moments_kernel(Levels<T> levels, Global<sum_t<T>> partial, int64_t chunk_rows) {
+  using Sum = sum_t<T>;
+  FASTKD_SHARED(Sum, scratch, kThreads * width);
+  const Place<T, width> place(levels);
+  const Level<T> level = levels.level[place.level];
+  const auto start = static_cast<index_t>(place.inside ? place.offset : 0);
+  const Global<const T> s = level.student + start, t = level.teacher + start;
+  const auto each = [&](auto visit) {
+    for (int cell = place.warp; place.inside && cell < place.cells; cell += place.warps) {
+      Sum x[width], y[width];
+      const index_t at = static_cast<index_t>(cell) * static_cast<index_t>(levels.channels);
+      load_channels<T, width>(s + at, x);
+      load_channels<T, width>(t + at, y);
+#pragma unroll
+      for (int j = 0; j < width; ++j) visit(j, x[j], y[j]);
+    }
+  };
+  Sum mean[2][width] = {}, left[2][width] = {}, square[2][width] = {}, product[width] = {};
+  each([&](int j, Sum x, Sum y) {
+    mean[0][j] += x;
+    mean[1][j] += y;
+  });
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    sum_over_warps<Sum, width>(mean[side], scratch, place.warp, place.warps);
+    for (int j = 0; j < width; ++j) mean[side][j] /= place.cells;
+  }
+  each([&](int j, Sum x, Sum y) {
+    const Sum a = x - mean[0][j], b = y - mean[1][j];
+    left[0][j] += a;
+    left[1][j] += b;
+    square[0][j] += a * a;
+    square[1][j] += b * b;
+    product[j] += a * b;
+  });
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    sum_over_warps<Sum, width>(left[side], scratch, place.warp, place.warps);
+    sum_over_warps<Sum, width>(square[side], scratch, place.warp, place.warps);
+  }
+  sum_over_warps<Sum, width>(product, scratch, place.warp, place.warps);
+  if (place.warp != 0 || !place.inside) return;
+#pragma unroll
+  for (int j = 0; j < width; ++j) {
+    const Global<Sum> out = partial + (place.chunk_row + j);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const Sum rest = left[side][j] / place.cells;
+      out[(3 * side + kMean) * chunk_rows] = mean[side][j];
+      out[(3 * side + kRest) * chunk_rows] = rest;
+      out[(3 * side + kSquares) * chunk_rows] = square[side][j] - rest * left[side][j];
+    }
+    out[kProducts * chunk_rows] = product[j] - left[0][j] / place.cells * left[1][j];
+  }
+}
+
+// One thread a row: chunk moments to the row's normals, slopes and error. Where the error is what little is left of
+// large terms, row_errors becomes -1, and the two kernels below sum it anew; they do nothing elsewhere.
+template <class T>
+FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
+                                        Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
+  const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (own >= levels.own_rows) return;
+  const Level<T> level = levels.level[level_of_own_row(levels, own)];
+  const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
+  const int64_t row = level.first_row + own - level.first_own;
+  const int64_t first_chunk = level.first_chunk_row + image * level.chunks * levels.channels;
+  const Global<const sum_t<T>> first = partial + (first_chunk + channel);
+  const auto number = [&](int part, int64_t chunk) {
+    return static_cast<double>(first[part * chunk_rows + chunk * levels.channels]);
+  };
+  const auto count_of = [&](int64_t chunk) {
+    const int64_t left = level.cells - chunk * kChunk;
+    return static_cast<double>(left < kChunk ? left : kChunk);
+  };
+  double mean[2] = {}, square[2] = {}, product = 0;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < level.chunks; ++chunk)
+    for (int side = 0; side < 2; ++side)
+      mean[side] += count_of(chunk) * (number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk));
+  for (int side = 0; side < 2; ++side) mean[side] /= level.cells;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
+    double apart[2];
+    for (int side = 0; side < 2; ++side) {
+      apart[side] = number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk) - mean[side];
+      square[side] += number(3 * side + kSquares, chunk) + count_of(chunk) * apart[side] * apart[side];
+    }
+    product += number(kProducts, chunk) + count_of(chunk) * apart[0] * apart[1];
+  }
+  double scale[2], own_square[2];
+  for (int side = 0; side < 2; ++side) {
+    const double variance = square[side] / level.cells;
+    scale[side] = 1.0 / sqrt((variance > 0 ? variance : 0.0) + eps);
+    own_square[side] = variance * scale[side] * scale[side];
+    const auto normal = make_normal<sum_t<T>>(mean[side], 0.0, variance, eps);
+    write_normal(moments, levels.rows, row, side == 0 ? kStudent : kTeacher, normal);
+  }
+  const double both = product / level.cells * scale[0] * scale[1];
+  const double error = own_square[0] + own_square[1] - 2 * both;
+  const bool exact = own_square[0] + own_square[1] <= kMostCancelled * error;
+  moments[kSlopeS * levels.rows + row] = static_cast<sum_t<T>>(own_square[0] - both);
+  moments[kSlopeT * levels.rows + row] = static_cast<sum_t<T>>(both - own_square[1]);
+  row_errors[row] = exact ? error * level.cells : -1.0;
+}
+
+// e^2, e a and e b of each channel over a chunk: partial [3, chunk rows]. Where a row of the block wants them.
+template <class T, class index_t, int width>
+FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> moments,
+                                       Global<const double> row_errors, Global<sum_t<T>> partial, int64_t chunk_rows) {
+  using Sum = sum_t<T>;
+  FASTKD_SHARED(Sum, scratch, kThreads * width);
+  const Place<T, width> place(levels);
+  const Level<T> level = levels.level[place.level];
+  bool wanted = false;
+  for (int j = 0; place.inside && j < width; ++j) wanted = wanted || row_errors[place.row + j] < 0;
+  if (__ballot_sync(kAllLanes, wanted) == 0u) return;  // the same for all warps: they have the same channels
+  Sum sums[kErrors][width] = {};
+  if (place.inside) {
+    Normal<Sum> student[width], teacher[width];
+    for (int j = 0; j < width; ++j) {
+      student[j] = read_normal<Sum>(moments, levels.rows, place.row + j, kStudent);
+      teacher[j] = read_normal<Sum>(moments, levels.rows, place.row + j, kTeacher);
+    }
+    const Global<const T> s = level.student + static_cast<index_t>(place.offset);
+    const Global<const T> t = level.teacher + static_cast<index_t>(place.offset);
+    for (int cell = place.warp; cell < place.cells; cell += place.warps) {
+      Sum x[width], y[width];
+      const index_t at = static_cast<index_t>(cell) * static_cast<index_t>(levels.channels);
+      load_channels<T, width>(s + at, x);
+      load_channels<T, width>(t + at, y);
+      for (int j = 0; j < width; ++j) {
+        const Pair<Sum> pair = normalised(x[j], y[j], student[j], teacher[j]);
+        sums[kSquare][j] += pair.e * pair.e;
+        sums[kWithS][j] += pair.e * pair.a;
+        sums[kWithT][j] += pair.e * pair.b;
+      }
+    }
+  }
+#pragma unroll
+  for (int error = 0; error < kErrors; ++error) {
+    sum_over_warps<Sum, width>(sums[error], scratch, place.warp, place.warps);
+    if (place.warp != 0 || !place.inside) continue;
+    for (int j = 0; j < width; ++j) partial[error * chunk_rows + place.chunk_row + j] = sums[error][j];
+  }
+}
+
+// One thread a row: chunk errors to the row's slopes and error, where they are wanted.
+template <class T>
+FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
+                                       Global<sum_t<T>> moments, Global<double> row_errors) {
+  const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (own >= levels.own_rows) return;
+  const Level<T> level = levels.level[level_of_own_row(levels, own)];
+  const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
+  const int64_t row = level.first_row + own - level.first_own;
+  if (!(row_errors[row] < 0)) return;
+  double total[kErrors] = {};
+  for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
+    const int64_t at = level.first_chunk_row + (image * level.chunks + chunk) * levels.channels + channel;
+    for (int error = 0; error < kErrors; ++error) total[error] += partial[error * chunk_rows + at];
+  }
+  moments[kSlopeS * levels.rows + row] = static_cast<sum_t<T>>(total[kWithS] / level.cells);
+  moments[kSlopeT * levels.rows + row] = static_cast<sum_t<T>>(total[kWithT] / level.cells);
+  row_errors[row] = total[kSquare];
+}
+
+template <class T, class index_t, int width>
+FASTKD_KERNEL void backward_chunks_kernel(Levels<T> levels, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad,
+                                          double elements) {
+  using Sum = sum_t<T>;
+  const Place<T, width> place(levels);
+  if (!place.inside) return;
+  const Level<T> level = levels.level[place.level];
+  Gradient<Sum> gradient[width];
+  for (int j = 0; j < width; ++j)
+    gradient[j] = Gradient<Sum>(moments, levels.rows, place.row + j, static_cast<Sum>(2.0 * grad[0] / elements));
+  const index_t offset = static_cast<index_t>(place.offset);
+  for (int cell = place.warp; cell < place.cells; cell += place.warps) {
+    Sum x[width], y[width];
+    const index_t at = offset + static_cast<index_t>(cell) * static_cast<index_t>(levels.channels);
+    load_channels<T, width>(level.student + at, x);
+    load_channels<T, width>(level.teacher + at, y);
+    Pack<T> out_s, out_t;
+    for (int j = 0; j < width; ++j) {
+      const Pair<Sum> pair = normalised(x[j], y[j], gradient[j].student, gradient[j].teacher);
+      out_s.value[j] = static_cast<T>(gradient[j].of_student(pair));
+      out_t.value[j] = static_cast<T>(gradient[j].of_teacher(pair));
+    }
+    if constexpr (width == 1) {
+      if (level.grad_student) level.grad_student[at] = out_s.value[0];
+      if (level.grad_teacher) level.grad_teacher[at] = out_t.value[0];
+    } else {
+      if (level.grad_student) store_pack(level.grad_student + at, out_s);
+      if (level.grad_teacher) store_pack(level.grad_teacher + at, out_t);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastkd

@@ -1,0 +1,52 @@
+"""The modulated deformable convolution (DCNv2) of ResNets."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d, deform_conv2d
+
+from fastkd.detectors.common.targets import in_full_precision
+
+
+class ModulatedDeformConv(DeformConv2d):
+    """A 3x3 convolution that reads where, and weighs what, another 3x3 convolution of its input says.
+
+    That convolution starts at zero: no offsets, and a weight of sigmoid(0) = 0.5 on every sample. The parameter
+    `weight` has the name and shape of the plain convolution's.
+
+    Args:
+        like: the convolution to take the place of; its weights are taken over.
+    Source: Deformable ConvNets v2 (Zhu et al., 2019), with torchvision.ops.deform_conv2d.
+    """
+
+    def __init__(self, like: nn.Conv2d):
+        settings = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation, "groups": like.groups}
+        super().__init__(like.in_channels, like.out_channels, like.kernel_size, bias=like.bias is not None, **settings)
+        self.weight, self.bias = like.weight, like.bias
+        self.taps = like.kernel_size[0] * like.kernel_size[1]
+        geometry = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
+        self.offset = nn.Conv2d(like.in_channels, 3 * self.taps, like.kernel_size, **geometry)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to [B, C', H', W'] of the same type; computed in float32 also under autocast."""
+        offset, mask = self.offset(maps).split([2 * self.taps, self.taps], dim=1)
+        with in_full_precision(maps):
+            result = deform_conv2d(
+                maps.float(),
+                offset.float(),
+                self.weight,
+                self.bias,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                mask=mask.float().sigmoid(),
+            )
+        return result.to(maps.dtype)
+
+
+def make_deformable(stage: nn.Module) -> None:
+    """Replace the 3x3 convolution of every bottleneck of a stage."""
+    for block in stage:
+        block.conv2 = ModulatedDeformConv(block.conv2)

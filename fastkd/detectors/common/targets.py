@@ -1,0 +1,113 @@
+"""Which box an anchor answers for: matching and losses of a whole batch at once, without a loop over images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.ops._support.normalizer import global_mean
+from fastkd.types import Batch
+
+BELOW, BETWEEN = -1, -2  # what torchvision's Matcher writes for "background" and "neither"
+MAX_PAIRS = 1 << 24  # (anchor, box) pairs compared at a time: 64 MiB a float32 temporary
+
+
+class PaddedBoxes(NamedTuple):
+    """Ground truth padded to the batch's largest count, at least one row: boxes [B, K, 4], labels, valid [B, K]."""
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+
+    @staticmethod
+    def of(batch: Batch) -> PaddedBoxes:
+        """The ground truth of `batch`, padded with boxes (0, 0, 1, 1) that are not valid."""
+        device, rows = batch.boxes.device, max(max(batch.counts, default=0), 1)
+        starts = torch.tensor(batch.counts).cumsum(0) - torch.tensor(batch.counts)
+        place = torch.arange(len(batch.boxes), device=device) - starts.to(device)[batch.image_index]
+        boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).repeat(len(batch), rows, 1)
+        labels = torch.zeros(len(batch), rows, dtype=torch.int64, device=device)
+        valid = torch.zeros(len(batch), rows, dtype=torch.bool, device=device)
+        boxes[batch.image_index, place] = batch.boxes.float()
+        labels[batch.image_index, place] = batch.labels
+        valid[batch.image_index, place] = True
+        return PaddedBoxes(boxes, labels, valid)
+
+    def images(self, rows: slice) -> PaddedBoxes:
+        """The same of some of the images."""
+        return PaddedBoxes(self.boxes[rows], self.labels[rows], self.valid[rows])
+
+
+def pair_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Intersection over union of boxes [B, K, 4] with anchors [A, 4] or [B, A, 4]: [B, K, A], as torchvision's."""
+    x1, y1, x2, y2 = (side[..., None] for side in boxes.unbind(-1))  # [B, K, 1]
+    ax1, ay1, ax2, ay2 = (side.unsqueeze(-2) for side in anchors.unbind(-1))  # [(B,) 1, A]
+    width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
+    height = (torch.minimum(y2, ay2) - torch.maximum(y1, ay1)).clamp_(min=0)
+    overlap = width.mul_(height)
+    return overlap / ((x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - overlap)
+
+
+def match_anchors(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, *, keep_best: bool) -> Tensor:
+    """torchvision's Matcher for a whole batch.
+
+    An anchor takes the box of highest IoU if that is at least `high`; below `low` it is background, else neither. With
+    `keep_best` the anchors that come closest to some box (ties included) take their own best box whatever the IoU;
+    unlike torchvision's, a box that touches no anchor claims none (there it claims every anchor with IoU 0).
+
+    Args:
+        truth: ground truth of B images.
+        anchors: [A, 4] shared by the images, or [B, A, 4].
+    Returns: [B, A] int64, the row of `truth` or BELOW or BETWEEN.
+    """
+    step = max(1, MAX_PAIRS // max(1, truth.boxes.shape[1] * anchors.shape[-2]))
+    parts = []
+    for start in range(0, len(truth.boxes), step):
+        rows = slice(start, start + step)
+        part = anchors if anchors.dim() == 2 else anchors[rows]
+        parts.append(_match(truth.images(rows), part, low, high, keep_best))
+    return torch.cat(parts)
+
+
+def _match(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, keep_best: bool) -> Tensor:
+    iou = pair_iou(truth.boxes, anchors).masked_fill_(~truth.valid[..., None], -1.0)  # [b, K, A]
+    value, best = iou.max(dim=1)
+    matched = torch.where(value >= high, best, torch.where(value >= low, BETWEEN, BELOW))
+    if keep_best:
+        highest = iou.amax(dim=2, keepdim=True)  # [b, K, 1]
+        highest = highest.masked_fill(highest <= 0, 2.0)  # nothing has IoU 2: claims no anchor
+        matched = torch.where((iou == highest).any(dim=1), best, matched)
+    return matched
+
+
+def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
+    """Anchors [A, 4] or [B, A, 4] more than half inside one ignore region: [B, A] bool, None without regions."""
+    if len(batch.ignore_boxes) == 0:
+        return None
+    regions, image = batch.ignore_boxes.to(anchors), batch.ignore_index
+    per_region = anchors.expand(len(batch), -1, -1)[image]  # [I, A, 4]
+    corner = torch.maximum(per_region[..., :2], regions[:, None, :2])
+    size = (torch.minimum(per_region[..., 2:], regions[:, None, 2:]) - corner).clamp(min=0)
+    area = (per_region[..., 2:] - per_region[..., :2]).prod(-1)
+    hits = (size.prod(-1) > 0.5 * area).float()
+    return torch.zeros(len(batch), anchors.shape[-2], device=anchors.device).index_add_(0, image, hits) > 0
+
+
+def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Tensor:
+    """max(least, count over all processes + more) / processes.
+
+    Dividing by it makes averaged gradients those of one process.
+    """
+    return (global_mean(count.float()) + more / _processes()).clamp(min=least / _processes())
+
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def in_full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device, for losses and boxes."""
+    return torch.autocast(tensor.device.type, enabled=False)

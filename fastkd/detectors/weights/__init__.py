@@ -1,0 +1,1 @@
+"""Weight files: our own, torchvision's and detectron2's."""

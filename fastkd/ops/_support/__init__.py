@@ -1,0 +1,1 @@
+"""What the ops share: argument checks, dispatch to a backend, coverage of boxes, memory layouts."""

@@ -1,0 +1,1 @@
+"""What a method costs: seconds of a step and peak memory."""

@@ -1,0 +1,190 @@
+"""The cost ledger (methods.md 4): what a method costs beside the student alone, measured in the same run.
+
+Once, after the warm-up, copies of student and method take timed steps on the same batches, turn and turn about: student
+alone, student with the method. The copies are thrown away, so the run itself is untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from fastkd import assets
+from fastkd.training.config import Recipe
+from fastkd.training.cost.memory import transient_peak
+from fastkd.training.optimizers import build_optimizers
+from fastkd.training.parallel.compiled import Regions
+from fastkd.training.parallel.processes import Processes, holding_back
+from fastkd.training.run.directory import read_json
+from fastkd.training.schedule import Phase, phase_at
+from fastkd.training.step import StepModule, sum_losses
+from fastkd.types import Batch
+
+
+class _Contender:
+    """A copy of the student, with or without the method, that can take whole training steps."""
+
+    def __init__(
+        self, recipe: Recipe, module: StepModule, trainable: frozenset[str], processes: Processes, method: bool
+    ):
+        distiller, teacher = (module.distiller, module.teacher) if method else (None, None)
+        parts = (copy.deepcopy(module.detector), copy.deepcopy(distiller), teacher, module.dtype, module.regions)
+        self.module = StepModule(*parts)
+        self.module.to(processes.device)
+        self.phase = Phase(distill=method)
+        self.module.apply_phase(self.phase, trainable)
+        self.optimizers = build_optimizers(recipe, self.module)
+        self.wrapped = processes.wrap_for(recipe, self.module)
+        self.processes = processes
+
+    def step(self, parts: list[Batch], channels_last: bool) -> None:
+        """One whole step: forward, backward, update."""
+        torch.manual_seed(0)
+        for number, part in enumerate(parts, start=1):
+            part = part.to(self.processes.device, memory_format=torch.channels_last if channels_last else None)
+            with holding_back(self.wrapped, number < len(parts)):
+                (sum_losses(self.wrapped(part, self.phase)) / len(parts)).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def timed(self, parts: list[Batch], channels_last: bool) -> float:
+        """Seconds of one step."""
+        self._wait()
+        begin = time.perf_counter()
+        self.step(parts, channels_last)
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize(self.processes.device)
+
+    def resident(self) -> list[Tensor]:
+        """Tensors that stay from step to step: weights, statistics, optimiser states, the frozen teacher."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        tensors += [value for optimizer in self.optimizers for value in optimizer.tensors().values()]
+        if self.module.teacher is not None:
+            tensors += [*self.module.teacher.detector.parameters(), *self.module.teacher.detector.buffers()]
+        return tensors
+
+    def peak(self, parts: list[Batch], channels_last: bool) -> int:
+        """Bytes in use at the worst moment of a step; on the CPU of the step as it is without torch.compile."""
+        resident, regions = self.resident(), self.module.regions
+        if self.processes.device.type == "cpu":
+            self.module.regions = Regions()  # of a compiled graph the meter would see the ends alone
+        try:
+            transient = transient_peak(lambda: self.step(parts, channels_last), self.processes.device, resident)
+        finally:
+            self.module.regions = regions
+        return sum(t.numel() * t.element_size() for t in resident) + transient
+
+
+def measure(
+    recipe: Recipe,
+    module: StepModule,
+    trainable: frozenset[str],
+    batches: list[list[Batch]],
+    processes: Processes,
+) -> dict[str, Any]:
+    """Times and weighs steps of the student alone and with the method. All processes call it together.
+
+    Args:
+        recipe: of the run; with no method only the student is measured.
+        module: the run's own, left untouched.
+        trainable: names of its parameters that train.
+        batches: some steps' batches, each in its accumulated parts.
+        processes: of the run.
+    Returns: {"student": {...}, "with_method": {...}, "extra": {...}, ...}, seconds are medians.
+    """
+    names = ["student", "with_method"] if recipe.method is not None else ["student"]
+    contenders = {n: _Contender(recipe, module, trainable, processes, n == "with_method") for n in names}
+    layout, samples = recipe.runtime.channels_last, {name: [] for name in names}
+    for contender in contenders.values():
+        contender.step(batches[0], layout)
+    peaks = {name: contender.peak(batches[0], layout) for name, contender in contenders.items()}
+    for pair, parts in zip(range(recipe.runtime.ledger_pairs), itertools.cycle(batches)):
+        for name in names if pair % 2 == 0 else reversed(names):
+            samples[name].append(contenders[name].timed(parts, layout))
+    rows = {
+        name: {"seconds_per_step": statistics.median(taken), "peak_bytes": peaks[name], "samples": taken}
+        for name, taken in samples.items()
+    }
+    rows.setdefault("with_method", rows["student"])
+    return {
+        **rows,
+        "extra": {key: rows["with_method"][key] - rows["student"][key] for key in ("seconds_per_step", "peak_bytes")},
+        "images_per_step": recipe.schedule.batch_size,
+        "processes": processes.world_size,
+        "device": _device_name(processes.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def teacher_cost(teacher: str) -> dict[str, Any]:
+    """What training a teacher took, as far as its run directory (or a JSON file beside the weights) tells.
+
+    Returns: {"file", "steps", "seconds"}, unknown ones None.
+    """
+    path = assets.resolve(teacher)
+    metrics = read_json(path.with_suffix(".json")) or read_json(path.parent / "metrics.json") or {}
+    return {"file": teacher, "steps": metrics.get("steps"), "seconds": metrics.get("seconds")}
+
+
+def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
+    """The whole ledger: what was measured, over all steps of the run, without and with the teacher's own training.
+
+    Adds "run": seconds of the student and extra seconds of the method over the run (only steps that distill cost
+    extra), "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None where the teacher's is unknown.
+    """
+    steps = recipe.schedule.steps
+    distilled = sum(phase_at(recipe, step).distill for step in range(steps))
+    extra = measured["extra"]["seconds_per_step"] * distilled
+    run = {
+        "steps": steps,
+        "distilled_steps": distilled,
+        "student_seconds": measured["student"]["seconds_per_step"] * steps,
+        "extra_seconds": extra,
+    }
+    teacher = teacher_cost(recipe.teacher) if recipe.teacher is not None else None
+    seconds = 0.0 if teacher is None else teacher["seconds"]
+    whole = None if seconds is None else extra + seconds
+    with_teacher = {"seconds": whole, "seconds_per_step": None if whole is None else whole / steps}
+    method = recipe.to_dict()["method"]
+    label = {"method": method["kind"] if method else None, "inherit": recipe.inherit}
+    return {**label, **measured, "run": run, "teacher": teacher, "extra_with_teacher": with_teacher}
+
+
+def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
+    """The ledger for the terminal."""
+    table = Table(title=f"Cost of {name}", header_style="bold")
+    for column, justify in (("", "left"), ("seconds/step", "right"), ("peak memory", "right"), ("whole run", "right")):
+        table.add_column(column, justify=justify)
+    run, student, method, whole = (ledger[key] for key in ("run", "student", "with_method", "extra_with_teacher"))
+
+    def row(label: str, entry: dict[str, Any], seconds: float | None, sign: str = "") -> None:
+        per_step, peak = entry["seconds_per_step"], entry.get("peak_bytes")
+        table.add_row(
+            label,
+            "unknown" if per_step is None else f"{per_step:{sign}.3f}",
+            "" if peak is None else f"{peak / 2**20:{sign},.0f} MiB",
+            "unknown" if seconds is None else f"{seconds:{sign},.0f} s",
+        )
+
+    row("student alone", student, run["student_seconds"])
+    if ledger["method"] is not None:
+        row("with the method", method, run["student_seconds"] + run["extra_seconds"])
+        row("extra", ledger["extra"], run["extra_seconds"], "+")
+    if ledger["teacher"] is not None:
+        row("extra with the teacher's training", whole, whole["seconds"], "+")
+    return table

@@ -1,0 +1,1 @@
+"""What would spoil a run, before it begins."""

@@ -1,0 +1,320 @@
+"""What is wrong with a run before it begins: `examine(recipe)` looks at what makes distilled runs gain nothing.
+
+A class map that does not fit, a teacher that was never trained, a distillation loss that is zero, too weak, too strong
+or made by one level alone, a switch left off, memory that will not do, a loader that is too slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastkd import assets
+from fastkd.detectors import Detector, check_teacher, inherit, load_detector
+from fastkd.training.build import Built, build, open_data
+from fastkd.training.config import FGFIConfig, Recipe
+from fastkd.training.cost import ledger as cost
+from fastkd.training.doctor.stability import check_stability
+from fastkd.training.doctor.teacher import Finding, Status, check_quality
+from fastkd.training.parallel.processes import Processes, processes
+from fastkd.training.run.loading import train_loader
+from fastkd.training.schedule import Phase, phase_at
+from fastkd.training.step import sum_losses
+from fastkd.types import Batch
+
+WEAK, STRONG = 0.01, 0.95  # the method's share of the gradient in the pyramid
+ONE_LEVEL, OWN_LEVEL = 0.9, 0.6  # a level's share of the method's gradient (a sum of norms), of the detector's own
+FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # laterals differ where the backbones do
+UNIT_SIZE = (0.2, 3.0)  # standard deviation of what ICD's decoder sees
+PRACTICE_STEPS, PRACTICE_RATE = 12, 1e-3
+
+
+def examine(
+    recipe: Recipe,
+    *,
+    batches: int = 4,
+    device: torch.device | str | None = None,
+    run_dir: Path | None = None,
+) -> Iterator[Finding]:
+    """Looks at a recipe, its files and its first steps, and yields what it finds as it goes; trains nothing.
+
+    Args:
+        recipe: what is to be trained.
+        batches: batches the teacher is measured on and the losses are taken from, >= 1.
+        device: where the run is to be; None takes a GPU if there is one.
+        run_dir: of an earlier run of the recipe, whose log tells whether its loss jumped; None leaves that out.
+    Raises: ValueError if batches is less than 1.
+    """
+    if batches < 1:
+        raise ValueError(f"examine: batches must be at least 1, got {batches}")
+    yield from check_switches(recipe)
+    yield from check_stability(recipe, run_dir)
+    yield from check_classes(recipe)
+    try:
+        built = build(recipe)
+    except (ValueError, OSError) as error:
+        yield Finding("problem", "set-up", f"the run cannot begin: {error}")
+        return
+    with processes(device) as group:
+        module = built.module.to(group.device)
+        teacher = None if recipe.teacher is None else load_detector(assets.resolve(recipe.teacher))[0].to(group.device)
+        if teacher is not None:
+            yield from check_quality(teacher, built, batches, group.device)
+        yield from check_start(built, teacher)
+        parts, loader = _first_batches(built, batches, group)
+        if module.distiller is not None:
+            if module.teacher is not None:
+                module.teacher.to(group.device, torch.contiguous_format)
+                yield from check_pyramids(built, parts[0].to(group.device))
+            yield from check_gradients(built, [part.to(group.device) for part in parts])
+        yield from check_cost(built, parts, loader, group)
+
+
+def check_switches(recipe: Recipe) -> Iterator[Finding]:
+    """Settings that contradict what the methods were published with, or that switch them off."""
+    found = []
+    two_stage, lgd, icd, method = recipe.detector.two_stage, recipe.lgd, recipe.icd, recipe.method
+    for name, part in (("ICD", icd), ("FGFI", method if isinstance(method, FGFIConfig) else None)):
+        if part is not None and part.weight == 0:
+            found.append(("problem", f"{name}'s weight is 0: it teaches nothing; set --method.weight"))
+    for part in (part for part in (lgd, icd) if part is not None):
+        if part.detach_fraction + part.final_fraction >= 1:
+            found.append(("problem", "detach_fraction and final_fraction leave no step in which the student is taught"))
+    if isinstance(method, FGFIConfig) and method.warmup_fraction + method.final_fraction >= 1:
+        found.append(("problem", "warmup_fraction and final_fraction leave no step in which the student is taught"))
+    if icd is not None and not recipe.inherit:
+        found.append(("warning", "ICD is published with inheriting, which is off; pass --inherit"))
+    if icd is not None and recipe.method_optimizer is None:
+        found.append(("warning", "ICD's decoder shares the student's optimiser; published is an AdamW of its own"))
+    if lgd is not None and two_stage != lgd.detach_appearance:
+        wanted = "on for two-stage detectors, off for dense ones"
+        found.append(("warning", f"LGD's detach_appearance is published {wanted}, got {lgd.detach_appearance}"))
+    if lgd is not None and two_stage and lgd.context:
+        found.append(("warning", "LGD's context object is published off for two-stage detectors, it is on"))
+    if lgd is not None and recipe.with_masks and not lgd.use_masks:
+        found.append(("warning", "LGD on mask_rcnn is published with masks; pass --method.use-masks"))
+    if recipe.backbone_weights is None:
+        found.append(("warning", "the backbone starts at random; pass --backbone-weights if that is not meant"))
+    if recipe.detector.frozen_stages == 5:
+        found.append(("warning", "frozen_stages 5 freezes the whole backbone"))
+    for status, message in found:
+        yield Finding(status, "switches", message)
+    if not found:
+        yield Finding("ok", "switches", "as published, nothing is off")
+
+
+def check_classes(recipe: Recipe) -> Iterator[Finding]:
+    """Whether data, student and teacher have one class table."""
+    try:
+        train_set, _ = open_data(recipe)
+    except (ValueError, OSError) as error:
+        yield Finding("problem", "data", str(error))
+        return
+    names, have = train_set.class_names, recipe.detector.num_classes
+    boxes = len(train_set.objects()[0])
+    yield Finding("ok" if boxes else "problem", "data", f"{len(train_set)} images with {boxes} boxes")
+    if have != len(names):
+        status: Status = "warning" if recipe.data.match_classes else "problem"
+        yield Finding(status, "classes", f"the recipe says {have} classes, the data have {len(names)}")
+    if recipe.teacher is None:
+        yield Finding("ok", "classes", f"{len(names)}: {_some(names)}")
+        return
+    try:
+        teacher, theirs = load_detector(assets.resolve(recipe.teacher))
+    except (ValueError, OSError) as error:
+        yield Finding("problem", "teacher", str(error))
+        return
+    if list(theirs) == list(names):
+        yield Finding("ok", "classes", f"teacher, student and data agree on {len(names)}: {_some(names)}")
+    else:
+        yield Finding("problem", "classes", _difference(list(theirs), list(names)))
+    student = dataclasses.replace(recipe.detector, num_classes=teacher.num_classes)
+    if tuple(teacher.strides) != tuple(student.strides):
+        yield Finding(
+            "problem", "teacher", f"its pyramid has strides {list(teacher.strides)}, ours {list(student.strides)}"
+        )
+
+
+def _difference(theirs: list[str], ours: list[str]) -> str:
+    if sorted(theirs) == sorted(ours):
+        label = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
+        what = f"in another order: label {label} is {theirs[label]!r} to it and {ours[label]!r} in the data"
+    else:
+        what = f"{len(theirs)} ({_some(theirs)}) against {len(ours)} of the data ({_some(ours)})"
+    return f"the teacher's classes are not the data's: {what}; train or convert a teacher for these classes"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_start(built: Built, teacher: Detector | None) -> Iterator[Finding]:
+    """What the student starts from."""
+    if "backbone_weights" in built.notes:
+        yield Finding("ok", "backbone", built.notes["backbone_weights"].splitlines()[0])
+    if not built.recipe.inherit:
+        return
+    report = inherit(built.module.detector, teacher)
+    total = len(report.matched) + len(report.missing) + len(report.mismatched)
+    share = len(report.matched) / total
+    status: Status = "problem" if share < FEW_INHERITED else "warning" if share < MOST_INHERITED else "ok"
+    text = "; ".join(line.strip() for line in str(report).splitlines())
+    yield Finding(status, "inheriting", f"neck and head take from the teacher {text}")
+
+
+def check_pyramids(built: Built, batch: Batch) -> Iterator[Finding]:
+    """Whether the two pyramids fit each other, and how large the teacher's numbers are."""
+    module, recipe = built.module, built.recipe
+    try:
+        check_teacher(module.detector, module.teacher.detector)
+    except ValueError as error:
+        yield Finding("problem", "adapter", str(error))
+        return
+    with torch.no_grad():
+        student, teacher = module.detector.features(batch.images), module.teacher.pyramid(batch.images)
+    shapes = [f"{list(a.shape[1:])} to {list(b.shape[1:])}" for a, b in zip(student, teacher)]
+    adapts = recipe.icd is None or student[0].shape[1] == teacher[0].shape[1]
+    note = "" if adapts else "; with other channels ICD's projections do not start as the teacher's"
+    yield Finding("ok" if adapts else "warning", "adapter", "; ".join(shapes) + note)
+    if recipe.icd is not None:
+        size = float(torch.cat([level.flatten() for level in teacher]).float().std()) * recipe.icd.teacher_scale
+        good = UNIT_SIZE[0] <= size <= UNIT_SIZE[1]
+        advice = "" if good else f"; set --method.teacher-scale {recipe.icd.teacher_scale / max(size, 1e-6):.2g}"
+        text = f"ICD sees a teacher of standard deviation {size:.2g}{advice}"
+        yield Finding("ok" if good else "warning", "scale", text)
+
+
+def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """The method's losses, and the norms by level of the detector's and of the method's gradient in the pyramid."""
+    module, dtype = built.module, built.module.dtype
+
+    def norms(losses: dict[str, Tensor]) -> list[float]:
+        found = torch.autograd.grad(sum_losses(losses), pyramid, allow_unused=True, retain_graph=True)
+        return [0.0 if one is None else float(one.float().norm()) for one in found]
+
+    with torch.autocast(batch.images.device.type, dtype or torch.bfloat16, dtype is not None):
+        taught, detected = module.distill(pyramid, batch, Phase()), module.detector.loss(pyramid, batch)
+    return taught, norms(detected), norms(taught)
+
+
+def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
+    """Whether the distillation loss is there, how much of the pyramid's gradient it makes, and on which levels.
+
+    The method practises a few steps by itself first, the student standing still: an adapter as it is drawn hides the
+    gradient that comes later. The run gets fresh modules.
+    """
+    module = built.module.eval()
+    precise = torch.autocast(batches[0].images.device.type, module.dtype or torch.bfloat16, module.dtype is not None)
+    with torch.no_grad(), precise:
+        kept = [module.detector.features(batch.images) for batch in batches]
+    optimizer = torch.optim.Adam([p for p in module.distiller.parameters() if p.requires_grad], PRACTICE_RATE)
+    for pyramid, batch in itertools.islice(itertools.cycle(zip(kept, batches)), PRACTICE_STEPS):
+        optimizer.zero_grad()
+        with precise:
+            loss = sum_losses(module.distill(pyramid, batch, Phase()))
+        loss.backward()
+        optimizer.step()
+    module.zero_grad(set_to_none=True)
+    losses: dict[str, float] = {}
+    own, taught = [0.0] * len(kept[0]), [0.0] * len(kept[0])
+    for pyramid, batch in zip(kept, batches):
+        leaves = [level.detach().requires_grad_() for level in pyramid]
+        values, detector, method = _gradients(built, leaves, batch)
+        for name, value in values.items():
+            losses[name] = losses.get(name, 0.0) + float(value.detach()) / len(batches)
+        own = [a + b / len(batches) for a, b in zip(own, detector)]
+        taught = [a + b / len(batches) for a, b in zip(taught, method)]
+    yield from judge_losses(losses)
+    yield from judge_gradients(own, taught, [f"P{stride.bit_length() - 1}" for stride in module.detector.strides])
+
+
+def judge_losses(losses: dict[str, float]) -> Iterator[Finding]:
+    """The finding on the mean losses of a method by name."""
+    teaching = {name: value for name, value in losses.items() if name.endswith(("_distill", "_imitation"))}
+    for name, value in teaching.items():
+        if value == 0:
+            yield Finding("problem", "loss", f"{name} is 0 on all batches: weight 0, or no object where it counts")
+        else:
+            yield Finding("ok", "loss", f"{name} {value:.3g}")
+
+
+def judge_gradients(own: list[float], taught: list[float], levels: list[str]) -> Iterator[Finding]:
+    """The findings on the norms of the detector's and the method's gradient, level by level."""
+    total, mine = sum(taught), sum(own)
+    shares = [value / (value + other) if value + other else 0.0 for value, other in zip(taught, own)]
+    table = ", ".join(f"{name} {share:.0%}" for name, share in zip(levels, shares))
+    share = total / (total + mine) if total + mine else 0.0
+    if total == 0:
+        yield Finding("problem", "gradient", "none of the method reaches the student's pyramid; it is detached or 0")
+        return
+    text = f"the method makes {share:.1%} of the gradient in the pyramid ({table})"
+    if share < WEAK:
+        yield Finding("problem", "gradient", f"{text}: too weak to teach anything; raise its weight")
+    elif share > STRONG:
+        yield Finding("problem", "gradient", f"{text}: it drowns the detector's own; lower its weight")
+    else:
+        yield Finding("ok", "gradient", text)
+    by_level = ", ".join(f"{name} {value / total:.0%}" for name, value in zip(levels, taught))
+    most = max(range(len(taught)), key=taught.__getitem__)
+    if len(taught) == 1 or taught[most] / total <= ONE_LEVEL:
+        yield Finding("ok", "levels", f"the method's gradient by level: {by_level}")
+    elif own[most] < OWN_LEVEL * mine:
+        advice = "the others are hardly taught; look at the teacher's features there, or normalise them"
+        yield Finding("problem", "levels", f"{levels[most]} alone swamps the method's gradient ({by_level}): {advice}")
+    else:
+        text = f"{levels[most]} makes most of the method's gradient ({by_level}), as of the detector's own"
+        yield Finding("warning", "levels", f"{text}: do all objects lie there?")
+
+
+def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Batch], float]:
+    """The run's first batches, in parts as it takes them, and seconds a part once the workers run."""
+    extra = 2
+    loader = train_loader(built, group, parts=count + extra)
+    found, begin = [], 0.0
+    for number, batch in enumerate(loader):
+        if number == 0:
+            begin = time.perf_counter()
+        found.append(batch)
+    return found[:count], (time.perf_counter() - begin) / (count + extra - 1)
+
+
+def check_cost(built: Built, parts: list[Batch], loading: float, group: Processes) -> Iterator[Finding]:
+    """Memory of a step, the loader's rate against the step's, and how long the run will take."""
+    recipe, module = built.recipe, built.module
+    quick = dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, ledger_pairs=2))
+    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    measured = cost.measure(quick, module, trainable, [[part] for part in parts[:2]], group)
+    accumulate, steps, peak = recipe.schedule.accumulate, recipe.schedule.steps, measured["with_method"]["peak_bytes"]
+    memory = _memory(group.device)
+    fits = memory is None or peak < 0.9 * memory
+    limit = "" if memory is None else f" of {memory / 2**30:.1f} GiB"
+    advice = "" if fits else "; raise --schedule.accumulate or lower --schedule.batch-size"
+    yield Finding("ok" if fits else "problem", "memory", f"{peak / 2**30:.2f} GiB at the worst moment{limit}{advice}")
+    distilled = sum(phase_at(recipe, step).distill for step in range(steps)) / steps
+    plain, full = (measured[name]["seconds_per_step"] * accumulate for name in ("student", "with_method"))
+    computing, loading = plain + (full - plain) * distilled, loading * accumulate
+    rate = recipe.schedule.batch_size / loading
+    slow = loading > 1.1 * computing
+    text = f"loads {rate:.0f} images/s, training takes {recipe.schedule.batch_size / computing:.0f}"
+    advice = f": the loader is the brake, raise --data.workers above {recipe.data.workers}" if slow else ""
+    yield Finding("warning" if slow else "ok", "loader", text + advice)
+    hours = max(loading, computing) * steps / 3600
+    shown = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    yield Finding("ok", "time", f"about {shown} for {steps} steps, without evaluations")
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

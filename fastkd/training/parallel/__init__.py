@@ -1,0 +1,1 @@
+"""Processes, side streams and compiled regions of a step."""

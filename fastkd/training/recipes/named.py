@@ -1,0 +1,352 @@
+"""The named recipes, made by functions: family x detector x method. `fastkd train NAME` runs one.
+
+    scenes-teacher, scenes-<detector>-teacher      the larger detector the others learn from
+    scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
+    scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
+    coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
+    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2 (without fgfi)
+    coco-<detector>-<backbone>-...  the other rows of the papers' tables: see paper_recipes
+    {scenes,coco}-<detector>-lgdicd   both methods on one student (pair_recipes.py)
+    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
+
+Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from fastkd.detectors import DetectorConfig
+from fastkd.detectors.config import WITH_MASKS, WITHOUT_ANCHORS
+from fastkd.training.config import (
+    DataConfig,
+    FGFIConfig,
+    ICDConfig,
+    LGDConfig,
+    MethodConfig,
+    OptimizerConfig,
+    Recipe,
+    RuntimeConfig,
+    Schedule,
+)
+from fastkd.training.recipes.crowd import CROWD_RECIPES, crowd_recipe
+from fastkd.training.recipes.pairs import pair_of
+from fastkd.training.recipes.papers import ROWS, SCHEDULES, apply_row
+
+DETECTORS = {
+    "retinanet": "retinanet",
+    "fcos": "fcos",
+    "faster-rcnn": "faster_rcnn",
+    "mask-rcnn": "mask_rcnn",
+    "atss": "atss",
+    "poto": "poto",
+    "condinst": "condinst",
+    "solov2": "solov2",
+}
+METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
+PAIR = "lgdicd"
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
+STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
+
+
+@dataclass(frozen=True)
+class ScenesNumbers:
+    """Every number of the scenes recipes that was tuned, in one place.
+
+    Tuned on the plain student (rate, anchors, steps), never on a method: all students of a detector share all of it.
+    Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU
+    cores.
+    """
+
+    dense_steps: int = 600
+    two_stage_steps: int = 400
+    teacher_steps: int = 1200
+    backbone_steps: int = 3000
+    teacher_backbone_steps: int = 4500
+    batch_size: int = 16
+    num_classes: int = 10
+    student_backbone: str = "resnet18"
+    student_width: float = 0.25
+    teacher_backbone: str = "resnet34"
+    teacher_width: float = 0.375
+    channels: int = 64
+    head_convs: int = 2
+    anchor_base: float = 3.0
+    dense_anchor_scales: tuple[float, ...] = (0.6, 1.0, 1.41)
+    backbone_anchors: tuple[float, tuple[float, ...]] = (1.5, (1.0, 1.41))
+    rate: float = 2e-3
+    teacher_rate: float = 2e-3
+    backbone_rate: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    lgd_rate: float = 1e-3
+    lgd_final: float = 0.6
+    lgd_weight: float = 0.25
+    lgd_instructive_weight: float = 0.1
+    icd_rate: float = 3e-4
+    icd_scale: float = 0.2
+    icd_heads: int = 2
+    fgfi_weight: float = 2e-4
+
+
+SCENES = ScenesNumbers()
+
+
+def _method(name: str, detector: str, *, context: bool) -> MethodConfig | None:
+    """The published hyper-parameters of a method for a detector (methods 1.4, 1.5, 2.5, 3)."""
+    two_stage = detector in TWO_STAGE
+    if name == "lgd":
+        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector in WITH_MASKS)
+    if name == "icd":
+        return ICDConfig(weight=3.0 if two_stage else 8.0, max_queries=100 if two_stage else 300)
+    return FGFIConfig() if name == "fgfi" else None
+
+
+def _icd_optimizer(rate: float = 1e-4, warmup: float = 0.0) -> OptimizerConfig:
+    return OptimizerConfig(
+        kind="adamw",
+        learning_rate=rate,
+        weight_decay=1e-4,
+        decay="cosine",
+        warmup=warmup,
+        clip_norm=0.01,
+        decay_norm_and_bias=True,
+    )
+
+
+def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
+    """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
+    numbers, two_stage = SCENES, detector in TWO_STAGE
+    anchors = {"anchor_base": numbers.anchor_base}
+    if detector not in WITHOUT_ANCHORS:
+        anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
+    return DetectorConfig(
+        detector=detector,
+        num_classes=numbers.num_classes,
+        backbone=numbers.teacher_backbone if teacher else numbers.student_backbone,
+        width=numbers.teacher_width if teacher else numbers.student_width,
+        channels=numbers.channels,
+        norm="bn" if teacher else "frozen_bn",
+        head_convs=numbers.head_convs,
+        head_norm="gn" if detector in ("retinanet", "condinst") else "none",
+        rpn_pre_nms_train=200,
+        rpn_pre_nms_test=200,
+        rpn_post_nms_train=100,
+        rpn_post_nms_test=100,
+        rpn_samples=64,
+        roi_samples=48,
+        roi_canonical_size=64,
+        box_head_channels=256,
+        mask_head_channels=64,
+        mask_branch_channels=32,
+        instance_head_channels=64,
+        kernel_channels=64,
+        grids=(16, 14, 10, 6, 4),  # cells of 8 pixels and more for objects of 8 .. 80 in images of 128
+        **anchors,
+    )
+
+
+def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
+    """A recipe on the generated scenes; `method_name` may also be "teacher"."""
+    detector, numbers = DETECTORS[detector_name], SCENES
+    teacher = method_name == "teacher"
+    needs_teacher = method_name in ("inherit", "icd", "fgfi")
+    steps = numbers.two_stage_steps if detector in TWO_STAGE else numbers.dense_steps
+    return Recipe(
+        name=f"scenes-{detector_name}-{method_name}",
+        detector=_scenes_detector(detector, teacher=teacher),
+        data=DataConfig(),
+        method=_scenes_method(method_name, detector),
+        teacher=_scenes_teacher(detector_name) if needs_teacher else None,
+        inherit=method_name in ("inherit", "icd"),
+        backbone_weights=(
+            f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
+        ),
+        optimizer=OptimizerConfig(
+            kind="adamw",
+            learning_rate=numbers.teacher_rate if teacher else numbers.rate,
+            weight_decay=numbers.weight_decay,
+            decay="cosine",
+            warmup=numbers.warmup,
+        ),
+        method_optimizer=_scenes_method_optimizer(method_name),
+        schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
+    )
+
+
+def _scenes_method(name: str, detector: str) -> MethodConfig | None:
+    """The published hyper-parameters, but for these.
+
+    ICD's teacher_scale: a normalised head leaves our teachers' pyramids at a standard deviation of 3 to 6.
+    ICD's heads: two of 32 channels, the published width of a head, in a pyramid of 64.
+    FGFI's weight: its error is not normalised, and the cells of our narrow teacher differ from the student's by some
+    10^4 (squared, summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
+    LGD's instructive_weight: the head's two losses share a step of AdamW, so at 1 the student's falls behind; LGD's own
+    modules have their own optimiser, which does not mind the factor.
+    LGD's weight and end after two fifths of the run: so short a run's instructive pyramid is better than the student's
+    own up to about step 220 of 600 and by little; imitating it later, or at full weight, costs AP
+    (docs/results/findings.md).
+    LGD freezes nothing: AdamW's first update moves every weight by the whole rate, and behind the warm-up that is
+    enough to ruin a pretrained backbone (classification loss 0.68 -> 0.77 at the thaw, 0.48 in the plain student).
+    """
+    method = _method(name, detector, context=detector not in TWO_STAGE)
+    if isinstance(method, FGFIConfig):
+        return dataclasses.replace(method, weight=SCENES.fgfi_weight)
+    if isinstance(method, ICDConfig):
+        return dataclasses.replace(method, heads=SCENES.icd_heads, teacher_scale=SCENES.icd_scale)
+    if isinstance(method, LGDConfig):
+        return dataclasses.replace(
+            method,
+            weight=SCENES.lgd_weight,
+            instructive_weight=SCENES.lgd_instructive_weight,
+            freeze_fraction=0.0,
+            final_fraction=SCENES.lgd_final,
+        )
+    return method
+
+
+def _scenes_method_optimizer(method_name: str) -> OptimizerConfig | None:
+    """ICD's own, and a slower one for LGD: at the student's rate its label encoder collapses.
+
+    With AdamW at 2e-3 the spread of the label embeddings over the objects of a batch fell from 0.36 of their length to
+    0.05 within 40 steps and 0.003 after 1000, and shuffled labels changed nothing.
+    """
+    if method_name == "icd":
+        return _icd_optimizer(SCENES.icd_rate, SCENES.warmup)
+    if method_name == "lgd":
+        return OptimizerConfig(
+            kind="adamw",
+            learning_rate=SCENES.lgd_rate,
+            weight_decay=SCENES.weight_decay,
+            decay="cosine",
+            warmup=SCENES.warmup,
+        )
+    return None
+
+
+def _scenes_teacher(detector_name: str) -> str:
+    """The shipped teacher, or where the recipe scenes-<detector>-teacher puts its own."""
+    name = f"scenes-{detector_name}-teacher"
+    return f"asset:{name}.safetensors" if detector_name in SHIPPED_TEACHERS else f"runs/{name}/student.safetensors"
+
+
+def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
+    """Trains a RetinaNet from random weights of which only the backbone is kept.
+
+    The students' on other scenes (seed 1), the teachers' on the scenes the students learn from.
+    """
+    numbers, plain = SCENES, scenes_recipe("retinanet", "teacher" if teacher else "baseline")
+    base, scales = numbers.backbone_anchors
+    detector = dataclasses.replace(plain.detector, norm="bn", anchor_base=base, anchor_scales=scales)
+    return dataclasses.replace(
+        plain,
+        name=TEACHER_BACKBONE if teacher else STUDENT_BACKBONE,
+        detector=detector,
+        data=plain.data if teacher else dataclasses.replace(plain.data, root="data/scenes-pretrain"),
+        backbone_weights=None,
+        optimizer=dataclasses.replace(
+            plain.optimizer, learning_rate=numbers.teacher_rate if teacher else numbers.backbone_rate
+        ),
+        schedule=dataclasses.replace(
+            plain.schedule, steps=numbers.teacher_backbone_steps if teacher else numbers.backbone_steps
+        ),
+    )
+
+
+def coco_recipe(detector_name: str, method_name: str) -> Recipe:
+    """A recipe with the published hyper-parameters: R50 students 1x (LGD 2x), an R101 teacher 3x."""
+    detector = DETECTORS[detector_name]
+    teacher = method_name == "teacher"
+    needs_teacher = method_name in ("inherit", "icd", "fgfi")
+    backbone = "resnet101" if teacher else "resnet50"
+    steps, milestones = SCHEDULES[{"teacher": "3x", "lgd": "2x"}.get(method_name, "1x")]
+    return Recipe(
+        name=f"coco-{detector_name}-{method_name}",
+        detector=DetectorConfig(
+            detector=detector, num_classes=80, backbone=backbone, norm="frozen_bn", frozen_stages=2
+        ),
+        data=DataConfig(
+            root="data/coco",
+            train_annotations="annotations/instances_train2017.json",
+            train_images="train2017",
+            val_annotations="annotations/instances_val2017.json",
+            val_images="val2017",
+            short_sides=(640, 672, 704, 736, 768, 800),
+            val_short_side=800,
+            max_side=1333,
+            workers=4,
+        ),
+        # FCOS with R50 is published without a context object; two-stage detectors have none either.
+        method=_method(method_name, detector, context=detector != "fcos" and detector not in TWO_STAGE),
+        teacher=f"runs/coco-{detector_name}-teacher/student.safetensors" if needs_teacher else None,
+        inherit=method_name in ("inherit", "icd"),
+        backbone_weights=f"weights/{backbone}.pth",
+        optimizer=OptimizerConfig(
+            learning_rate=0.02 if detector in TWO_STAGE else 0.01, milestones=milestones, warmup=1000 / steps
+        ),
+        method_optimizer=_icd_optimizer() if method_name == "icd" else None,
+        schedule=Schedule(steps=steps, batch_size=16),
+        runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
+    )
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes."""
+    rest = [
+        f"{family}-{detector}-{method}"
+        for family in ("scenes", "coco")
+        for detector in DETECTORS
+        for method in ("teacher", *METHODS, PAIR)
+        if (detector, method) != ("solov2", "fgfi")  # its cells answer for no boxes
+    ]
+    return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS, *CROWD_RECIPES]
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name; raises ValueError with the nearest names. "scenes-teacher" is the RetinaNet teacher."""
+    if name == "scenes-teacher":
+        return scenes_recipe("retinanet", "teacher")
+    if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
+        return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
+    if name in CROWD_RECIPES:
+        return crowd_recipe(name)
+    if name not in recipe_names():
+        near = difflib.get_close_matches(str(name), recipe_names()) or ["scenes-retinanet-lgd"]
+        raise ValueError(
+            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; take {' or '.join(near)}"
+        )
+    if name in ROWS:
+        row = ROWS[name]
+        return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
+    family, rest = name.split("-", 1)
+    detector, method = rest.rsplit("-", 1)
+    if method == PAIR:
+        return pair_of(get_recipe(f"{family}-{detector}-lgd"), get_recipe(f"{family}-{detector}-icd"))
+    return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """Every named recipe."""
+    return {name: get_recipe(name) for name in recipe_names()}
+
+
+def parse_cli(name: str, args: Sequence[str]) -> Recipe:
+    """A named recipe with command-line overrides, e.g. ["--schedule.steps", "100", "--data.root", "my-data"].
+
+    Exits with a help text on --help and with code 2 on an unknown or ill-typed option (as argparse does); raises
+    ValueError where the values contradict each other.
+    """
+    recipe = get_recipe(name)
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[Recipe],
+        default=recipe,
+        args=list(args),
+        prog=f"fastkd train {name}",
+        description=f"Train {name}. Shown defaults are the recipe's own.",
+    )

@@ -1,0 +1,185 @@
+"""The step benchmark: what it measures, its arithmetic, its report. No whole step of a ResNet-50 is taken here."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks.step import __main__ as step
+from benchmarks.step import contenders as step_contenders
+from benchmarks.step import own as step_own
+from benchmarks.step import results as step_results
+from benchmarks.step.contenders import FORMS, OPTIONS, Contender, Problem, recipe_of
+from benchmarks.step.dispatch_ledger import Counts
+
+
+def ledger(ops, size, peak=0):
+    return dataclasses.asdict(Counts(ops=ops, bytes_read=size, flops=10**9, peak=peak))
+
+
+def entry(seconds, ops=10, size=10**9, peak=100, **more):
+    found = {"seconds": [seconds, seconds + 1], "ledger": ledger(ops, size, peak)}
+    return {**found, "transient_bytes": 2**20, "resident_bytes": 2**21, **more}
+
+
+ENTRIES = {
+    "student/plain": entry(2.0),
+    "student/float32": entry(1.0),
+    "lgd/plain": entry(6.0, ops=1010, size=5 * 10**9, peak=300),
+    "lgd/float32": entry(3.0, ops=360, size=3 * 10**9, peak=250),
+    "icd/plain": entry(4.0, teacher_ledger=ledger(1, 1)),
+    "icd/float32": entry(4.0, teacher_ledger=ledger(1, 1)),
+    "fgfi/float32": entry(2.0),
+    "teacher/float32": entry(5.0),
+}
+ROW = {**dataclasses.asdict(Problem()), "entries": ENTRIES}
+ALONE = {
+    "problem": dataclasses.asdict(Problem()),
+    "entries": {
+        "plain": {"seconds": [1.0, 1.2], "ledger": ledger(500, 8 * 10**9, 1000), "transient_bytes": 1000},
+        "float32": {"seconds": [0.1], "ledger": ledger(130, 10**9, 100), "transient_bytes": 100},
+    },
+}
+SAVED = {
+    "command": "python -m benchmarks.step",
+    "commit": "abc",
+    "machine": {"cpu": "a cpu", "torch": "2"},
+    "threads": 2,
+    "seconds": 61.0,
+    "icd_alone": ALONE,
+    "rows": [ROW],
+    "skipped": [dataclasses.asdict(Problem(images=2))],
+}
+
+
+def line(text, start):
+    (found,) = [row for row in text.splitlines() if row.startswith(f"| {start} |")]
+    return [cell.strip() for cell in found.strip("| ").split("|")][1:]
+
+
+def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
+    text = step_results.report(SAVED)
+    assert line(step_results.row_table(ROW), "LGD")[:2] == ["6.00 s", "3.00 s (2.00 x)"]
+    assert line(text, "student alone")[3:5] == ["3 MiB", "3 MiB"]
+    aims = step_results.targets(ROW)
+    assert line(aims, "LGD, ours float32")[:3] == ["1.4 x faster", "2.00 x", "yes"]
+    assert line(aims, "ICD, ours float32")[:3] == ["1.25 x faster", "1.00 x", "no"]
+    own = "LGD's own part, ours float32"
+    assert line(text, f"{own}: kernels") == ["at most 350", "350 (plain 1000)", "yes"]
+    assert line(text, f"{own}: bytes") == ["1/2 of plain's", "2.00 GB (plain 4.00 GB)", "yes"]
+    assert line(text, f"{own}: extra peak memory")[2] == "no"
+    assert line(text, "ICD's own part, ours float32: time") == ["5 x faster", "10.0 x", "yes"]
+    assert line(text, "ICD's own part, ours float32: kernels")[2] == "no"
+    assert line(text, "ICD's own part, ours float32: bytes")[2] == "yes"
+    cost = step_results.fgfi_ledger(ROW)
+    assert line(cost, "FGFI") == ["1.00 s", "5.00 s", "6.00 s"] and "67% lower" in cost and cost in text  # 1 - 2 / 6
+    assert "Not measured, the time was over: RetinaNet-R50, B = 2" in text
+    step_results.plot(SAVED, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def test_the_readme_quotes_the_first_problem_of_each_detector(tmp_path, capsys):
+    row = copy.deepcopy(ROW)
+    row["entries"] |= {f"{method}/bfloat16": entry(2.0) for method in ("student", "lgd")}
+    (tmp_path / "step.json").write_text(json.dumps({**SAVED, "rows": [row, {**row, "images": 2}]}))
+    assert step.main(["--quote", str(tmp_path / "step.json")]) == 0
+    text = capsys.readouterr().out
+    assert line(text, "RetinaNet-R50, LGD")[:3] == ["6.00 s", "3.00 s (**2.00 x**)", "2.00 s (**3.00 x**)"]
+    assert "ICD" not in text  # its step in bfloat16 was not measured
+
+
+def test_the_teachers_forward_is_no_part_of_icd():
+    row = copy.deepcopy(ROW)
+    row["entries"]["icd/plain"] = entry(4.0, ops=50, size=10**10, teacher_ledger=ledger(15, 2 * 10**9))
+    found = step_results.own_part(row, "icd", "plain")
+    assert (found.ops, found.bytes) == (50 - 10 - 15, 7 * 10**9)
+    assert step_results.own_part(row, "lgd", "bfloat16") is None
+
+
+def test_what_is_measured_and_in_which_order():
+    chosen = step.parse(["--quick"])
+    assert [dataclasses.astuple(problem)[:3] for problem in step.problems(chosen)] == [("retinanet", 1, 7)]
+    everything = step.parse([])
+    found = [(problem.boxes, problem.images, problem.detector) for problem in step.problems(everything)]
+    assert found[:3] == [(7, 1, "retinanet"), (7, 1, "faster-rcnn"), (7, 2, "retinanet")] and len(found) == 8
+    assert str(everything.out) == "docs/results" and str(chosen.out) == "build/bench"
+    methods, forms = everything.methods, everything.forms
+    assert ("fgfi", "float32") in step.contenders(methods, forms, lone=True, tried=False)
+    assert len(step.contenders(methods, forms, lone=False, tried=False)) == 9
+    found = step.contenders(methods, forms, lone=True, tried=True)
+    assert len(found) == len(set(found)) == 9 + 2 + 5 and ("icd", "compile") in found
+
+
+def test_options_stand_beside_the_step_they_change():
+    row = copy.deepcopy(ROW)
+    row["entries"] |= {
+        "lgd/bfloat16": entry(2.0),
+        "lgd/recompute": entry(2.5, peak=50),
+        "lgd/compile": {"seconds": [1.5], "transient_bytes": 2**20, "resident_bytes": 2**22},
+    }
+    options = step_results.options_table(row)
+    assert line(options, "LGD") == ["2.00 s", "2.50 s", "1.50 s", "3 MiB", "3 MiB", "5 MiB"]
+    assert "student" not in options and not step_results.options_table(ROW)
+    report = step_results.report({**SAVED, "rows": [row]})
+    assert options in report and line(report, "LGD, and --runtime.recompute")
+    assert "LGD, and --runtime.compile" not in report  # not counted
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
+    problem = Problem(images=1, boxes=1, height=64, width=64)
+    recipe = recipe_of("retinanet", "lgd", option)
+    small = dataclasses.replace(recipe.detector, backbone="resnet18", channels=16)
+    monkeypatch.setattr(step_contenders, "recipe_of", lambda *_: dataclasses.replace(recipe, detector=small))
+    contender = step_contenders.build(problem, "lgd", option)
+    assert contender.compiled == contender.module.regions.enabled == (option == "compile")
+    assert recipe.runtime.recompute == (option == "recompute") and recipe.runtime.precision == "bfloat16"
+    contender.module.regions.backend = "aot_eager"
+    contender.step()
+    found = step.first_turn(contender)
+    assert found["transient_bytes"] > 0 and ("ledger" in found) == (option != "compile")
+
+
+def test_problems_join_a_saved_run():
+    slower = {**ROW, "entries": {"student/plain": entry(9.0)}}
+    new = {**SAVED, "command": "later", "commit": "def", "rows": [slower, {**ROW, "images": 2}], "icd_alone": None}
+    both = step.together({**SAVED, "rows": [ROW, {**ROW, "boxes": 30}]}, {**new, "skipped": []})
+    assert [(row["images"], row["boxes"]) for row in both["rows"]] == [(1, 7), (2, 7), (1, 30)]
+    assert both["rows"][0] is slower and both["skipped"] == [] and both["icd_alone"] is ALONE
+    assert (both["command"], both["commit"]) == ("python -m benchmarks.step` and `later", "abc and def")
+    assert both["seconds"] == 122.0
+    assert step.together(both, {**new, "skipped": []})["commit"] == "abc and def"
+
+
+def test_a_counted_turn_and_a_turn_on_other_images():
+    weight = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=0.1, momentum=0.9)
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batch = Problem(images=1, boxes=1, height=8, width=8).batch()
+    sizes = []
+
+    def forward(batch):
+        sizes.append(batch.padded_size)
+        return {"loss": weight(batch.images.flatten()[:4]).sum()}
+
+    contender = Contender(forward, [optimizer], update, weight, None, None, batch)
+    contender.on(Problem(height=16, width=24).batch(), contender.step)
+    assert sizes == [(16, 24)]
+    found = step.first_turn(contender)
+    assert sizes[1:] == [(8, 8)] and len(found["seconds"]) == 1 and found["ledger"]["by_op"]["aten::mm"] >= 1
+    assert found["resident_bytes"] == 2 * 4 * (16 + 4)  # weights and momenta
+    assert found["transient_bytes"] >= 4 * (16 + 4) and contender.timed() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_icd_alone(form):
+    problem = Problem(images=2, boxes=2, height=64, width=96)
+    found = step_own.measure(problem, [form], 1, channels=16)["entries"][form]
+    assert len(found["seconds"]) == 1 and found["ledger"]["ops"] > 100 and found["transient_bytes"] > 0
+    assert ("fastkd::value_mimic" in found["ledger"]["by_op"]) == (form != "plain")
