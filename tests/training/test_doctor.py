@@ -23,7 +23,7 @@ from fastkd.training.doctor.checks import (
     judge_gradients,
     judge_losses,
 )
-from fastkd.training.doctor.checks import checks as doctor
+from fastkd.training.doctor import checks as doctor
 from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes
 
