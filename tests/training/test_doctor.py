@@ -11,6 +11,7 @@ from fastkd.data import build_train_loader
 from fastkd.detectors import load_detector, save_detector
 from fastkd.training import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, get_recipe
 from fastkd.training.build import build
+from fastkd.training.doctor import checks as doctor
 from fastkd.training.doctor.checks import (
     Finding,
     check_classes,
@@ -23,7 +24,6 @@ from fastkd.training.doctor.checks import (
     judge_gradients,
     judge_losses,
 )
-from fastkd.training.doctor import checks as doctor
 from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes
 

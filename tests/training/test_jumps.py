@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import make_tiny_data, silent, tiny_recipe
 
-from fastkd.training import get_recipe, train
+from fastkd.training import get_recipe, parse_cli, train
 from fastkd.training import trainer as trainer_module
 from fastkd.training.config import LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
 from fastkd.training.doctor.stability import check_stability
@@ -166,8 +166,6 @@ def test_a_method_s_losses_do_not_count(tiny_data, tmp_path, monkeypatch, short_
 
 def test_published_recipes_can_be_clipped():
     """Clipping is an option of every recipe, and off in the published ones of SGD."""
-    from fastkd.training.recipes import parse_cli
-
     for name in ("coco-retinanet-baseline", "coco-faster-rcnn-lgd", "crowdhuman-faster-rcnn-baseline"):
         assert get_recipe(name).optimizer.clip_norm is None
         assert parse_cli(name, ["--optimizer.clip-norm", "2"]).optimizer.clip_norm == 2
