@@ -1,7 +1,7 @@
 """Lightning: one callback around a detector inside of a LightningModule.
 
-    kd = attach(module.model, method="icd", teacher=teacher, num_classes=10)
-    trainer = Trainer(..., callbacks=[kd.callback])
+kd = attach(module.model, method="icd", teacher=teacher, num_classes=10)
+trainer = Trainer(..., callbacks=[kd.callback])
 """
 
 from __future__ import annotations

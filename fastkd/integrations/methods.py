@@ -110,9 +110,7 @@ def _icd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
 
 def _lgd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
     channels = method_channels(facts, spec.student_widths)
-    return LGD(
-        facts.num_classes, channels, heads=HEADS, context=not facts.two_stage, detach_appearance=facts.two_stage
-    )
+    return LGD(facts.num_classes, channels, heads=HEADS, context=not facts.two_stage, detach_appearance=facts.two_stage)
 
 
 def _fgfi(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:

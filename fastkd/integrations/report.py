@@ -35,9 +35,7 @@ class Probe:
         """Whether batch number `computed`, from 1, is measured."""
         return computed & (computed - 1) == 0
 
-    def measure(
-        self, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep, spec: PyramidSpec
-    ) -> None:
+    def measure(self, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep, spec: PyramidSpec) -> None:
         """Gradient norms of each loss at each level; the total arrives in the host's backward pass."""
         wanted = [level for level in levels if level.requires_grad]
         if not wanted:

@@ -1,8 +1,8 @@
 """torchvision's detectors in any loop that calls model(images, targets): RetinaNet, FCOS, SSD, Faster and Mask R-CNN.
 
-    kd = attach(model, method="icd", teacher=teacher, num_classes=10)
-    ...                     # losses = model(images, targets) holds "icd_distill", ... too
-    kd.step()               # after optimizer.step()
+kd = attach(model, method="icd", teacher=teacher, num_classes=10)
+...                     # losses = model(images, targets) holds "icd_distill", ... too
+kd.step()               # after optimizer.step()
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE; the stock Trainer or a loop of one's own.
 
-    kd = attach(model, method="icd", teacher=teacher, num_classes=10)
-    trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() after optimizer.step() in your own loop
+kd = attach(model, method="icd", teacher=teacher, num_classes=10)
+trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() after optimizer.step() in your own loop
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ from fastkd.integrations.torchvision import attach, priors_of_loader
 from fastkd.types import ClassPriors
 
 METHODS = {"icd": "icd_distill", "lgd": "lgd_distill", "fgfi": "fgfi_imitation"}
-CASES = [
-    (name, method) for name in NAMES for method in METHODS if not (method == "fgfi" and name.startswith("ssd"))
-]
+CASES = [(name, method) for name in NAMES for method in METHODS if not (method == "fgfi" and name.startswith("ssd"))]
 
 
 def teacher_of(name, seed=1):

@@ -1,6 +1,5 @@
 """Small torchvision detectors with random weights, and batches for them."""
 
-
 import torch
 from torch import nn
 from torchvision.models.detection import (
