@@ -17,7 +17,8 @@ from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment
-from fastkd.integrations.teachers import Normalization, Teacher, pick_teacher
+from fastkd.integrations.known_teachers import pick_teacher
+from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 

@@ -168,32 +168,3 @@ def _run_to(
         f"Teacher: the forward pass of {type(module).__name__} must run {type(part).__name__}, it did not; name the "
         "part that makes the pyramid"
     )
-
-
-def pick_teacher(teacher: nn.Module | Teacher | None, num_classes: int) -> Teacher | None:
-    """A detector of any known package as `Teacher`, with a warning where it knows other classes."""
-    if isinstance(teacher, Teacher):
-        return _checked_classes(teacher, num_classes)
-    if teacher is None:
-        return None
-    if hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
-        from fastkd.integrations.torchvision import torchvision_teacher
-
-        picked = torchvision_teacher(teacher, num_classes)
-    elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
-        from fastkd.integrations.transformers import transformers_teacher
-
-        picked = transformers_teacher(teacher)
-    else:
-        picked = Teacher(teacher)
-    return _checked_classes(picked, num_classes)
-
-
-def _checked_classes(teacher: Teacher, num_classes: int) -> Teacher:
-    if teacher.num_classes not in (None, num_classes):
-        warnings.warn(
-            f"fastkd: the teacher knows {teacher.num_classes} classes, the student {num_classes}; a teacher teaches "
-            "best on the same classes. kd.report() says whether it finds the objects of a batch",
-            stacklevel=4,
-        )
-    return teacher

@@ -22,7 +22,8 @@ from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment, State
-from fastkd.integrations.teachers import Normalization, Teacher, corners, features_before, pick_teacher
+from fastkd.integrations.known_teachers import pick_teacher
+from fastkd.integrations.teachers import Normalization, Teacher, corners
 from fastkd.integrations.traces import unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -79,8 +80,7 @@ class YoloDistillation:
                 f"attach: num_classes must be that of the data, {num_classes}, got {self.num_classes}; leave it out"
             )
         distillation = Distillation(self.method, num_classes=num_classes, **self.settings)
-        teacher = ultralytics_teacher(self.teacher) if _is_yolo(self.teacher) else self.teacher
-        self.attachment = YoloAttachment(model, distillation, pick_teacher(teacher, num_classes))
+        self.attachment = YoloAttachment(model, distillation, pick_teacher(self.teacher, num_classes))
         return self.attachment
 
     @property
@@ -201,18 +201,6 @@ class DistillationTrainer(DetectionTrainer):
         attachment = self.distillation.attachment
         assert attachment is not None  # made by setup_model
         return attachment
-
-
-def _is_yolo(teacher: Any) -> bool:
-    return isinstance(teacher, YOLO) or (isinstance(teacher, nn.Module) and hasattr(teacher, "yaml"))
-
-
-def ultralytics_teacher(teacher: YOLO | nn.Module) -> Teacher:
-    """A YOLO as teacher: its forward pass ends before the head."""
-    network = teacher.model if isinstance(teacher, YOLO) else teacher
-    network.float().eval()  # YOLO hands out networks in train mode
-    head = network.model[-1]
-    return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)
 
 
 def _check_attach_points(model: nn.Module) -> None:
