@@ -24,7 +24,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
         picked = teacher
     elif hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
         picked = torchvision_teacher(teacher, num_classes)
-    elif hasattr(teacher, "yaml") or hasattr(getattr(teacher, "model", None), "yaml"):
+    elif yolo_network(teacher) is not None:
         picked = ultralytics_teacher(teacher)
     elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
         picked = transformers_teacher(teacher)
@@ -101,9 +101,22 @@ def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teache
     )
 
 
+def yolo_network(teacher: Any) -> nn.Module | None:
+    """The network of a YOLO, or the network itself; None of anything else."""
+    for network in (teacher, getattr(teacher, "model", None)):
+        if isinstance(getattr(network, "model", None), nn.Sequential) and hasattr(network, "yaml"):
+            return network
+    return None
+
+
 def ultralytics_teacher(teacher: Any) -> Teacher:
-    """A YOLO, or its network, as teacher: its forward pass ends before the head."""
-    network = teacher if hasattr(teacher, "yaml") else teacher.model
+    """A YOLO, or its network, as teacher: its forward pass ends before the head.
+
+    Raises: TypeError for anything else.
+    """
+    network = yolo_network(teacher)
+    if network is None:
+        raise TypeError(f"ultralytics_teacher: teacher must be a YOLO or its network, got {type(teacher).__name__}")
     network.float().eval()  # YOLO hands out networks in train mode
-    head = network.model[-1]
+    head: Any = network.model[-1]
     return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)
