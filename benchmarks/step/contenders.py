@@ -246,5 +246,8 @@ class _Shape:
 
 
 def build(problem: Problem, method: str, form: str) -> Contender:
-    """A contender; method of METHODS, form of FORMS or OPTIONS; a method's plain form is its distiller on the reference ops."""
+    """A contender; method of METHODS, form of FORMS or OPTIONS.
+
+    A method's plain form is its distiller on the reference ops.
+    """
     return plain(problem, method) if form == "plain" else ours(problem, method, form)

@@ -17,6 +17,7 @@ from benchmarks.step.plain_icd import PlainICD
 from fastkd.distillers import ICD
 
 CPU = torch.device("cpu")
+METHOD = "icd"
 
 
 def pyramid(problem: Problem, channels: int, low: bool, seed: int) -> list[Tensor]:
