@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.commands.common import Interrupted, device_argument, say, write_json
+from fastkd.commands.common import device_argument, say
 from fastkd.commands.data import CROWD_TRAIN, CROWD_VAL, TRAIN_IMAGES, VAL_IMAGES, write_crowd, write_scenes
+from fastkd.files import write_json
+from fastkd.signals import Interrupted
 
 METHODS = ("baseline", "lgd", "icd", "fgfi")
 CROWD_METHODS = ("baseline", "lgd")
@@ -84,7 +86,7 @@ def run_all(recipes: dict[str, Any], metrics: dict[str, dict], out: Path, where)
                 f"demo: {out / name} holds a run with other settings; choose another --out ({error})"
             ) from error
         if result.exit_code:
-            raise Interrupted(result.exit_code)
+            raise Interrupted.with_exit_code(result.exit_code)
         metrics[name] = result.metrics
     inheriting = [name for name, recipe in recipes.items() if recipe.inherit and recipe.method is not None]
     show_table(metrics, {name: read_ledger(out / name) for name in recipes}, inheriting)

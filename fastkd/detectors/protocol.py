@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch, Detections
 
@@ -28,7 +29,9 @@ class Detector(nn.Module):
     `loss` and `detect` do the same in train and in eval mode (apart from normalisation layers).
     """
 
-    def __init__(self, config: DetectorConfig, backbone: nn.Module, neck: nn.Module, head: nn.Module):
+    head: nn.Module
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone, neck: nn.Module, head: nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone

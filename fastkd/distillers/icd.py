@@ -22,8 +22,8 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     """Identification and localisation loss of the auxiliary task (methods 1.3).
 
     identification = binary cross-entropy of output 0 with "is real", averaged over valid queries;
-    localisation = L1 between sigmoid(outputs 1-4) and the distances from the anchor point to the box's left, top, right,
-    bottom, each divided by the box's width or height (at least 1e-7), summed, averaged over real queries.
+    localisation = L1 between sigmoid(outputs 1-4) and the distances from the anchor point to the box's left, top,
+    right, bottom, each divided by the box's width or height (at least 1e-7), summed, averaged over real queries.
 
     Args:
         outputs: [B, N, 5]; receives gradients.
@@ -31,7 +31,7 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = widen(outputs)
-    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; masks as factors: no wait for a GPU
+    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; boolean indexing would wait for a GPU
     num_valid, num_real = global_mean(torch.stack([valid.sum(), real.sum()]))
     scores, ltrb = outputs[..., 0], outputs[..., 1:].sigmoid()
 
@@ -64,6 +64,10 @@ class ICD(Distiller):
     """
 
     needs_teacher = True
+    clip_norm = 0.01
+    prior_frequency: Tensor
+    prior_mean: Tensor
+    prior_std: Tensor
 
     def __init__(
         self,
@@ -148,14 +152,14 @@ class ICD(Distiller):
             student = [level.detach() for level in student]
         queries = self.queries(batch, prepared)
         identification, localisation, distill = [], [], []
-        for (decoded, attention), project in zip(self.decode(queries, teacher, batch), self.student_values, strict=True):
+        for layer, (decoded, attention) in enumerate(self.decode(queries, teacher, batch)):
             with full_precision(decoded):
-                losses = auxiliary_losses(self.auxiliary(decoded), queries)
-            identification.append(losses[0])
-            localisation.append(losses[1])
+                real_or_fake, ltrb_error = auxiliary_losses(self.auxiliary(decoded), queries)
             mass = attention.mass(queries.mass_mask, self.temperature)
-            mimic = value_mimic(project_cells(project, student), attention.values, mass)  # [B, G]
-            distill.append(mimic.mean())
+            values = project_cells(self.student_values[layer], student)
+            identification.append(real_or_fake)
+            localisation.append(ltrb_error)
+            distill.append(value_mimic(values, attention.values, mass).mean())  # of [B, G]
         return Distilled(
             {
                 "icd_identification": torch.stack(identification).sum(),

@@ -226,6 +226,8 @@ class LGD(Distiller):
     Source: docs/methods.md section 2.
     """
 
+    detach_fraction = 30 / 180
+
     def __init__(
         self,
         num_classes: int,

@@ -73,7 +73,7 @@ def query_count(count: int, rho: float, max_queries: int) -> int:
     "fastkd::seeded_noise", mutates_args=(), schema="(SymInt[] seeds, SymInt[] totals, SymInt longest) -> Tensor"
 )
 def seeded_noise(seeds: Sequence[int], totals: Sequence[int], longest: int) -> Tensor:
-    """The noise [B, longest, 7] of `QueryNoise`; zero in the padding. Image b depends on seeds[b] and totals[b] only."""
+    """Noise [B, longest, 7], zero in the padding; the totals[b] rows of image b come from a generator of seeds[b]."""
     noise = torch.zeros(len(seeds), longest, 7)
     for image, (seed, total) in enumerate(zip(seeds, totals, strict=True)):
         generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastkd.files import write_text
 from fastkd.report import cost, html, insides, mistakes, numbers, sources
 from fastkd.report.html import PictureBook, Section, clean, escape
 from fastkd.report.runs import Run, load_runs
@@ -53,7 +54,6 @@ def write_report(
         run_dirs = [run_dirs]
     runs = load_runs(run_dirs, methods)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     book = PictureBook(None if picture_dir is None else Path(picture_dir))
     colours = numbers.run_colours(runs)
     sections = [
@@ -65,9 +65,7 @@ def write_report(
         _notes_section(runs),
     ]
     page = html.page(title, _subtitle(runs), numbers.cards(runs, colours), sections, _footer(runs, command))
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    write_text(out, page)
     return out
 
 

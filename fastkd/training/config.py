@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastkd.codec import decode, encode, require
 from fastkd.detectors import DetectorConfig
-from fastkd.training.codec import decode, encode, require
 from fastkd.training.methods import Method, kinds
 from fastkd.training.optimizer_config import OptimizerConfig
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from fastkd.training.codec import require, require_fraction
+from fastkd.codec import require, require_fraction
 
 
 @dataclass(frozen=True)

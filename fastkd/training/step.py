@@ -97,6 +97,9 @@ class StepModule(nn.Module):
         teacher: for distillers that need one; held, not registered.
         dtype: autocast to this type, or None for float32.
         regions: what is compiled of the step; None compiles nothing.
+
+    Attributes:
+        detector_losses: names of the detector's own losses in the last step's result.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class StepModule(nn.Module):
         self.dtype = dtype
         self.regions = regions or Regions()
         self.side = SideStream()
+        self.detector_losses: tuple[str, ...] = ()
 
     def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The weighted losses of a batch; their sum is what trains.
@@ -132,7 +136,9 @@ class StepModule(nn.Module):
             pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
             with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
-                    return dict(self.detector.loss(pyramid, batch))
+                    losses = dict(self.detector.loss(pyramid, batch))
+                    self.detector_losses = tuple(losses)
+                    return losses
                 return self._with_method(pyramid, batch, phase, teacher)
 
     def _start_teacher(self, batch: Batch, phase: Phase) -> Teacher | None:
@@ -161,6 +167,7 @@ class StepModule(nn.Module):
         student, *taught = self.detector.losses([pyramid, *instructive.values()], batch)
         supervision = dict(zip(instructive, taught, strict=True))
         losses = dict(student)
+        self.detector_losses = tuple(losses)
         for name, one in made.items():
             losses |= one.losses
             if name in supervision:

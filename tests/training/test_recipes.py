@@ -189,5 +189,5 @@ def test_damaged_json_is_named(damage, message):
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(ValueError, match=r"get_recipe: name must be .* got 'coco-fcos-lgdd'; take coco-fcos-lgd"):
+    with pytest.raises(ValueError, match=r"get_recipe: name must be .* got 'coco-fcos-lgdd'; nearest: coco-fcos-lgd,"):
         get_recipe("coco-fcos-lgdd")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class PyramidAnchors:
 
     def __init__(
         self,
-        sizes: list[tuple[float, ...]],
+        sizes: Sequence[tuple[float, ...]],
         ratios: tuple[float, ...],
         strides: tuple[int, ...],
         *,
@@ -141,8 +141,8 @@ def dense_detections(
     scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
 ) -> list[Detections]:
     """The best boxes of every level, clipped, after non-maximum suppression class by class; arguments as above."""
-    boxes, scores, labels, _ = dense_candidates(scores, decode, batch, config)
-    return suppress(boxes, scores, labels, config)
+    best = dense_candidates(scores, decode, batch, config)
+    return suppress(best.boxes, best.scores, best.labels, config)
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Detections]:

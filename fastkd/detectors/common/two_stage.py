@@ -9,9 +9,10 @@ from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.roi import RegionHeads
 from fastkd.detectors.common.rpn import RegionProposals
 from fastkd.detectors.common.sampling import image_generators
-from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision
+from fastkd.detectors.common.targets import PaddedBoxes
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, one_behind_the_other
+from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
 
@@ -30,6 +31,8 @@ class TwoStage(Detector):
     What is sampled for the losses of image b comes from batch.seeds[b]; a second call of `loss` with the same batch
     samples the same anchors, and the same proposals as far as they are the same.
     """
+
+    head: TwoStageHead
 
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), TwoStageHead(config))
@@ -54,7 +57,7 @@ class TwoStage(Detector):
         levels, numbers = one_behind_the_other(pyramids), {"pre_nms": config.rpn_pre_nms_train}
         numbers["post_nms"] = config.rpn_post_nms_train
         outputs, found, samples = rpn(levels).apart(len(pyramids)), [], []
-        with in_full_precision(levels[0]):
+        with full_precision(levels[0]):
             truth = PaddedBoxes.of(batch)
             for own in outputs:
                 generators = image_generators(batch)
@@ -68,7 +71,7 @@ class TwoStage(Detector):
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         config, rpn = self.config, self.head.rpn
         outputs = rpn(pyramid)
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             proposals = rpn.proposals(
                 outputs, batch, pre_nms=config.rpn_pre_nms_test, post_nms=config.rpn_post_nms_test
             )

@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastkd.training.build import Built, build, open_data
 from fastkd.training.config import Recipe
 from fastkd.training.cost import ledger as cost
 from fastkd.training.doctor.finding import Finding, Status
+from fastkd.training.doctor.stability import check_stability
 from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes, processes
 from fastkd.training.run.loading import train_loader
@@ -34,18 +36,26 @@ FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # laterals differ where the backbones 
 PRACTICE_STEPS, PRACTICE_RATE = 12, 1e-3
 
 
-def examine(recipe: Recipe, *, batches: int = 4, device: torch.device | str | None = None) -> Iterator[Finding]:
+def examine(
+    recipe: Recipe,
+    *,
+    batches: int = 4,
+    device: torch.device | str | None = None,
+    run_dir: Path | None = None,
+) -> Iterator[Finding]:
     """Looks at a recipe, its files and its first steps, and yields what it finds as it goes; trains nothing.
 
     Args:
         recipe: what is to be trained.
         batches: batches the teacher is measured on and the losses are taken from, >= 1.
         device: where the run is to be; None takes a GPU if there is one.
+        run_dir: of an earlier run of the recipe, whose log tells whether its loss jumped; None leaves that out.
     Raises: ValueError if batches is less than 1.
     """
     if batches < 1:
         raise ValueError(f"examine: batches must be at least 1, got {batches}")
     yield from check_switches(recipe)
+    yield from check_stability(recipe, run_dir)
     yield from check_classes(recipe)
     try:
         built = build(recipe)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torchvision.ops import box_iou
 
+from fastkd.boxes import box_iou
 from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector
 from fastkd.evaluation import evaluator_of
@@ -90,7 +90,7 @@ def _located(seen: list[tuple[Batch, list[Detections]]]) -> tuple[int, int]:
     for batch, detections in seen:
         for row, found in enumerate(detections):
             own = batch.image_index == row
-            overlap = box_iou(batch.boxes[own], found.boxes) > 0.5  # [k, D], D by falling score
+            overlap = box_iou(batch.boxes[own][:, None], found.boxes) > 0.5  # [k, D], D by falling score
             hit = overlap.any(1)
             if not hit.any():
                 continue

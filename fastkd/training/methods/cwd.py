@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from fastkd.codec import require
 from fastkd.distillers import CWD
-from fastkd.training.codec import require
 from fastkd.training.methods.protocol import FeatureMethod, Given
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from fastkd.codec import require, require_fraction
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import FGFI
-from fastkd.training.codec import require, require_fraction
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.methods.protocol import FeatureMethod, Given, Setup
 

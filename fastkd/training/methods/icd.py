@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastkd.codec import require, require_fraction
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import ICD
-from fastkd.training.codec import require, require_fraction
 from fastkd.training.doctor.finding import Finding
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.methods.protocol import FeatureMethod, Given, Setup

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastkd.codec import decode, require, require_fraction
 from fastkd.detectors import Detector, DetectorConfig
-from fastkd.training.codec import decode, require, require_fraction
 from fastkd.training.doctor.finding import Finding
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.optimizer_config import OptimizerConfig

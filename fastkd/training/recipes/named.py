@@ -20,8 +20,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
-
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITHOUT_ANCHORS
 from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
@@ -239,9 +237,11 @@ def get_recipe(name: str) -> Recipe:
     if name in CROWD_RECIPES:
         return CROWD_RECIPES[name](name)
     if name not in recipe_names():
-        near = difflib.get_close_matches(str(name), recipe_names()) or ["scenes-retinanet-lgd"]
+        names = recipe_names()
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(
-            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; take {' or '.join(near)}"
+            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; "
+            f"nearest: {', '.join(near)}"
         )
     if name in ROWS:
         row = ROWS[name]
@@ -265,6 +265,8 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     Exits with a help text on --help and with code 2 on an unknown or ill-typed option (as argparse does); raises
     ValueError where the values contradict each other.
     """
+    import tyro  # only the command line needs it
+
     recipe = typed(get_recipe(name))
     parsed = tyro.cli(
         tyro.conf.AvoidSubcommands[type(recipe)],  # type: ignore[misc]

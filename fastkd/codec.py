@@ -56,7 +56,7 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
         known = isinstance(value, dict) and value.get("kind") in choices
         require(known, where, f"a method, kind one of {list(choices)}", value, "a user's own must be imported first")
         return _decode_dataclass(choices[value["kind"]], value, where, kinds)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _decode_dataclass(annotation, value, where, kinds)
     if origin is tuple:
         require(isinstance(value, (list, tuple)), where, "a list", value)
