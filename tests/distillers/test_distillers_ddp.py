@@ -14,14 +14,13 @@ def every_distiller(batch, student, teacher, modules):
     lgd, icd, fgfi = modules
     made = lgd(student, batch)
     total = sum(made.losses.values()) + sum(level.square().mean() + level.abs().mean() for level in made.instructive)
-    total = total + sum(icd(student, teacher, batch).values())
-    anchors = [torch.tensor([[-s, -s, s, s]]) for s in (6.0, 12.0, 24.0, 48.0)]
-    return total + fgfi(student, teacher, batch, anchors, scale=100.0)["fgfi_imitation"]
+    return total + sum(sum(method(student, batch, teacher).losses.values()) for method in (icd, fgfi))
 
 
 def three_modules():
     torch.manual_seed(0)
-    modules = LGD(3, 8, heads=2), ICD(3, priors(3), 8, heads=2, rho=2), FGFI(8)
+    anchors = [torch.tensor([[-s, -s, s, s]]) for s in (6.0, 12.0, 24.0, 48.0)]
+    modules = LGD(3, 8, heads=2), ICD(3, priors(3), 8, heads=2, rho=2), FGFI(anchors, 8, weight=1.0)
     torch.nn.init.normal_(modules[2].adapter.weight, std=0.3)
     return torch.nn.ModuleList(modules).double()
 
