@@ -21,9 +21,7 @@ def build(name):
 
 def losses(name, module, student, teacher, batch):
     """The distiller's losses; LGD's instructive pyramid is left out."""
-    if name in ("icd", "fgfi"):
-        return module(student, batch, teacher).losses
-    return module(student, batch)[0]
+    return module(student, batch, teacher).losses
 
 
 def inputs(counts=(3, 0, 2), *, levels=LEVELS, **options):

@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +26,10 @@ from benchmarks.environment import commit
 from benchmarks.gpu import inductor as gpu_inductor
 from benchmarks.gpu.roofline import PUBLISHED
 from benchmarks.ops.draws import Shape
-from fastkd.distillers import ICD, LGD
+from fastkd.files import write_json
 from fastkd.ops._support import library
+from fastkd.training.methods import ICDConfig, LGDConfig
+from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import COMBINED, Regions
 from fastkd.training.schedule import Phase
 from fastkd.training.step import StepModule
@@ -36,7 +37,7 @@ from fastkd.types import Batch, ClassPriors
 
 OUT = Path("docs/results/launches.md")
 CLASSES = 80
-METHODS = ("lgd", "icd")
+METHODS = {method.kind: method for method in (LGDConfig, ICDConfig)}
 
 # Launches of a library call: a convolution or product is one at least, their libraries may split them or add a copy.
 CALLS = {
@@ -137,14 +138,20 @@ def _batch(shape: Shape) -> Batch:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Detector:
+    """What LGD and ICD ask of a student and of a teacher."""
+
+    channels: int
+    num_classes: int = CLASSES
+
+
 def _distiller(method: str, shape: Shape, last: bool) -> nn.Module:
+    sizes = ((CLASSES,), (CLASSES, 2), (CLASSES, 2))
+    detector = _Detector(shape.channels)
     with torch.device("cuda"):
-        if method == "lgd":
-            module = LGD(CLASSES, shape.channels, heads=shape.heads)
-        else:
-            sizes = ((CLASSES,), (CLASSES, 2), (CLASSES, 2))
-            priors = ClassPriors(*(torch.empty(size, dtype=torch.float64) for size in sizes))
-            module = ICD(CLASSES, priors, shape.channels, heads=shape.heads)
+        priors = ClassPriors(*(torch.empty(size, dtype=torch.float64) for size in sizes))
+        module = METHODS[method](heads=shape.heads).build(Given(detector, detector, priors))
     for part in module.modules() if last else ():
         for name, weight in list(part.named_parameters(recurse=False)):
             if weight.dim() == 4:
@@ -157,9 +164,9 @@ def _step(method: str, shape: Shape, last: bool, regions: Regions) -> None:
     module, batch, student = _distiller(method, shape, last), _batch(shape), _pyramid(shape, last, True)
     step = StepModule(nn.Module(), module, object(), None, regions)
     with torch.autocast("cuda", torch.bfloat16):
-        losses, made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
-    # the head's loss has a gradient for what LGD makes
-    results = [torch.stack(list(losses.values())).sum(), *(made or [])]
+        made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
+    # the head's loss has a gradient for the instructive pyramid
+    results = [torch.stack(list(made.losses.values())).sum(), *(made.instructive or [])]
     torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 
 
@@ -234,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = table(results)
     print("\n".join(lines))
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(chosen.json, results)
     if chosen.write:
         OUT.write_text(page(lines, shape), encoding="utf-8")
 

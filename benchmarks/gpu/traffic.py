@@ -3,7 +3,7 @@
 benchmarks/gpu/roofline.py counts what an op must move; this file what its kernels do move: repeated passes, partial
 sums between two launches, the heads' reads of one tile from the L2 cache. A launch takes the longest of its bytes,
 cache bytes and operations, and launches follow each other. tests/benchmarks/test_gpu_traffic.py compares the bytes
-with those that the emulation counts. `python -m benchmarks.gpu.roofline` prints the table "aim | model | met".
+with those that the emulation counts. `python -m benchmarks.gpu.predictions` prints the table "aim | model | met".
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from fastkd.ops._support.normalizer import global_mean
 def every_distiller(batch, student, teacher, modules):
     """The sum of everything the three methods learn from on a batch."""
     lgd, icd, fgfi = modules
-    losses, instructive = lgd(student, batch)
-    total = sum(losses.values()) + sum(level.square().mean() + level.abs().mean() for level in instructive)
+    made = lgd(student, batch)
+    total = sum(made.losses.values()) + sum(level.square().mean() + level.abs().mean() for level in made.instructive)
     return total + sum(sum(method(student, batch, teacher).losses.values()) for method in (icd, fgfi))
 
 

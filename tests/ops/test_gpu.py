@@ -9,32 +9,15 @@ import sys
 import warnings
 
 import pytest
-import test_attention
-import test_box_paint_conv3x3
-import test_imitation_mask
-import test_instance_norm_mse
-import test_masked_mse
-import test_norm_relu_box_pool
-import test_pool_paint
-import test_value_mimic
 import torch
+from cases import CASES
 from kernels import compile_and_export, fuzz, leaves, results_and_gradients
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastkd import ops
 
-DRAWS = {
-    "instance_attention": test_attention.draw_any,
-    "attention_mass": test_attention.draw_mass,
-    "box_paint_conv3x3": test_box_paint_conv3x3.draw,
-    "imitation_mask": test_imitation_mask.draw,
-    "instance_norm_mse": test_instance_norm_mse.draw,
-    "masked_mse": test_masked_mse.draw,
-    "norm_relu_box_pool": test_norm_relu_box_pool.draw,
-    "value_mimic": test_value_mimic.draw,
-    **{op: test_pool_paint.draw(op) for op in test_pool_paint.OPS},
-}
+DRAWS = {case.name: case.draw for case in CASES if case.name in ops.__all__}
 OPS = sorted(DRAWS)
 CALLS = int(os.environ.get("FASTKD_GPU_CALLS", "200"))  # of each op; under the sanitizers, which are slow, fewer
 
@@ -158,6 +141,7 @@ def test_compile_and_export(on_gpu, op):
 
 
 def test_every_op_is_drawn():
+    """But for focal_loss, which has no kernel for GPUs."""
     assert {name for name in ops.__all__ if f"{name}_reference" in ops.__all__} == set(DRAWS)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ def register() -> str | None:
         return f"the library of CPU kernels, which defines fastkd::{missing[0]}, is not loaded; run `make build`"
     from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
 
-    launches = (
+    launches: tuple[Callable[..., Any], ...] = (
         attention_forward.instance_attention,
         attention_backward.instance_attention_backward,
         attention_mass.attention_mass,
