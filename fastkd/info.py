@@ -60,8 +60,7 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
     """What runs where; why_not: why no compiled op runs on the CPU. Each module of fastkd.ops is one op."""
     table = {}
     for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.ispkg):
-        on_cpu = "as fast as a kernel" if op in library.TORCH_ON_CPU else why_not or library.why_no_kernel(op)
-        reasons = {"cpu": on_cpu, "cuda": library.why_no_kernel(op, "cuda")}
+        reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
         table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
         if reasons["cuda"] is None and op in library.TRITON_OPS:
             table[op]["cuda"] = "compiled by Triton when first called"

@@ -41,6 +41,8 @@ CARDS = (
     Card("H100", 3.35e12, 989.4e12, 66.9e12, "NVIDIA H100 data sheet, SXM"),
     Card("RTX 4090", 1.008e12, 165.2e12, 82.6e12, "NVIDIA Ada GPU Architecture white paper, appendix A"),
 )
+H200 = Card("H200", 4.8e12, 989.4e12, 66.9e12, "NVIDIA H200 data sheet, SXM")
+KNOWN = (*CARDS, H200)  # whose measurements are set beside predictions
 H100 = next(card for card in CARDS if card.name == "H100")  # whose times the aims are
 
 
@@ -203,9 +205,9 @@ def achieved(rows: dict[str, Any], device: str) -> list[str]:
         rows: "rows" of what benchmarks.ops saves, measured on a GPU.
         device: name of the GPU.
     """
-    cards = [card for card in CARDS if card.name in device]
+    cards = [card for card in KNOWN if card.name in device]
     if not cards:
-        known = ", ".join(card.name for card in CARDS)
+        known = ", ".join(card.name for card in KNOWN)
         return [f"No predictions for {device}: benchmarks/gpu/roofline.py knows {known}."]
     heads = ["op", "dtype", f"measured on {device}, ms", f"{cards[0].name} PREDICTED, ms", "achieved"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]

@@ -30,15 +30,15 @@ from benchmarks.step.dispatch_ledger import DispatchLedger, count
 from fastkd.files import write_json
 
 CPU = torch.device("cpu")
-LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on a detector's first problem
+LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: in one form, on a detector's first problem
 TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
 
 
 def contenders(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
     """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
-    of_each = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
+    of_each = [(method, form) for method in methods for form in forms if method not in LONE]
     found = [pair for pair in of_each if pair[1] in FORMS]
-    more = sorted(LONE) * lone + sorted(TRIED) * tried
+    more = sorted(LONE.items()) * lone + sorted(TRIED) * tried
     return found + [pair for pair in more if pair[0] in methods and pair[1] in forms]
 
 

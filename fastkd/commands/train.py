@@ -82,13 +82,13 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     """The recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
     import tyro
 
-    from fastkd.training.config import Recipe
+    from fastkd.training.recipes.options import typed, untyped
     from fastkd.training.recipes.scaling import scale_to_batch
 
-    default = find_recipe(name)
+    default = typed(find_recipe(name))
 
     def train(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
@@ -104,6 +104,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             scale_batch: Images of a step instead of --schedule.batch-size, with learning rates and steps scaled along:
                 rate * new / old, steps * old / new. --schedule.batch-size alone changes neither.
         """
+        recipe = untyped(recipe)
         if scale_batch is not None:
             recipe = scale_to_batch(recipe, scale_batch)
         else:
@@ -157,7 +158,7 @@ def recipes() -> None:
         table.add_column(column, no_wrap=True, justify="right" if column == "steps" else "left")
     for name, recipe in all_recipes().items():
         width = "" if recipe.detector.width == 1 else f" x {recipe.detector.width:g}"
-        method = type(recipe.method).__name__.removesuffix("Config") if recipe.method else "-"
+        method = recipe.method.label if recipe.method else "-"
         method += " + inherit" if recipe.inherit and recipe.method else ""
         method = "inherit" if recipe.inherit and not recipe.method else method
         table.add_row(

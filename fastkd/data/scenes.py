@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from fastkd.data.generated import GeneratedFolder, check_counts, draw_all
 from fastkd.data.scenes_render import SCENE_KINDS, SceneStyle, render_scene
@@ -29,6 +28,8 @@ JPEG_QUALITY = 93
 def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, list[dict]]:
     """Draw, save and describe image `index` of a split: (width, height, annotations without ids)."""
     folder, seed, split, index, style = task
+    from pycocotools import mask as coco_mask
+
     picture, labels, masks = render_scene(np.random.default_rng([seed, split, index]), style)
     Image.fromarray(picture).save(os.path.join(folder, f"{index:06d}.jpg"), quality=JPEG_QUALITY, subsampling=0)
     categories = [kind[0] for kind in SCENE_KINDS.values()]

@@ -216,6 +216,11 @@ class DetectorConfig:
         return self.detector in WITH_MASKS
 
     @property
+    def cells_have_boxes(self) -> bool:
+        """Whether the cells of its pyramid score and predict boxes; those of SOLOv2's do not."""
+        return self.detector != "solov2"
+
+    @property
     def fine(self) -> bool:
         """Whether the pyramid is P2 .. P6 and not P3 .. P7."""
         return self.two_stage or self.detector == "solov2"

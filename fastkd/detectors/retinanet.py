@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
-from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
+from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
 from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
@@ -69,6 +69,9 @@ class RetinaNet(Detector):
 
     def imitation_anchors(self) -> list[Tensor]:
         return self.anchors.cells
+
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        return highest_by_cell(self.head.classification_head(pyramid), pyramid)
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""

@@ -33,10 +33,6 @@ class SOLOv2(Detector):
         super().__init__(config, *build_backbone_and_neck(config), SOLOv2Head(config))
         self.base = config.anchor_base if config.anchor_base is not None else 12
 
-    def imitation_anchors(self) -> list[Tensor]:
-        """None: the cells are those of grids, not of the pyramid."""
-        return []
-
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment."""
         require_masks("solov2", batch)

@@ -178,20 +178,15 @@ def kernel_arguments(
     key_weight: Tensor,
     row_bias: Sequence[Tensor],
     column_bias: Sequence[Tensor],
-    absorbed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
-    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries.
-
-    absorbed: W_k^T q of every head [B, G, N, C] where the caller has it.
-    """
+    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries."""
     wide, weight = widen(queries), widen(key_weight)
     rows, columns = ([widen(table) for table in side] for side in (row_bias, column_bias))
     cells = [level.detach() for level in levels]
     if absorbing_is_cheaper(queries, levels[0].shape[1]):
         with full_precision(queries):
             heads = weight.unflatten(0, (queries.shape[1], -1))
-            wide = torch.einsum("bgnd,gdc->bgnc", wide, heads) if absorbed is None else widen(absorbed)
-        return wide, cells, None, rows, columns
+            return torch.einsum("bgnd,gdc->bgnc", wide, heads), cells, None, rows, columns
     return wide, cells, weight, rows, columns
 
 

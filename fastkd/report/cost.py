@@ -129,23 +129,24 @@ def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
 
 
 def _sentences(runs: list[Run]) -> list[str]:
-    """LGD's extra cost against that of FGFI, the comparison that LGD was published with."""
+    """A method's extra cost against that of the method it was published beside."""
     lines = []
-    for lgd in (run for run in runs if run.method == "lgd"):
-        fgfi = next((run for run in runs if run.method == "fgfi" and run.detector == lgd.detector), None)
-        if fgfi is None:
+    for run in runs:
+        rival = run.settings and run.settings.compared_with
+        other = next((one for one in runs if one.method == rival and one.detector == run.detector), None)
+        if not rival or other is None:
             continue
         parts = []
         for keys, words in (
             (("run", "extra_seconds"), "in training itself"),
             (("extra_with_teacher", "seconds"), "with the teacher\u2019s training"),
         ):
-            mine, theirs = entry(lgd, *keys), entry(fgfi, *keys)
+            mine, theirs = entry(run, *keys), entry(other, *keys)
             if mine is not None and theirs is not None and theirs > 0:
                 share = 100 * (1 - mine / theirs)
                 parts.append(f"{abs(share):.0f} % {'less' if share >= 0 else 'more'} extra time {words}")
         if parts:
-            lines.append(paragraph(f"{escape(lgd.name)} takes {' and '.join(parts)} than {escape(fgfi.name)}."))
+            lines.append(paragraph(f"{escape(run.name)} takes {' and '.join(parts)} than {escape(other.name)}."))
     return lines
 
 

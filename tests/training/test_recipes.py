@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fastkd.training import all_recipes, get_recipe, parse_cli
-from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, OptimizerConfig, Recipe, Schedule
+from fastkd.training.config import OptimizerConfig, Recipe, Schedule
+from fastkd.training.methods import FGFIConfig, ICDConfig, LGDConfig
 from fastkd.training.recipes.papers import ROWS
 from fastkd.training.schedule import Phase, learning_rate, phase_at, steps_of
 

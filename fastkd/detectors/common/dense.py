@@ -77,6 +77,17 @@ def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tenso
     return torch.cat([-half, half], 1).float()
 
 
+def highest_by_cell(logits: Tensor, pyramid: list[Tensor]) -> list[Tensor]:
+    """Logits [B, N, classes] of the anchors of a pyramid, cells in row order -> the cells' highest probabilities.
+
+    Returns: L tensors [B, 1, H_l, W_l] float32.
+    """
+    sizes = [tuple(level.shape[-2:]) for level in pyramid]
+    cells = [rows * columns for rows, columns in sizes]
+    highest = logits.unflatten(1, (sum(cells), -1)).flatten(2).amax(2).float().sigmoid()  # [B, cells]
+    return [level.unflatten(1, (1, *size)) for level, size in zip(highest.split(cells, dim=1), sizes, strict=True)]
+
+
 def image_limits(batch: Batch) -> Tensor:
     """[B, 1, 4] float32 (width, height, width, height) of the images before padding."""
     return batch.image_sizes.flip(1).repeat(1, 2)[:, None].to(batch.images.device, torch.float32)

@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 
 from fastkd.detectors.backbones.base import group_norm
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
-from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
+from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
 from fastkd.detectors.common.targets import PaddedBoxes, inside_ignored
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
@@ -66,6 +66,9 @@ class LocationDetector(Detector):
             middle, half = (cell[:, :2] + cell[:, 2:]) / 2, self.reach * stride / 2
             squares.append(torch.cat([middle - half, middle + half], 1))
         return squares
+
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        return highest_by_cell(self.head.classification_head(pyramid), pyramid)
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images."""

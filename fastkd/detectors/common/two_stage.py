@@ -45,6 +45,10 @@ class TwoStage(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.head.rpn.anchors.cells
 
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        logits, _ = self.head.rpn.head(pyramid)
+        return [level.amax(1, keepdim=True).float().sigmoid() for level in logits]
+
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of each stage's head; every pyramid has its own proposals."""
         if self.config.detector == "mask_rcnn" and batch.masks is None:

@@ -33,8 +33,9 @@ def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: Sequence[i
     x1, y1, x2, y2 = boxes.detach().float().unbind(-1)
     y = torch.arange(rows, device=boxes.device, dtype=torch.float32)
     x = torch.arange(columns, device=boxes.device, dtype=torch.float32)
-    low_y, high_y = (side.clamp(0, height - 1) * rows / height for side in (y1, y2))
-    low_x, high_x = (side.clamp(0, width - 1) * columns / width for side in (x1, x2))
+    # Divided by tensors: by a Python number a GPU multiplies with its reciprocal, which moves cells at a box's edge.
+    low_y, high_y = (side.clamp(0, height - 1) * rows / side.new_full((), height) for side in (y1, y2))
+    low_x, high_x = (side.clamp(0, width - 1) * columns / side.new_full((), width) for side in (x1, x2))
     row = (low_y[:, None] <= y) & (y <= high_y[:, None])  # [K, H_l]
     column = (low_x[:, None] <= x) & (x <= high_x[:, None])  # [K, W_l]
     return row[:, :, None] & column[:, None, :]

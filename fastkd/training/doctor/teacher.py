@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,27 +12,12 @@ from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector
 from fastkd.evaluation import evaluator_of
 from fastkd.training.build import Built
+from fastkd.training.doctor.finding import Finding
 from fastkd.types import Batch, Detections
 
-Status = Literal["ok", "warning", "problem"]
 LEAST_AP = 5.0
 LEAST_NAMED = 0.5
 ENOUGH_LOCATED = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Args:
-        status: "problem" is likely to spoil the run, "warning" may be meant.
-        check: what was looked at, in a word or two.
-        message: what was found, and what to do where that is wrong.
-    """
-
-    status: Status
-    check: str
-    message: str
 
 
 class _Part:

@@ -104,6 +104,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "seed": recipe.seed,
         "seconds": trainer.seconds,
         "loading": trainer.loading.summary(),
+        "jumps": trainer.jumps.summary(),
         "parameters": sum(p.numel() for p in module.detector.parameters()),
         "method_parameters": sum(p.numel() for p in module.distiller.parameters()) if module.distiller else 0,
         **built.notes,
