@@ -13,6 +13,9 @@
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
+#   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
+#                       it takes the interpreter at hand; DEVICE=cpu rehearses it at toy sizes
+#   make stack          the oldest torch and Triton we support, in an environment of its own (downloads)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,7 +78,7 @@ gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json
 
 roofline: $(STAMPS)/dependencies
-	$(BIN)/python -m benchmarks.gpu.roofline
+	$(BIN)/python -m benchmarks.gpu.predictions
 
 wheel: build
 	rm -rf dist
@@ -85,9 +88,9 @@ wheel: build
 # These end with one line where there is no GPU. The sanitizers slow a kernel down a hundredfold: few calls of each op,
 # and memory that the tests do not fill, as initcheck could not see it read before it is written.
 gpu: $(STAMPS)/dependencies
-	@$(BIN)/python -m benchmarks.gpu.check --card
+	@$(BIN)/python -m benchmarks.gpu.card --card
 	@$(MAKE) --no-print-directory cuda
-	@$(BIN)/python -m benchmarks.gpu.check
+	@$(BIN)/python -m benchmarks.gpu.card
 
 test-gpu: gpu
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu
@@ -96,13 +99,20 @@ bench-gpu: gpu
 	$(BIN)/python -m benchmarks.ops --device cuda --out build/bench-gpu
 
 sanitize-gpu: gpu
-	@tool=$$($(BIN)/python -m benchmarks.gpu.check --sanitizer) || exit 1; \
+	@tool=$$($(BIN)/python -m benchmarks.gpu.card --sanitizer) || exit 1; \
 	for check in memcheck racecheck initcheck synccheck; do \
 		echo "compute-sanitizer --tool $$check"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTKD_GPU_CALLS=5 FASTKD_POISON=0 \
 		"$$tool" --tool $$check --target-processes all --error-exitcode 1 \
 		$(BIN)/python -m pytest -q -x -m gpu tests/ops/test_gpu.py -k plain || exit 1; \
 	done
+
+# The libraries are built by a stage of it, for the card that is there, or by make for the rehearsal.
+OUT ?= build/gpu-check
+DEVICE ?= cuda
+.PHONY: gpu-check
+gpu-check: $(if $(filter none,$(VENV)),,build)
+	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check --device $(DEVICE) --out $(OUT)
 
 demo: build
 	$(BIN)/fastkd demo

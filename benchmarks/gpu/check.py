@@ -1,53 +1,163 @@
-"""Is there a GPU that the kernels run on? `python -m benchmarks.gpu.check`; ends with 1 and one line where not.
+"""A few minutes on a GPU, used well: `make gpu-check PYTHON=python3 VENV=none OUT=folder`.
 
---card asks for the GPU alone, before anything is built; --sanitizer for compute-sanitizer as well.
+Runs the stages of benchmarks/gpu/stages one after the other, the most telling first, each in a process of its own with
+a time limit. OUT/gpu.json is written anew after each stage; a stage that fails or runs out of time leaves what it has
+recorded and its log, and the next one begins. Needs no network and no virtual environment.
+`python -m benchmarks.gpu.results OUT/gpu.json` turns the file into docs/results/gpu.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import os
-import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from fastkd.ops._support import library
-
-
-def why_no_card() -> str | None:
-    """None if torch sees a GPU, else the reason in one line."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    if not torch.cuda.is_available():
-        return "no GPU is visible to torch; run this on a machine with an NVIDIA GPU and its driver"
-    return None
+ROOT = Path(__file__).resolve().parents[2]
+LOG_TAIL = 3000  # characters of a failed stage's log that go into the JSON
 
 
-def why_no_kernels() -> str | None:
-    """None if the GPU kernels are built and run on the GPU there is, else the reason."""
-    if library.why_no_cuda() is not None:
-        return library.why_no_cuda()
-    return library.why_unsupported(library.cuda_build() or "", torch.cuda.get_device_capability())
+@dataclass(frozen=True)
+class Stage:
+    """A process that writes a JSON file.
+
+    Args:
+        name: of the stage.
+        command: the process; FASTKD_STAGE_FILE names its JSON file, FASTKD_STAGE_SECONDS its time limit.
+        limit: seconds after which the process and its children are killed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
 
 
-def sanitizer() -> str | None:
-    """Path of compute-sanitizer: on PATH, else in CUDA_HOME, else in /usr/local/cuda."""
-    homes = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)]))
+LIMITS = {
+    "versions": 30,
+    "build": 150,
+    "windows": 60,
+    "tests": 110,
+    "sanitizer": 60,
+    "ops": 110,
+    "parts": 60,
+    "steps": 90,
+    "scenes": 240,
+}
 
 
-def main(arguments: list[str]) -> int:
-    """Prints the GPU's name, or with --sanitizer the path of compute-sanitizer; the reason to stderr where not."""
-    found, reason = "", why_no_card()
-    if reason is None:
-        found, reason = torch.cuda.get_device_name(), None if "--card" in arguments else why_no_kernels()
-    if "--sanitizer" in arguments and reason is None:
-        found = sanitizer() or ""
-        reason = None if found else "compute-sanitizer is not on PATH nor in CUDA_HOME; install the CUDA toolkit's"
-    print(found if reason is None else f"gpu: {reason}", file=sys.stdout if reason is None else sys.stderr)
-    return int(reason is not None)
+def stages(device: str, toy: bool) -> list[Stage]:
+    """The stages in their order."""
+    options = ("--device", device, *(("--toy",) if toy else ()))
+    module = (sys.executable, "-m", "benchmarks.gpu.stages")
+    return [Stage(name, (*module, name, *options), limit) for name, limit in LIMITS.items()]
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a stage with all its children: its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_for(stage: Stage, limit: float, environment: dict[str, str], log: Path) -> tuple[str, int | None]:
+    """Status and exit code of a stage whose output goes to a file."""
+    with open(log, "w", encoding="utf-8") as output:
+        try:
+            process = subprocess.Popen(
+                stage.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            output.write(str(error))
+            return "failed", None
+        try:
+            status = "ok" if process.wait(timeout=limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        finally:
+            _kill(process)
+    return status, process.returncode
+
+
+def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
+    """{"status": "ok", "failed" or "timeout", "seconds", "limit", "result", "log" where it is not ok}.
+
+    Args:
+        seconds: at most, beside the stage's own limit.
+    """
+    limit, file, log = min(stage.limit, seconds), out / f"{stage.name}.json", out / f"{stage.name}.log"
+    file.unlink(missing_ok=True)
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        "FASTKD_STAGE_FILE": str(file),
+        "FASTKD_STAGE_SECONDS": f"{limit:.1f}",
+    }
+    begin = time.monotonic()
+    status, code = _wait_for(stage, limit, environment, log)
+    entry: dict[str, Any] = {"status": status, "seconds": time.monotonic() - begin, "limit": limit}
+    entry["result"] = _read(file)
+    if status != "ok":
+        entry["code"] = code
+        entry["log"] = log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
+    return entry
+
+
+def _read(file: Path) -> Any:
+    """What a stage has recorded, None where it has written nothing that is JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def run(chosen: Sequence[Stage], out: Path, minutes: float, **about: Any) -> dict[str, Any]:
+    """Runs the stages and writes OUT/gpu.json after each; one for which no time is left is "skipped"."""
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    found: dict[str, Any] = {**about, "minutes": minutes, "stages": {}}
+    for stage in chosen:
+        left = 60 * minutes - (time.monotonic() - begin)
+        if left < 1:
+            entry = {"status": "skipped", "seconds": 0.0, "limit": 0.0, "result": None}
+        else:
+            print(f"{stage.name}: at most {min(stage.limit, left):.0f} s", flush=True)
+            entry = run_stage(stage, out, left)
+        found["stages"][stage.name] = entry
+        found["seconds"] = time.monotonic() - begin
+        partial = out / "gpu.json.partial"
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        partial.replace(out / "gpu.json")
+        print(f"{stage.name}: {entry['status']}, {entry['seconds']:.0f} s", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if all stages are ok, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="folder (default: build/gpu-check)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal at toy sizes")
+    parser.add_argument("--minutes", type=float, default=8, help="in all (default: 8)")
+    parser.add_argument("--stages", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="default: all")
+    given = parser.parse_args(arguments)
+    toy = given.device == "cpu"
+    chosen = [stage for stage in stages(given.device, toy) if stage.name in given.stages]
+    found = run(chosen, given.out.resolve(), given.minutes, device=given.device, toy=toy)
+    return int(any(entry["status"] != "ok" for entry in found["stages"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How fast can an op be on a GPU? `python -m benchmarks.gpu.roofline`. Prints PREDICTED times; needs no GPU.
+"""Lower bounds of the ops' times on a GPU, PREDICTED from data sheets (`python -m benchmarks.gpu.predictions`).
 
 One function an op counts the bytes that must cross the card's memory and the operations, forward and backward; the
 time is the longest of bytes / bandwidth and operations / rate. It is a bound that no kernel beats, not a measurement:
@@ -7,8 +7,6 @@ launches, tails and caches are left out. `python -m benchmarks.ops --device cuda
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +41,8 @@ CARDS = (
     Card("H100", 3.35e12, 989.4e12, 66.9e12, "NVIDIA H100 data sheet, SXM"),
     Card("RTX 4090", 1.008e12, 165.2e12, 82.6e12, "NVIDIA Ada GPU Architecture white paper, appendix A"),
 )
+H200 = Card("H200", 4.8e12, 989.4e12, 66.9e12, "NVIDIA H200 data sheet, SXM")
+KNOWN = (*CARDS, H200)  # whose measurements are set beside predictions
 H100 = next(card for card in CARDS if card.name == "H100")  # whose times the aims are
 
 
@@ -205,9 +205,9 @@ def achieved(rows: dict[str, Any], device: str) -> list[str]:
         rows: "rows" of what benchmarks.ops saves, measured on a GPU.
         device: name of the GPU.
     """
-    cards = [card for card in CARDS if card.name in device]
+    cards = [card for card in KNOWN if card.name in device]
     if not cards:
-        known = ", ".join(card.name for card in CARDS)
+        known = ", ".join(card.name for card in KNOWN)
         return [f"No predictions for {device}: benchmarks/gpu/roofline.py knows {known}."]
     heads = ["op", "dtype", f"measured on {device}, ms", f"{cards[0].name} PREDICTED, ms", "achieved"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
@@ -222,22 +222,3 @@ def achieved(rows: dict[str, Any], device: str) -> list[str]:
             kind = "bfloat16" if half else "float32"
             lines.append(f"| {name} | {kind} | {measured:.3f} | {predicted:.3f} | {predicted / measured:.0%} |")
     return lines
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("images", "height", "width", "channels", "heads", "boxes", "queries", "real", "anchors"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(PUBLISHED, name))
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    chosen = vars(parser.parse_args(arguments))
-    half = chosen.pop("dtype") == "bfloat16"
-    shape = dataclasses.replace(PUBLISHED, **chosen)
-    print("\n".join(table(shape, half)))
-    from benchmarks.gpu import traffic as gpu_traffic  # which imports this module
-
-    print("\n".join(["", *gpu_traffic.aims(shape, H100, 2 if half else 4)]))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 NONE, POLYGONS, RUNS = 0, 1, 2
 
@@ -56,6 +55,8 @@ def pack_runs(segmentation: dict, height: int, width: int) -> bytes:
         raise ValueError(f"counts must be a string or a list of integers, got {counts!r:.60}")
     if any(not 0 <= v <= height * width for v in counts) or sum(counts) != height * width:
         raise ValueError(f"run lengths must be >= 0 and add up to {height} * {width} pixels")
+    from pycocotools import mask as coco_mask  # where it is used: training on boxes does not need it
+
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
 
 
@@ -147,6 +148,8 @@ class Segmentations:
             size: (height, width) of the result; polygons are scaled before they are drawn, run-length masks sampled.
         Returns: bool [size].
         """
+        from pycocotools import mask as coco_mask
+
         start, end = self.spans[row]
         if self.kind[row] == POLYGONS:
             scale = np.array([size[1] / width, size[0] / height])

@@ -10,19 +10,19 @@ import contextlib
 import io
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as mask_codec
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distributed
 from fastkd.evaluation.truth import load_ground_truth
 from fastkd.types import Batch, Detections
+
+if TYPE_CHECKING:  # imported where it is used: training does not need it
+    from pycocotools.coco import COCO
 
 SIZES = {"s": "small", "m": "medium", "l": "large"}
 _MASKS_AT_ONCE = 16
@@ -136,6 +136,8 @@ class CocoEvaluator:
         return metrics
 
     def _measure(self, truth: COCO, found: list[dict], iou_type: str) -> dict[str, Any]:
+        from pycocotools.cocoeval import COCOeval
+
         with contextlib.redirect_stdout(io.StringIO()):
             runner = COCOeval(truth, _as_coco(truth, found, iou_type), iou_type)
             runner.params.imgIds = self.image_ids
@@ -208,6 +210,8 @@ def resize_masks(masks: Tensor, target: list[int]) -> Tensor:
 
 def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
     """COCO run-length codes of masks [D, h, w] bool resized to `target` (h, w)."""
+    from pycocotools import mask as mask_codec
+
     codes = []
     for chunk in masks.split(_MASKS_AT_ONCE) if len(masks) else ():
         chunk = resize_masks(chunk, target)
@@ -218,6 +222,9 @@ def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
 
 def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:
     """Detections as a COCO object. Built by hand because COCO.loadRes fails without detections."""
+    from pycocotools import mask as mask_codec
+    from pycocotools.coco import COCO
+
     annotations = []
     for number, result in enumerate(found, start=1):
         area = result["bbox"][2] * result["bbox"][3]

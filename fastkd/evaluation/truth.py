@@ -7,10 +7,10 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pycocotools import mask as mask_codec
-from pycocotools.coco import COCO
+if TYPE_CHECKING:  # imported where it is used: training does not need it
+    from pycocotools.coco import COCO
 
 
 def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
@@ -30,12 +30,17 @@ def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids:
     for image in content["images"]:
         if isinstance(image, dict) and image.get("id") in wanted:
             images.setdefault(image["id"], {key: image[key] for key in ("id", "width", "height")})
-    kept, seen, without = [], set(), 0
+    kept: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    without = 0
     for annotation in content["annotations"]:
         if not isinstance(annotation, dict) or annotation.get("id") in seen:
             continue
-        image, category = images.get(annotation.get("image_id")), annotation.get("category_id")
-        box = _valid_box(annotation.get("bbox"), image) if image and category in categories else None
+        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        if image_id not in images or category not in categories:
+            continue
+        image = images[image_id]
+        box = _valid_box(annotation.get("bbox"), image)
         if box is None:
             continue
         seen.add(annotation.get("id"))
@@ -53,6 +58,8 @@ def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids:
             f"CocoEvaluator: segmentation must be given for mask metrics, got no usable one in {annotation_file}; "
             "add masks, or evaluate a detector without masks"
         )
+    from pycocotools.coco import COCO
+
     truth = COCO()
     names = [category for category in content["categories"] if category["id"] in categories]
     truth.dataset = {"images": list(images.values()), "categories": names, "annotations": kept}
@@ -74,12 +81,16 @@ def _valid_box(box: Any, image: dict) -> list[float] | None:
 
 def _box_code(box: list[float], image: dict) -> dict:
     """The inside of a box (xywh) as a run-length code."""
+    from pycocotools import mask as mask_codec
+
     x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
     return mask_codec.frPyObjects([[x1, y1, x2, y1, x2, y2, x1, y2]], image["height"], image["width"])[0]
 
 
 def _mask_code(segmentation: Any, image: dict) -> dict | None:
     """Polygons or run lengths of an annotation as a run-length code; None if they are missing or malformed."""
+    from pycocotools import mask as mask_codec
+
     height, width = image["height"], image["width"]
     try:
         if isinstance(segmentation, dict):

@@ -1,6 +1,8 @@
-"""Which cells an object covers, and the two sums over covered cells that all box and mask ops share (references)."""
+"""Plain torch shared by references: precision, flat pyramids, and sums over the cells that an object covers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +18,12 @@ def widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int, int]) -> Tensor:
+def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
+    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
+    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
+
+
+def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: Sequence[int]) -> Tensor:
     """Cells (y, x) with y1 * H_l / H <= y <= y2 * H_l / H, likewise x; corners clamped to the image, in float32.
 
     Args: boxes [K, 4] xyxy pixels; image_size (H, W); level_size (H_l, W_l).
@@ -34,7 +41,7 @@ def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int,
     return row[:, :, None] & column[:, None, :]
 
 
-def mask_cover(masks: Tensor, level_size: tuple[int, int]) -> Tensor:
+def mask_cover(masks: Tensor, level_size: Sequence[int]) -> Tensor:
     """Masks [K, H, W] bool resized to [K, H_l, W_l] by nearest neighbour: cell y reads row floor(y * H / H_l)."""
     rows, columns = level_size
     y = torch.arange(rows, device=masks.device) * masks.shape[1] // rows

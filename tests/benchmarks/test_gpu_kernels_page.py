@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.gpu import results as gpu_results
+from benchmarks.gpu import kernels_page
 from benchmarks.gpu import traffic as gpu_traffic
 from benchmarks.gpu.report import Kernel
 from benchmarks.gpu.triton_report import Case, Row
@@ -18,13 +18,13 @@ ROWS = [Row(Case("forward"), 80, 176, 0, 69632, {"HMMA": 144}, 128)]
 
 
 def test_instantiations_are_one_row():
-    first, second = gpu_results.cuda_rows(KERNELS)[2:]
+    first, second = kernels_page.cuda_rows(KERNELS)[2:]
     assert first == "| value_mimic | forward_kernel | sm_80 | 2 | 40-56 | 1280 | 0 | 0 | 4-8 | 0 |"
     assert second == "| value_mimic | merge_kernel | sm_80 | 1 | 28 | 256 | 8 | 2 | 0 | 0 |"
 
 
 def test_the_page_says_what_is_predicted():
-    page = gpu_results.page(KERNELS, ROWS)
+    page = kernels_page.page(KERNELS, ROWS)
     assert "Nothing here ran on a GPU" in page and "Kernels with a spill or a stack: 1." in page
     assert "| forward absorbed channels-last bfloat16 N=42 | sm_80 | 176 | 0 | 68.0 | 144 HMMA | 128 |" in page
     launches = page[page.index("launch by launch\n") :]
@@ -35,4 +35,4 @@ def test_the_page_says_what_is_predicted():
 
 def test_without_a_library_it_says_how_to_build_one(tmp_path):
     with pytest.raises(SystemExit, match=r"none.so does not exist; `make cuda` builds it or says what is missing"):
-        gpu_results.main(["--library", str(tmp_path / "none.so"), "--out", str(tmp_path / "page.md")])
+        kernels_page.main(["--library", str(tmp_path / "none.so"), "--out", str(tmp_path / "page.md")])
