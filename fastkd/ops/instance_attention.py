@@ -21,9 +21,14 @@ def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
     return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
+FEW_ON_GPU = 32  # queries of one block of the GPU's kernels
+
+
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
-    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x)."""
+    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x), on a GPU for one block of queries only."""
     heads, count, depth = queries.shape[1:]
+    if queries.is_cuda and count > FEW_ON_GPU:
+        return False
     return heads * count * channels < heads * depth * (channels + count)
 
 

@@ -17,35 +17,36 @@ from torch import Tensor
 
 from fastkd.ops.project_levels import empty_pyramid
 from fastkd.ops.triton import configurations, plan
-from fastkd.ops.triton.attention_backward import MERGED, instance_attention_backward_merge_kernel
+from fastkd.ops.triton.attention_backward import merge_of
 from fastkd.ops.triton.configurations import Card, Tiles
 from fastkd.ops.triton.plan import Launch
 from fastkd.ops.triton.tiles import map_offsets, pick
 
 
 @triton.jit
-def _find_tile(tile, images, cells, BLOCK_S: tl.constexpr):
+def _find_tile(tile, images, cells, LEVELS: tl.constexpr, BLOCK_S: tl.constexpr):
     """Level, image, first cell and cells of the level of a tile; tiles are in the order of levels and images."""
     level, image, start, plane = 0, tile * 0, tile * 0, tile * 0
-    for index in tl.static_range(len(cells)):
-        each = tl.cdiv(cells[index], BLOCK_S)
+    for index in tl.static_range(LEVELS):
+        here_cells = tl.load(cells + index).to(tl.int32)
+        each = tl.cdiv(here_cells, BLOCK_S)
         here = (tile >= 0) & (tile < each * images)
         level = tl.where(here, index, level)
         image = tl.where(here, tile // tl.maximum(each, 1), image)
         start = tl.where(here, tile % tl.maximum(each, 1) * BLOCK_S, start)
-        plane = tl.where(here, cells[index], plane)
+        plane = tl.where(here, here_cells, plane)
         tile -= each * images
     return level, image.to(tl.int64), start, plane
 
 
-@triton.jit(do_not_specialize=["images", "cells"])
+@triton.jit(do_not_specialize=["images"])
 def project_levels_kernel(
     levels,  # L pointers to [B, INPUTS, H, W]
     weight,  # [OUTPUTS, INPUTS], or [INPUTS, OUTPUTS] where TURNED
     bias,  # [OUTPUTS], where WITH_BIAS
     results,  # L pointers to [B, OUTPUTS, H, W]
     images,
-    cells,  # H * W of each level
+    cells,  # [L, 1]: H * W of each level
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TURNED: tl.constexpr,
@@ -57,7 +58,7 @@ def project_levels_kernel(
     BLOCK_C: tl.constexpr,
 ):
     blocks: tl.constexpr = (OUTPUTS + BLOCK_O - 1) // BLOCK_O
-    level, image, start, plane = _find_tile(tl.program_id(0) // blocks, images, cells, BLOCK_S)
+    level, image, start, plane = _find_tile(tl.program_id(0) // blocks, images, cells, len(levels), BLOCK_S)
     output = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     cell = start + tl.arange(0, BLOCK_S)
     inside, known = cell < plane, output < OUTPUTS
@@ -85,14 +86,14 @@ def project_levels_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["images", "cells", "tiles", "shares"])
+@triton.jit(do_not_specialize=["images", "tiles", "shares"])
 def project_levels_weight_kernel(
     grads,  # L pointers to [B, OUTPUTS, H, W]
     levels,  # L pointers to [B, INPUTS, H, W]
     part_weight,  # [shares, OUTPUTS, INPUTS] float32, where FOR_WEIGHT
     part_bias,  # [shares, OUTPUTS] float32, where FOR_BIAS
     images,
-    cells,  # H * W of each level
+    cells,  # [L, 1]: H * W of each level
     tiles,  # of all levels and images
     shares,
     INPUTS: tl.constexpr,
@@ -115,7 +116,7 @@ def project_levels_weight_kernel(
     bias = tl.zeros((BLOCK_O,), tl.float32)
     each = tl.cdiv(tiles, shares)
     for tile in range(share * each, tl.minimum(share * each + each, tiles)):
-        level, image, start, plane = _find_tile(tile, images, cells, BLOCK_S)
+        level, image, start, plane = _find_tile(tile, images, cells, len(levels), BLOCK_S)
         cell = start + tl.arange(0, BLOCK_S)
         inside = cell < plane
         g = tl.load(
@@ -151,8 +152,10 @@ class _Problem:
         self._check(op, levels, weight, grads)
         self.levels, self.last = plan.in_one_order(levels)
         order = torch.channels_last if self.last else torch.contiguous_format
-        self.grads = None if grads is None else [grad.contiguous(memory_format=order) for grad in grads]
-        self.weight = weight.contiguous()
+        self.grads = None
+        if grads is not None:
+            self.grads = [plan.aligned(grad.contiguous(memory_format=order)) for grad in grads]
+        self.weight = plan.aligned(weight.contiguous())
         self.card = card or Card.of(levels[0].device)
         self.wide = max(self.cells) * max(self.inputs, self.outputs) >= plan.NARROW_LIMIT
 
@@ -178,7 +181,7 @@ class _Problem:
     def arguments(self, tiles: Tiles) -> dict:
         return dict(
             images=self.images,
-            cells=self.cells,
+            cells=plan.table_of([(cells,) for cells in self.cells], self.weight.device),
             LAST=self.last,
             WIDE=self.wide,
             BLOCK_S=tiles.cells,
@@ -238,22 +241,8 @@ class _Problem:
             tiles.stages,
         )
         parts = [part for part in (part_weight, part_bias) if part is not None]
-        sums = tuple(self.weight.new_empty(part.shape[1:]) for part in parts)
-        merge = Launch(
-            instance_attention_backward_merge_kernel,
-            sum(triton.cdiv(one.numel(), MERGED) for one in sums),
-            dict(
-                parts=tuple(parts),
-                sums=sums,
-                counts=(shares,) * len(parts),
-                widths=tuple(one.numel() for one in sums),
-                rows=1,
-                WEIGHT=0,
-                BLOCK=MERGED,
-                BLOCK_PARTS=16,
-            ),
-        )
-        return [launch, merge], list(sums)
+        sums = [self.weight.new_empty(part.shape[1:]) for part in parts]
+        return [launch, *merge_of(parts, sums, [one.numel() for one in sums])], sums
 
 
 def plan_projection(
@@ -263,7 +252,7 @@ def plan_projection(
     problem = _Problem("project_levels", levels, weight, None, card)
     plan.check_like("project_levels", weight, (problem.outputs,), bias=bias)
     results = empty_pyramid(problem.levels, problem.outputs)
-    return [problem.projection(problem.levels, results, bias.contiguous(), False)], results
+    return [problem.projection(problem.levels, results, plan.aligned(bias.contiguous()), False)], results
 
 
 def plan_backward(
