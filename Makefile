@@ -23,6 +23,7 @@ STAMPS := $(VENV)/.stamps
 SOURCES := $(filter-out csrc/simt/%,$(wildcard csrc/*/*.cpp csrc/*/*.h))
 CUDA_SOURCES := $(filter-out csrc/simt/%,$(wildcard csrc/*/*.cu csrc/*/*.h))
 EMULATED := $(wildcard csrc/*/*.cu csrc/simt/*)
+OBJECTS := $(CURDIR)/build/objects
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The emulation of CUDA for tests is a Python module: it is built where Python's headers are.
 SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(os.path.join(\
@@ -48,13 +49,15 @@ $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	touch $@
 
 $(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
-	FASTKD_CUDA=0 $(PIP) install --no-build-isolation --no-deps --editable .
+	FASTKD_OBJECTS=$(OBJECTS) FASTKD_CUDA=0 $(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 cmake: $(STAMPS)/cmake
 
-$(STAMPS)/cmake: $(STAMPS)/dependencies CMakeLists.txt $(SOURCES) $(EMULATED)
-	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python $(SIMT)
+# The CPU library is linked of what `build` compiled; `make sanitize` compiles it by CMake, as users from C++ do.
+$(STAMPS)/cmake: $(STAMPS)/built CMakeLists.txt $(EMULATED)
+	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python $(SIMT) \
+	-DFASTKD_OBJECTS_FROM=$(OBJECTS)
 	$(CMAKE) --build build/cmake --parallel 2
 	touch $@
 
@@ -75,7 +78,7 @@ gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json
 
 roofline: $(STAMPS)/dependencies
-	$(BIN)/python -m benchmarks.gpu.roofline
+	$(BIN)/python -m benchmarks.gpu.predictions
 
 wheel: build
 	rm -rf dist

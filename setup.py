@@ -3,10 +3,12 @@
 Every C++ source is compiled once per instruction set (FASTKD_CAPABILITY 0 generic, 1 AVX2, 2 AVX-512, 3 AVX512_BF16;
 csrc/common/capability.h), chosen at run time: one library serves every x86-64 machine, Python and torch >= 2.10.
 
-Environment: MAX_JOBS (parallel compilers; default: by cores and free memory); CXX and CXXFLAGS (read by setuptools);
-FASTKD_CUDA: unset = build the GPU kernels where that is possible and say why where not, 0 = do not, 1 = fail where that
-is not possible; CUDA_HOME (the toolkit); TORCH_CUDA_ARCH_LIST (cards, as "8.0;9.0+PTX"; default: machine code for 8.0,
-9.0 and 10.0, and PTX for every other card from 8.0 on). No GPU is needed to build for one.
+Environment: FASTKD_OBJECTS (folder that keeps the object files, so that a second build compiles what changed and CMake
+can link them; default: setuptools' own, which pip deletes); MAX_JOBS (parallel compilers; default: by cores and free
+memory); CXX and CXXFLAGS (read by setuptools); FASTKD_CUDA: unset = build the GPU kernels where that is possible and
+say why where not, 0 = do not, 1 = fail where that is not possible; CUDA_HOME (the toolkit); TORCH_CUDA_ARCH_LIST
+(cards, as "8.0;9.0+PTX"; default: machine code for 8.0, 9.0 and 10.0, and PTX for every other card from 8.0 on). No
+GPU is needed to build for one.
 """
 
 from __future__ import annotations
@@ -197,6 +199,10 @@ class Build(BuildExtension):
     def initialize_options(self) -> None:
         super().initialize_options()
         self.only_cuda = False
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = os.environ.get("FASTKD_OBJECTS") or self.build_temp
 
     def build_extensions(self) -> None:
         os.environ.setdefault("MAX_JOBS", str(parallel_jobs()))

@@ -30,15 +30,18 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _git(*command: str) -> str | None:
-    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=folder)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def commit() -> str:
-    """First digits of the commit, with "+" where the tree differs from it."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return (_git("rev-parse", "HEAD") or "unknown")[:12] + ("+" if changed else "")
+def commit(folder: Path = ROOT) -> str:
+    """First digits of a checkout's commit, with "+" where the tree differs from it."""
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return (_git(folder, "rev-parse", "HEAD") or "unknown")[:12] + ("+" if changed else "")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

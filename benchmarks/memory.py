@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastkd.training.cost.memory import transient_peak
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -28,12 +30,7 @@ class Memory:
 def measure(call: Callable[[], object], device: torch.device) -> Memory:
     """Memory of one call; its results are dropped."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return Memory(torch.cuda.max_memory_allocated(device) - before, 0)
+        return Memory(transient_peak(call, device), 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from fastkd.commands.common import Interrupted
+from fastkd.signals import Interrupted
 
 DESCRIPTION = """Train object detectors with knowledge distillation.
 

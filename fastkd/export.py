@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastkd.files import replacing
 
 ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of the largest value of an output; float32 graphs agree to about 1e-5
@@ -180,8 +181,7 @@ def _write_graph(
     """Trace with the first example, write, compare on all. `free` are the input's dimensions that may vary."""
     module = module.eval()
     shapes = ({dimension: torch.export.Dim.AUTO for dimension in free},) if free else None
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         with _quiet():
             program = torch.onnx.export(
                 module,
@@ -192,12 +192,9 @@ def _write_graph(
                 dynamic_shapes=shapes,
                 verbose=False,
             )
+            assert program is not None  # as dynamo=True promises
             program.save(str(partial), external_data=False)
-        report = _compare(module, partial, path, name, names, examples)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return report
+        return _compare(module, partial, path, name, names, examples)
 
 
 def _compare(module, written: Path, path: Path, name: str, names: list[str], examples: list[Tensor]) -> OnnxReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
 import platform
 
 import torch
@@ -56,9 +57,9 @@ def _gpus() -> list[str]:
 
 
 def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
-    """What runs where; why_not: why no compiled op runs on the CPU."""
+    """What runs where; why_not: why no compiled op runs on the CPU. Each module of fastkd.ops is one op."""
     table = {}
-    for op in sorted(name for name in ops.__all__ if f"{name}_reference" in ops.__all__):
+    for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.ispkg):
         reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
         table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
         if reasons["cuda"] is None and op in library.TRITON_OPS:
@@ -69,9 +70,11 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
 def _cards() -> list[str]:
     """The visible GPUs that the kernels are not built for, in words."""
     build = library.cuda_build()
-    cards = range(torch.cuda.device_count() if build else 0)
+    if build is None:
+        return []
+    cards = range(torch.cuda.device_count())
     found = {library.why_unsupported(build, torch.cuda.get_device_capability(index)) for index in cards}
-    return sorted(found - {None})
+    return sorted(reason for reason in found if reason is not None)
 
 
 def collect() -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Batch:
 
     def to(self, device, non_blocking: bool = False, memory_format=None) -> Batch:
         """The same batch with every tensor on `device`; `memory_format` applies to the images."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
@@ -65,7 +66,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""
-        pinned = {}
+        pinned: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             pinned[item.name] = value.pin_memory() if isinstance(value, Tensor) else value

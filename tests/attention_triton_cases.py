@@ -17,8 +17,9 @@ from kernels import channels_last, contiguous, strided
 from tolerance import assert_no_worse
 from triton_interpreter import SEED, keep_bfloat16_as_gpus_do, shuffle_programs
 
+from fastkd.ops._support.coverage import flatten_pyramid
 from fastkd.ops.attention_mass import attention_mass_reference
-from fastkd.ops.instance_attention import flatten_pyramid, instance_attention_reference
+from fastkd.ops.instance_attention import instance_attention_reference
 from fastkd.ops.triton import attention_backward, attention_forward, attention_mass, configurations, plan
 
 LEVELS = [(5, 7), (1, 3), (1, 1)]

@@ -15,17 +15,13 @@ def build(name):
     if name == "icd":
         return ICD(CLASSES, priors(CLASSES), CHANNELS, heads=4)
     if name == "fgfi":
-        return FGFI(CHANNELS)
+        return FGFI(ANCHORS, CHANNELS)
     return LGD(CLASSES, CHANNELS, heads=2, use_masks=name == "lgd masks", context=name == "lgd")
 
 
-def losses(name, module, student, teacher, batch, anchors=None):
+def losses(name, module, student, teacher, batch):
     """The distiller's losses; LGD's instructive pyramid is left out."""
-    if name == "icd":
-        return module(student, teacher, batch)
-    if name == "fgfi":
-        return module(student, teacher, batch, ANCHORS if anchors is None else anchors)
-    return module(student, batch)[0]
+    return module(student, batch, teacher).losses
 
 
 def inputs(counts=(3, 0, 2), *, levels=LEVELS, **options):

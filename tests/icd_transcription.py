@@ -4,13 +4,7 @@ import math
 
 import torch
 
-from fastkd.distillers.queries import prior_tables
-
 CHANNELS, TEACHER, HEADS = 12, 20, 4
-
-
-def tables(prior):
-    return prior_tables(prior.frequency, prior.mean, prior.std)
 
 
 def draw(batch, prior, rho, limit):

@@ -18,6 +18,7 @@ from fastkd.ops._support import library
 TESTS = Path(__file__).resolve().parent
 PATH = Path(os.environ.get("FASTKD_SIMT") or TESTS.parent / "build" / "cmake" / "_simt.so")
 SEEDS = (0, 1, 2)
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes of shared memory of a block
 
 
 def load():
@@ -39,7 +40,7 @@ DEFINITIONS = torch.library.Library("fastkd_simt", "FRAGMENT")
 module = load()
 
 
-def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=96 * 1024):
+def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=99 * 1024):
     """A call of an op under the emulation; RuntimeError with what it finds."""
     module.configure(seed, poison, shared_bytes)
     try:

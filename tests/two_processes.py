@@ -15,7 +15,8 @@ from fastkd.data import build_train_loader
 from fastkd.training import step, train
 from fastkd.training import trainer as trainer_module
 from fastkd.training.build import build
-from fastkd.training.config import LGDConfig, RuntimeConfig, Schedule
+from fastkd.training.config import RuntimeConfig, Schedule
+from fastkd.training.methods import LGDConfig
 from fastkd.training.parallel.processes import processes
 from fastkd.training.schedule import Phase
 

@@ -74,8 +74,8 @@ def page(kernels: list[Kernel], rows: list[triton_report.Row]) -> str:
     parts = [
         "# The GPU kernels: resources, traffic and PREDICTED times",
         f"Written by `python -m benchmarks.gpu.kernels_page` at commit {commit()}. Nothing here ran on a GPU: "
-        "resources are read back from machine code (cuobjdump), times are PREDICTED from data sheets and the traffic "
-        "model.\n"
+        "resources are read back from machine code (cuobjdump), times are PREDICTED from data sheets and the model of "
+        "the kernels' traffic.\n"
         f"CUDA: {library.cuda_build()}. Triton {triton.__version__}. Kernels with a spill or a stack: {spilled}.",
         "## Aims",
         f"B = {shape.images}, {shape.height} x {shape.width}, C = {shape.channels}, G = {shape.heads}, "

@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +26,10 @@ from benchmarks.environment import commit
 from benchmarks.gpu import inductor as gpu_inductor
 from benchmarks.gpu.roofline import PUBLISHED
 from benchmarks.ops.draws import Shape
-from fastkd.distillers import ICD, LGD
+from fastkd.files import write_json
 from fastkd.ops._support import library
+from fastkd.training.methods import ICDConfig, LGDConfig
+from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import COMBINED, Regions
 from fastkd.training.schedule import Phase
 from fastkd.training.step import StepModule
@@ -36,7 +37,7 @@ from fastkd.types import Batch, ClassPriors
 
 OUT = Path("docs/results/launches.md")
 CLASSES = 80
-AIMS = {"lgd": 150, "icd": 100}
+METHODS = {method.kind: method for method in (LGDConfig, ICDConfig)}
 
 # Launches of a library call: a convolution or product is one at least, their libraries may split them or add a copy.
 CALLS = {
@@ -53,14 +54,13 @@ CALLS = {
 KINDS = ("generated", "products", "convolutions", "fastkd", "other")
 
 
-def launches_of(op: str, levels: int, last: bool, casts: int = 2, wanted: tuple[bool, ...] = (True,) * 3) -> int:
+def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
     """Launches of an op fastkd::`op`: its own kernels and torch's between them.
 
     tests/benchmarks/test_launches.py counts the same.
 
     Args:
         levels: L. last: levels are channels-last. casts: small tensors that the attention takes in the levels' dtype.
-        wanted: whether the projection's backward pass makes gradients of levels, weight and bias.
     """
     return {
         "instance_norm_mse": 5 if last else 2,
@@ -74,8 +74,6 @@ def launches_of(op: str, levels: int, last: bool, casts: int = 2, wanted: tuple[
         "instance_attention": 2 + casts,
         "instance_attention_backward": 2 + casts + 1,  # and the output's gradient cast
         "attention_mass": 1 + casts,
-        "project_levels": 1,
-        "project_levels_backward": wanted[0] + 2 * (wanted[1] or wanted[2]),
     }[op]
 
 
@@ -94,8 +92,7 @@ def count(text: str, levels: int, last: bool = True) -> collections.Counter[str]
         elif call := re.search(r"(extern_kernels|torch\.ops\.\w+)\.(\w+)(\.\w+)?\(", line):
             library, name = call[1].removeprefix("torch.ops."), call[2]
             if library == "fastkd":
-                flags = tuple(flag == "True" for flag in re.findall(r", (True|False)", line)[-3:])
-                how = {"wanted": flags} if name == "project_levels_backward" else {}
+                how = {}
                 if name.startswith("attention") or name.startswith("instance_attention"):
                     how = {"casts": 1 if "], None, [" in line else 2}  # no key_weight: it is in the queries
                 found["fastkd"] += launches_of(name, levels, last, **how)
@@ -141,14 +138,20 @@ def _batch(shape: Shape) -> Batch:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Detector:
+    """What LGD and ICD ask of a student and of a teacher."""
+
+    channels: int
+    num_classes: int = CLASSES
+
+
 def _distiller(method: str, shape: Shape, last: bool) -> nn.Module:
+    sizes = ((CLASSES,), (CLASSES, 2), (CLASSES, 2))
+    detector = _Detector(shape.channels)
     with torch.device("cuda"):
-        if method == "lgd":
-            module = LGD(CLASSES, shape.channels, heads=shape.heads)
-        else:
-            sizes = ((CLASSES,), (CLASSES, 2), (CLASSES, 2))
-            priors = ClassPriors(*(torch.empty(size, dtype=torch.float64) for size in sizes))
-            module = ICD(CLASSES, priors, shape.channels, heads=shape.heads)
+        priors = ClassPriors(*(torch.empty(size, dtype=torch.float64) for size in sizes))
+        module = METHODS[method](heads=shape.heads).build(Given(detector, detector, priors))
     for part in module.modules() if last else ():
         for name, weight in list(part.named_parameters(recurse=False)):
             if weight.dim() == 4:
@@ -161,9 +164,9 @@ def _step(method: str, shape: Shape, last: bool, regions: Regions) -> None:
     module, batch, student = _distiller(method, shape, last), _batch(shape), _pyramid(shape, last, True)
     step = StepModule(nn.Module(), module, object(), None, regions)
     with torch.autocast("cuda", torch.bfloat16):
-        losses, made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
-    # the head's loss has a gradient for what LGD makes
-    results = [torch.stack(list(losses.values())).sum(), *(made or [])]
+        made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
+    # the head's loss has a gradient for the instructive pyramid
+    results = [torch.stack(list(made.losses.values())).sum(), *(made.instructive or [])]
     torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 
 
@@ -202,8 +205,8 @@ def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: 
 def table(results: dict[str, dict]) -> list[str]:
     """A row a method, setting and direction, and one for their sum."""
     lines = [
-        f"| method | Inductor's settings | | {' | '.join(KINDS)} | launches | aim |",
-        "|" + "---|" * (len(KINDS) + 5),
+        f"| method | Inductor's settings | | {' | '.join(KINDS)} | launches |",
+        "|" + "---|" * (len(KINDS) + 4),
     ]
     for name, sides in results.items():
         method, setting = name.split(" ", 1)
@@ -212,15 +215,14 @@ def table(results: dict[str, dict]) -> list[str]:
             total.update(kinds)
         for side, kinds in (*sides.items(), ("both", total)):
             numbers = " | ".join(str(kinds.get(kind, 0)) for kind in KINDS)
-            aim = f"< {AIMS[method]}" if side == "both" else ""
-            lines.append(f"| {method} | {setting} | {side} | {numbers} | {sum(kinds.values())} | {aim} |")
+            lines.append(f"| {method} | {setting} | {side} | {numbers} | {sum(kinds.values())} |")
     return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=list(AIMS), action="append", help="default: both")
+    parser.add_argument("--method", choices=METHODS, action="append", help="default: both")
     parser.add_argument("--settings", choices=["default", "combined"], action="append", help="default: both")
     sides = ("images", "height", "width", "channels", "boxes")
     for name in sides:
@@ -232,14 +234,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = {name: getattr(chosen, name) for name in sides}
     shape = dataclasses.replace(PUBLISHED, **given, strides=tuple(chosen.strides))
     results = {}
-    for method in chosen.method or AIMS:
+    for method in chosen.method or METHODS:
         for setting in chosen.settings or ("default", "combined"):
             results[f"{method} {setting}"] = measure(method, shape, combined=setting == "combined")
             print(table({f"{method} {setting}": results[f"{method} {setting}"]})[-1], flush=True)
     lines = table(results)
     print("\n".join(lines))
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(chosen.json, results)
     if chosen.write:
         OUT.write_text(page(lines, shape), encoding="utf-8")
 

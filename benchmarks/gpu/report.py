@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fastkd.files import write_json
 from fastkd.ops._support import library
 
 # Bytes of shared memory a block may ask for: CUDA C++ Programming Guide, table of technical specifications.
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     kernels = read_kernels(chosen.library, chosen.cards)
     print(table(kernels), flush=True)
     if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1) + "\n", encoding="utf-8")
+        write_json(chosen.json, [asdict(kernel) for kernel in kernels])
     if not chosen.no_triton and importlib.util.find_spec("benchmarks.gpu.triton_report") is not None:
         from benchmarks.gpu import triton_report
 

@@ -1,4 +1,4 @@
-"""How fast can an op be on a GPU? `python -m benchmarks.gpu.roofline`. Prints PREDICTED times; needs no GPU.
+"""Lower bounds of the ops' times on a GPU, PREDICTED from data sheets (`python -m benchmarks.gpu.predictions`).
 
 One function an op counts the bytes that must cross the card's memory and the operations, forward and backward; the
 time is the longest of bytes / bandwidth and operations / rate. It is a bound that no kernel beats, not a measurement:
@@ -7,8 +7,6 @@ launches, tails and caches are left out. `python -m benchmarks.ops --device cuda
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -224,22 +222,3 @@ def achieved(rows: dict[str, Any], device: str) -> list[str]:
             kind = "bfloat16" if half else "float32"
             lines.append(f"| {name} | {kind} | {measured:.3f} | {predicted:.3f} | {predicted / measured:.0%} |")
     return lines
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("images", "height", "width", "channels", "heads", "boxes", "queries", "real", "anchors"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(PUBLISHED, name))
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    chosen = vars(parser.parse_args(arguments))
-    half = chosen.pop("dtype") == "bfloat16"
-    shape = dataclasses.replace(PUBLISHED, **chosen)
-    print("\n".join(table(shape, half)))
-    from benchmarks.gpu import traffic as gpu_traffic  # which imports this module
-
-    print("\n".join(["", *gpu_traffic.aims(shape, H100, 2 if half else 4)]))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 benchmarks/gpu/roofline.py counts what an op must move; this file what its kernels do move: repeated passes, partial
 sums between two launches, the heads' reads of one tile from the L2 cache. A launch takes the longest of its bytes,
 cache bytes and operations, and launches follow each other. tests/benchmarks/test_gpu_traffic.py compares the bytes
-with those that the emulation counts. `python -m benchmarks.gpu.roofline` prints the table "aim | model | met".
+with those that the emulation counts. `python -m benchmarks.gpu.predictions` prints the table "aim | model | met".
 """
 
 from __future__ import annotations
@@ -267,27 +267,6 @@ def attention_mass(shape: Shape, size: int, last: bool) -> list[Launch]:
     return [Launch("mass_kernel", read, 4 * mass, cache, 2 * cells * products, 4 * padded * mass)]
 
 
-def project_levels(shape: Shape, size: int, last: bool) -> list[Launch]:
-    """Half types. A program reads the weight for every tile, from the cache; so come blocks of the weight's gradient to
-    what they share.
-    """
-    card, moved, channels = configurations.Card(9, 132), shape.elements * size, shape.channels
-    tiles = configurations.projection(channels, last, card)
-    across = -(-channels // tiles.outputs)
-    count = shape.images * sum(-(-high * wide // tiles.cells) for high, wide in shape.level_sizes)
-    weight, work = channels * channels * size, 2 * shape.images * shape.cells * channels * channels
-    project = Launch("project_levels_kernel", moved + weight, moved, across * moved + count * weight, work)
-    tiles = configurations.projection_weight(channels, channels, last, card)
-    rows, columns = -(-channels // tiles.outputs), -(-channels // tiles.inputs)
-    partial = 4 * max(card.processors // (rows * columns), 1) * (channels + 1) * channels
-    return [
-        project,
-        dataclasses.replace(project, name="project_levels_kernel, gradients"),
-        Launch("project_levels_weight_kernel", 2 * moved, partial, (rows + columns) * moved, work),
-        Launch("merge_kernel", partial, weight + channels * size),
-    ]
-
-
 def imitation_mask(shape: Shape, size: int, last: bool) -> list[Launch]:
     """As if every anchor of every cell were asked about; the kernels ask where box and anchor can touch."""
     boxes, pairs = shape.images * shape.boxes, shape.anchors * len(shape.strides)
@@ -304,7 +283,7 @@ MODELS = {
     model.__name__: model
     for model in (
         instance_norm_mse, box_pool, box_paint, box_paint_conv3x3, norm_relu_box_pool, value_mimic, masked_mse,
-        mask_pool, mask_paint, instance_attention, attention_mass, imitation_mask, project_levels,
+        mask_pool, mask_paint, instance_attention, attention_mass, imitation_mask,
     )
 }  # fmt: skip
 
@@ -321,8 +300,6 @@ def least(name: str, shape: Shape, size: int, last: bool) -> float:
         return sum(launch.read + launch.written for launch in masked_mse(shape, size, last))
     if name == "attention_mass":
         return moved + mass
-    if name == "project_levels":  # the gradients of levels and weight from one pass over the results'
-        return 5 * moved
     covered = cover_of(shape, size, last, _strip).once * moved
     values = 2 * objects_of(shape) * size
     if name == "norm_relu_box_pool":
@@ -342,7 +319,7 @@ def aims(shape: Shape, card: Card, size: int = 2) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in MODELS.items():
-        if name in OWN_AIMS or (name == "project_levels" and size != 2):
+        if name in OWN_AIMS:
             continue
         for last in (False, True):
             launches, bytes_least = model(shape, size, last), least(name, shape, size, last)

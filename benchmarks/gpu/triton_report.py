@@ -19,14 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from fastkd.ops.triton import attention_backward, attention_forward, attention_mass, projection
+from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
 from fastkd.ops.triton.configurations import FEW, Card
 from fastkd.ops.triton.plan import Launch
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 RESERVED_SHARED = {80: 0, 90: 1024, 100: 1024}  # bytes of it that the system takes
-PROJECTIONS = ("projection", "projection of gradients", "projection's weight")
 SIZES = ((100, 152), (50, 76), (25, 38), (13, 19), (7, 10))  # strides 8..128 of 800 x 1216
 
 
@@ -35,8 +34,7 @@ class Case:
     """A call whose kernel is compiled.
 
     Args:
-        kernel: "forward", "merge", "backward", "backward merge" or "mass" of the attention; "projection", "projection
-            of gradients" or "projection's weight", which the next and the last two do not concern.
+        kernel: "forward", "merge", "backward", "backward merge" or "mass" of the attention.
         projected: keys are key_weight times the cells.
         last: the pyramids are channels-last.
         dtype: of the pyramids.
@@ -55,8 +53,6 @@ class Case:
         form = "projected" if self.projected else "absorbed"
         order = "channels-last" if self.last else "contiguous"
         dtype = str(self.dtype).removeprefix("torch.")
-        if self.kernel.startswith("projection"):
-            return f"{self.kernel} {order} {dtype}"
         precision = f" {self.precision}" if self.dtype == torch.float32 else ""
         return f"{self.kernel} {form} {order} {dtype}{precision} N={self.count}"
 
@@ -95,8 +91,7 @@ def _table() -> list[Case]:
         for count in counts[kernel]
         if projected == (count > FEW)
     ]
-    merges = [Case("merge"), Case("backward merge", projected=True)]
-    return [*cases, *merges, *(Case(kernel, last=last) for kernel in PROJECTIONS for last in (True, False))]
+    return [*cases, Case("merge"), Case("backward merge", projected=True)]
 
 
 TABLE = _table()
@@ -130,18 +125,7 @@ def launch_of(case: Case, card: int) -> Launch:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _projection(case: Case, arguments: list, card: Card) -> Launch:
-    _, levels, *_, values = arguments
-    weight = torch.empty(values[0].shape[1], levels[0].shape[1], dtype=case.dtype, device="meta")
-    if case.kernel == "projection":
-        return projection.plan_projection(levels, weight, weight[:, 0].contiguous(), card)[0][0]
-    launches, _ = projection.plan_backward(values, levels, weight, True, True, True, card)
-    return launches[PROJECTIONS.index(case.kernel) - 1]
-
-
 def _launch(case: Case, arguments: list, card: Card) -> Launch:
-    if case.kernel in PROJECTIONS:
-        return _projection(case, arguments, card)
     launches, output, logsumexp, normal = attention_forward.plan_forward(*arguments, card=card)
     if case.kernel in ("forward", "merge"):
         return launches[case.kernel == "merge"]

@@ -26,6 +26,7 @@ from benchmarks.ops import results
 from benchmarks.ops.draws import QUICK, Draw, Shape
 from benchmarks.ops.limits import CPU_ONLY, LIMITS, arithmetic_limit
 from benchmarks.ops.rows import BY_NAME, ROWS, Row
+from fastkd.files import write_json
 
 GROWTH: dict[str, list[dict[str, int]]] = {
     "images": [{"images": images} for images in (1, 2, 4)],
@@ -140,7 +141,7 @@ def write(saved: dict[str, Any], out: Path) -> None:
     """ops.json, ops.md and the plots."""
     from benchmarks.ops import plots
 
-    (out / "ops.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "ops.json", saved)
     plots.times(saved["rows"], out / "ops-times.png")
     if saved["growth"]:
         plots.growth(saved["growth"], out / "ops-growth.png")

@@ -13,7 +13,7 @@ from benchmarks.ops import peers
 from benchmarks.ops.draws import Draw, Shape
 from benchmarks.ops.limits import Pass
 from fastkd import ops
-from fastkd.distillers.decoder import DecoderLayer, Positions
+from fastkd.distillers.decoder import DecoderLayer, Positions, position_embeddings
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,12 @@ def instance_attention(draw: Draw) -> Case:
     return Case(arguments, ours, plain, "matmul + softmax", multiply_adds=work)
 
 
-def _position_embedding(positions: Positions, level_sizes: list[tuple[int, int]]) -> Tensor:
+def _position_embedding(positions: Positions) -> Tensor:
     """[B, S, 256]: of every cell [row part | column part]."""
-    parts = zip(positions.rows.split(positions.heights, 1), positions.columns.split(positions.widths, 1))
+    heights, widths = zip(*positions.level_sizes)
+    parts = zip(positions.rows.split(heights, 1), positions.columns.split(widths, 1))
     cells = []
-    for (row, column), (height, width) in zip(parts, level_sizes):
+    for (row, column), (height, width) in zip(parts, positions.level_sizes):
         sides = [row[:, :, None].expand(-1, -1, width, -1), column[:, None].expand(-1, height, -1, -1)]
         cells.append(torch.cat(sides, dim=3).flatten(1, 2))
     return torch.cat(cells, dim=1)
@@ -195,8 +196,8 @@ def decoder_attention(draw: Draw) -> Case:
     frozen = ("layer.key.bias", "layer.position.bias")
     weights = [layer.get_parameter(name).detach().requires_grad_(name not in frozen) for name in names]
     sizes = torch.tensor([shape.image_size] * shape.images, device=device)
-    positions = Positions.of(sizes, shape.image_size, shape.level_sizes)
-    embedding = _position_embedding(positions, shape.level_sizes)
+    positions = position_embeddings(sizes, shape.image_size, shape.level_sizes)
+    embedding = _position_embedding(positions)
 
     def ours(queries, levels, weights):
         return torch.func.functional_call(layer, dict(zip(names, weights)), (queries, levels, positions))

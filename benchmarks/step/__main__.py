@@ -27,17 +27,18 @@ from benchmarks.step import own as step_own
 from benchmarks.step import results as step_results
 from benchmarks.step.contenders import FORMS, OPTIONS, Contender, Problem, build
 from benchmarks.step.dispatch_ledger import DispatchLedger, count
+from fastkd.files import write_json
 
 CPU = torch.device("cpu")
-LONE = {("fgfi", "float32"), ("teacher", "float32")}  # for the cost ledger: in one form, on a detector's first problem
+LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: in one form, on a detector's first problem
 TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
 
 
 def contenders(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
     """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
-    of_each = [(method, form) for method in methods for form in forms if method not in ("fgfi", "teacher")]
+    of_each = [(method, form) for method in methods for form in forms if method not in LONE]
     found = [pair for pair in of_each if pair[1] in FORMS]
-    more = sorted(LONE) * lone + sorted(TRIED) * tried
+    more = sorted(LONE.items()) * lone + sorted(TRIED) * tried
     return found + [pair for pair in more if pair[0] in methods and pair[1] in forms]
 
 
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         saved = collect(chosen, kept)
         saved = together(kept, saved) if kept else saved
     chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "step.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    write_json(chosen.out / "step.json", saved)
     (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")
     step_results.plot(saved, chosen.out / "step.png")
     print(step_results.report(saved))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.step.plain_detectors import PlainDetector
-from benchmarks.step.plain_icd import PlainICD
-from benchmarks.step.plain_lgd import PlainLGD
 from fastkd.detectors import build_detector
+from fastkd.ops import use_backend
 from fastkd.training.build import build_distiller
 from fastkd.training.config import Recipe
+from fastkd.training.methods.protocol import Given
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.recipes.named import get_recipe
@@ -147,9 +147,9 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
     if recipe.runtime.recompute:
         student.parts()["backbone"].recompute()
     teacher = None
-    if method in ("icd", "fgfi"):
+    if recipe.method is not None and recipe.method.needs_teacher:
         teacher = build_detector(recipe_of(problem.detector, "teacher", form).detector)
-    distiller = build_distiller(recipe, teacher, priors())
+    distiller = build_distiller(recipe, Given(student, teacher, priors(), recipe.runtime.recompute))
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None else None
     module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
@@ -177,7 +177,10 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
 
 
 class PlainStep(nn.Module):
-    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone."""
+    """Student and method in plain torch; the frozen teacher is a plain torchvision backbone.
+
+    LGD is the module itself, its ops taking their references.
+    """
 
     def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
         super().__init__()
@@ -188,13 +191,15 @@ class PlainStep(nn.Module):
         """The losses by name."""
         pyramid = self.detector.features(batch.images)
         losses = dict(self.detector.loss(pyramid, batch))
-        if isinstance(self.distiller, PlainLGD):
-            distill, instructive = self.distiller(pyramid, batch)
-            supervision = self.detector.loss(instructive, batch)
-            losses |= distill | {f"instructive_{name}": value for name, value in supervision.items()}
-        elif self.distiller is not None:
-            losses |= self.distiller(pyramid, self.ask(batch), batch)
-        return losses
+        if self.distiller is None:
+            return losses
+        teacher = self.ask(batch) if self.teacher is not None else None
+        with use_backend("reference"):
+            made = self.distiller(pyramid, batch, teacher)
+        if made.instructive is not None:
+            supervision = self.detector.loss(made.instructive, batch)
+            losses |= {f"instructive_{name}": value for name, value in supervision.items()}
+        return losses | made.losses
 
     @torch.no_grad()
     def ask(self, batch: Batch) -> list[Tensor]:
@@ -208,12 +213,12 @@ def plain(problem: Problem, method: str) -> Contender:
     kind = problem.detector.replace("-", "_")
     recipe = recipe_of(problem.detector, method, "float32")
     student = PlainDetector(kind, NUM_CLASSES, recipe.detector.backbone)
-    teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if method == "icd" else None
-    distiller = build_distiller(recipe, _Width(recipe.detector.channels), priors())
-    if distiller is not None:
-        distiller = (PlainLGD if method == "lgd" else PlainICD)(distiller)
+    needs_teacher = recipe.method is not None and recipe.method.needs_teacher
+    teacher = PlainDetector(kind, NUM_CLASSES, "resnet101") if needs_teacher else None
+    shape = _Shape(NUM_CLASSES, recipe.detector.channels)
+    distiller = build_distiller(recipe, Given(shape, shape, priors()))
     module = PlainStep(student.train(), distiller, teacher)
-    own = list(distiller.parameters()) if method == "icd" else []
+    own = list(distiller.parameters()) if recipe.method_optimizer is not None else []
     mine = {id(parameter) for parameter in own}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
     rate = recipe.optimizer.learning_rate
@@ -233,12 +238,16 @@ def plain(problem: Problem, method: str) -> Contender:
 
 
 @dataclass(frozen=True)
-class _Width:
-    """What `build_distiller` asks of a teacher."""
+class _Shape:
+    """What LGD and ICD ask of a student and of a teacher."""
 
+    num_classes: int
     channels: int
 
 
 def build(problem: Problem, method: str, form: str) -> Contender:
-    """A contender; method of METHODS, form of FORMS or OPTIONS (FGFI has no plain form)."""
+    """A contender; method of METHODS, form of FORMS or OPTIONS.
+
+    A method's plain form is its distiller on the reference ops.
+    """
     return plain(problem, method) if form == "plain" else ours(problem, method, form)

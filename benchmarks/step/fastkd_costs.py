@@ -110,7 +110,7 @@ FLOPS: dict[str, Formula] = {
     "masked_mse_backward": _each_made(3),
     "norm_relu_box_pool": _each("levels", 6),
     "norm_relu_box_pool_backward": _each_made(8),
-    "seeded_draws": lambda bound, result: 0,
+    "seeded_noise": lambda bound, result: 0,
     "value_mimic": _each("student", 14),
     "value_mimic_backward": _each_made(18),
 }

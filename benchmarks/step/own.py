@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks import memory
 from benchmarks.step.contenders import FORMS, NUM_CLASSES, Problem, priors
 from benchmarks.step.dispatch_ledger import count
-from benchmarks.step.plain_icd import PlainICD
 from fastkd.distillers import ICD
+from fastkd.ops import use_backend
 
 CPU = torch.device("cpu")
 
@@ -32,13 +32,13 @@ def call(problem: Problem, form: str, channels: int) -> Callable[[], None]:
     torch.manual_seed(0)
     icd, batch, low = ICD(NUM_CLASSES, priors(), channels), problem.batch(), form == "bfloat16"
     student, teacher = (pyramid(problem, channels, low, seed) for seed in (0, 1))
-    module = PlainICD(icd) if form == "plain" else icd
     for level in student:
         level.requires_grad_()
 
     def work() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-            losses = module(student, teacher, batch)
+        backend = use_backend("reference" if form == "plain" else "compiled")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low), backend:
+            losses = icd(student, batch, teacher).losses
         sum(value.float() for value in losses.values()).backward()
         for tensor in (*student, *icd.parameters()):
             tensor.grad = None

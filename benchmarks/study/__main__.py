@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.environment import KEEP_MEMORY
 from benchmarks.study.rows import METRICS, STUDIES, Row, Study, arguments_of
+from fastkd.files import write_json
 
 TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
 
@@ -233,7 +234,7 @@ def write_results(
     ]
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
-    (target / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(target / f"{name}.json", found)
     plot(study, found, target / f"{name}.png")
     print("\n".join(lines))
 

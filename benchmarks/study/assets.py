@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fastkd.assets import FOLDER
 from fastkd.detectors import load_detector, save_detector
+from fastkd.files import write_json
 
 # In this order; each is also a recipe's name. The teachers' backbone is not shipped: it is part of the teachers.
 RUNS = (
@@ -52,7 +53,7 @@ def pack(name: str, run_dir: Path) -> None:
     kept = ("name", "steps", "batch_size", "seed", "seconds", "parameters", "torch", "commit")
     facts = {key: metrics[key] for key in kept} | {"command": f"python -m benchmarks.study.assets --only {name}"}
     facts |= {"AP": metrics["bbox"]["AP"], "AP50": metrics["bbox"]["AP50"]}
-    target.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(target.with_suffix(".json"), facts)
 
 
 def write_checksums() -> None:

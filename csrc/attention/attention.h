@@ -50,7 +50,7 @@ struct Call {
   int64_t level_count, split_count, images, heads, queries, depth, channels, value_depth, all_rows, all_columns;
   bool projected;                // keys are key_weight x, else the cells themselves, for all heads
   bool for_keys, for_values;     // backward: gradients of queries, weight and biases; of values
-  int cells_type, values_type;   // pyramid.h: type_index
+  int cells_type, values_type;   // common/call.h, type_index
   double scale;                  // of the logits
   const void *query_data, *weight_data, *grad_data, *output_data;
   void *query_panels, *query_columns, *weight_panels, *grad_panels, *grad_columns;  // operands of the products
@@ -136,7 +136,7 @@ FASTKD_INLINE void each_tile(const attention::Call& call, const attention::Split
   if (tile.cells > 0) visit(tile);
 }
 
-// f(scalar_t{}) of the type with this index (pyramid.h, type_index).
+// f(scalar_t{}) of the type with this index (common/call.h).
 template <class acc, class F>
 FASTKD_INLINE void with_type(int type, const F& f) {
   if constexpr (std::is_same_v<acc, double>) {

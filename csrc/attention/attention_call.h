@@ -3,20 +3,14 @@
 #pragma once
 
 #include "attention/attention.h"
-#include "common/pyramid.h"
+#include "common/call.h"
 
 #if FASTKD_GENERIC_PASS
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <optional>
 
 namespace fastkd {
 namespace attention {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kSplitCells = 2048;  // of an image, at least: enough splits for many threads, few sums to keep
 constexpr int64_t kMostSplits = 6;     // of an image: the sums of the splits must not grow with its cells
@@ -83,9 +77,7 @@ struct Arguments {
     return held.back().const_data_ptr();
   }
 
-  Tensor make(std::initializer_list<int64_t> shape) const {
-    return torch::stable::new_empty(held[0], IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-  }
+  Tensor make(const std::vector<int64_t>& shape) const { return new_tensor(held[0], shape, type); }
 
   // Memory for this many elements, held.
   void* allocate(int64_t elements) {
@@ -205,8 +197,7 @@ struct Arguments {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
     if (count == 0) return;
     const int64_t bytes = (scratch_elements * element_size() + 4095) / 4096 * 4096 + 64;
-    const int64_t shape[] = {scratch_elements > 0 ? threads * bytes : 0};
-    const Tensor memory = torch::stable::new_empty(held[0], IntHeaderOnlyArrayRef(shape, 1), ScalarType::Byte);
+    const Tensor memory = new_tensor(held[0], {scratch_elements > 0 ? threads * bytes : 0}, ScalarType::Byte);
     char* scratch = static_cast<char*>(memory.mutable_data_ptr());
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -8,14 +8,10 @@
 namespace fastkd {
 namespace attention_mass {
 
-struct Kernels {
+struct Table {  // of float, double
   attention::Step prepare, forward, merge;  // attention_forward.h
   attention::Step mass;                     // index: split
   int64_t (*scratch)(const attention::Call&);
-};
-
-struct Table {  // of float, double
-  Kernels of[2];
 };
 
 }  // namespace attention_mass
@@ -82,28 +78,20 @@ struct Mass {
     }
   }
 
-  static constexpr Kernels kernels() { return {F::prepare, F::forward, F::merge, mass, F::scratch}; }
+  static constexpr Table table() { return {F::prepare, F::forward, F::merge, mass, F::scratch}; }
 };
 
 }  // namespace
 }  // namespace fastkd
 FASTKD_KERNELS_END
 
-namespace fastkd {
-template <>
-const attention_mass::Table& kernels<attention_mass::Table, FASTKD_CAPABILITY>() {
-  static const attention_mass::Table table = {{Mass<float>::kernels(), Mass<double>::kernels()}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(attention_mass::Table, Mass, float, double)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
 using attention::Arguments;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Attention's table rows of the chosen queries, and how many an image has.
 struct Chosen {
@@ -129,7 +117,7 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
                          std::vector<Tensor> row_bias, std::vector<Tensor> column_bias, Tensor chosen,
                          std::optional<Tensor> logsumexp, double temperature) {
   Arguments arguments("attention_mass", queries, levels, key_weight, row_bias, column_bias, nullptr);
-  const Kernels& kernels = active_kernels<Table>().of[arguments.type == ScalarType::Double];
+  const Table& table = kernels_for<Table>(queries);
   attention::Call& call = arguments.call;
   const Chosen used(call, chosen);
   call.chosen = used.rows.data();
@@ -140,7 +128,7 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
     masses.push_back(arguments.make({call.images, call.heads, level.rows, level.columns}));
     level.out = masses.back().mutable_data_ptr();
   }
-  arguments.prepare(kernels.prepare);
+  arguments.prepare(table.prepare);
   if (logsumexp.has_value()) {
     // Written where it is not given, else only read.
     call.logsumexp =
@@ -148,22 +136,19 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
   } else {
     call.logsumexp = arguments.allocate(call.images * call.heads * call.queries);
     arguments.allocate_sums(call.heads * call.queries * 2, 0);
-    arguments.run(kernels.forward, call.split_count, 1, kernels.scratch(call));
-    arguments.run(kernels.merge, call.images * call.heads, 1, 0);
+    arguments.run(table.forward, call.split_count, 1, table.scratch(call));
+    arguments.run(table.merge, call.images * call.heads, 1, 0);
   }
-  arguments.run(kernels.mass, call.split_count, 1, kernels.scratch(call));
+  arguments.run(table.mass, call.split_count, 1, table.scratch(call));
   return masses;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "attention_mass(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, "
-      "Tensor chosen, Tensor? logsumexp, float temperature) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) { library.impl("attention_mass", TORCH_BOX(&mass)); }
+FASTKD_OP("attention_mass",
+          "(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor "
+          "chosen, Tensor? logsumexp, float temperature) -> Tensor[]",
+          mass)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -19,17 +19,13 @@ namespace instance_attention {
 
 using attention::Step;
 
-struct Kernels {
+struct Table {  // of float, double
   Step prepare, forward, merge;  // attention_forward.h
   Step prepare_backward;         // index: image * heads + head, a multiple of group()
   Step backward;                 // index: split
   Step merge_gradients;          // index: image * heads + head
   Step merge_weight;             // index: row of key_weight
   int64_t (*scratch)(const attention::Call&);
-};
-
-struct Table {  // of float, double
-  Kernels of[2];
 };
 
 }  // namespace instance_attention
@@ -254,44 +250,28 @@ struct Backward {
     }
   }
 
+  static constexpr Table table() {
+    return {F::prepare, F::forward, F::merge, prepare, backward, merge_gradients, merge_weight, F::scratch};
+  }
 };
-
-template <class acc>
-constexpr Kernels kernels_of_type() {
-  using F = Forward<acc>;
-  using B = Backward<acc>;
-  return {F::prepare, F::forward, F::merge, B::prepare, B::backward, B::merge_gradients, B::merge_weight, F::scratch};
-}
 
 }  // namespace
 }  // namespace fastkd
 FASTKD_KERNELS_END
 
-namespace fastkd {
-template <>
-const instance_attention::Table& kernels<instance_attention::Table, FASTKD_CAPABILITY>() {
-  static const instance_attention::Table table = {{kernels_of_type<float>(), kernels_of_type<double>()}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(instance_attention::Table, Backward, float, double)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
 using attention::Arguments;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const Kernels& kernels_of(const Arguments& arguments) {
-  return active_kernels<Table>().of[arguments.type == ScalarType::Double];
-}
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> levels, std::optional<Tensor> key_weight,
                                    std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
                                    std::vector<Tensor> values) {
   Arguments arguments("instance_attention", queries, levels, key_weight, row_bias, column_bias, &values);
-  const Kernels& kernels = kernels_of(arguments);
+  const Table& table = kernels_for<Table>(queries);
   attention::Call& call = arguments.call;
   Tensor output = arguments.make({call.images, call.heads, call.queries, call.value_depth});
   Tensor logsumexp = arguments.make({call.images, call.heads, call.queries});
@@ -299,10 +279,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor queries, std::vector<Tensor> l
   call.output = output.mutable_data_ptr();
   call.logsumexp = logsumexp.mutable_data_ptr();
   call.normal = normal.mutable_data_ptr();
-  arguments.prepare(kernels.prepare);
+  arguments.prepare(table.prepare);
   arguments.allocate_sums(call.heads * call.queries * (2 + arguments.padded(call.value_depth)), 0);
-  arguments.run(kernels.forward, call.split_count, 1, kernels.scratch(call));
-  arguments.run(kernels.merge, call.images * call.heads, 1, 0);
+  arguments.run(table.forward, call.split_count, 1, table.scratch(call));
+  arguments.run(table.merge, call.images * call.heads, 1, 0);
   return {output, logsumexp, normal};
 }
 
@@ -328,7 +308,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor q
                              std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
                              std::vector<Tensor> values, bool for_keys, bool for_values) {
   Arguments arguments("instance_attention_backward", queries, levels, key_weight, row_bias, column_bias, &values);
-  const Kernels& kernels = kernels_of(arguments);
+  const Table& table = kernels_for<Table>(queries);
   attention::Call& call = arguments.call;
   const int64_t rows = call.images * call.heads * call.queries;
   call.for_keys = for_keys, call.for_values = for_values;
@@ -347,36 +327,30 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor q
     gradients.push_back(torch::stable::empty_like(dense(values[index], last)));
     arguments.levels[index].out = gradients.back().mutable_data_ptr();
   }
-  arguments.prepare(kernels.prepare);
-  arguments.run(kernels.prepare_backward, arguments.groups(), call.group(), 0);
+  arguments.prepare(table.prepare);
+  arguments.run(table.prepare_backward, arguments.groups(), call.group(), 0);
   const int64_t heads = call.heads;
   const int64_t weight_rows = call.projected ? heads * call.depth : 0;
   // Behind the columns' sums a line to which zeros are added.
   const int64_t sums = heads * call.queries * arguments.padded(call.depth) +
                        weight_rows * arguments.padded(call.channels) + arguments.line();
   arguments.allocate_sums(for_keys ? sums : 0, for_keys ? heads * call.queries : 0);
-  arguments.run(kernels.backward, call.split_count, 1, kernels.scratch(call));
-  if (for_keys) arguments.run(kernels.merge_gradients, call.images * heads, 1, 0);
-  if (for_keys && call.projected) arguments.run(kernels.merge_weight, heads * call.depth, 1, 0);
+  arguments.run(table.backward, call.split_count, 1, table.scratch(call));
+  if (for_keys) arguments.run(table.merge_gradients, call.images * heads, 1, 0);
+  if (for_keys && call.projected) arguments.run(table.merge_weight, heads * call.depth, 1, 0);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "instance_attention(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] "
-      "column_bias, Tensor[] values) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "instance_attention_backward(Tensor grad, Tensor output, Tensor normal, Tensor queries, Tensor[] "
-      "levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool "
-      "for_values) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("instance_attention", TORCH_BOX(&forward));
-  library.impl("instance_attention_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("instance_attention",
+          "(Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] row_bias, Tensor[] column_bias, Tensor[] "
+          "values) -> (Tensor, Tensor, Tensor)",
+          forward)
+FASTKD_OP("instance_attention_backward",
+          "(Tensor grad, Tensor output, Tensor normal, Tensor queries, Tensor[] levels, Tensor? key_weight, Tensor[] "
+          "row_bias, Tensor[] column_bias, Tensor[] values, bool for_keys, bool for_values) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -4,8 +4,8 @@
 // bf16 dot products: only for sources that define FASTKD_BF16_KERNELS before they include anything). A source keeps
 // its kernels between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes:
 // only they may use the instruction set, and no inline function of the standard library compiled for AVX-512 can
-// replace a generic one at link time. It hands them out as a table, `kernels<Table, FASTKD_CAPABILITY>()`;
-// registration and allocation are compiled in the generic pass alone.
+// replace a generic one at link time. It hands them out as a table (FASTKD_KERNEL_TABLE), which the host's side asks
+// for the instruction set in use; that side is compiled in the generic pass alone (common/call.h).
 #pragma once
 
 #ifndef FASTKD_CAPABILITY
@@ -52,9 +52,29 @@ enum class Capability : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3
 // Throws where the variable names none, or one that this CPU or this build lacks.
 Capability cpu_capability();
 
-// Specialised by an op's source in each pass: template <> const Table& kernels<Table, FASTKD_CAPABILITY>().
+// Specialised by an op's source in each pass, by FASTKD_KERNEL_TABLE.
 template <class Table, int capability>
 const Table& kernels();
+
+// A table for each dtype: of float, double, BFloat16, Half, or of the first two.
+template <class Table>
+struct ByType {
+  Table of[4];
+};
+
+// Behind an op's kernels: its tables are Kernels<T>::table() of each of these dtypes.
+#define FASTKD_KERNEL_TABLES(Table, Kernels, ...)                          \
+  namespace fastkd {                                                       \
+  template <>                                                              \
+  const ByType<Table>& kernels<ByType<Table>, FASTKD_CAPABILITY>() {       \
+    static const ByType<Table> tables = tables_of<Table, Kernels, __VA_ARGS__>(); \
+    return tables;                                                         \
+  }                                                                        \
+  }
+template <class Table, template <class> class Kernels, class... Types>
+ByType<Table> tables_of() {
+  return {{Kernels<Types>::table()...}};
+}
 
 // Set to true by a source that defines FASTKD_BF16_KERNELS, before its first use of active_kernels.
 template <class Table>

@@ -39,6 +39,15 @@ struct alignas(kPackBytes) Pack {
   T value[kPack<T>];
 };
 
+// Shared memory of a block: static arrays (FASTKD_SHARED) and what a launch asks for (FASTKD_DYNAMIC_SHARED) count
+// together. 48 KB need no permission; with it a block gets what the card has (99 KB on sm_86, sm_89 and sm_120, 163 KB
+// on sm_80, 227 KB on sm_90 and sm_100). Static arrays of a kernel with dynamic memory fit in kStaticShared bytes: the
+// emulation refuses others.
+constexpr int64_t kStaticShared = 1280;
+constexpr int64_t kSharedWithoutPermission = 48 * 1024;
+
+inline bool needs_permission(int64_t dynamic_bytes) { return kStaticShared + dynamic_bytes > kSharedWithoutPermission; }
+
 // Memory is read and written as what the tensor holds: a kernel that takes float for double would reach beyond it.
 inline void check_elements(size_t bytes, const Tensor& tensor) {
   STD_TORCH_CHECK(bytes == tensor.element_size(), "fastkd: a kernel takes elements of ", bytes,
@@ -63,6 +72,7 @@ inline void check_grid(int64_t x, int64_t y, int64_t z) {
 #ifdef __CUDACC__
 
 #define FASTKD_KERNEL __global__
+#define FASTKD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)  // blocks of a multiprocessor
 #define FASTKD_DEVICE __device__ __forceinline__
 #define FASTKD_SHARED(T, name, count) __shared__ T name[count]
 #define FASTKD_DYNAMIC_SHARED(T, name)                            \
@@ -124,12 +134,12 @@ struct DeviceScope {
   explicit DeviceScope(const Tensor& on) : guard(on.get_device()) {}
 };
 
-// Dynamic shared memory a block of the current device may ask for.
+// Dynamic shared memory that a launch on the current device may ask for.
 inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes - 1024;  // what the system keeps, and static arrays
+  return bytes - kStaticShared;
 }
 
 // Raises what the CUDA runtime reports; a card that the library has no code for in words.
@@ -144,14 +154,16 @@ inline void check_cuda(cudaError_t error) {
 template <class... Parameters, class... Arguments>
 void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "a launch takes 4 KB of arguments");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check_grid(grid.x, grid.y, grid.z);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   const dim3 threads(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y), static_cast<unsigned>(block.z));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
-  if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (needs_permission(shared_bytes))  // for all there is: another thread that needs less does not take it back
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_limit())));
   kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
   check_cuda(cudaGetLastError());
 }
@@ -159,6 +171,7 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
 #else  // emulation
 
 #define FASTKD_KERNEL
+#define FASTKD_LAUNCH_BOUNDS(threads, blocks)
 #define FASTKD_DEVICE inline
 #define FASTKD_SHARED(T, name, count) \
   const ::simt::Pointer<T> name(::simt::shared_buffer(__COUNTER__, (count) * sizeof(T)), 0)
@@ -174,7 +187,8 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
 #define __shfl_sync(mask, value, lane) ::simt::shuffle(mask, value, lane, __LINE__)
 #define __ballot_sync(mask, predicate) ::simt::ballot(mask, predicate, __LINE__)
 #define __popc(word) __builtin_popcount(word)
-#define __fmul_rn(a, b) ((a) * (b))
+#define __fmul_rn(a, b) ::simt::rounded_product<float>(a, b)
+#define __dmul_rn(a, b) ::simt::rounded_product<double>(a, b)
 #define __fdiv_rn(a, b) ((a) / (b))
 
 template <class T>
@@ -223,7 +237,7 @@ struct DeviceScope {
   explicit DeviceScope(const Tensor&) {}
 };
 
-inline int64_t shared_limit() { return ::simt::settings().shared_bytes; }
+inline int64_t shared_limit() { return ::simt::settings().shared_bytes - kStaticShared; }
 
 template <class... Parameters, class... Arguments>
 void launch(const Tensor&, Grid grid, Grid block, int64_t shared_bytes, void (*kernel)(Parameters...),
@@ -231,7 +245,8 @@ void launch(const Tensor&, Grid grid, Grid block, int64_t shared_bytes, void (*k
   if (grid.count() == 0) return;
   check_grid(grid.x, grid.y, grid.z);
   if (const auto& failure = ::simt::failure(); failure.reason) fail_launch(failure.has_code, failure.reason->c_str());
-  ::simt::launch(grid, block, shared_bytes, [=] { kernel(Parameters(arguments)...); });
+  const ::simt::SharedMemory shared{shared_bytes, needs_permission(shared_bytes) ? shared_limit() : 0, kStaticShared};
+  ::simt::launch(grid, block, shared, [=] { kernel(Parameters(arguments)...); });
 }
 
 #endif
@@ -248,6 +263,11 @@ inline int64_t narrow_limit() {
 // The type sums are kept in: half types widen to float.
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// a * b rounded, which the compiler must not make one operation with the sum that it goes into: where equal inputs have
+// to give exactly 0, both sides must be rounded alike.
+FASTKD_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+FASTKD_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 template <class T>
 FASTKD_DEVICE sum_t<T> widened(T value) {

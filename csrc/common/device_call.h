@@ -10,6 +10,13 @@ namespace fastkd {
 
 constexpr int kMaxLevels = 16;  // of a pyramid in one launch: their table is a kernel argument
 
+// Cells of a level are counted in int, and beyond the last one by as many as a block has threads.
+inline void check_cells(const char* op, int64_t rows, int64_t columns) {
+  constexpr int64_t kEnd = int64_t{1} << 30;
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && rows < kEnd && columns < kEnd && rows * columns < kEnd, op,
+                  ": a level must have fewer than 2^30 cells, got ", rows, " x ", columns);
+}
+
 // [B, C, H, W] dense with C fastest. Tensors that are contiguous as well count as contiguous.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.is_contiguous()) return false;

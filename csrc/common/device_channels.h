@@ -49,7 +49,7 @@ FASTKD_DEVICE void add_channels(Global<const Sum> pointer, Sum (&sums)[width], S
   }
 }
 
-// sums[j] over the warps, for each thread of warp 0 (the other warps hold no result).
+// sums[j] over the warps, in every thread; the order is fixed. `scratch` holds width values a thread.
 template <class Sum, int width>
 FASTKD_DEVICE void sum_over_warps(Sum (&sums)[width], Shared<Sum> scratch, int warp, int warps) {
   const int lane = threadIdx.x % kWarpSize;

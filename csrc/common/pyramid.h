@@ -17,26 +17,6 @@ struct Task {
   int64_t level, image, channel, channels, row;
 };
 
-// The place of a tensor's dtype in a table of kernels for float, double, BFloat16, Half.
-inline int type_index(const torch::stable::Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "fastkd: levels must be float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
-// The dtype of sums: float for half types.
-inline torch::headeronly::ScalarType widened(const torch::stable::Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // [B, C, H, W] dense with C fastest. Tensors that are contiguous as well (one channel, one cell) count as contiguous.
 inline bool is_channels_last(const torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) return false;

@@ -2,12 +2,9 @@
 // cells of each box (pool_paint.h).
 #include "cover/pool_paint.h"
 
-#include <torch/csrc/stable/library.h>
-
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::stable::Tensor;
 
 std::pair<int64_t, int64_t> image_sides(const std::vector<int64_t>& image_size) {
   STD_TORCH_CHECK(image_size.size() == 2, "box_paint: image_size must be (H, W)");
@@ -31,17 +28,13 @@ Tensor backward(std::vector<Tensor> grads, Tensor boxes, Tensor image_index, std
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "box_paint(Tensor embeddings, Tensor boxes, Tensor image_index, SymInt[] image_size, SymInt batch_size, "
-      "SymInt[] level_sizes) -> Tensor[]");
-  library.def("box_paint_backward(Tensor[] grads, Tensor boxes, Tensor image_index, SymInt[] image_size) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("box_paint", TORCH_BOX(&forward));
-  library.impl("box_paint_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("box_paint",
+          "(Tensor embeddings, Tensor boxes, Tensor image_index, SymInt[] image_size, SymInt batch_size, SymInt[] "
+          "level_sizes) -> Tensor[]",
+          forward)
+FASTKD_OP("box_paint_backward",
+          "(Tensor[] grads, Tensor boxes, Tensor image_index, SymInt[] image_size) -> Tensor",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -9,9 +9,7 @@
 // forward   sums taps to regions, paints them: every cell of the output is written once, channels-last
 // backward  reads the gradient once, pools it over the regions; a tap's gradient is the sum of the regions it reaches
 #include "cover/bands_kernels.h"
-#include "common/pyramid.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/call.h"
 
 #include <memory>
 
@@ -55,9 +53,9 @@ struct Workspace {
 
 using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, const Task* end);
 
-struct Table {  // of float, double, BFloat16, Half
-  Kernel regions[4], forward[4], backward[4];
-  int64_t block[4], lanes[4];
+struct Table {  // of a dtype
+  Kernel regions, forward, backward;
+  int64_t block, lanes;
 };
 
 }  // namespace box_paint_conv3x3
@@ -183,32 +181,20 @@ struct Paint {
       for (; channel < last; ++channel) backward_block<acc, 1, true>(arguments, work, *task, channel, 1);
     }
   }
+
+  static constexpr Table table() { return {regions, forward, backward, kBlock, kWidth}; }
 };
 
 }  // namespace
 }  // namespace fastkd
 FASTKD_KERNELS_END
 
-namespace fastkd {
-template <>
-const box_paint_conv3x3::Table& kernels<box_paint_conv3x3::Table, FASTKD_CAPABILITY>() {
-  static const box_paint_conv3x3::Table table = {
-      {Paint<float>::regions, Paint<double>::regions, Paint<BFloat16>::regions, Paint<Half>::regions},
-      {Paint<float>::forward, Paint<double>::forward, Paint<BFloat16>::forward, Paint<Half>::forward},
-      {Paint<float>::backward, Paint<double>::backward, Paint<BFloat16>::backward, Paint<Half>::backward},
-      {Paint<float>::kBlock, Paint<double>::kBlock, Paint<BFloat16>::kBlock, Paint<Half>::kBlock},
-      {Paint<float>::kWidth, Paint<double>::kWidth, Paint<BFloat16>::kWidth, Paint<Half>::kWidth}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(box_paint_conv3x3::Table, Paint, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The classes of a side [first, end) of a box, clipped to [0, cells).
 struct Classes {
@@ -233,19 +219,18 @@ struct Call {
   std::vector<BandList> lists;  // [levels, images]
   std::vector<Bands> bands;
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  int type;
+  const Table& table;
 
-  Call(int type, const Tensor& boxes, const Tensor& image_index, int64_t height, int64_t width, int64_t images,
+  Call(const Tensor& like, const Tensor& boxes, const Tensor& image_index, int64_t height, int64_t width, int64_t images,
        int64_t channels, const std::vector<std::pair<int64_t, int64_t>>& sizes)
-      : sizes(sizes), type(type) {
+      : sizes(sizes), table(kernels_for<Table>(like)) {
     STD_TORCH_CHECK(images >= 0, "box_paint_conv3x3: batch_size must not be negative, got ", images);
     check_sizes(sizes);
     const std::vector<Rectangle> rectangles = cover_boxes(boxes, height, width, sizes);
     arguments.images = images;
     arguments.objects = boxes.size(0);
     arguments.channels = channels;
-    arguments.stride = (channels + table.lanes[type] - 1) / table.lanes[type] * table.lanes[type];
+    arguments.stride = (channels + table.lanes - 1) / table.lanes * table.lanes;
     by_image = objects_by_image(image_index, arguments.objects, images);
     for (const Rectangle& box : rectangles) thin.push_back((box.y1 - box.y0 == 1) + 2 * (box.x1 - box.x0 == 1));
     lists.resize(sizes.size() * images);
@@ -300,7 +285,7 @@ struct Call {
     for (const BandList& list : lists) segments = std::max(segments, list.most_segments);
     for (const auto& size : sizes) columns = std::max(columns, size.second);
     for (int64_t image = 0; image < arguments.images; ++image) objects = std::max(objects, objects_of(image));
-    const int64_t lanes = table.lanes[type], row = (columns + 2 * lanes) * lanes;
+    const int64_t lanes = table.lanes, row = (columns + 2 * lanes) * lanes;
     run_balanced(tasks, cost, [&](const Task* begin, const Task* end) {
       const auto room = [](int64_t numbers) { return std::unique_ptr<double[]>(new double[numbers]); };
       const auto nodes = room(painted_nodes(segments) * node_width), narrowed = room(segments * node_width);
@@ -330,7 +315,6 @@ std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxe
                             int64_t width, int64_t batch_size, std::vector<int64_t> sides, Tensor like) {
   const auto sizes = pairs(sides);
   check_taps(taps, boxes, static_cast<int64_t>(sizes.size()));
-  const int type = type_index(like);
   const int64_t channels = taps.size(3);
   STD_TORCH_CHECK(widened(like) == taps.scalar_type() && like.is_cpu(),
                   "box_paint_conv3x3: taps must have the dtype in which the result's is summed");
@@ -338,19 +322,15 @@ std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxe
                             bias->scalar_type() == taps.scalar_type()),
                   "box_paint_conv3x3: bias must be [C] of the dtype of the taps");
   std::vector<Tensor> out;
-  for (const auto& [rows, columns] : sizes) {
-    const int64_t shape[] = {batch_size, rows, columns, channels};
-    out.push_back(torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape, 4)));
-  }
-  Call call(type, boxes, image_index, height, width, batch_size, channels, sizes);
+  for (const auto& [rows, columns] : sizes) out.push_back(new_tensor(like, {batch_size, rows, columns, channels}));
+  Call call(like, boxes, image_index, height, width, batch_size, channels, sizes);
   for (Tensor& level : out) call.add_level(level.mutable_data_ptr(), true);
   const Tensor plain = torch::stable::contiguous(taps);
   const Tensor plain_bias = bias ? torch::stable::contiguous(*bias) : plain;
   call.arguments.taps = plain.const_data_ptr();
   call.arguments.bias = bias ? plain_bias.const_data_ptr() : nullptr;
   const int64_t stride = call.arguments.stride;
-  const int64_t rows[] = {call.arguments.objects * kRegions + batch_size, stride};
-  Tensor regions = torch::stable::new_empty(taps, IntHeaderOnlyArrayRef(rows, 2));
+  Tensor regions = new_tensor(taps, {call.arguments.objects * kRegions + batch_size, stride});
   call.arguments.regions = regions.mutable_data_ptr();
   for (int64_t level = 0; level < call.count(); ++level) {
     if (channels * call.cells(level) == 0) continue;
@@ -360,12 +340,12 @@ std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxe
       const int64_t count = call.lists[level * batch_size + image].count();
       for (int64_t band = 0; band < count; ++band) bands.push_back({level, image, band, 1, 0});
     }
-    call.run(call.table.regions[type], objects, [&](const Task&) { return kRegions * stride; }, 0, 0);
+    call.run(call.table.regions, objects, [&](const Task&) { return kRegions * stride; }, 0, 0);
     const auto cost = [&](const Task& task) {
       const Band& band = call.bands[task.level * batch_size + task.image].band[task.channel];
       return ((band.y1 - band.y0) * call.sizes[task.level].second + band.segments + band.spans) * stride;
     };
-    call.run(call.table.forward[type], bands, cost, stride, 0);
+    call.run(call.table.forward, bands, cost, stride, 0);
   }
   return out;
 }
@@ -374,13 +354,12 @@ std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxe
 std::tuple<Tensor, Tensor> backward(std::vector<Tensor> grads, Tensor boxes, Tensor image_index, int64_t height,
                                     int64_t width) {
   STD_TORCH_CHECK(!grads.empty(), "box_paint_conv3x3_backward: grads must hold at least one level");
-  const int type = type_index(grads[0]);
   std::vector<std::pair<int64_t, int64_t>> sizes;
   std::vector<Tensor> plain;
   std::vector<bool> channels_last;
   for (const Tensor& grad : grads) {
-    STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && type_index(grad) == type && grad.size(0) == grads[0].size(0) &&
-                        grad.size(3) == grads[0].size(3),
+    STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == grads[0].scalar_type() &&
+                        grad.size(0) == grads[0].size(0) && grad.size(3) == grads[0].size(3),
                     "box_paint_conv3x3_backward: grads must be [B, H, W, C] on the CPU and agree in B, C and dtype");
     sizes.emplace_back(grad.size(1), grad.size(2));
     const Tensor planes = torch::stable::transpose(torch::stable::transpose(grad, 2, 3), 1, 2);  // [B, C, H, W]
@@ -388,50 +367,39 @@ std::tuple<Tensor, Tensor> backward(std::vector<Tensor> grads, Tensor boxes, Ten
     plain.push_back(torch::stable::contiguous(channels_last.back() ? grad : planes));
   }
   const int64_t images = grads[0].size(0), channels = grads[0].size(3);
-  Call call(type, boxes, image_index, height, width, images, channels, sizes);
+  Call call(grads[0], boxes, image_index, height, width, images, channels, sizes);
   for (size_t level = 0; level < plain.size(); ++level)
     call.add_level(const_cast<void*>(plain[level].const_data_ptr()), channels_last[level]);
   const ScalarType wide = widened(grads[0]);
-  const int64_t taps_shape[] = {call.count(), call.arguments.objects, kTaps, channels};
-  Tensor grad_taps = torch::stable::new_zeros(grads[0], IntHeaderOnlyArrayRef(taps_shape, 4), wide);
+  Tensor grad_taps = new_tensor(grads[0], {call.count(), call.arguments.objects, kTaps, channels}, wide);
+  torch::stable::zero_(grad_taps);
   std::vector<double> parts(call.count() * images * channels);
   call.arguments.grad_taps = grad_taps.mutable_data_ptr();
   call.arguments.grad_bias = parts.data();
   std::vector<Task> tasks;
   for (int64_t level = 0; level < call.count(); ++level) {
-    const int64_t block = call.levels[level].channels_last ? call.table.block[type] : call.table.lanes[type];
+    const int64_t block = call.levels[level].channels_last ? call.table.block : call.table.lanes;
     for (int64_t image = 0; image < images && call.cells(level) > 0; ++image)
       for (int64_t channel = 0; channel < channels; channel += block)
         tasks.push_back({level, image, channel, std::min(block, channels - channel), 0});
   }
   const auto cost = [&](const Task& task) { return task.channels * call.cells(task.level); };
-  const int64_t block = std::max(call.table.block[type], call.table.lanes[type]);
-  call.run(call.table.backward[type], tasks, cost, block, block);
+  const int64_t block = std::max(call.table.block, call.table.lanes);
+  call.run(call.table.backward, tasks, cost, block, block);
   std::vector<double> bias(channels);
   for (size_t at = 0; at < parts.size(); ++at) bias[at % channels] += parts[at];
-  Tensor grad_bias = torch::stable::new_empty(grads[0], IntHeaderOnlyArrayRef(&channels, 1), wide);
-  for (int64_t c = 0; c < channels; ++c) {
-    if (wide == ScalarType::Double) grad_bias.mutable_data_ptr<double>()[c] = bias[c];
-    else grad_bias.mutable_data_ptr<float>()[c] = static_cast<float>(bias[c]);
-  }
-  return {grad_taps, grad_bias};
+  return {grad_taps, tensor_of(bias, grads[0], {channels}, wide)};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "box_paint_conv3x3(Tensor taps, Tensor? bias, Tensor boxes, Tensor image_index, int height, int width, "
-      "int batch_size, int[] sizes, Tensor like) -> Tensor[]");
-  library.def(
-      "box_paint_conv3x3_backward(Tensor[] grads, Tensor boxes, Tensor image_index, int height, int width) -> "
-      "(Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("box_paint_conv3x3", TORCH_BOX(&forward));
-  library.impl("box_paint_conv3x3_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("box_paint_conv3x3",
+          "(Tensor taps, Tensor? bias, Tensor boxes, Tensor image_index, int height, int width, int batch_size, int[] "
+          "sizes, Tensor like) -> Tensor[]",
+          forward)
+FASTKD_OP("box_paint_conv3x3_backward",
+          "(Tensor[] grads, Tensor boxes, Tensor image_index, int height, int width) -> (Tensor, Tensor)",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

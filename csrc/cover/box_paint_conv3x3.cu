@@ -15,14 +15,15 @@
 namespace fastkd {
 namespace {
 
-// grad_bias = the sums of all cells, strip by strip in order. A warp takes every kWarps-th strip of a channel.
+// grad_bias = the sums of all cells, strip by strip in order. A warp takes every kWarps-th strip of a channel, with
+// sixteen loads under way: there are few blocks, and hundreds of strips.
 template <class Sum>
 FASTKD_KERNEL void bias_kernel(Global<const Sum> whole, int64_t strips, int64_t channels, Global<Sum> grad_bias) {
   FASTKD_SHARED(double, sums, kBlock);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
   double sum = 0;
-#pragma unroll 4
+#pragma unroll 16
   for (int64_t strip = warp; strip < strips && channel < channels; strip += kWarps)
     sum += whole[strip * channels + channel];
   sums[threadIdx.x] = sum;

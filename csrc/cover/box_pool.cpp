@@ -1,12 +1,9 @@
 // box_pool: the mean of a pyramid over the cells each box covers, and its backward, a paint (pool_paint.h).
 #include "cover/pool_paint.h"
 
-#include <torch/csrc/stable/library.h>
-
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::stable::Tensor;
 
 std::pair<int64_t, int64_t> image_sides(const std::vector<int64_t>& image_size) {
   STD_TORCH_CHECK(image_size.size() == 2, "box_pool: image_size must be (H, W)");
@@ -30,17 +27,11 @@ std::vector<Tensor> backward(Tensor grad, Tensor boxes, Tensor image_index, std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("box_pool(Tensor[] levels, Tensor boxes, Tensor image_index, SymInt[] image_size) -> Tensor");
-  library.def(
-      "box_pool_backward(Tensor grad, Tensor boxes, Tensor image_index, SymInt[] image_size, SymInt batch_size, "
-      "SymInt[] level_sizes, bool[] channels_last) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("box_pool", TORCH_BOX(&forward));
-  library.impl("box_pool_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("box_pool", "(Tensor[] levels, Tensor boxes, Tensor image_index, SymInt[] image_size) -> Tensor", forward)
+FASTKD_OP("box_pool_backward",
+          "(Tensor grad, Tensor boxes, Tensor image_index, SymInt[] image_size, SymInt batch_size, SymInt[] "
+          "level_sizes, bool[] channels_last) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

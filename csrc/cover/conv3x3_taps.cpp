@@ -1,39 +1,23 @@
 // Calls of the kernels of conv3x3_taps_kernels.h.
 #include "cover/conv3x3_taps_kernels.h"
-#include "common/pyramid.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/call.h"
 
 #include <array>
 #include <memory>
 
 #if FASTKD_COMPILES_KERNELS
-namespace fastkd {
-template <>
-const conv3x3_taps::Table& kernels<conv3x3_taps::Table, FASTKD_CAPABILITY>() {
-  using F = Taps<float>;
-  using D = Taps<double>;
-  static const conv3x3_taps::Table table = {{F::forward, D::forward},
-                                            {F::backward, D::backward},
-                                            {F::pack, D::pack},
-                                            {F::scratch_length, D::scratch_length},
-                                            {F::lanes, D::lanes}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(conv3x3_taps::Table, Taps, float, double)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
 using namespace conv3x3_taps;
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::Tensor;
 
 constexpr int64_t kMostEmbeddings = 512;  // with more the library's product is faster, although the weight is copied
 
 Tensor shaped(const Tensor& tensor, std::vector<int64_t> shape) {
-  return torch::stable::view(tensor, IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  return torch::stable::view(tensor, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
 }
 
 // out = first second. Not matmul, which autocast, where a backward pass runs under it, would round.
@@ -48,51 +32,46 @@ void multiply_into(const Tensor& first, const Tensor& second, const Tensor& out)
 struct Call {
   Tensor weight, embeddings;
   std::vector<Tensor> scratch;
-  const Table& table = active_kernels<Table>();
-  int type;
+  const Table& table;
   Arguments arguments{};
 
-  Call(const Tensor& given, const Tensor& given_weight) : weight(given_weight), embeddings(given) {
+  Call(const Tensor& given, const Tensor& given_weight)
+      : weight(given_weight), embeddings(given), table(kernels_for<Table>(given)) {
     STD_TORCH_CHECK(given.dim() == 2 && given_weight.dim() == 4 && given.is_cpu() && given_weight.is_cpu() &&
                         given_weight.size(1) == given.size(1) && given_weight.size(2) == 3 && given_weight.size(3) == 3,
                     "conv3x3_taps: embeddings must be [N, C] and weight [O, C, 3, 3], both on the CPU");
     STD_TORCH_CHECK(widened(given) == given.scalar_type() && given_weight.scalar_type() == given.scalar_type(),
                     "conv3x3_taps: embeddings and weight must both be float32 or float64");
-    type = type_index(given);
     weight = torch::stable::contiguous(given_weight);
     embeddings = torch::stable::contiguous(given);
-    const int64_t lanes = table.lanes[type];
+    const int64_t lanes = table.lanes;
     arguments.count = given.size(0), arguments.inputs = given.size(1), arguments.outputs = given_weight.size(0);
     arguments.padded = (arguments.count + lanes - 1) / lanes * lanes;
     arguments.weight = weight.const_data_ptr();
   }
 
-  Tensor make(std::vector<int64_t> shape) const {
-    return torch::stable::new_empty(embeddings, IntHeaderOnlyArrayRef(shape.data(), shape.size()));
-  }
-
   void* room(std::vector<int64_t> shape) {
-    scratch.push_back(make(std::move(shape)));
+    scratch.push_back(new_tensor(embeddings, shape));
     return scratch.back().mutable_data_ptr();
   }
 
   void pack_columns() {
     void* columns = room({arguments.inputs, arguments.padded});
-    table.pack[type](arguments, embeddings.const_data_ptr(), nullptr, columns);
+    table.pack(arguments, embeddings.const_data_ptr(), nullptr, columns);
     arguments.columns = columns;
   }
 
   void pack_rows() {  // which are what they must be where they are whole vectors
-    const int64_t lanes = table.lanes[type], width = (arguments.inputs + lanes - 1) / lanes * lanes;
+    const int64_t lanes = table.lanes, width = (arguments.inputs + lanes - 1) / lanes * lanes;
     arguments.rows = embeddings.const_data_ptr();
     if (width == arguments.inputs) return;
     void* rows = room({arguments.count, width});
-    table.pack[type](arguments, embeddings.const_data_ptr(), rows, nullptr);
+    table.pack(arguments, embeddings.const_data_ptr(), rows, nullptr);
     arguments.rows = rows;
   }
 
   std::vector<Part> parts(bool outputs, bool inputs) const {
-    const int64_t lanes = table.lanes[type];
+    const int64_t lanes = table.lanes;
     std::vector<Part> parts;
     const auto add = [&](int64_t count, int64_t most, bool of_inputs) {
       for (int64_t first = 0; first < count; first += most)
@@ -126,7 +105,7 @@ struct Call {
 
 Tensor forward(Tensor embeddings, Tensor weight) {
   Call call(embeddings, weight);
-  Tensor taps = call.make({call.arguments.count, kTaps, call.arguments.outputs});
+  Tensor taps = new_tensor(embeddings, {call.arguments.count, kTaps, call.arguments.outputs});
   if (taps.numel() == 0) return taps;
   if (call.by_library()) {
     multiply_into(call.embeddings, call.matrix(), shaped(taps, {call.arguments.count, -1}));
@@ -134,7 +113,7 @@ Tensor forward(Tensor embeddings, Tensor weight) {
   }
   call.pack_columns();
   call.arguments.taps = taps.mutable_data_ptr();
-  call.run(call.table.forward[call.type], call.parts(true, false), 0);
+  call.run(call.table.forward, call.parts(true, false), 0);
   return taps;
 }
 
@@ -146,8 +125,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weigh
   STD_TORCH_CHECK(grad.dim() == 3 && grad.is_cpu() && grad.size(0) == arguments.count && grad.size(1) == kTaps &&
                       grad.size(2) == arguments.outputs && grad.scalar_type() == embeddings.scalar_type(),
                   "conv3x3_taps_backward: grad must be [N, 9, O] on the CPU, of the dtype of the embeddings");
-  Tensor rows = call.make({for_embeddings ? arguments.count : 0, arguments.inputs});
-  Tensor matrix = call.make({for_weight ? arguments.outputs : 0, arguments.inputs, 3, 3});
+  Tensor rows = new_tensor(embeddings, {for_embeddings ? arguments.count : 0, arguments.inputs});
+  Tensor matrix = new_tensor(embeddings, {for_weight ? arguments.outputs : 0, arguments.inputs, 3, 3});
   if (arguments.count * arguments.inputs * arguments.outputs == 0) {
     torch::stable::zero_(rows);
     torch::stable::zero_(matrix);
@@ -158,7 +137,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weigh
     const Tensor grads = shaped(plain, {arguments.count, kTaps * arguments.outputs});
     if (for_embeddings) multiply_into(grads, torch::stable::transpose(call.matrix(), 0, 1), rows);
     if (!for_weight) return {rows, matrix};
-    const Tensor turned = call.make({arguments.inputs, kTaps * arguments.outputs});
+    const Tensor turned = new_tensor(embeddings, {arguments.inputs, kTaps * arguments.outputs});
     multiply_into(torch::stable::transpose(call.embeddings, 0, 1), grads, turned);
     Tensor flat = shaped(matrix, {arguments.outputs, -1});
     torch::stable::copy_(flat, torch::stable::transpose(shaped(turned, {-1, arguments.outputs}), 0, 1));
@@ -168,24 +147,17 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weigh
   arguments.for_rows = rows.mutable_data_ptr();
   arguments.for_weight = matrix.mutable_data_ptr();
   if (for_weight) call.pack_rows();
-  call.run(call.table.backward[call.type], call.parts(for_weight, for_embeddings),
-           call.table.scratch_length[call.type](arguments));
+  call.run(call.table.backward, call.parts(for_weight, for_embeddings),
+           call.table.scratch_length(arguments));
   return {rows, matrix};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("conv3x3_taps(Tensor embeddings, Tensor weight) -> Tensor");
-  library.def(
-      "conv3x3_taps_backward(Tensor grad, Tensor embeddings, Tensor weight, bool for_embeddings, bool for_weight) -> "
-      "(Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("conv3x3_taps", TORCH_BOX(&forward));
-  library.impl("conv3x3_taps_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("conv3x3_taps", "(Tensor embeddings, Tensor weight) -> Tensor", forward)
+FASTKD_OP("conv3x3_taps_backward",
+          "(Tensor grad, Tensor embeddings, Tensor weight, bool for_embeddings, bool for_weight) -> (Tensor, Tensor)",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -34,11 +34,11 @@ struct Part {
 // scratch: of backward, as much as scratch_length says
 using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end, void* scratch);
 
-struct Table {  // of float, double
-  Kernel forward[2], backward[2];
-  void (*pack[2])(const Arguments&, const void* embeddings, void* rows, void* columns);
-  int64_t (*scratch_length[2])(const Arguments&);
-  int64_t lanes[2];
+struct Table {  // of a dtype
+  Kernel forward, backward;
+  void (*pack)(const Arguments&, const void* embeddings, void* rows, void* columns);
+  int64_t (*scratch_length)(const Arguments&);
+  int64_t lanes;
 };
 
 }  // namespace conv3x3_taps
@@ -269,6 +269,8 @@ struct Taps {
     if (part != end)
       for_rows(arguments, part->first, end[-1].first + end[-1].count, room, room + kOutputs * kTaps * kWidth);
   }
+
+  static constexpr Table table() { return {forward, backward, pack, scratch_length, lanes}; }
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Which cells of a level a box covers, and which objects belong to which image: the semantics of box_cover in
-// fastkd/ops/_support/coverage.py, as rectangles of cells. Few numbers, computed once a call on the calling thread.
+// The family of box_pool, box_paint, mask_pool, mask_paint, box_paint_conv3x3 and norm_relu_box_pool, on the CPU: which
+// cells of a level a box covers (box_cover in fastkd/ops/_support/coverage.py), and which objects an image has.
 #pragma once
 
 #include "common/capability.h"

@@ -1,6 +1,6 @@
-// What the GPU kernels that pool and paint share: a pyramid cut into blocks, and which cells the objects (boxes, masks)
-// of an image cover. Everything that depends on the values of boxes, masks or image_index is found on the device; an
-// image_index out of range matches no image, NaN covers nothing.
+// box_pool, box_paint, mask_pool, mask_paint and box_paint_conv3x3 on the GPU share: a pyramid cut into blocks, and which
+// cells the objects (boxes, masks) of an image cover, found on the device. An image_index out of range matches no image,
+// NaN covers nothing.
 #pragma once
 
 #include "cover/covered_range.h"
@@ -14,7 +14,6 @@ constexpr int kWords = kTile / kWarpSize;     // of a tile's cells as bits
 constexpr int kWarps = kBlock / kWarpSize;
 
 #ifdef __CUDACC__
-#define FASTKD_RESIDENT(blocks) __launch_bounds__(kBlock, blocks)  // of kBlock threads on a multiprocessor
 FASTKD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 FASTKD_DEVICE int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }
 template <class U>
@@ -22,7 +21,6 @@ FASTKD_DEVICE U* shared_at(unsigned char* memory, int bytes) {
   return reinterpret_cast<U*>(memory + bytes);
 }
 #else
-#define FASTKD_RESIDENT(blocks)
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 template <class U>
@@ -214,11 +212,8 @@ inline Sizes sizes_of(const std::vector<Plane>& planes) {
 }
 
 inline void check_sizes(const char* op, const Sizes& sizes) {
-  constexpr int64_t kLargest = int64_t{1} << 30;
   STD_TORCH_CHECK(sizes.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels are possible, got ", sizes.size());
-  for (const auto& [rows, columns] : sizes)
-    STD_TORCH_CHECK(rows >= 0 && columns >= 0 && rows < kLargest && columns < kLargest && rows * columns < kLargest,
-                    op, ": a level must have fewer than 2^30 cells, got ", rows, " x ", columns);
+  for (const auto& [rows, columns] : sizes) check_cells(op, rows, columns);
 }
 
 // The levels without their data, for blocks of `strip` cells and `group` channels of an image.

@@ -220,7 +220,7 @@ FASTKD_DEVICE void paint_contiguous(const Levels<T>& levels, const Palette<V, ta
 }
 
 template <class T, class V, class index_t, bool taps>
-FASTKD_KERNEL FASTKD_RESIDENT(sizeof(index_t) == 8 ? 2 : 3) void paint_kernel(Levels<T> levels,
+FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kBlock, sizeof(index_t) == 8 ? 2 : 3) void paint_kernel(Levels<T> levels,
                                                                               Palette<V, taps> palette) {
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
   const PaintMemory<V, taps> memory(dynamic, palette.capacity / kWarpSize);
@@ -240,12 +240,12 @@ template <class T, class V, bool taps>
 void paint_levels(const std::vector<Plane>& planes, int64_t images, const Cover& cover, const Tensor& values,
                   const Tensor* bias, int64_t channels, bool mean) {
   using Memory = PaintMemory<V, taps>;
-  constexpr int64_t kMost = 48 * 1024;
+  constexpr int64_t kMost = kSharedWithoutPermission - kStaticShared;
   if (planes.empty()) return;
   int64_t blocks = 0;
   Levels<T> levels = levels_of<T>(sizes_of(planes), images, channels, kTile, kPaintChannels, blocks);
   add_data(levels, planes, is_aligned({values}) && (bias == nullptr || is_aligned({*bias})));
-  const int64_t room = std::min<int64_t>(shared_limit(), kMost) - Memory::kFixedBytes - 2048;
+  const int64_t room = std::min<int64_t>(shared_limit(), kMost) - Memory::kFixedBytes;
   const int64_t wanted = (std::min<int64_t>(cover.count(), kMostListed) + kWarpSize - 1) / kWarpSize;
   const int64_t chunks = std::min(wanted, room > 0 ? room / Memory::kChunkBytes : 0);
   Palette<V, taps> palette{cover.objects, global<const V>(values), Global<const V>(nullptr),

@@ -52,19 +52,23 @@ struct PoolMemory {
   static constexpr int kRegions = Parts<taps>::kRegions, kRows = Parts<taps>::kRows;
   static constexpr int kStride = kTile + (sizeof(T) == 2 ? 2 : 1);  // contiguous tiles: channels in different banks
   static constexpr int kTileBytes = kPoolChannels * kStride * static_cast<int>(sizeof(T));
+  static constexpr int kTotalBytes = kWords * kWarpSize * static_cast<int>(sizeof(Sum));
+  static constexpr int kFixedBytes = kTileBytes + kTotalBytes;
   Shared<T> tile;          // channels-last [cell][32], contiguous [32][kStride]
+  Shared<Sum> total;       // [word][32] sums of 32 cells
   Shared<Sum> sum;         // [object][row][32]
   Shared<uint32_t> word;   // [object][region][kWords] bits of the tile's cells
   Shared<uint32_t> live;   // [object][region] words that are not 0
   Shared<int> area, list;  // [object][4], [object]
 
-  static constexpr int bytes(int objects) { return kTileBytes + objects * kObjectBytes; }
+  static constexpr int bytes(int objects) { return kFixedBytes + objects * kObjectBytes; }
   static constexpr int kObjectBytes =
       kRows * kPoolChannels * static_cast<int>(sizeof(Sum)) + kRegions * 4 * (kWords + 1) + 20;
 
   FASTKD_DEVICE PoolMemory(Shared<unsigned char> memory, int objects) {
-    int used = kTileBytes;
+    int used = kFixedBytes;
     tile = shared_at<T>(memory, 0);
+    total = shared_at<Sum>(memory, kTileBytes);
     sum = shared_at<Sum>(memory, used);
     used += objects * kRows * kPoolChannels * static_cast<int>(sizeof(Sum));
     word = shared_at<uint32_t>(memory, used);
@@ -193,8 +197,7 @@ FASTKD_DEVICE sum_t<T> sum_word(const PoolMemory<T, taps>& memory, bool channels
 
 // Adds the tile to the sums of the objects; a warp takes every kWarps-th one, a lane its channel.
 template <class T, bool taps, class index_t>
-FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, const PoolMemory<T, taps>& memory,
-                            Shared<sum_t<T>> total) {
+FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, const PoolMemory<T, taps>& memory) {
   using Sum = sum_t<T>;
   const int lane = threadIdx.x % kWarpSize;
   if (lane >= place.channels) return;
@@ -208,7 +211,7 @@ FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, con
       for (; live != 0; live &= live - 1) {
         const int word = lowest_bit(live);
         const uint32_t bits = memory.word[at * kWords + word];
-        if (bits == kAllLanes) sum += total[word * kWarpSize + lane];
+        if (bits == kAllLanes) sum += memory.total[word * kWarpSize + lane];
         else sum += sum_word(memory, place.level.channels_last, word, bits);
       }
       const Shared<Sum> out = memory.sum + (object * memory.kRows * kPoolChannels + lane);
@@ -242,21 +245,20 @@ FASTKD_DEVICE void begin_sums(const Objects& objects, const Place<const T, index
 // The sum of the tile's cells, 32 by 32 where all of them are covered.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, const PoolMemory<T, taps>& memory,
-                            Shared<uint32_t> covered, Shared<sum_t<T>> total) {
+                            Shared<uint32_t> covered) {
   const int lane = threadIdx.x % kWarpSize, word = threadIdx.x / kWarpSize, left = cells - word * kWarpSize;
   if (left <= 0 || lane >= place.channels || covered[word] != kAllLanes) return;
   const uint32_t bits = left < kWarpSize ? (1u << left) - 1 : kAllLanes;
-  total[threadIdx.x] = sum_word(memory, place.level.channels_last, word, bits);
+  memory.total[threadIdx.x] = sum_word(memory, place.level.channels_last, word, bits);
 }
 
 // partial is [strips of all levels, K, rows, C], where only objects that may touch a strip are written; whole is, with
 // taps, [images, strips of all levels, C]: the sums of all cells.
 template <class T, class index_t, bool taps>
-FASTKD_KERNEL FASTKD_RESIDENT(sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void pool_kernel(
+FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kBlock, sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void pool_kernel(
     Levels<const T> levels, Objects objects, int capacity, Global<sum_t<T>> partial, Global<sum_t<T>> whole) {
   using Sum = sum_t<T>;
   FASTKD_DYNAMIC_SHARED(unsigned char, dynamic);
-  FASTKD_SHARED(Sum, total, kWords * kWarpSize);
   FASTKD_SHARED(uint32_t, seen, kWarps);
   FASTKD_SHARED(uint32_t, covered, kWords);
   const PoolMemory<T, taps> memory(dynamic, capacity);
@@ -283,11 +285,11 @@ FASTKD_KERNEL FASTKD_RESIDENT(sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void po
       __syncthreads();
       load_tile(levels, place, first, cells, memory, covered);
       __syncthreads();
-      sum_tile(place, cells, memory, covered, total);
+      sum_tile(place, cells, memory, covered);
       __syncthreads();
       if (for_whole && warp == 0 && lane < place.channels)
-        for (int word = 0; word * kWarpSize < cells; ++word) all += total[word * kWarpSize + lane];
-      add_tile(place, count, memory, total);
+        for (int word = 0; word * kWarpSize < cells; ++word) all += memory.total[word * kWarpSize + lane];
+      add_tile(place, count, memory);
     }
     if (lane < place.channels) {
       for (int object = warp; object < count; object += kWarps) {  // as in add_tile
@@ -340,14 +342,14 @@ inline int strip_of(const Sizes& sizes, int64_t images, int64_t values_per_strip
   return static_cast<int>(strip);
 }
 
-// Objects whose sums a block keeps at once: all of them, or what fits beside a tile in the shared memory of two blocks
-// a multiprocessor.
+// Objects whose sums a block keeps at once: all of them, or what fits beside a tile in the shared memory of the card,
+// at most in 96 KB: two blocks of an H100's multiprocessor.
 template <class T, bool taps>
 int pool_capacity(const char* op, int objects) {
   using Memory = PoolMemory<T, taps>;
   constexpr int64_t kMost = 96 * 1024;
-  const int64_t room = std::min<int64_t>(shared_limit(), kMost) - Memory::kTileBytes - 2048 * (sizeof(T) == 8 ? 2 : 1);
-  STD_TORCH_CHECK(room >= Memory::kObjectBytes, op, ": a block needs ", Memory::bytes(1) + 4096,
+  const int64_t room = std::min<int64_t>(shared_limit(), kMost) - Memory::kFixedBytes;
+  STD_TORCH_CHECK(room >= Memory::kObjectBytes, op, ": a block needs ", Memory::bytes(1),
                   " bytes of shared memory, this GPU has ", shared_limit(), "; use the reference");
   return static_cast<int>(std::min<int64_t>(objects, room / Memory::kObjectBytes));
 }

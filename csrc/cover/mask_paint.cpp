@@ -2,12 +2,9 @@
 // backward, a sum over the cells of each mask (pool_paint.h).
 #include "cover/pool_paint.h"
 
-#include <torch/csrc/stable/library.h>
-
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::stable::Tensor;
 
 std::vector<Tensor> forward(Tensor embeddings, Tensor masks, Tensor image_index,
                             int64_t batch_size, std::vector<int64_t> level_sizes) {
@@ -24,17 +21,10 @@ Tensor backward(std::vector<Tensor> grads, Tensor masks, Tensor image_index) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "mask_paint(Tensor embeddings, Tensor masks, Tensor image_index, SymInt batch_size, "
-      "SymInt[] level_sizes) -> Tensor[]");
-  library.def("mask_paint_backward(Tensor[] grads, Tensor masks, Tensor image_index) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("mask_paint", TORCH_BOX(&forward));
-  library.impl("mask_paint_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("mask_paint",
+          "(Tensor embeddings, Tensor masks, Tensor image_index, SymInt batch_size, SymInt[] level_sizes) -> Tensor[]",
+          forward)
+FASTKD_OP("mask_paint_backward", "(Tensor[] grads, Tensor masks, Tensor image_index) -> Tensor", backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

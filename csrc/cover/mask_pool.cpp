@@ -1,12 +1,9 @@
 // mask_pool: the mean of a pyramid over the cells of each object's mask, and its backward, a paint (pool_paint.h).
 #include "cover/pool_paint.h"
 
-#include <torch/csrc/stable/library.h>
-
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::stable::Tensor;
 
 Tensor forward(std::vector<Tensor> levels, Tensor masks, Tensor image_index) {
   const Sizes sizes = sizes_of(levels);
@@ -23,17 +20,11 @@ std::vector<Tensor> backward(Tensor grad, Tensor masks, Tensor image_index,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("mask_pool(Tensor[] levels, Tensor masks, Tensor image_index) -> Tensor");
-  library.def(
-      "mask_pool_backward(Tensor grad, Tensor masks, Tensor image_index, SymInt batch_size, "
-      "SymInt[] level_sizes, bool[] channels_last) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("mask_pool", TORCH_BOX(&forward));
-  library.impl("mask_pool_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("mask_pool", "(Tensor[] levels, Tensor masks, Tensor image_index) -> Tensor", forward)
+FASTKD_OP("mask_pool_backward",
+          "(Tensor grad, Tensor masks, Tensor image_index, SymInt batch_size, SymInt[] level_sizes, bool[] "
+          "channels_last) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -9,40 +9,19 @@
 //           both means are over the elements of the image, sums over boxes of grad times what forward kept
 // The mean is kept to twice the precision: where it is large and the variance tiny, its rounding would show.
 #include "cover/norm_relu_box_pool_kernels.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/call.h"
 
 #include <cmath>
 #include <memory>
 #include <tuple>
 
 #if FASTKD_COMPILES_KERNELS
-namespace fastkd {
-template <>
-const norm_relu_box_pool::Table& kernels<norm_relu_box_pool::Table, FASTKD_CAPABILITY>() {
-  static const norm_relu_box_pool::Table table = {
-      {moments_kernel<float>, moments_kernel<double>, moments_kernel<BFloat16>, moments_kernel<Half>},
-      {Pool<float>::forward, Pool<double>::forward, Pool<BFloat16>::forward, Pool<Half>::forward},
-      {Pool<float>::backward, Pool<double>::backward, Pool<BFloat16>::backward, Pool<Half>::backward},
-      {Pool<float>::kBlock, Pool<double>::kBlock, Pool<BFloat16>::kBlock, Pool<Half>::kBlock},
-      {Pool<float>::kLanesOf, Pool<double>::kLanesOf, Pool<BFloat16>::kLanesOf, Pool<Half>::kLanesOf},
-      {Pool<float>::stretch_bytes, Pool<double>::stretch_bytes, Pool<BFloat16>::stretch_bytes,
-       Pool<Half>::stretch_bytes}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(norm_relu_box_pool::Table, Pool, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
-}
 
 // The levels of a call, dense, and what the boxes cover of them.
 struct Call {
@@ -52,17 +31,15 @@ struct Call {
   std::vector<Bands> bands;
   std::vector<Normal> normals;  // [levels, images]
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  int type = 0;
+  const Table& table;
   int64_t images = 0, channels = 0;
 
   Call(const std::vector<Tensor>& given, const Tensor& boxes, const Tensor& image_index, int64_t height,
-       int64_t width) {
-    STD_TORCH_CHECK(!given.empty(), "norm_relu_box_pool: levels must hold at least one level");
-    type = type_index(given[0]);
+       int64_t width)
+      : table(kernels_for<Table>("norm_relu_box_pool", given)) {
     std::vector<std::pair<int64_t, int64_t>> sizes;
     for (const Tensor& level : given) {
-      STD_TORCH_CHECK(level.dim() == 4 && level.is_cpu() && type_index(level) == type &&
+      STD_TORCH_CHECK(level.dim() == 4 && level.is_cpu() && level.scalar_type() == given[0].scalar_type() &&
                           level.size(0) == given[0].size(0) && level.size(1) == given[0].size(1),
                       "norm_relu_box_pool: levels must be [B, C, H, W] on the CPU and agree in B, C and dtype");
       sizes.emplace_back(level.size(2), level.size(3));
@@ -107,7 +84,7 @@ struct Call {
 
   // One task for each block of channels.
   void add_blocks(std::vector<Task>& tasks, int64_t level, int64_t image) const {
-    const int64_t block = levels[level].channels_last ? table.block[type] : table.lanes[type];
+    const int64_t block = levels[level].channels_last ? table.block : table.lanes;
     for (int64_t channel = 0; channel < channels; channel += block)
       tasks.push_back({level, image, channel, std::min(block, channels - channel), 0});
   }
@@ -121,10 +98,10 @@ struct Call {
     for (const Level& level : levels) columns = std::max(columns, level.columns);
     for (int64_t b = 0; b < images; ++b)
       objects = std::max(objects, arguments.first[b + 1] - arguments.first[b]);
-    const int64_t lanes = table.lanes[type];
+    const int64_t lanes = table.lanes;
     for (const Level& level : levels)  // the longest rows do not need the most
       if (stretch && level.columns > 0)
-        bytes = std::max(bytes, table.stretch_bytes[type](lanes, level.columns, segments));
+        bytes = std::max(bytes, table.stretch_bytes(lanes, level.columns, segments));
     run_balanced(tasks, cost, [&](const Task* begin, const Task* end) {
       const std::unique_ptr<double[]> nodes(new double[painted_nodes(segments) * node_width]);
       std::vector<double> buffer(2 * (columns + lanes) * lanes), totals(objects * total_width);
@@ -145,7 +122,7 @@ void find_moments(Call& call, double eps) {
   });
   std::vector<Moments> chunks(tasks.size());
   call.arguments.chunks = chunks.data();
-  call.run(call.table.moments[call.type], tasks, [](const Task& task) { return task.channels; }, 0, 0);
+  call.run(call.table.moments, tasks, [](const Task& task) { return task.channels; }, 0, 0);
   std::vector<Moments> whole(call.normals.size(), Moments{0, 0, 0});
   for (const Task& task : tasks) {
     Moments& sum = whole[task.level * call.images + task.image];
@@ -166,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> levels, Tensor bo
                                            int64_t width, double eps) {
   Call call(levels, boxes, image_index, height, width);
   std::vector<int64_t> shape = call.shape();
-  Tensor out = new_tensor(levels[0], shape, levels[0].scalar_type());
+  Tensor out = new_tensor(levels[0], shape);
   shape.insert(shape.begin(), 2);
   Tensor kept = torch::stable::fill_(new_tensor(levels[0], shape, widened(levels[0])), 0.0);
   torch::stable::fill_(out, 0.0);
@@ -190,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> levels, Tensor bo
   call.arguments.out = out.mutable_data_ptr();
   call.arguments.kept = kept.mutable_data_ptr();
   const auto cost = [&](const Task& task) { return task.channels * covered[task.level * call.images + task.image]; };
-  const int64_t width_of_two = 2 * std::max(call.table.block[call.type], call.table.lanes[call.type]);
-  call.run(call.table.forward[call.type], tasks, cost, width_of_two, width_of_two);
+  const int64_t width_of_two = 2 * std::max(call.table.block, call.table.lanes);
+  call.run(call.table.forward, tasks, cost, width_of_two, width_of_two);
   return {out, kept, normal};
 }
 
@@ -227,31 +204,21 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> levels, Tensor box
   Call call(levels, boxes, image_index, height, width);
   const std::vector<int64_t> shape = call.shape();
   const ScalarType type = widened(levels[0]);
-  const auto is = [&](const Tensor& tensor, int64_t first, const std::vector<int64_t>& rest, ScalarType wanted) {
-    bool same = tensor.is_cpu() && tensor.scalar_type() == wanted && tensor.is_contiguous() &&
-                tensor.dim() == static_cast<int64_t>(rest.size()) + 1 && tensor.size(0) == first;
-    for (size_t dim = 0; same && dim < rest.size(); ++dim) same = tensor.size(dim + 1) == rest[dim];
-    return same;
-  };
-  STD_TORCH_CHECK(is(kept, 2, shape, type) && is(normal, 2, {shape[0], call.images}, ScalarType::Double),
+  STD_TORCH_CHECK(is_dense(kept, {2, shape[0], shape[1], shape[2]}, type) &&
+                      is_dense(normal, {2, shape[0], call.images}, ScalarType::Double),
                   "norm_relu_box_pool_backward: kept and normal must be those of the forward call");
   const Tensor wide = torch::stable::contiguous(torch::stable::to(grad, type));
-  STD_TORCH_CHECK(is(wide, shape[0], {shape[1], shape[2]}, type),
-                  "norm_relu_box_pool_backward: grad must be [L, K, C] on the CPU");
+  STD_TORCH_CHECK(is_dense(wide, shape, type), "norm_relu_box_pool_backward: grad must be [L, K, C] on the CPU");
   const double* numbers = normal.const_data_ptr<double>();
   for (size_t map = 0; map < call.normals.size(); ++map)
     call.normals[map] = {numbers[map], numbers[call.normals.size() + map], 0, 0};
 
-  const int64_t lanes = call.table.lanes[call.type], stride = (call.channels + lanes - 1) / lanes * lanes;
+  const int64_t lanes = call.table.lanes, stride = (call.channels + lanes - 1) / lanes * lanes;
   const std::vector<double> values = type == ScalarType::Double ? weigh<double>(call, wide, kept, stride)
                                                                 : weigh<float>(call, wide, kept, stride);
   call.arguments.values = values.data();
   call.arguments.value_stride = stride;
-  std::vector<Tensor> gradients;
-  for (size_t index = 0; index < levels.size(); ++index) {
-    gradients.push_back(torch::stable::empty_like(call.dense_levels[index]));
-    call.levels[index].grad = gradients.back().mutable_data_ptr();
-  }
+  const std::vector<Tensor> gradients = new_gradients(call.dense_levels, call.levels, &Level::grad);
   std::vector<Task> tasks;
   call.for_maps([&](int64_t level, int64_t image) {
     if (!call.levels[level].channels_last) return call.add_blocks(tasks, level, image);
@@ -263,25 +230,20 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> levels, Tensor box
     const Band& band = call.bands[task.level * call.images + task.image].band[task.channel];
     return (band.y1 - band.y0) * call.levels[task.level].columns * call.channels;
   };
-  call.run(call.table.backward[call.type], tasks, cost, stride, 0, true);
+  call.run(call.table.backward, tasks, cost, stride, 0, true);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "norm_relu_box_pool(Tensor[] levels, Tensor boxes, Tensor image_index, int height, int width, float eps) -> "
-      "(Tensor, Tensor, Tensor)");
-  library.def(
-      "norm_relu_box_pool_backward(Tensor grad, Tensor[] levels, Tensor boxes, Tensor image_index, int height, "
-      "int width, Tensor kept, Tensor normal) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("norm_relu_box_pool", TORCH_BOX(&forward));
-  library.impl("norm_relu_box_pool_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("norm_relu_box_pool",
+          "(Tensor[] levels, Tensor boxes, Tensor image_index, int height, int width, float eps) -> (Tensor, Tensor, "
+          "Tensor)",
+          forward)
+FASTKD_OP("norm_relu_box_pool_backward",
+          "(Tensor grad, Tensor[] levels, Tensor boxes, Tensor image_index, int height, int width, Tensor kept, "
+          "Tensor normal) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -33,9 +33,7 @@ struct Call {
       STD_TORCH_CHECK(one.dim() == 4 && is_beside(one, levels[0]) && one.scalar_type() == levels[0].scalar_type() &&
                           one.size(0) == levels[0].size(0) && one.size(1) == levels[0].size(1),
                       "norm_relu_box_pool: levels must be [B, C, H, W] and agree in B, C, dtype and device");
-      constexpr int64_t kLargest = int64_t{1} << 30;
-      STD_TORCH_CHECK(one.size(2) < kLargest && one.size(3) < kLargest && one.size(2) * one.size(3) < kLargest,
-                      "norm_relu_box_pool: a level must have fewer than 2^30 cells");
+      check_cells("norm_relu_box_pool", one.size(2), one.size(3));
       level.push_back(dense(one, is_channels_last(one)));
     }
     images = levels[0].size(0);

@@ -49,10 +49,10 @@ struct Workspace {
 
 using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, const Task* end);
 
-struct Table {  // of float, double, BFloat16, Half
-  Kernel moments[4], forward[4], backward[4];
-  int64_t block[4], lanes[4];  // channels of a task of a channels-last and of a contiguous image
-  int64_t (*stretch_bytes[4])(int64_t width, int64_t columns, int64_t most_segments);
+struct Table {  // of a dtype
+  Kernel moments, forward, backward;
+  int64_t block, lanes;  // channels of a task of a channels-last and of a contiguous image
+  int64_t (*stretch_bytes)(int64_t width, int64_t columns, int64_t most_segments);
 };
 
 constexpr int64_t kChunk = 4096;  // elements summed, then centred
@@ -400,6 +400,8 @@ struct Pool {
     }
     end_stream();
   }
+
+  static constexpr Table table() { return {moments_kernel<scalar_t>, forward, backward, kBlock, kLanesOf, stretch_bytes}; }
 };
 
 }  // namespace

@@ -6,29 +6,11 @@
 #include <memory>
 
 #if FASTKD_COMPILES_KERNELS
-namespace fastkd {
-template <>
-const pool_paint::Table& kernels<pool_paint::Table, FASTKD_CAPABILITY>() {
-  using F = PoolPaint<float>;
-  using D = PoolPaint<double>;
-  using B = PoolPaint<BFloat16>;
-  using H = PoolPaint<Half>;
-  static const pool_paint::Table table = {{F::pool, D::pool, B::pool, H::pool},
-                                          {F::paint, D::paint, B::paint, H::paint},
-                                          {F::stretch_bytes, D::stretch_bytes, B::stretch_bytes, H::stretch_bytes},
-                                          {F::kWidth, D::kWidth, B::kWidth, H::kWidth},
-                                          {F::kBlock, D::kBlock, B::kBlock, H::kBlock},
-                                          {F::kPiled, D::kPiled, B::kPiled, H::kPiled},
-                                          F::kMostObjects};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(pool_paint::Table, PoolPaint, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::Tensor;
 
 Sizes sizes_of(const std::vector<Tensor>& levels) {
   STD_TORCH_CHECK(!levels.empty(), "fastkd: levels must be at least one");
@@ -57,11 +39,11 @@ using namespace pool_paint;
 class Call {
  public:
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  const int64_t type, lanes;
+  const Table& table;
+  const int64_t lanes;
 
   Call(const Tensor& like, const Cover& cover, int64_t channels, bool mean)
-      : type(type_index(like)), lanes(table.lanes[type]), cover_(cover) {
+      : table(kernels_for<Table>(like)), lanes(table.lanes), cover_(cover) {
     arguments.first = cover.by_image.first.data();
     arguments.object = cover.by_image.object.data();
     arguments.cells = mean ? cover.cells.data() : nullptr;
@@ -87,9 +69,9 @@ class Call {
         for (int64_t band = 0; band < list.count(); ++band) tasks_.push_back({index, image, 0, channels, band});
       } else if (out != nullptr || objects > 0) {
         const bool piled = bands_[index * cover_.images + image].piled || objects > table.most_objects;
-        const int64_t block = channels_last    ? table.block[type]
+        const int64_t block = channels_last    ? table.block
                               : out != nullptr ? 2 * lanes
-                              : piled          ? table.piled[type]
+                              : piled          ? table.piled
                                                : lanes;
         for (int64_t channel = 0; channel < channels; channel += block)
           tasks_.push_back({index, image, channel, std::min(block, channels - channel), 0});
@@ -122,7 +104,7 @@ class Call {
   // For the largest task (no block is less than two vectors): what its kernel takes.
   int64_t scratch_bytes() const {
     constexpr int64_t wide = sizeof(double);
-    const int64_t block = table.block[type];
+    const int64_t block = table.block;
     int64_t bytes = 0;
     for (const Level& level : levels_) {
       const int64_t segments = level.most_segments;
@@ -135,17 +117,13 @@ class Call {
         const int64_t rows = arguments.most_objects * width * wide;
         const int64_t painted = (painted_nodes(segments) + segments) * width * wide;
         const int64_t columns = std::max<int64_t>(level.columns, 1);
-        const int64_t stretch = table.stretch_bytes[type](2 * lanes, columns, segments);
+        const int64_t stretch = table.stretch_bytes(2 * lanes, columns, segments);
         bytes = std::max(bytes, rows + (level.channels_last ? painted : stretch));
       }
     }
     return bytes + 8 * 64;  // each of the pieces begins on a cache line
   }
 };
-
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()));
-}
 
 }  // namespace
 
@@ -165,7 +143,7 @@ Tensor pool_levels(const std::vector<Tensor>& levels, const Cover& cover, bool m
     }
     call.add_level(kept.back().const_data_ptr(), nullptr, channels_last, 0);
   }
-  call.run(call.table.pool[call.type]);
+  call.run(call.table.pool);
   return pooled;
 }
 
@@ -198,7 +176,7 @@ void paint_levels(const Tensor& values, const Cover& cover, bool mean, const std
   call.arguments.values = plain.const_data_ptr();
   for (const Tensor& level : levels)
     call.add_level(nullptr, level.mutable_data_ptr(), is_channels_last(level), level.numel() * level.element_size());
-  call.run(call.table.paint[call.type]);
+  call.run(call.table.paint);
 }
 
 }  // namespace fastkd

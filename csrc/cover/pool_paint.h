@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cover/bands.h"
+#include "common/call.h"
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
@@ -10,22 +11,22 @@ namespace fastkd {
 using Sizes = std::vector<std::pair<int64_t, int64_t>>;  // (H_l, W_l) of the levels
 
 // Of levels [B, C, H_l, W_l] on the CPU that agree in B, C and dtype, at least one; throws where they are none.
-Sizes sizes_of(const std::vector<torch::stable::Tensor>& levels);
+Sizes sizes_of(const std::vector<Tensor>& levels);
 
 // Of a list H_0, W_0, H_1, W_1, ...
 Sizes sizes_of(const std::vector<int64_t>& sides);
 
 // [L, K, C]: out[l, k] = sum, or mean, of levels[l] over the cells that object k covers; 0 where there are none.
-torch::stable::Tensor pool_levels(const std::vector<torch::stable::Tensor>& levels, const Cover& cover, bool mean);
+Tensor pool_levels(const std::vector<Tensor>& levels, const Cover& cover, bool mean);
 
 // L tensors [B, C, H_l, W_l] for paint_levels to fill: so that sizes beyond the memory fail before a cover is made.
-std::vector<torch::stable::Tensor> new_levels(const torch::stable::Tensor& values, int64_t images, const Sizes& sizes,
+std::vector<Tensor> new_levels(const Tensor& values, int64_t images, const Sizes& sizes,
                                               const std::vector<bool>& channels_last);
 
 // Cells of levels[l] = sum of values[l, k] over the objects that cover it, divided by the number of cells they cover if
 // mean. values is [L, K, C].
-void paint_levels(const torch::stable::Tensor& values, const Cover& cover, bool mean,
-                  const std::vector<torch::stable::Tensor>& levels);
+void paint_levels(const Tensor& values, const Cover& cover, bool mean,
+                  const std::vector<Tensor>& levels);
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -34,11 +34,11 @@ struct Arguments {
 // scratch: 64-byte aligned, scratch_bytes long
 using Kernel = void (*)(const Arguments&, const Task* begin, const Task* end, char* scratch);
 
-struct Table {  // of float, double, BFloat16, Half
-  Kernel pool[4], paint[4];
-  int64_t (*stretch_bytes[4])(int64_t width, int64_t columns, int64_t most_segments);
+struct Table {  // of a dtype
+  Kernel pool, paint;
+  int64_t (*stretch_bytes)(int64_t width, int64_t columns, int64_t most_segments);
   // channels of a vector, and of a task that pools a channels-last level or a piled image of a contiguous one
-  int64_t lanes[4], block[4], piled[4];
+  int64_t lanes, block, piled;
   int64_t most_objects;  // of an image whose contiguous levels are pooled by columns
 };
 
@@ -215,6 +215,8 @@ struct PoolPaint {
   static int64_t stretch_bytes(int64_t width, int64_t columns, int64_t most_segments) {
     return Stretch<V, scalar_t>::bytes(width, columns, most_segments);
   }
+
+  static constexpr Table table() { return {pool, paint, stretch_bytes, kWidth, kBlock, kPiled, kMostObjects}; }
 };
 
 }  // namespace

@@ -3,11 +3,9 @@
 // forward   reads the logits once: every entry as a negative, 0.75 w p^2 softplus(x), then the positive ones corrected
 // backward  reads them again and writes the gradient once: 1.5 w p^2 ((1 - p) softplus(x) + p / 2) of a negative
 // Nothing of the size of the logits is kept. Sums are kept in double, in an order that depends on the shape alone.
-#include "common/pyramid.h"
+#include "common/call.h"
 #include "common/reduce.h"
 #include "common/tile.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace fastkd {
 namespace focal_loss {
@@ -27,11 +25,11 @@ struct Arguments {
   bool large;  // see is_large
 };
 
-struct Table {  // of float, double, BFloat16, Half
+struct Table {  // of a dtype
   using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end);
-  Kernel forward[4], backward[4];
-  double (*corrected[4])(const Arguments&, int64_t pyramid);  // what the positive entries change of the sum
-  void (*write_positives[4])(const Arguments&, int64_t pyramid);
+  Kernel forward, backward;
+  double (*corrected)(const Arguments&, int64_t pyramid);  // what the positive entries change of the sum
+  void (*write_positives)(const Arguments&, int64_t pyramid);
 };
 
 }  // namespace focal_loss
@@ -195,35 +193,20 @@ struct Entries {
       store(gradient + *place, static_cast<acc>(-0.25 * factor * terms.other * terms.other * steep));
     }
   }
+
+  static constexpr Table table() { return {forward, backward, corrected, write_positives}; }
 };
 
 }  // namespace
 }  // namespace fastkd
 FASTKD_KERNELS_END
 
-namespace fastkd {
-template <>
-const focal_loss::Table& kernels<focal_loss::Table, FASTKD_CAPABILITY>() {
-  using F = Entries<float>;
-  using D = Entries<double>;
-  using B = Entries<BFloat16>;
-  using H = Entries<Half>;
-  static const focal_loss::Table table = {
-      {F::forward, D::forward, B::forward, H::forward},
-      {F::backward, D::backward, B::backward, H::backward},
-      {F::corrected, D::corrected, B::corrected, H::corrected},
-      {F::write_positives, D::write_positives, B::write_positives, H::write_positives}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(focal_loss::Table, Entries, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPartEntries = 1 << 14;  // a multiple of a cache line's of any dtype
 
@@ -232,15 +215,13 @@ struct Call {
   std::vector<int64_t> places;
   std::vector<Part> parts;
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  int type;
+  const Table& table;
 
   Call(const Tensor& given, const Tensor& weights, const Tensor& image, const Tensor& anchor, const Tensor& label)
-      : logits(given), weight(weights) {
+      : logits(given), weight(weights), table(kernels_for<Table>(given)) {
     STD_TORCH_CHECK(given.dim() == 4 && weights.dim() == 2 && weights.size(0) == given.size(1) &&
                         weights.size(1) == given.size(2) && given.is_cpu() && weights.is_cpu(),
                     "focal_loss: logits must be [R, B, A, C] and weight [B, A], both on the CPU");
-    type = type_index(given);
     STD_TORCH_CHECK(weights.scalar_type() == widened(given),
                     "focal_loss: weight must be float32, float64 beside logits of that dtype");
     logits = torch::stable::contiguous(given);
@@ -285,20 +266,13 @@ struct Call {
 
 Tensor forward(Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) {
   Call call(logits, weight, image, anchor, label);
-  const int64_t shape[] = {logits.size(0)};
-  Tensor sums = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(shape, 1), widened(logits));
-  std::vector<double> parts(call.parts.size()), totals(shape[0]);
+  std::vector<double> parts(call.parts.size()), totals(logits.size(0));
   call.arguments.sums = parts.data();
-  call.run(call.table.forward[call.type]);
+  call.run(call.table.forward);
   for (const Part& part : call.parts) totals[part.pyramid] += parts[part.slot];
-  for (int64_t pyramid = 0; pyramid < shape[0]; ++pyramid) {
-    totals[pyramid] += call.table.corrected[call.type](call.arguments, pyramid);
-    if (widened(logits) == ScalarType::Double)
-      sums.mutable_data_ptr<double>()[pyramid] = totals[pyramid];
-    else
-      sums.mutable_data_ptr<float>()[pyramid] = static_cast<float>(totals[pyramid]);
-  }
-  return sums;
+  for (int64_t pyramid = 0; pyramid < logits.size(0); ++pyramid)
+    totals[pyramid] += call.table.corrected(call.arguments, pyramid);
+  return tensor_of(totals, logits, {logits.size(0)}, widened(logits));
 }
 
 Tensor backward(Tensor grad, Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) {
@@ -309,25 +283,18 @@ Tensor backward(Tensor grad, Tensor logits, Tensor weight, Tensor image, Tensor 
   const Tensor factors = torch::stable::contiguous(grad);
   Tensor gradient = torch::stable::empty_like(call.logits);
   call.arguments.grad = factors.const_data_ptr(), call.arguments.gradient = gradient.mutable_data_ptr();
-  call.run(call.table.backward[call.type]);
+  call.run(call.table.backward);
   for (int64_t pyramid = 0; pyramid < logits.size(0); ++pyramid)
-    call.table.write_positives[call.type](call.arguments, pyramid);
+    call.table.write_positives(call.arguments, pyramid);
   return gradient;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("focal_loss(Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) -> Tensor");
-  library.def(
-      "focal_loss_backward(Tensor grad, Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) -> "
-      "Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("focal_loss", TORCH_BOX(&forward));
-  library.impl("focal_loss_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("focal_loss", "(Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) -> Tensor", forward)
+FASTKD_OP("focal_loss_backward",
+          "(Tensor grad, Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor label) -> Tensor",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

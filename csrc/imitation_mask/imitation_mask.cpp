@@ -3,10 +3,8 @@
 // Two passes over the cells where an anchor can touch a box: the best IoU of every (box, anchor), then the cells above
 // the threshold, for the anchors whose best exceeds it. No matrix of boxes by anchors: K * sum A numbers between them.
 // The IoU is the reference's float32 operation for operation, so that the same cells exceed the same threshold.
-#include "common/pyramid.h"
+#include "common/call.h"
 #include "common/simd.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -137,9 +135,6 @@ const imitation_mask::Table& kernels<imitation_mask::Table, FASTKD_CAPABILITY>()
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The cells i in [0, cells) where i * stride lies between the bounds, and one more on either side for rounding.
 std::pair<int64_t, int64_t> touched(float low, float high, float stride, int64_t cells) {
@@ -238,8 +233,8 @@ std::vector<Tensor> forward(Tensor boxes, Tensor image_index, std::vector<Tensor
   const std::vector<std::pair<int64_t, int64_t>> order = by_image(image_index, boxes.size(0), batch_size);
   std::vector<Tensor> masks;
   for (const Level& level : call.levels) {
-    const int64_t shape[] = {batch_size, level.rows, level.columns};
-    masks.push_back(torch::stable::new_zeros(boxes, IntHeaderOnlyArrayRef(shape, 3), ScalarType::Bool));
+    masks.push_back(new_tensor(boxes, {batch_size, level.rows, level.columns}, ScalarType::Bool));
+    torch::stable::zero_(masks.back());
   }
   if (call.pairs == 0 || order.empty()) return masks;
   const std::vector<float> best = call.best();
@@ -263,15 +258,10 @@ std::vector<Tensor> forward(Tensor boxes, Tensor image_index, std::vector<Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def(
-      "imitation_mask(Tensor boxes, Tensor image_index, Tensor[] anchors, SymInt[] strides, SymInt batch_size, "
-      "SymInt[] level_sizes, float psi) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("imitation_mask", TORCH_BOX(&forward));
-}
+FASTKD_OP("imitation_mask",
+          "(Tensor boxes, Tensor image_index, Tensor[] anchors, SymInt[] strides, SymInt batch_size, SymInt[] "
+          "level_sizes, float psi) -> Tensor[]",
+          forward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

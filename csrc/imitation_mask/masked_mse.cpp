@@ -4,10 +4,8 @@
 // backward  reads them again, writes the student's gradient once: 2 grad (student - teacher), 0 outside the mask
 // What is outside the mask is never computed with: infinities there do not matter. Sums are kept in double, in an order
 // that depends on shapes and mask alone.
-#include "common/pyramid.h"
+#include "common/call.h"
 #include "common/reduce.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
@@ -36,10 +34,10 @@ struct Arguments {
   double factor;   // backward: 2 grad
 };
 
-struct Table {  // of float, double, BFloat16, Half
+struct Table {  // of a dtype
   using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end);
-  Kernel forward[4], backward[4];
-  int64_t lanes[4];  // cells of a vector
+  Kernel forward, backward;
+  int64_t lanes;  // cells of a vector
 };
 
 }  // namespace masked_mse
@@ -188,33 +186,20 @@ struct Cells {
     }
     end_stream();
   }
+
+  static constexpr Table table() { return {forward, backward, kLane}; }
 };
 
 }  // namespace
 }  // namespace fastkd
 FASTKD_KERNELS_END
 
-namespace fastkd {
-template <>
-const masked_mse::Table& kernels<masked_mse::Table, FASTKD_CAPABILITY>() {
-  using F = Cells<float>;
-  using D = Cells<double>;
-  using B = Cells<BFloat16>;
-  using H = Cells<Half>;
-  static const masked_mse::Table table = {{F::forward, D::forward, B::forward, H::forward},
-                                          {F::backward, D::backward, B::backward, H::backward},
-                                          {F::kLane, D::kLane, B::kLane, H::kLane}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(masked_mse::Table, Cells, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPartElements = 1 << 16;
 
@@ -225,27 +210,22 @@ struct Call {
   std::vector<Part> parts;
   std::vector<std::vector<int64_t>> active;  // of a level and image: vectors or cells with something to do
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  int type = 0;
+  const Table& table;
   int64_t count = 0;
 
-  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& mask) {
-    STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == mask.size(),
-                    "masked_mse: student, teacher and masks must have as many levels, at least one");
-    type = type_index(students[0]);
-    for (size_t index = 0; index < students.size(); ++index) add_level(students[index], teachers[index], mask[index]);
+  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& mask)
+      : table(kernels_for<Table>("masked_mse", students)) {
+    STD_TORCH_CHECK(students.size() == teachers.size() && students.size() == mask.size(),
+                    "masked_mse: student, teacher and masks must have as many levels");
+    for (size_t index = 0; index < students.size(); ++index) add_level(students[index], teachers[index], mask[index], students[0]);
     arguments.levels = levels.data();
   }
 
-  void add_level(const Tensor& s, const Tensor& t, const Tensor& m) {
-    STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4 && m.dim() == 3, "masked_mse: levels must be [B, C, H, W]");
-    for (int64_t dim = 0; dim < 4; ++dim)
-      STD_TORCH_CHECK(s.size(dim) == t.size(dim), "masked_mse: student and teacher must have the same shape");
-    STD_TORCH_CHECK(m.size(0) == s.size(0) && m.size(1) == s.size(2) && m.size(2) == s.size(3) &&
-                        m.scalar_type() == ScalarType::Bool,
-                    "masked_mse: masks must be [B, H, W] bool");
-    STD_TORCH_CHECK(type_index(s) == type && type_index(t) == type, "masked_mse: levels must have one dtype");
-    STD_TORCH_CHECK(s.is_cpu() && t.is_cpu() && m.is_cpu(), "masked_mse: levels must be on the CPU");
+  void add_level(const Tensor& s, const Tensor& t, const Tensor& m, const Tensor& first) {
+    check_level("masked_mse", s, t, first);
+    STD_TORCH_CHECK(m.dim() == 3 && m.size(0) == s.size(0) && m.size(1) == s.size(2) && m.size(2) == s.size(3) &&
+                        m.scalar_type() == ScalarType::Bool && m.is_cpu(),
+                    "masked_mse: masks must be [B, H, W] bool on the CPU");
     const bool channels_last = is_channels_last(s);
     student.push_back(dense(s, channels_last));
     teacher.push_back(dense(t, channels_last));
@@ -261,7 +241,7 @@ struct Call {
     const unsigned char* mask = level.mask + image * level.cells;
     for (int64_t cell = 0; cell < level.cells; ++cell) count += mask[cell] != 0;
     if (level.channels * level.cells == 0) return;
-    const int64_t group = level.channels_last ? 1 : table.lanes[type];
+    const int64_t group = level.channels_last ? 1 : table.lanes;
     std::vector<int64_t> found;
     for (int64_t cell = 0; cell + group <= level.cells; cell += group)
       if (std::any_of(mask + cell, mask + cell + group, [](unsigned char one) { return one != 0; }))
@@ -293,47 +273,30 @@ struct Call {
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher,
                                    std::vector<Tensor> masks) {
   Call call(student, teacher, masks);
-  const int64_t none[] = {0};
-  Tensor error = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(none, size_t{0}), widened(student[0]));
-  Tensor count = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(none, size_t{0}), widened(student[0]));
   std::vector<double> errors(call.parts.size());
   call.arguments.errors = errors.data();
-  call.run(call.table.forward[call.type]);
+  call.run(call.table.forward);
   double total = 0;
   for (const double one : errors) total += one;
-  torch::stable::fill_(error, total);
-  torch::stable::fill_(count, static_cast<double>(call.count));
-  return {error, count};
+  const ScalarType type = widened(student[0]);
+  return {tensor_of({total}, student[0], {}, type), tensor_of({static_cast<double>(call.count)}, student[0], {}, type)};
 }
 
 std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vector<Tensor> teacher,
                              std::vector<Tensor> masks) {
   Call call(student, teacher, masks);
-  const ScalarType type = widened(student[0]);
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.is_cpu() && grad.scalar_type() == type,
-                  "masked_mse_backward: grad must be one number of the error's dtype");
-  call.arguments.factor =
-      2.0 * (type == ScalarType::Double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>());
-  std::vector<Tensor> gradients;
-  for (size_t index = 0; index < student.size(); ++index) {
-    gradients.push_back(torch::stable::empty_like(call.student[index]));
-    call.levels[index].gradient = gradients.back().mutable_data_ptr();
-  }
-  call.run(call.table.backward[call.type]);
+  call.arguments.factor = 2.0 * number_of("masked_mse_backward", grad, widened(student[0]));
+  const std::vector<Tensor> gradients = new_gradients(call.student, call.levels, &Level::gradient);
+  call.run(call.table.backward);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("masked_mse(Tensor[] student, Tensor[] teacher, Tensor[] masks) -> (Tensor, Tensor)");
-  library.def("masked_mse_backward(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor[] masks) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("masked_mse", TORCH_BOX(&forward));
-  library.impl("masked_mse_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("masked_mse", "(Tensor[] student, Tensor[] teacher, Tensor[] masks) -> (Tensor, Tensor)", forward)
+FASTKD_OP("masked_mse_backward",
+          "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor[] masks) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -195,6 +195,7 @@ struct Call {
       STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4 && m.dim() == 3, "masked_mse: levels must be [B, C, H, W]");
       for (int64_t dim = 0; dim < 4; ++dim)
         STD_TORCH_CHECK(s.size(dim) == t.size(dim), "masked_mse: student and teacher must have the same shape");
+      check_cells("masked_mse", s.size(2), s.size(3));
       STD_TORCH_CHECK(m.size(0) == s.size(0) && m.size(1) == s.size(2) && m.size(2) == s.size(3) &&
                           m.scalar_type() == torch::headeronly::ScalarType::Bool,
                       "masked_mse: masks must be [B, H, W] bool");

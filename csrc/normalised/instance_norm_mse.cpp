@@ -6,40 +6,18 @@
 //             d loss / d student = 2 grad / N * scale_s * (e - mean(e IN(s)) IN(s))
 //             d loss / d teacher = 2 grad / N * scale_t * (mean(e IN(t)) IN(t) - e)
 #include "normalised/instance_norm_mse_kernels.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/call.h"
 
 #include <memory>
 #include <tuple>
 
 #if FASTKD_COMPILES_KERNELS
-namespace fastkd {
-template <>
-const instance_norm_mse::Table& kernels<instance_norm_mse::Table, FASTKD_CAPABILITY>() {
-  using F = Kernels<float>;
-  using D = Kernels<double>;
-  using B = Kernels<BFloat16>;
-  using H = Kernels<Half>;
-  static const instance_norm_mse::Table table = {
-      {F::forward, D::forward, B::forward, H::forward},
-      {F::backward, D::backward, B::backward, H::backward},
-      {F::guess_rows, D::guess_rows, B::guess_rows, H::guess_rows},
-      {F::sum_parts, D::sum_parts, B::sum_parts, H::sum_parts},
-      {F::finish_rows, D::finish_rows, B::finish_rows, H::finish_rows},
-      {F::careful_rows, D::careful_rows, B::careful_rows, H::careful_rows},
-      {F::backward_parts, D::backward_parts, B::backward_parts, H::backward_parts},
-      {F::kBlock, D::kBlock, B::kBlock, H::kBlock}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(instance_norm_mse::Table, Kernels, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPartElements = 1 << 18;  // of a channels-last task: enough to hide what a task costs beside them
 
@@ -51,25 +29,19 @@ struct Call {
   std::vector<Task> rows;    // of contiguous levels
   std::vector<Task> images;  // of channels-last levels
   std::vector<Part> parts;
-  const Table& table = active_kernels<Table>();
-  int type = 0;
+  const Table& table;
   int64_t elements = 0, sums = 0;
 
-  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers) {
-    STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size(),
-                    "instance_norm_mse: student and teacher must have as many levels, at least one");
-    type = type_index(students[0]);
-    for (size_t index = 0; index < students.size(); ++index) add_level(students[index], teachers[index]);
+  Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers)
+      : table(kernels_for<Table>("instance_norm_mse", students)) {
+    STD_TORCH_CHECK(students.size() == teachers.size(),
+                    "instance_norm_mse: student and teacher must have as many levels");
+    for (size_t index = 0; index < students.size(); ++index) add_level(students[index], teachers[index], students[0]);
     arguments.levels = levels.data();
   }
 
-  void add_level(const Tensor& s, const Tensor& t) {
-    STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4, "instance_norm_mse: levels must be [B, C, H, W]");
-    for (int64_t dim = 0; dim < 4; ++dim)
-      STD_TORCH_CHECK(s.size(dim) == t.size(dim), "instance_norm_mse: student and teacher must have the same shape");
-    STD_TORCH_CHECK(type_index(s) == type && type_index(t) == type,
-                    "instance_norm_mse: levels must have one dtype");
-    STD_TORCH_CHECK(s.is_cpu() && t.is_cpu(), "instance_norm_mse: levels must be on the CPU");
+  void add_level(const Tensor& s, const Tensor& t, const Tensor& first) {
+    check_level("instance_norm_mse", s, t, first);
     const bool channels_last = is_channels_last(s);
     student.push_back(dense(s, channels_last));
     teacher.push_back(dense(t, channels_last));
@@ -119,17 +91,17 @@ struct Call {
       if (image.image == 0) level.sums = next;
       next += level.parts * kSums * level.channels;
     }
-    run(table.guess_rows[type], images);
-    run(table.sum_parts[type]);
-    run(table.finish_rows[type], images);
-    run(table.careful_rows[type], blocks_to_do_again());
+    run(table.guess_rows, images);
+    run(table.sum_parts);
+    run(table.finish_rows, images);
+    run(table.careful_rows, blocks_to_do_again());
   }
 
   std::vector<Task> blocks_to_do_again() const {
     std::vector<Task> blocks;
     for (const Task& image : images)
-      for (int64_t channel = 0; channel < image.channels; channel += table.block[type]) {
-        const int64_t count = std::min(table.block[type], image.channels - channel), row = image.row + channel;
+      for (int64_t channel = 0; channel < image.channels; channel += table.block) {
+        const int64_t count = std::min(table.block, image.channels - channel), row = image.row + channel;
         const double* errors = arguments.row_errors + row;
         if (std::any_of(errors, errors + count, [](double error) { return error == -1; }))
           blocks.push_back({image.level, image.image, channel, count, row});
@@ -141,20 +113,17 @@ struct Call {
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher, double eps) {
   Call call(student, teacher);
   const ScalarType type = widened(student[0]);
-  const int64_t shape[] = {kMoments, call.arguments.rows};
-  Tensor moments = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, 2), type);
-  Tensor loss = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, size_t{0}), type);
+  Tensor moments = new_tensor(student[0], {kMoments, call.arguments.rows}, type);
   std::vector<double> row_errors(call.arguments.rows);
   call.arguments.eps = eps;
   call.arguments.moments = moments.mutable_data_ptr();
   call.arguments.row_errors = row_errors.data();
-  call.run(call.table.forward[call.type], call.rows);
+  call.run(call.table.forward, call.rows);
   call.forward_channels_last();
 
   double total = 0;
   for (const double error : row_errors) total += error;
-  torch::stable::fill_(loss, call.mean_over_elements(total));
-  return {loss, moments};
+  return {tensor_of({call.mean_over_elements(total)}, student[0], {}, type), moments};
 }
 
 // Gradients of the student's levels where for_student, followed by those of the teacher's where for_teacher.
@@ -162,42 +131,27 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
                              bool for_student, bool for_teacher) {
   Call call(student, teacher);
   const ScalarType type = widened(student[0]);
-  STD_TORCH_CHECK(moments.is_contiguous() && moments.dim() == 2 && moments.size(0) == kMoments &&
-                      moments.size(1) == call.arguments.rows && moments.scalar_type() == type && moments.is_cpu(),
+  STD_TORCH_CHECK(is_dense(moments, {kMoments, call.arguments.rows}, type),
                   "instance_norm_mse_backward: moments must be those of the forward call");
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.is_cpu() && grad.scalar_type() == type,
-                  "instance_norm_mse_backward: grad must be one number of the loss's dtype");
-  const double value = type == ScalarType::Double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
-  call.arguments.factor = call.mean_over_elements(2.0 * value);
+  call.arguments.factor = call.mean_over_elements(2.0 * number_of("instance_norm_mse_backward", grad, type));
   call.arguments.moments = const_cast<void*>(moments.const_data_ptr());  // the backward kernel only reads them
 
-  std::vector<Tensor> gradients;
-  for (size_t index = 0; for_student && index < student.size(); ++index) {
-    gradients.push_back(torch::stable::empty_like(call.student[index]));
-    call.levels[index].grad_student = gradients.back().mutable_data_ptr();
-  }
-  for (size_t index = 0; for_teacher && index < teacher.size(); ++index) {
-    gradients.push_back(torch::stable::empty_like(call.teacher[index]));
-    call.levels[index].grad_teacher = gradients.back().mutable_data_ptr();
-  }
-  call.run(call.table.backward[call.type], call.rows);
-  call.run(call.table.backward_parts[call.type]);
+  std::vector<Tensor> gradients, of_teacher;
+  if (for_student) gradients = new_gradients(call.student, call.levels, &Level::grad_student);
+  if (for_teacher) of_teacher = new_gradients(call.teacher, call.levels, &Level::grad_teacher);
+  gradients.insert(gradients.end(), of_teacher.begin(), of_teacher.end());
+  call.run(call.table.backward, call.rows);
+  call.run(call.table.backward_parts);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("instance_norm_mse(Tensor[] student, Tensor[] teacher, float eps) -> (Tensor, Tensor)");
-  library.def(
-      "instance_norm_mse_backward(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor moments, bool for_student, "
-      "bool for_teacher) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("instance_norm_mse", TORCH_BOX(&forward));
-  library.impl("instance_norm_mse_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("instance_norm_mse", "(Tensor[] student, Tensor[] teacher, float eps) -> (Tensor, Tensor)", forward)
+FASTKD_OP("instance_norm_mse_backward",
+          "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor moments, bool for_student, bool for_teacher) -> "
+          "Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -1,4 +1,4 @@
-// What instance_norm_mse.cpp hands its kernels.
+// instance_norm_mse and its kernels share this; value_mimic, the family's other op, shares common/ alone.
 #pragma once
 
 #include "common/pyramid.h"
@@ -36,15 +36,15 @@ struct Arguments {
   double factor;  // 2 grad / N
 };
 
-struct Table {  // of float, double, BFloat16, Half
+struct Table {  // of a dtype
   using OnRows = void (*)(const Arguments&, const Task* begin, const Task* end);
   using OnParts = void (*)(const Arguments&, const Part* begin, const Part* end);
-  OnRows forward[4], backward[4];  // contiguous levels
-  OnRows guess_rows[4];            // channels-last levels, in this order
-  OnParts sum_parts[4];
-  OnRows finish_rows[4], careful_rows[4];
-  OnParts backward_parts[4];
-  int64_t block[4];  // channels of a task of careful_rows
+  OnRows forward, backward;  // contiguous levels
+  OnRows guess_rows;            // channels-last levels, in this order
+  OnParts sum_parts;
+  OnRows finish_rows, careful_rows;
+  OnParts backward_parts;
+  int64_t block;  // channels of a task of careful_rows
 };
 
 }  // namespace instance_norm_mse

@@ -98,18 +98,36 @@ FASTKD_KERNEL void chunk_moments_kernel(Levels<T> levels, Global<sum_t<T>> parti
   }
 }
 
-// One thread a row: chunk moments to the row's normals, slopes and error. Where the error is what little is left of
-// large terms, row_errors becomes -1, and the two kernels below sum it anew; they do nothing elsewhere.
+// The row of a merging block's lane, and the chunks of it that its warp takes: every kWarps-th.
+template <class T>
+struct MergedRow {
+  Level<T> level;
+  int64_t row, first_chunk_row;  // first_chunk_row: of chunk 0, the next chunk's is `channels` on
+  int warp;
+  bool inside;
+  FASTKD_DEVICE explicit MergedRow(const Levels<T>& levels) {
+    const int64_t own = static_cast<int64_t>(blockIdx.x) * kWarpSize + threadIdx.x % kWarpSize;
+    warp = threadIdx.x / kWarpSize;
+    inside = own < levels.own_rows;
+    level = levels.level[inside ? level_of_own_row(levels, own) : 0];
+    const int64_t inner = inside ? own - level.first_own : 0;
+    row = level.first_row + inner;
+    const int64_t image = inner / levels.channels, channel = inner % levels.channels;
+    first_chunk_row = level.first_chunk_row + image * level.chunks * levels.channels + channel;
+  }
+  FASTKD_DEVICE int64_t chunks() const { return inside ? level.chunks : 0; }
+};
+
+// A lane a row: chunk moments to the row's normals, slopes and error. Where the error is what little is left of large
+// terms, row_errors becomes -1, and the two kernels below sum it anew; they do nothing elsewhere.
 template <class T>
 FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
                                         Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
-  const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (own >= levels.own_rows) return;
-  const Level<T> level = levels.level[level_of_own_row(levels, own)];
-  const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
-  const int64_t row = level.first_row + own - level.first_own;
-  const int64_t first_chunk = level.first_chunk_row + image * level.chunks * levels.channels;
-  const Global<const sum_t<T>> first = partial + (first_chunk + channel);
+  FASTKD_SHARED(double, scratch, 3 * kThreads);
+  const MergedRow<T> mine(levels);
+  const Level<T>& level = mine.level;
+  const int64_t row = mine.row;
+  const Global<const sum_t<T>> first = partial + mine.first_chunk_row;
   const auto number = [&](int part, int64_t chunk) {
     return static_cast<double>(first[part * chunk_rows + chunk * levels.channels]);
   };
@@ -117,30 +135,33 @@ FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>>
     const int64_t left = level.cells - chunk * kChunk;
     return static_cast<double>(left < kChunk ? left : kChunk);
   };
-  double mean[2] = {}, square[2] = {}, product = 0;
+  double mean[2] = {}, squares[3] = {};  // squares: of the student, of the teacher, their product
 #pragma unroll 4
-  for (int64_t chunk = 0; chunk < level.chunks; ++chunk)
+  for (int64_t chunk = mine.warp; chunk < mine.chunks(); chunk += kWarps)
     for (int side = 0; side < 2; ++side)
       mean[side] += count_of(chunk) * (number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk));
+  sum_over_warps<double, 2>(mean, scratch, mine.warp, kWarps);
   for (int side = 0; side < 2; ++side) mean[side] /= level.cells;
 #pragma unroll 4
-  for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
+  for (int64_t chunk = mine.warp; chunk < mine.chunks(); chunk += kWarps) {
     double apart[2];
     for (int side = 0; side < 2; ++side) {
       apart[side] = number(3 * side + kMean, chunk) + number(3 * side + kRest, chunk) - mean[side];
-      square[side] += number(3 * side + kSquares, chunk) + count_of(chunk) * apart[side] * apart[side];
+      squares[side] += number(3 * side + kSquares, chunk) + count_of(chunk) * apart[side] * apart[side];
     }
-    product += number(kProducts, chunk) + count_of(chunk) * apart[0] * apart[1];
+    squares[2] += number(kProducts, chunk) + count_of(chunk) * apart[0] * apart[1];
   }
+  sum_over_warps<double, 3>(squares, scratch, mine.warp, kWarps);
+  if (mine.warp != 0 || !mine.inside) return;
   double scale[2], own_square[2];
   for (int side = 0; side < 2; ++side) {
-    const double variance = square[side] / level.cells;
+    const double variance = squares[side] / level.cells;
     scale[side] = 1.0 / sqrt((variance > 0 ? variance : 0.0) + eps);
     own_square[side] = variance * scale[side] * scale[side];
     const auto normal = make_normal<sum_t<T>>(mean[side], 0.0, variance, eps);
     write_normal(moments, levels.rows, row, side == 0 ? kStudent : kTeacher, normal);
   }
-  const double both = product / level.cells * scale[0] * scale[1];
+  const double both = squares[2] / level.cells * scale[0] * scale[1];
   const double error = own_square[0] + own_square[1] - 2 * both;
   const bool exact = own_square[0] + own_square[1] <= kMostCancelled * error;
   moments[kSlopeS * levels.rows + row] = static_cast<sum_t<T>>(own_square[0] - both);
@@ -189,29 +210,30 @@ FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
   }
 }
 
-// One thread a row: chunk errors to the row's slopes and error, where they are wanted.
+// A lane a row: chunk errors to the row's slopes and error, where they are wanted.
 template <class T>
 FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
                                        Global<sum_t<T>> moments, Global<double> row_errors) {
-  const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (own >= levels.own_rows) return;
-  const Level<T> level = levels.level[level_of_own_row(levels, own)];
-  const int64_t image = (own - level.first_own) / levels.channels, channel = (own - level.first_own) % levels.channels;
-  const int64_t row = level.first_row + own - level.first_own;
-  if (!(row_errors[row] < 0)) return;
+  FASTKD_SHARED(double, scratch, kErrors * kThreads);
+  const MergedRow<T> mine(levels);
+  const bool wanted = mine.inside && row_errors[mine.row] < 0;
+  if (__ballot_sync(kAllLanes, wanted) == 0u) return;  // the same for all warps: they have the same rows
   double total[kErrors] = {};
-  for (int64_t chunk = 0; chunk < level.chunks; ++chunk) {
-    const int64_t at = level.first_chunk_row + (image * level.chunks + chunk) * levels.channels + channel;
-    for (int error = 0; error < kErrors; ++error) total[error] += partial[error * chunk_rows + at];
-  }
-  moments[kSlopeS * levels.rows + row] = static_cast<sum_t<T>>(total[kWithS] / level.cells);
-  moments[kSlopeT * levels.rows + row] = static_cast<sum_t<T>>(total[kWithT] / level.cells);
-  row_errors[row] = total[kSquare];
+  for (int64_t chunk = mine.warp; wanted && chunk < mine.chunks(); chunk += kWarps)
+    for (int error = 0; error < kErrors; ++error)
+      total[error] += partial[error * chunk_rows + mine.first_chunk_row + chunk * levels.channels];
+  sum_over_warps<double, kErrors>(total, scratch, mine.warp, kWarps);  // behind its barriers row_errors may change
+  if (mine.warp != 0 || !wanted) return;
+  moments[kSlopeS * levels.rows + mine.row] = static_cast<sum_t<T>>(total[kWithS] / mine.level.cells);
+  moments[kSlopeT * levels.rows + mine.row] = static_cast<sum_t<T>>(total[kWithT] / mine.level.cells);
+  row_errors[mine.row] = total[kSquare];
 }
 
+// A thread keeps ten numbers of each of its channels: without a bound the compiler takes so many registers that a
+// multiprocessor has one block.
 template <class T, class index_t, int width>
-FASTKD_KERNEL void backward_chunks_kernel(Levels<T> levels, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad,
-                                          double elements) {
+FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kThreads, 2) void backward_chunks_kernel(
+    Levels<T> levels, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad, double elements) {
   using Sum = sum_t<T>;
   const Place<T, width> place(levels);
   if (!place.inside) return;

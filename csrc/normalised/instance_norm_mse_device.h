@@ -6,7 +6,8 @@
 namespace fastkd {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
+constexpr int kSumThreads = 1024;  // of the one block that sums the rows
 constexpr int kChunk = 128;  // cells of a channels-last block
 // as in instance_norm_mse.cpp
 enum Moment { kStudent = 0, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };
@@ -29,7 +30,8 @@ struct Levels {
   int64_t rows, own_rows, channels;  // of the pyramid, of the levels of this launch
 };
 
-// a = IN(s), b = IN(t) and e = a - b, subtracted so that equal sides give exactly 0.
+// a = IN(s), b = IN(t) and e = a - b, subtracted so that equal sides give exactly 0: a and b are rounded before, or the
+// compiler would subtract one rounded product from the other unrounded one.
 template <class Sum>
 struct Normal {
   Sum mean, scale, scale_low, offset;
@@ -66,7 +68,7 @@ FASTKD_DEVICE void write_normal(Global<Sum> moments, int64_t rows, int64_t row, 
 template <class Sum>
 FASTKD_DEVICE Pair<Sum> normalised(Sum s, Sum t, const Normal<Sum>& student, const Normal<Sum>& teacher) {
   const Sum centred_s = s - student.mean, centred_t = t - teacher.mean;
-  const Sum a = centred_s * student.scale, b = centred_t * teacher.scale;
+  const Sum a = rounded_product(centred_s, student.scale), b = rounded_product(centred_t, teacher.scale);
   const Sum a_low = centred_s * student.scale_low + student.offset;
   const Sum b_low = centred_t * teacher.scale_low + teacher.offset;
   return {a + a_low, b + b_low, (a - b) + (a_low - b_low)};

@@ -188,6 +188,8 @@ struct Kernels {
     }
     end_stream();
   }
+
+  static constexpr Table table() { return {forward, backward, guess_rows, sum_parts, finish_rows, careful_rows, backward_parts, kBlock}; }
 };
 
 }  // namespace

@@ -5,30 +5,18 @@
 // backward  reads them again, writes the student's gradient once:
 //             d loss / d student = 2 grad M / (d max(sum M, 1e-6)) * scale * ((v - t) - v mean((v - t) v))
 #include "normalised/value_mimic_kernels.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/call.h"
 
 #include <memory>
 #include <tuple>
 
 #if FASTKD_COMPILES_KERNELS
-namespace fastkd {
-template <>
-const value_mimic::Table& kernels<value_mimic::Table, FASTKD_CAPABILITY>() {
-  static const value_mimic::Table table = {
-      {Tiles<float>::forward, Tiles<double>::forward, Tiles<BFloat16>::forward, Tiles<Half>::forward},
-      {Tiles<float>::backward, Tiles<double>::backward, Tiles<BFloat16>::backward, Tiles<Half>::backward}};
-  return table;
-}
-}  // namespace fastkd
+FASTKD_KERNEL_TABLES(value_mimic::Table, Tiles, float, double, BFloat16, Half)
 #endif  // FASTKD_COMPILES_KERNELS
 
 #if FASTKD_GENERIC_PASS
 namespace fastkd {
 namespace {
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPartElements = 1 << 17;
 
@@ -38,16 +26,15 @@ struct Call {
   std::vector<Level> levels;
   std::vector<Part> parts;
   Arguments arguments{};
-  const Table& table = active_kernels<Table>();
-  int type = 0;
+  const Table& table;
   int64_t images = 0, channels = 0, slots = 0;
 
   Call(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masses,
-       double eps) {
-    STD_TORCH_CHECK(!students.empty() && students.size() == teachers.size() && students.size() == masses.size(),
-                    "value_mimic: student, teacher and mass must have as many levels, at least one");
+       double eps)
+      : table(kernels_for<Table>("value_mimic", students)) {
+    STD_TORCH_CHECK(students.size() == teachers.size() && students.size() == masses.size(),
+                    "value_mimic: student, teacher and mass must have as many levels");
     STD_TORCH_CHECK(students[0].dim() == 4 && masses[0].dim() == 4, "value_mimic: levels must be [B, C, H, W]");
-    type = type_index(students[0]);
     images = students[0].size(0), channels = students[0].size(1), arguments.heads = masses[0].size(1);
     STD_TORCH_CHECK(arguments.heads > 0 && channels % arguments.heads == 0,
                     "value_mimic: mass must have a number of heads that divides the channels");
@@ -62,7 +49,9 @@ struct Call {
       STD_TORCH_CHECK(one->dim() == 4 && one->is_cpu() && one->size(0) == images && one->size(2) == s.size(2) &&
                           one->size(3) == s.size(3) && one->size(1) == (one == &m ? arguments.heads : channels),
                       "value_mimic: levels must be [B, C, H, W] on the CPU, mass [B, G, H, W], of the same sizes");
-    STD_TORCH_CHECK(type_index(s) == type && type_index(t) == type, "value_mimic: values must have one dtype");
+    const ScalarType type = student.empty() ? s.scalar_type() : student[0].scalar_type();
+    STD_TORCH_CHECK(s.scalar_type() == type && t.scalar_type() == type,
+                    "value_mimic: values must have one dtype");
     STD_TORCH_CHECK(m.scalar_type() == widened(s), "value_mimic: mass must have the dtype of the loss");
     const bool channels_last = is_channels_last(s), mass_last = is_channels_last(m);
     student.push_back(dense(s, channels_last));
@@ -107,29 +96,17 @@ double least_mass(double mass) {
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> mass,
                                    double eps) {
   Call call(student, teacher, mass, eps);
-  const ScalarType type = widened(student[0]);
-  const int64_t shape[] = {call.images, call.arguments.heads};
-  Tensor loss = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, 2), type);
-  Tensor total = torch::stable::new_empty(student[0], IntHeaderOnlyArrayRef(shape, 2), type);
   std::vector<double> errors(call.slots), masses(call.slots);
   call.arguments.errors = errors.data();
   call.arguments.masses = masses.data();
-  call.run(call.table.forward[call.type]);
+  call.run(call.table.forward);
 
   errors = call.over_parts(errors);
   masses = call.over_parts(masses);
-  const auto write = [&](auto* loss_data, auto* total_data) {
-    for (size_t row = 0; row < errors.size(); ++row) {
-      loss_data[row] = errors[row] / least_mass(masses[row]);
-      total_data[row] = masses[row];
-    }
-  };
-  if (type == ScalarType::Double) {
-    write(loss.mutable_data_ptr<double>(), total.mutable_data_ptr<double>());
-  } else {
-    write(loss.mutable_data_ptr<float>(), total.mutable_data_ptr<float>());
-  }
-  return {loss, total};
+  for (size_t row = 0; row < errors.size(); ++row) errors[row] /= least_mass(masses[row]);
+  const std::vector<int64_t> shape = {call.images, call.arguments.heads};
+  const ScalarType type = widened(student[0]);
+  return {tensor_of(errors, student[0], shape, type), tensor_of(masses, student[0], shape, type)};
 }
 
 std::vector<double> numbers(const Tensor& tensor) {
@@ -150,29 +127,17 @@ std::vector<Tensor> backward(Tensor grad, std::vector<Tensor> student, std::vect
   const double depth = static_cast<double>(std::max<int64_t>(call.arguments.depth, 1));
   for (size_t row = 0; row < factors.size(); ++row) factors[row] *= 2 / (depth * least_mass(masses[row]));
   call.arguments.factors = factors.data();
-
-  std::vector<Tensor> gradients;
-  for (size_t index = 0; index < student.size(); ++index) {
-    gradients.push_back(torch::stable::empty_like(call.student[index]));
-    call.levels[index].gradient = gradients.back().mutable_data_ptr();
-  }
-  call.run(call.table.backward[call.type]);
+  const std::vector<Tensor> gradients = new_gradients(call.student, call.levels, &Level::gradient);
+  call.run(call.table.backward);
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, library) {
-  library.def("value_mimic(Tensor[] student, Tensor[] teacher, Tensor[] mass, float eps) -> (Tensor, Tensor)");
-  library.def(
-      "value_mimic_backward(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor[] mass, Tensor total, float eps) "
-      "-> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, library) {
-  library.impl("value_mimic", TORCH_BOX(&forward));
-  library.impl("value_mimic_backward", TORCH_BOX(&backward));
-}
+FASTKD_OP("value_mimic", "(Tensor[] student, Tensor[] teacher, Tensor[] mass, float eps) -> (Tensor, Tensor)", forward)
+FASTKD_OP("value_mimic_backward",
+          "(Tensor grad, Tensor[] student, Tensor[] teacher, Tensor[] mass, Tensor total, float eps) -> Tensor[]",
+          backward)
 
 }  // namespace fastkd
 #endif  // FASTKD_GENERIC_PASS

@@ -160,10 +160,12 @@ FASTKD_DEVICE void store_tile(const Place<T, index_t>& place, int depth, Shared<
                  [&](int i) { return sum_t<T>(tile[rows.at(row, i)]); });
 }
 
-// LayerNorm without affine of a cell's channels: x -> (x - mean) * scale.
+// LayerNorm without affine of a cell's channels: x -> (x - mean) * scale, rounded, so that equal sides differ by exactly
+// 0.
 template <class Sum>
 struct Normal {
   Sum mean, scale;
+  FASTKD_DEVICE Sum operator()(Sum x) const { return rounded_product(x - mean, scale); }
   FASTKD_DEVICE Normal(Shared<Sum> tile, int depth, int stride, int cell, double eps) {
     Sum sum = 0, square = 0, left = 0;
     for (int channel = 0; channel < depth; ++channel) sum += tile[channel * stride + cell];
@@ -197,8 +199,7 @@ FASTKD_KERNEL void forward_kernel(Levels<T> levels, Global<double> partial, int6
     const Normal<Sum> v(student, depth, stride, cell, levels.eps), t(teacher, depth, stride, cell, levels.eps);
     Sum square = 0;
     for (int channel = 0; channel < depth; ++channel) {
-      const Sum value = (student[channel * stride + cell] - v.mean) * v.scale;
-      const Sum e = value - (teacher[channel * stride + cell] - t.mean) * t.scale;
+      const Sum e = v(student[channel * stride + cell]) - t(teacher[channel * stride + cell]);
       square += e * e;
     }
     error = mass * square / depth;
@@ -251,13 +252,12 @@ FASTKD_KERNEL void backward_kernel(Levels<T> levels, Global<const sum_t<T>> grad
     const Sum factor = static_cast<Sum>(share) * mass * v.scale;
     Sum slope = 0;
     for (int channel = 0; channel < depth; ++channel) {
-      const Sum value = (student[channel * stride + cell] - v.mean) * v.scale;
-      slope += (value - (teacher[channel * stride + cell] - t.mean) * t.scale) * value;
+      const Sum value = v(student[channel * stride + cell]);
+      slope += (value - t(teacher[channel * stride + cell])) * value;
     }
     slope /= depth;
     for (int channel = 0; channel < depth; ++channel) {
-      const Sum value = (student[channel * stride + cell] - v.mean) * v.scale;
-      const Sum e = value - (teacher[channel * stride + cell] - t.mean) * t.scale;
+      const Sum value = v(student[channel * stride + cell]), e = value - t(teacher[channel * stride + cell]);
       student[channel * stride + cell] = factor * (e - value * slope);
     }
   }
@@ -286,9 +286,9 @@ struct Call {
         STD_TORCH_CHECK(one->dim() == 4 && one->size(0) == images && one->size(2) == s.size(2) &&
                             one->size(3) == s.size(3) && one->size(1) == (one == &m ? heads : heads * depth),
                         "value_mimic: levels must be [B, C, H, W], mass [B, G, H, W], of the same sizes");
-      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type() &&
-                          s.size(2) * s.size(3) <= 2147483647,
-                      "value_mimic: values must have one dtype, levels at most 2^31 - 1 cells");
+      check_cells("value_mimic", s.size(2), s.size(3));
+      STD_TORCH_CHECK(s.scalar_type() == students[0].scalar_type() && t.scalar_type() == s.scalar_type(),
+                      "value_mimic: values must have one dtype");
       STD_TORCH_CHECK(is_beside(s, students[0]) && is_beside(t, students[0]) && is_beside(m, students[0]),
                       "value_mimic: student, teacher and mass must be on one device");
       student.push_back(dense(s, is_channels_last(s)));

@@ -37,10 +37,10 @@ struct Arguments {
   const double* factors;    // backward: [B, G] 2 grad / (d max(sum M, 1e-6))
 };
 
-struct Table {  // of float, double, BFloat16, Half
+struct Table {  // of a dtype
   // buffer: 2 * depth * kTileBytes, of the thread
   using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end, void* buffer);
-  Kernel forward[4], backward[4];
+  Kernel forward, backward;
 };
 
 constexpr int64_t kTileBytes = 256;  // of a channel: 64 cells in float
@@ -286,6 +286,8 @@ struct Tiles {
     }
     end_stream();
   }
+
+  static constexpr Table table() { return {forward, backward}; }
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ PYBIND11_MODULE(_simt, module) {
         simt::traffic() = {};
         simt::failure() = {};
       },
-      pybind11::arg("seed") = 0, pybind11::arg("poison") = 0xff, pybind11::arg("shared_bytes") = 96 * 1024,
+      pybind11::arg("seed") = 0, pybind11::arg("poison") = 0xff, pybind11::arg("shared_bytes") = simt::Settings().shared_bytes,
       "Settings of the next launches; forgets the memory of earlier calls.");
   module.def(
       "traffic",

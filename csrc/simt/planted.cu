@@ -202,6 +202,24 @@ int64_t taken_for_doubles(Tensor tensor) { return output<double>(tensor).buffer(
 
 FASTKD_KERNEL void nothing() {}
 
+FASTKD_KERNEL void static_and_dynamic() {
+  FASTKD_SHARED(float, fixed, 16);
+  FASTKD_DYNAMIC_SHARED(float, dynamic);
+  dynamic[0] = fixed[0] = 1.0f;
+}
+FASTKD_KERNEL void too_much_static() {
+  FASTKD_SHARED(float, fixed, kStaticShared / sizeof(float) + 1);
+  FASTKD_DYNAMIC_SHARED(float, dynamic);
+  dynamic[0] = fixed[0] = 1.0f;
+}
+
+// A launch with 64 static and so many dynamic bytes of shared memory: as `launch` does it, or with permission for
+// `allowed` bytes. Or one of a kernel with more static arrays than may be.
+void launch_shared(Tensor on, int64_t dynamic_bytes, std::optional<int64_t> allowed, bool much_static) {
+  if (allowed) simt::launch(Grid(1), Grid(1), {dynamic_bytes, *allowed, kStaticShared}, &static_and_dynamic);
+  else launch(on, Grid(1), Grid(1), dynamic_bytes, much_static ? &too_much_static : &static_and_dynamic);
+}
+
 // A launch of so many blocks.
 int64_t launch_grid(Tensor on, int64_t x, int64_t y, int64_t z) {
   launch(on, Grid(x, y, z), Grid(1), 0, &nothing);
@@ -213,6 +231,7 @@ int64_t launch_grid(Tensor on, int64_t x, int64_t y, int64_t z) {
 FASTKD_DEVICE_LIBRARY(library) {
   library.impl("planted_taken_for_doubles", TORCH_BOX(&taken_for_doubles));
   library.impl("planted_launch_grid", TORCH_BOX(&launch_grid));
+  library.impl("planted_launch_shared", TORCH_BOX(&launch_shared));
 }
 
 std::map<std::string, std::string> planted_bugs(bool for_sanitizer) {
@@ -237,7 +256,7 @@ void run_planted(const std::string& name, bool bug) {
   simt::forget();
   const Global<const float> input(simt::buffer_of(x.data(), n * sizeof(float), false, true), 0);
   const Global<float> result(simt::buffer_of(y.data(), n * sizeof(float), true, false), 0);
-  simt::launch(Grid((n + kBlock - 1) / kBlock), Grid(kBlock), 0, [&] { found->kernel(bug, input, result, n); });
+  simt::launch(Grid((n + kBlock - 1) / kBlock), Grid(kBlock), {}, [&] { found->kernel(bug, input, result, n); });
   simt::forget();
 }
 

@@ -19,6 +19,7 @@ constexpr size_t kStackBytes = 512 * 1024;  // its frames are larger
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 constexpr int kWarp = 32;
+constexpr int kDynamic = -1;  // the site of dynamic shared memory
 constexpr int kVotes = -2;  // instead of a source lane: the lowest bits of all lanes
 enum class State { ready, barrier, warp, done };
 
@@ -41,7 +42,8 @@ struct Block {
   Fiber* running = nullptr;
   const std::function<void()>* body = nullptr;
   int32_t number = 0;
-  int64_t epoch = 0, dynamic_bytes = 0;
+  int64_t epoch = 0, static_bytes = 0;
+  SharedMemory memory;
   std::unordered_map<int, std::unique_ptr<Buffer>> shared;
   std::unique_ptr<Finding> finding;
   const void* scheduler_stack = nullptr;
@@ -197,6 +199,19 @@ std::vector<std::unique_ptr<Buffer>>& buffers() {
   return all;
 }
 
+// Static and dynamic bytes together against what the card has, and against 48 KB where no more was allowed.
+void check_shared(const SharedMemory& memory, int64_t static_bytes) {
+  constexpr int64_t kWithoutPermission = 48 * 1024;
+  const auto check = [&](int64_t bytes, int64_t limit, const char* what) {
+    if (bytes > limit) fail("launch", std::to_string(bytes) + what + std::to_string(limit));
+  };
+  check(memory.dynamic_bytes + static_bytes, settings().shared_bytes, " bytes of shared memory, the card has ");
+  check(memory.allowed + static_bytes, settings().shared_bytes, " bytes of shared memory allowed, the card has ");
+  if (memory.allowed > 0) check(memory.dynamic_bytes, memory.allowed, " dynamic bytes, allowed are ");
+  else check(memory.dynamic_bytes + static_bytes, kWithoutPermission, " bytes of shared memory, without permission ");
+  if (memory.dynamic_bytes > 0) check(static_bytes, memory.most_static, " static bytes beside dynamic ones, not ");
+}
+
 std::unique_ptr<Buffer> new_shared(int64_t bytes) {
   auto buffer = std::make_unique<Buffer>();
   buffer->own.assign(bytes + 16, std::byte{settings().poison});
@@ -286,11 +301,14 @@ uint32_t ballot(uint32_t mask, bool predicate, int site) {
 
 Buffer* shared_buffer(int site, int64_t bytes) {
   auto& buffer = block->shared[site];
-  if (!buffer) buffer = new_shared(bytes);
+  if (!buffer) {
+    buffer = new_shared(bytes);
+    if (site != kDynamic) check_shared(block->memory, block->static_bytes += (bytes + 15) / 16 * 16);
+  }
   return buffer.get();
 }
 
-Buffer* dynamic_shared_buffer() { return shared_buffer(-1, block->dynamic_bytes); }
+Buffer* dynamic_shared_buffer() { return shared_buffer(kDynamic, block->memory.dynamic_bytes); }
 
 Buffer* buffer_of(void* data, int64_t bytes, bool writable, bool initialised) {
   for (const auto& buffer : buffers())
@@ -325,9 +343,7 @@ void prepare(Fiber& fiber, char* stack) {
 
 }  // namespace
 
-void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<void()>& body) {
-  if (shared_bytes > settings().shared_bytes)
-    throw std::runtime_error("launch: more shared memory than a block may have");
+void launch(Dim3 grid, Dim3 threads, SharedMemory shared, const std::function<void()>& body) {
   if (threads.count() < 1 || threads.count() > 1024 || grid.count() < 1 || grid.x > 2147483647 || grid.y > 65535 ||
       grid.z > 65535)
     throw std::runtime_error("launch: grid and block must be in CUDA's limits");
@@ -344,7 +360,7 @@ void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<v
     Block one;
     one.body = &body;
     one.number = static_cast<int32_t>(number);
-    one.dynamic_bytes = shared_bytes;
+    one.memory = shared;
     one.fibers = std::vector<Fiber>(threads.count());
     for (int64_t index = 0; index < threads.count(); ++index) {
       Fiber& fiber = one.fibers[index];
@@ -359,6 +375,7 @@ void launch(Dim3 grid, Dim3 threads, int64_t shared_bytes, const std::function<v
       prepare(fiber, stacks[index].get());
     }
     try {
+      check_shared(shared, 0);
       run_block(one, random);
     } catch (const Finding& finding) {
       block = nullptr;

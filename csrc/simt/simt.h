@@ -8,6 +8,7 @@
 //   race            two threads, one of them writing, without barrier between, not both atomic
 //   barrier         __syncthreads that some thread of the block never reaches, or reaches elsewhere
 //   lane            a warp operation whose mask names a lane that is not there, or leaves out the caller
+//   launch          more shared memory than the card has, or more than 48 KB without permission; too large a grid or block
 //   overflow        index arithmetic beyond the index type (kernels take it as a template parameter)
 // Not seen: memory ordering weaker than that, asynchronous copies, the compiler's own mistakes.
 #pragma once
@@ -38,11 +39,17 @@ struct Finding {
 };
 [[noreturn]] void fail(const char* kind, const std::string& message);
 
+// What a launch asks for: dynamic bytes, how many the kernel was allowed before (cudaFuncSetAttribute; 0: the default),
+// and the most that its static arrays may have where there are dynamic bytes.
+struct SharedMemory {
+  int64_t dynamic_bytes = 0, allowed = 0, most_static = 0;
+};
+
 // How the next launches run.
 struct Settings {
   uint64_t seed = 0;            // orders of blocks and fibers
   unsigned char poison = 0xff;  // bytes of uninitialised memory: 0xff is NaN and -1, 0x7f is 3e38 and the largest int
-  int64_t shared_bytes = 96 * 1024;  // a block's limit of dynamic shared memory, and what kernels are told it is
+  int64_t shared_bytes = 99 * 1024;  // a block's limit, static and dynamic together: of the smallest card, sm_86
 };
 Settings& settings();
 
@@ -217,6 +224,13 @@ Buffer* buffer_of(void* data, int64_t bytes, bool writable, bool initialised);
 void forget();
 
 // Runs body for every thread; throws std::runtime_error("kind: message") with the first finding.
-void launch(Dim3 grid, Dim3 block, int64_t shared_bytes, const std::function<void()>& body);
+void launch(Dim3 grid, Dim3 block, SharedMemory shared, const std::function<void()>& body);
+
+// a * b rounded: nothing that the compiler can merge with a later sum.
+template <class T>
+T rounded_product(T a, T b) {
+  const volatile T product = a * b;
+  return product;
+}
 
 }  // namespace simt

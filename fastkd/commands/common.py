@@ -8,14 +8,6 @@ from pathlib import Path
 STUDENT_FILE = "student.safetensors"
 
 
-class Interrupted(Exception):
-    """A command stopped early with everything saved. Args: exit_code: 130 after Ctrl-C, 143 after SIGTERM."""
-
-    def __init__(self, exit_code: int):
-        super().__init__(f"interrupted ({exit_code})")
-        self.exit_code = exit_code
-
-
 def say(message: str) -> None:
     """A line for the person at the terminal, on stderr, so that stdout carries results only."""
     from rich.console import Console
@@ -87,17 +79,6 @@ def require_folder(path: Path, name: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{name} must be an existing folder, got {path}")
     return path
-
-
-def write_json(path: Path, content) -> None:
-    """Write a JSON file whole or not at all, with its folder."""
-    import json
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.commands.common import Interrupted, device_argument, say, write_json
+from fastkd.commands.common import device_argument, say
 from fastkd.commands.data import CROWD_TRAIN, CROWD_VAL, TRAIN_IMAGES, VAL_IMAGES, write_crowd, write_scenes
+from fastkd.files import write_json
+from fastkd.signals import Interrupted
 
 METHODS = ("baseline", "lgd", "icd", "fgfi")
 CROWD_METHODS = ("baseline", "lgd")
@@ -83,14 +86,16 @@ def run_all(recipes: dict[str, Any], metrics: dict[str, dict], out: Path, where)
                 f"demo: {out / name} holds a run with other settings; choose another --out ({error})"
             ) from error
         if result.exit_code:
-            raise Interrupted(result.exit_code)
+            raise Interrupted.with_exit_code(result.exit_code)
         metrics[name] = result.metrics
-    show_table(metrics, {name: read_ledger(out / name) for name in recipes})
+    inheriting = [name for name, recipe in recipes.items() if recipe.inherit and recipe.method is not None]
+    show_table(metrics, {name: read_ledger(out / name) for name in recipes}, inheriting)
 
     from fastkd.report import write_report
+    from fastkd.training.methods import kinds
 
     runs = [out / name for name in metrics]
-    page = write_report(runs, out / "report.html", images=REPORT_IMAGES, title="fastkd demo")
+    page = write_report(runs, out / "report.html", images=REPORT_IMAGES, title="fastkd demo", methods=kinds())
     say(f"\nreport: {page.resolve()}\nopen it in a browser: curves, costs, what the networks see, their mistakes")
 
 
@@ -186,8 +191,12 @@ def read_ledger(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None]) -> None:
-    """AP, gain over the baseline, time and extra cost of every run; then what the gains mean."""
+def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None], inheriting: Sequence[str] = ()) -> None:
+    """AP, gain over the baseline, time and extra cost of every run; then what the gains mean.
+
+    Args:
+        inheriting: names of the runs of methods that start from the teacher's neck and head.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -212,19 +221,23 @@ def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None]) -> Non
             *_extra(ledger),
         )
     Console().print(table)
-    for line in _reading(metrics):
+    for line in _reading(metrics, inheriting):
         print(line)
 
 
-def _reading(metrics: dict[str, dict]) -> list[str]:
-    """How to read the gains: ICD inherits, so that most of its gain is not distillation; one seed is one draw."""
+def _reading(metrics: dict[str, dict], inheriting: Sequence[str]) -> list[str]:
+    """How to read the gains: much of an inheriting method's gain is not distillation; one seed is one draw."""
     lines = ["gain: AP over the baseline. One seed is one draw: the baseline's own AP moves by several points."]
-    icd, control = (metrics.get(name, {}).get("bbox", {}).get("AP") for name in ("icd", CONTROL))
-    if None not in (icd, control):
-        gain = f"{icd - control:+.1f}"
-        lines.append(f"icd starts from the teacher's neck and head, as {CONTROL} does; over that it gains {gain}.")
-    elif icd is not None:
-        lines.append("icd starts from the teacher's neck and head; --control also trains what that alone gives.")
+    control = metrics.get(CONTROL, {}).get("bbox", {}).get("AP")
+    for name in inheriting:
+        score = metrics.get(name, {}).get("bbox", {}).get("AP")
+        if None not in (score, control):
+            rest = f", as {CONTROL} does; over that it gains {score - control:+.1f}."
+        elif score is not None:
+            rest = "; --control also trains what that alone gives."
+        else:
+            continue
+        lines.append(f"{name} starts from the teacher's neck and head{rest}")
     return lines
 
 

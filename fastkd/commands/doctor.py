@@ -1,15 +1,17 @@
 """`fastkd doctor`: what is wrong with a run, before it begins."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from fastkd.commands.common import device_argument, say
 from fastkd.commands.train import find_recipe, split_recipe
 
-USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [any field of the recipe]
+USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
 
 Look for what makes a distilled run gain nothing, before it costs a day: class tables, the teacher's AP, inherited
 tensors, the distillation loss and its share of the gradient level by level, memory, the loader, the time it will take.
+With --run-dir also whether the loss of an earlier run of the recipe jumped.
 Takes the options of `fastkd train`; exits with 2 if there is a problem.
 """
 MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROBLEM", "bold red")}
@@ -34,15 +36,18 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse(name: str, args: Sequence[str]) -> tuple:
-    """The recipe `name` with the overrides in `args`, the number of batches and the device."""
+    """The recipe `name` with the overrides in `args`, number of batches, device and an earlier run's directory."""
     import tyro
 
-    from fastkd.training.config import Recipe
+    from fastkd.training.recipes.options import typed, untyped
+
+    default = typed(find_recipe(name))
 
     def doctor(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = find_recipe(name),  # noqa: B008
+        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
         batches: int = 4,
         device: str = "auto",
+        run_dir: Path | None = None,
     ) -> tuple:
         """Examine a recipe. The defaults shown are the recipe's own.
 
@@ -50,13 +55,14 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             recipe: The recipe.
             batches: Batches the teacher is measured on and the losses are taken from.
             device: auto, cpu, cuda or cuda:N.
+            run_dir: Directory of an earlier run of the recipe: says whether its loss jumped.
         """
-        return recipe, batches, device
+        return untyped(recipe), batches, device, run_dir
 
     return tyro.cli(doctor, args=list(args), prog=f"fastkd doctor {name}")
 
 
-def run(recipe, batches: int, device: str) -> None:
+def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
     """Examine and print, one line a finding."""
     from rich.console import Console
     from rich.text import Text
@@ -64,7 +70,7 @@ def run(recipe, batches: int, device: str) -> None:
     from fastkd.training.doctor.checks import examine
 
     console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
-    for finding in examine(recipe, batches=batches, device=device_argument(device)):
+    for finding in examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir):
         mark, style = MARKS[finding.status]
         counts[finding.status] += 1
         console.print(Text(f"{mark:8}", style=style) + Text(f"{finding.check:11}{finding.message}", style=""))

@@ -13,8 +13,8 @@ from fastkd.commands.common import (
     image_size,
     require_file,
     require_folder,
-    write_json,
 )
+from fastkd.files import write_json
 
 
 def evaluate(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import find_checkpoint, image_size, say, write_json
+from fastkd.commands.common import find_checkpoint, image_size, say
+from fastkd.files import write_json
 
 
 def export(

@@ -14,8 +14,8 @@ from fastkd.commands.common import (
     image_size,
     progress_bar,
     say,
-    write_json,
 )
+from fastkd.files import write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 

@@ -35,5 +35,7 @@ def report(
         raise ValueError("RUNS must name at least one run directory, got none")
 
     from fastkd.report import write_report
+    from fastkd.training.methods import kinds
 
-    say(f"report written to {write_report(list(runs), out, images=images, picture_dir=pictures, device=device)}")
+    options = {"images": images, "picture_dir": pictures, "device": device, "methods": kinds()}
+    say(f"report written to {write_report(list(runs), out, **options)}")

@@ -4,14 +4,14 @@
 the rest with that recipe as the default.
 """
 
-import difflib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from fastkd.commands.common import Interrupted, device_argument, say
+from fastkd.commands.common import device_argument, say
+from fastkd.signals import Interrupted
 
 log = logging.getLogger("fastkd.commands")
 TABLE_WIDTH = 130  # names are not cut where the output is no terminal
@@ -38,7 +38,7 @@ def find_recipe(name: str):
     Raises: ValueError naming the recipes that come closest.
     """
     from fastkd.training.config import Recipe
-    from fastkd.training.recipes.named import all_recipes
+    from fastkd.training.recipes.named import get_recipe
 
     if name.endswith(".json"):
         path = Path(name)
@@ -48,13 +48,7 @@ def find_recipe(name: str):
             return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"RECIPE must be a recipe.json of this version, got {name}: {error}") from error
-    recipes = all_recipes()
-    if name in recipes:
-        return recipes[name]
-    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.3) or list(recipes)[:3]
-    raise ValueError(
-        f"RECIPE must be a known recipe, got {name!r}; nearest: {', '.join(near)}; `fastkd recipes` lists all"
-    )
+    return get_recipe(name)
 
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -88,13 +82,13 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     """The recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
     import tyro
 
-    from fastkd.training.config import Recipe
+    from fastkd.training.recipes.options import typed, untyped
     from fastkd.training.recipes.scaling import scale_to_batch
 
-    default = find_recipe(name)
+    default = typed(find_recipe(name))
 
     def train(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
@@ -110,6 +104,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             scale_batch: Images of a step instead of --schedule.batch-size, with learning rates and steps scaled along:
                 rate * new / old, steps * old / new. --schedule.batch-size alone changes neither.
         """
+        recipe = untyped(recipe)
         if scale_batch is not None:
             recipe = scale_to_batch(recipe, scale_batch)
         else:
@@ -138,7 +133,7 @@ def run(recipe, *, run_dir: Path, resume: bool, device: str) -> None:
 
     result = train(recipe, run_dir, resume=resume, device=device_argument(device))
     if result.exit_code:
-        raise Interrupted(result.exit_code)
+        raise Interrupted.with_exit_code(result.exit_code)
 
 
 def train(recipe: str) -> None:
@@ -163,7 +158,7 @@ def recipes() -> None:
         table.add_column(column, no_wrap=True, justify="right" if column == "steps" else "left")
     for name, recipe in all_recipes().items():
         width = "" if recipe.detector.width == 1 else f" x {recipe.detector.width:g}"
-        method = type(recipe.method).__name__.removesuffix("Config") if recipe.method else "-"
+        method = recipe.method.label if recipe.method else "-"
         method += " + inherit" if recipe.inherit and recipe.method else ""
         method = "inherit" if recipe.inherit and not recipe.method else method
         table.add_row(

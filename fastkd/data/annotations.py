@@ -13,6 +13,7 @@ import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -258,7 +259,7 @@ class _BoxReader:
         index = self.images[image_id]
         width, height = self.sizes[index]
         _, box, moved = check_box(item.get("bbox"), width, height)
-        mask = self._check_mask(item, crowd, width, height) if self.masks is not None else None
+        mask = _check_mask(self.masks, item, crowd, width, height) if self.masks is not None else None
         self.seen.add(item["id"])
         self.clipped += moved
         self.boxes.extend(box)
@@ -269,14 +270,15 @@ class _BoxReader:
         if self.masks is not None:
             self.masks.add(mask)
 
-    def _check_mask(self, item: dict, crowd, width: int, height: int):
-        segmentation = item.get("segmentation")
-        if crowd and not segmentation:
-            return None  # a region to ignore needs no mask
-        try:
-            return self.masks.check(segmentation, height, width)
-        except ValueError as error:
-            raise BadEntry("bad segmentation", f"segmentation: {error}") from None
+
+def _check_mask(masks: SegmentationWriter, item: dict, crowd: bool, width: int, height: int) -> Any:
+    segmentation = item.get("segmentation")
+    if crowd and not segmentation:
+        return None  # a region to ignore needs no mask
+    try:
+        return masks.check(segmentation, height, width)
+    except ValueError as error:
+        raise BadEntry("bad segmentation", f"segmentation: {error}") from None
 
 
 def read_annotations(

@@ -153,11 +153,11 @@ class DetectionDataset:
         if store is None:
             raise ValueError("CocoDataset.masks: with_masks must be True, got False; open the data set with_masks=True")
         width, height = (int(v) for v in self._arrays.sizes[index])
-        size = (height, width) if size is None else tuple(size)
+        rows_out, columns_out = size or (height, width)
         start, end = self._arrays.starts[index], self._arrays.starts[index + 1]
         rows = start + np.flatnonzero(~self._arrays.crowd[start:end])
-        masks = [store.decode(row, height, width, size) for row in rows]
-        return np.stack(masks) if masks else np.zeros((0, *size), bool)
+        masks = [store.decode(row, height, width, (rows_out, columns_out)) for row in rows]
+        return np.stack(masks) if masks else np.zeros((0, rows_out, columns_out), bool)
 
     def read_image(self, index: int) -> np.ndarray:
         """Pixels of an image: [H, W, 3] uint8 RGB. Raises: BadImageError naming the file."""

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from fastkd.data.crowd_render import CrowdStyle, render_crowd
-from fastkd.data.generated import GeneratedFolder, check_counts, draw_all, write_whole
+from fastkd.data.generated import GeneratedFolder, check_counts, draw_all
+from fastkd.files import write_text
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
 CROWD_SPLITS = ("train", "val")
@@ -90,5 +91,5 @@ def generate_crowd(
         }
         for split, lines in draw_all(_draw_image, jobs, processes, progress):
             text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-            write_whole(root / f"annotation_{split}.odgt", text)
+            write_text(root / f"annotation_{split}.odgt", text)
     return root

@@ -141,10 +141,8 @@ def person(rng: np.random.Generator, centre: float, feet: float, height: float) 
     colours, alpha = _draw_parts(parts, 0.6 * h, h)
     x, y = round(centre - middle), round(feet - h)
     rows, columns = np.flatnonzero((alpha > 0.5).any(1)), np.flatnonzero((alpha > 0.5).any(0))
-    full = (x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1)
-    return Figure(
-        colours, alpha, x, y, tuple(map(float, full)), (x + head[0], float(full[1]), x + head[2], y + head[3])
-    )
+    full = (float(x + columns[0]), float(y + rows[0]), float(x + columns[-1] + 1), float(y + rows[-1] + 1))
+    return Figure(colours, alpha, x, y, full, (x + head[0], full[1], x + head[2], y + head[3]))
 
 
 def _thing(rng: np.random.Generator, centre: float, foot: float, height: float) -> Figure:
@@ -174,10 +172,11 @@ def _throng(rng: np.random.Generator, width: int, horizon: float) -> tuple[list[
     places = left + span * rng.random(count)
     found = [person(rng, x, y, rng.uniform(*THRONG)) for x, y in zip(places, np.sort(feet))]
     boxes = np.array([figure.full for figure in found])
-    box = (boxes[:, 0].min(), boxes[:, 1].min(), boxes[:, 2].max(), boxes[:, 3].max())
+    left, top = boxes[:, :2].min(0).tolist()
+    right, bottom = boxes[:, 2:].max(0).tolist()
     for figure in found:
         figure.full = figure.head = None  # nobody tells them apart
-    return found, tuple(map(float, box))
+    return found, (left, top, right, bottom)
 
 
 def _plan(rng: np.random.Generator, style: CrowdStyle, width: int, height: int) -> tuple[list[Figure], list[Box]]:
@@ -263,7 +262,7 @@ def render_crowd(rng: np.random.Generator, style: CrowdStyle) -> tuple[np.ndarra
             area += alpha * (figure.colours[part[2], part[3]] - area)
     people = []
     for k, figure in enumerate(figures):
-        if figure.full is not None:
+        if figure.full is not None and figure.head is not None:
             mask = owner == k
             people.append(Person(figure.full, _visible_box(mask), figure.head, _seen(figure, mask) < 0.9))
     return finish_picture(rng, canvas, style), people, regions

@@ -5,19 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+from fastkd.files import write_text
 
 
 def check_counts(who: str, **values: tuple[Any, int]) -> None:
@@ -62,7 +56,7 @@ class GeneratedFolder:
         self._stamp(self.parameters)
 
     def _stamp(self, content: dict[str, Any]) -> None:
-        write_whole(self.root / self.stamp, json.dumps(content, separators=(",", ":")))
+        write_text(self.root / self.stamp, json.dumps(content, separators=(",", ":")))
 
     def _clear(self) -> None:
         entries = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()

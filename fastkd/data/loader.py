@@ -124,7 +124,8 @@ class TrainBatches(Dataset):
             states.append(rng.bit_generator.state)
             plans.append(self.augmentation.draw(rng, *self.dataset.sizes[index].tolist()))
         padded = _padded_size([(plan.height, plan.width) for plan in plans], self.divisor)
-        items, bad = [], []
+        items = []
+        bad: list[tuple[int, str]] = []
         for position in self.own:
             index, image = self._good_image(indices[position], bad)
             plan = plans[position]

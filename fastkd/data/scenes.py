@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastkd.data.generated import GeneratedFolder, check_counts, draw_all, write_whole
+from fastkd.data.generated import GeneratedFolder, check_counts, draw_all
 from fastkd.data.scenes_render import SCENE_KINDS, SceneStyle, render_scene
+from fastkd.files import write_text
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
 SCENE_CLASSES = tuple(SCENE_KINDS)
@@ -49,7 +50,8 @@ def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, 
 
 def _write_split(root: Path, split: str, count: int, parameters: dict, results: list) -> None:
     """Collect the drawn images in order and write the split's annotation file."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index, (width, height, found) in enumerate(results):
         image_id = index + 1
         images.append({"id": image_id, "file_name": f"{index:06d}.jpg", "width": width, "height": height})
@@ -58,7 +60,7 @@ def _write_split(root: Path, split: str, count: int, parameters: dict, results: 
     categories = [{"id": kind[0], "name": name, "supercategory": kind[1]} for name, kind in SCENE_KINDS.items()]
     info = {"description": f"fastkd scenes, {split}: {count} generated images", **parameters}
     content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    write_whole(root / "annotations" / f"{split}.json", json.dumps(content, separators=(",", ":")))
+    write_text(root / "annotations" / f"{split}.json", json.dumps(content, separators=(",", ":")))
 
 
 def generate_scenes(

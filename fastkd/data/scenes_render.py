@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -15,6 +16,22 @@ from PIL import Image, ImageDraw, ImageFilter
 SUPERSAMPLING = 4  # outlines are drawn that many times larger and averaged down
 TEXTURES = ("plain", "stripes", "checker", "dots", "gradient")
 SMALLEST_PERIOD = 3.2  # pixels of one texture period; finer ones would not survive sampling
+
+
+class PictureStyle(Protocol):
+    """What background and finish of a picture are drawn from; see SceneStyle and CrowdStyle."""
+
+    @property
+    def noise(self) -> float: ...
+
+    @property
+    def clutter(self) -> float: ...
+
+    @property
+    def contrast(self) -> float: ...
+
+    @property
+    def blur(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,7 @@ def _plan(rng: np.random.Generator, style: SceneStyle, width: int, height: int) 
         count = 1 + int(min(rng.geometric(0.22) - 1, style.max_objects - 1))
     kinds = list(SCENE_KINDS.values())
     placed: list[tuple[float, float, float]] = []
-    items: list[_Item] = []
+    items: list[_Item | None] = []  # None: nothing of the shape is in the picture
     for _ in range(count):
         label = int(rng.integers(len(kinds)))
         side = _object_side(rng, style, width, height)
@@ -296,7 +313,7 @@ def _colours(rng: np.random.Generator, style: SceneStyle, ground: np.ndarray) ->
     return pair[0], pair[1]
 
 
-def paint_background(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> np.ndarray:
+def paint_background(rng: np.random.Generator, style: PictureStyle, width: int, height: int) -> np.ndarray:
     """Smooth colour clouds, a finer mottle and a few thin lines: [height, width, 3] float32."""
     base = rng.uniform(50, 205, 3)
     cells = rng.normal(0, 22, (int(rng.integers(2, 6)), int(rng.integers(2, 6)), 3)) * style.contrast + base
@@ -306,8 +323,8 @@ def paint_background(rng: np.random.Generator, style: SceneStyle, width: int, he
         colour = tuple(int(v) for v in np.clip(base + rng.normal(0, 40, 3) * style.contrast, 0, 255))
         ends = (rng.random(4) * [width, height, width, height]).tolist()
         draw.line(ends, fill=colour, width=int(rng.integers(1, 4)))
-    mottle = rng.normal(128, 30, (height // 4, width // 4))
-    mottle = Image.fromarray(np.clip(mottle, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.normal(128, 30, (height // 4, width // 4))
+    mottle = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     strength = rng.uniform(0, 0.5) * style.contrast
     return np.asarray(clouds, np.float32) + (np.asarray(mottle, np.float32)[..., None] - 128) * np.float32(strength)
 
@@ -321,7 +338,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, item: _Item, style: Sce
     area += item.alpha[..., None] * (colour - area)
 
 
-def finish_picture(rng: np.random.Generator, canvas: np.ndarray, style: SceneStyle) -> np.ndarray:
+def finish_picture(rng: np.random.Generator, canvas: np.ndarray, style: PictureStyle) -> np.ndarray:
     """Lighting, blur and noise: uint8 [height, width, 3]."""
     height, width = canvas.shape[:2]
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.45)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
+from fastkd.boxes import box_iou
 from fastkd.detectors.common.locations import (
     LocationDetector,
     LocationHead,
@@ -53,17 +56,17 @@ class ATSS(LocationDetector):
     def assign(self, truth: PaddedBoxes, pyramid: list[Tensor]) -> Tensor:
         """The row of `truth` each location answers for, or BELOW: [B, A] int64."""
         levels = self.anchors(pyramid)
-        anchors, grids = torch.cat(levels), [tuple(level.shape[-2:]) for level in pyramid]
+        anchors, grids = torch.cat(levels), [level.shape[-2:] for level in pyramid]
         places = self._candidates(truth, levels, grids)  # [B, K, M]
         own = anchors[places]  # [B, K, M, 4]
         middle, half = (own[..., :2] + own[..., 2:]) / 2, (own[..., 2:] - own[..., :2]) * (self.reach / 2)
-        iou = box_iou_of_pairs(truth.boxes[:, :, None], torch.cat([middle - half, middle + half], -1))
+        iou = box_iou(truth.boxes[:, :, None], torch.cat([middle - half, middle + half], -1))
         threshold = iou.mean(-1, keepdim=True) + iou.std(-1, keepdim=True)
         first, last = truth.boxes[:, :, None].split(2, -1)
         fits = (iou >= threshold) & ((middle > first) & (middle < last)).all(-1) & truth.valid[..., None]
         return _highest(fits, iou, places, len(anchors))
 
-    def _candidates(self, truth: PaddedBoxes, levels: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
+    def _candidates(self, truth: PaddedBoxes, levels: list[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
         centers, found, first = (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2, [], 0
         for anchors, grid, stride in zip(levels, grids, self.strides, strict=True):
             window = near_cells(centers, grid, stride, CANDIDATES)
@@ -73,14 +76,6 @@ class ATSS(LocationDetector):
             found.append(window.gather(-1, nearest) + first)
             first += len(anchors)
         return torch.cat(found, -1)
-
-
-def box_iou_of_pairs(boxes: Tensor, squares: Tensor) -> Tensor:
-    """IoU of boxes [..., 4] with as many others."""
-    size = (torch.minimum(boxes[..., 2:], squares[..., 2:]) - torch.maximum(boxes[..., :2], squares[..., :2])).clamp(0)
-    overlap = size.prod(-1)
-    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, squares)]
-    return overlap / (areas[0] + areas[1] - overlap)
 
 
 def _highest(fits: Tensor, value: Tensor, places: Tensor, locations: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastkd.detectors.atss import ATSS
 from fastkd.detectors.common.two_stage import TwoStage
 from fastkd.detectors.condinst import CondInst
@@ -12,7 +14,7 @@ from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
 from fastkd.detectors.solov2 import SOLOv2
 
-_DETECTORS = {
+_DETECTORS: dict[str, Callable[[DetectorConfig], Detector]] = {
     "retinanet": RetinaNet,
     "fcos": FCOS,
     "atss": ATSS,

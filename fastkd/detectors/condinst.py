@@ -16,9 +16,10 @@ from fastkd.detectors.common.instance_masks import (
 )
 from fastkd.detectors.common.locations import Matches
 from fastkd.detectors.common.sampling import draw_keys, image_generators
-from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision, shared_count
+from fastkd.detectors.common.targets import PaddedBoxes, shared_count
 from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
 from fastkd.detectors.fcos import FCOS
+from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
 MASK_THRESHOLD = 0.5
@@ -89,11 +90,10 @@ class CondInst(FCOS):
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         outputs, found = self.head(pyramid), []
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             anchors = torch.cat(self.anchors(pyramid))
-            boxes, scores, labels, places = dense_candidates(
-                *self._scores_and_decoder(outputs, pyramid), batch, self.config
-            )
+            scores_and_decoder = self._scores_and_decoder(outputs, pyramid)
+            boxes, scores, labels, places = dense_candidates(*scores_and_decoder, batch, self.config)
             kept = survivors(boxes, scores, labels, self.config)
             for image, (own, size) in enumerate(zip(kept, batch.image_sizes.tolist(), strict=True)):
                 masks = [torch.zeros(0, *size, dtype=torch.bool, device=boxes.device)]

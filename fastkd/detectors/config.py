@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
+
+from fastkd.codec import decode, encode, require
 
 DETECTORS = ("retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn", "mask_rcnn")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2")
@@ -215,6 +216,11 @@ class DetectorConfig:
         return self.detector in WITH_MASKS
 
     @property
+    def cells_have_boxes(self) -> bool:
+        """Whether the cells of its pyramid score and predict boxes; those of SOLOv2's do not."""
+        return self.detector != "solov2"
+
+    @property
     def fine(self) -> bool:
         """Whether the pyramid is P2 .. P6 and not P3 .. P7."""
         return self.two_stage or self.detector == "solov2"
@@ -233,12 +239,11 @@ class DetectorConfig:
 
     def anchor_sizes(self) -> list[tuple[float, ...]]:
         """Sides in pixels of the square anchors, level by level; rounded down, as torchvision does, or exact."""
-        if self.detector == "retinanet":
-            base, scales = 4, (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-        else:
-            base, scales = 8, (1.0,)
-        base = self.anchor_base if self.anchor_base is not None else base
-        scales = self.anchor_scales if self.anchor_scales is not None else scales
+        base, scales = self.anchor_base, self.anchor_scales
+        if base is None:
+            base = 4 if self.detector == "retinanet" else 8
+        if scales is None:
+            scales = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)) if self.detector == "retinanet" else (1.0,)
         sizes = [tuple(base * stride * scale for scale in scales) for stride in self.strides]
         return [tuple(max(1, int(size)) for size in level) for level in sizes] if self.anchor_rounding else sizes
 
@@ -250,23 +255,16 @@ class DetectorConfig:
 
     def to_dict(self) -> dict:
         """The fields as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        return encode(self, {})
 
     @classmethod
     def from_dict(cls, values: dict) -> DetectorConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a field that is missing, as in a file of an earlier version, has its default.
 
         Raises: ValueError for an unknown field or an invalid value.
         """
-        if not isinstance(values, dict):
-            raise ValueError(f"DetectorConfig.from_dict: values must be a mapping, got {type(values).__name__}")
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"DetectorConfig.from_dict: unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**values)
+        require(isinstance(values, dict), "DetectorConfig", "an object", values)
+        return decode(cls, cls().to_dict() | values, "DetectorConfig", {})
 
 
 def _is_integer(value, least: int) -> bool:
@@ -277,6 +275,5 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check(good: bool, name: str, wanted: str, value) -> None:
-    if not good:
-        raise ValueError(f"DetectorConfig: {name} must be {wanted}, got {value!r}")
+def _check(good: bool, name: str, wanted: str, value: object) -> None:
+    require(good, f"DetectorConfig: {name}", wanted, value)

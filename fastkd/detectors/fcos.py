@@ -38,7 +38,7 @@ class FCOS(LocationDetector):
     Source: FCOS (Tian et al., 2019), as torchvision's FCOS.
     """
 
-    head_class = NarrowFCOSHead
+    head_class: type[nn.Module] = NarrowFCOSHead
     centered = False
 
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from fastkd.detectors.atss import box_iou_of_pairs
+from fastkd.boxes import box_iou
 from fastkd.detectors.common.locations import LocationDetector, LocationHead, Matches, near_cells
 from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
 from fastkd.types import Batch
@@ -75,17 +75,17 @@ class POTO(LocationDetector):
         levels, centers = self.anchors(pyramid), (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2
         found, first = [], 0
         for anchors, level, stride in zip(levels, pyramid, self.strides, strict=True):
-            found.append(near_cells(centers, tuple(level.shape[-2:]), stride, 3) + first)
+            found.append(near_cells(centers, level.shape[-2:], stride, 3) + first)
             first += len(anchors)
         places = torch.cat(found, -1)  # [B, K, M]
         own = torch.cat(levels)[places]  # [B, K, M, 4]
-        middle, stride = (own[..., :2] + own[..., 2:]) / 2, own[..., 2:] - own[..., :2]
+        middle, side = (own[..., :2] + own[..., 2:]) / 2, own[..., 2:] - own[..., :2]
         image = torch.arange(len(places), device=places.device)[:, None, None]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, places].flatten(0, 2), own.flatten(0, 2))
         corner, end = truth.boxes[:, :, None].split(2, -1)
-        iou = box_iou_of_pairs(truth.boxes[:, :, None], predicted.view_as(own))
+        iou = box_iou(truth.boxes[:, :, None], predicted.view_as(own))
         probability = outputs["cls_logits"][image, places, truth.labels[..., None]].sigmoid()
-        near = (middle - centers[:, :, None]).abs() < RADIUS * stride
+        near = (middle - centers[:, :, None]).abs() < RADIUS * side
         allowed = (near & (middle > corner) & (middle < end)).all(-1)
         return places, (probability ** (1 - ALPHA) * iou**ALPHA).masked_fill(~allowed, DISALLOWED)
 

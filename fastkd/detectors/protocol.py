@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch, Detections
 
@@ -28,7 +29,9 @@ class Detector(nn.Module):
     `loss` and `detect` do the same in train and in eval mode (apart from normalisation layers).
     """
 
-    def __init__(self, config: DetectorConfig, backbone: nn.Module, neck: nn.Module, head: nn.Module):
+    head: nn.Module
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone, neck: nn.Module, head: nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -88,10 +91,19 @@ class Detector(nn.Module):
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         """What is seen in each image, without gradient, strongest first, in pixels of the resized image."""
 
-    @abstractmethod
     def imitation_anchors(self) -> list[Tensor]:
-        """The boxes a cell answers for: L tensors [A, 4] xyxy around the origin.
+        """The anchors of the cell at the origin: L tensors [A, 4] xyxy; optional, asked for by FGFI.
 
-        Those of cell (y, x) of a level lie at (x, y, x, y) * stride from them. Without levels where a pyramid's cells
-        answer for no boxes (SOLOv2): FGFI cannot imitate there.
+        Those of cell (y, x) of a level lie at (x, y, x, y) * stride from them. Empty, as here, for a detector whose
+        cells have no boxes (SOLOv2).
         """
+        return []
+
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """The highest probability of any class in each cell, L tensors [B, 1, H_l, W_l]; asked for by ScoreL2.
+
+        Two-stage detectors give the highest objectness of a cell's anchors.
+        Raises: ValueError for a detector whose cells have no scores, as here.
+        """
+        name = type(self).__name__
+        raise ValueError(f"cell_scores: the detector must score its cells, got a {name}; take a method without scores")

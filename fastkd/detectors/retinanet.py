@@ -10,10 +10,11 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
-from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, in_full_precision, inside_ignored, match_anchors
+from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
+from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
@@ -69,10 +70,13 @@ class RetinaNet(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.anchors.cells
 
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        return highest_by_cell(self.head.classification_head(pyramid), pyramid)
+
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
         outputs = self.head(one_behind_the_other(pyramids))
-        with in_full_precision(pyramids[0][0]):
+        with full_precision(pyramids[0][0]):
             targets = self._targets(pyramids[0], batch)
             logits, deltas = (
                 outputs[name].unflatten(0, (len(pyramids), len(batch))) for name in ("cls_logits", "bbox_regression")
@@ -98,7 +102,7 @@ class RetinaNet(Detector):
         outputs = self.head(pyramid)
         anchors = self.anchors(pyramid)
         sizes = [len(level) for level in anchors]
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             scores = outputs["cls_logits"].float().sigmoid().split(sizes, dim=1)
             deltas = outputs["bbox_regression"].float().split(sizes, dim=1)
 

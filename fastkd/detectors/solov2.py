@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.instance_masks import coarse_masks, dice_loss, require_masks
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, in_full_precision, inside_ignored, shared_count
+from fastkd.detectors.common.targets import BELOW, PaddedBoxes, inside_ignored, shared_count
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
+from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
@@ -32,15 +33,11 @@ class SOLOv2(Detector):
         super().__init__(config, *build_backbone_and_neck(config), SOLOv2Head(config))
         self.base = config.anchor_base if config.anchor_base is not None else 12
 
-    def imitation_anchors(self) -> list[Tensor]:
-        """None: the cells are those of grids, not of the pyramid."""
-        return []
-
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment."""
         require_masks("solov2", batch)
         outputs = self.head(one_behind_the_other(pyramids))
-        with in_full_precision(pyramids[0][0]):
+        with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
             return apart(self._losses(outputs, batch))
@@ -114,6 +111,7 @@ class SOLOv2(Detector):
     def _centers(self, truth: PaddedBoxes, batch: Batch) -> tuple[Tensor, Tensor]:
         """Centres of mass [B, K, 2] of the masks in pixels, and which rows have a mask [B, K]."""
         masks, means = batch.masks, []
+        assert masks is not None  # see require_masks
         area = masks.sum((1, 2))
         for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
             place = torch.arange(length, device=masks.device) + 0.5
@@ -127,7 +125,7 @@ class SOLOv2(Detector):
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             outputs = {name: value.float() for name, value in outputs.items()}
             return [
                 detect_instances({name: value[image] for name, value in outputs.items()}, size, self.config)

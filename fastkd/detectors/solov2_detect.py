@@ -58,7 +58,8 @@ def _candidates(logits: Tensor, config: DetectorConfig) -> tuple[Tensor, Tensor,
         cell = index // logits.shape[1] + first
         parts.append((best, index % logits.shape[1], cell, torch.full_like(best, stride)))
         first += side * side
-    return tuple(torch.cat(columns) for columns in zip(*parts))
+    scores, labels, cells, strides = (torch.cat(columns) for columns in zip(*parts))
+    return scores, labels, cells, strides
 
 
 def _soft(kernels: Tensor, features: Tensor) -> Tensor:

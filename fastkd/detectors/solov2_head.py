@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def with_coordinates(maps: Tensor) -> Tensor:
     return torch.cat([maps, x, y], 1)
 
 
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps at another size, bilinear."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
@@ -67,11 +69,11 @@ class MaskFeatures(nn.Module):
         self.merge = nn.Sequential(conv, group_norm(config.kernel_channels), nn.ReLU())
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
-        sizes = [tuple(level.shape[-2:]) for level in pyramid[:MASK_LEVELS]]
+        sizes = [level.shape[-2:] for level in pyramid[:MASK_LEVELS]]
         total: Tensor | None = None
         for index, (path, level) in enumerate(zip(self.paths, pyramid[:MASK_LEVELS], strict=True)):
             maps = with_coordinates(level) if index == MASK_LEVELS - 1 else level
-            for step, block in enumerate(path):
+            for step, block in enumerate(path.children()):
                 maps = block(maps)
                 if index > 0:
                     maps = resized(maps, sizes[index - 1 - step])

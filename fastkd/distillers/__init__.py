@@ -1,7 +1,11 @@
-"""The three methods as ordinary modules: pyramids and a Batch in, losses out; no detector, dataset or config."""
+"""The methods as ordinary modules: pyramids and a Batch in, losses out; no detector, dataset or config."""
 
+from fastkd.distillers.cwd import CWD
 from fastkd.distillers.fgfi import FGFI
 from fastkd.distillers.icd import ICD
 from fastkd.distillers.lgd import LGD
+from fastkd.distillers.pkd import PKD
+from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.score_l2 import ScoreL2
 
-__all__ = ["FGFI", "ICD", "LGD"]
+__all__ = ["CWD", "FGFI", "ICD", "LGD", "PKD", "Distilled", "Distiller", "ScoreL2"]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distillers.decoder import Axes, DecoderLayer, Positions, level_axes, project_levels, xavier_linear
-from fastkd.distillers.linears import Biases
-from fastkd.distillers.queries import Draws, Queries, QueryEncoder, draw_queries, make_draws, mlp, prior_tables
+from fastkd.distillers.decoder import Attention, DecoderLayer, position_embeddings, project_cells, xavier_linear
+from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.queries import Queries, QueryEncoder, QueryNoise, draw_queries, make_noise, mlp
 from fastkd.ops import value_mimic
 from fastkd.ops._support.checks import check_levels, check_same_sizes
-from fastkd.ops._support.coverage import full_precision
+from fastkd.ops._support.coverage import full_precision, widen
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch, ClassPriors
 
@@ -24,42 +22,29 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
     """Identification and localisation loss of the auxiliary task (methods 1.3).
 
     identification = binary cross-entropy of output 0 with "is real", averaged over valid queries;
-    localisation = sum over left, top, right, bottom of |sigmoid(output) - distance from the anchor to that side| / the
-    box's width or height (at least 1e-7), all normalised by the image, averaged over real queries.
+    localisation = L1 between sigmoid(outputs 1-4) and the distances from the anchor point to the box's left, top,
+    right, bottom, each divided by the box's width or height (at least 1e-7), summed, averaged over real queries.
 
     Args:
         outputs: [B, N, 5]; receives gradients.
         queries: the queries they belong to.
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
-    outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    counts = global_mean(queries.totals).clamp(min=1e-30)  # without real boxes the second loss is 0
-    # weights and not torch.where, whose gradient is one more mask: the outputs in the padding are finite, too
-    valid, counted = (queries.weights.to(outputs) / counts[:, None, None].to(outputs)).unbind()
-    scores, sides = outputs.split([1, 4], dim=2)
-    real = queries.weights[1].to(outputs)
-    entropy = F.binary_cross_entropy_with_logits(scores[..., 0], real, weight=valid, reduction="sum")
-    corners, anchors = queries.boxes.to(outputs).unflatten(2, (2, 2)), queries.anchors.to(outputs)[:, :, None]
-    targets = (corners - anchors).abs()  # [B, N, 2, 2]: left, top; right, bottom
-    weight = counted[..., None] / queries.sides.to(outputs).clamp(min=1e-7)  # [B, N, 2]
-    error = (sides.sigmoid().unflatten(2, (2, 2)) - targets).abs()
-    return entropy, (error * weight[:, :, None]).sum()
+    outputs = widen(outputs)
+    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; boolean indexing would wait for a GPU
+    num_valid, num_real = global_mean(torch.stack([valid.sum(), real.sum()]))
+    scores, ltrb = outputs[..., 0], outputs[..., 1:].sigmoid()
+
+    entropy = F.binary_cross_entropy_with_logits(scores, real, weight=valid, reduction="sum")
+
+    boxes, anchors = queries.boxes.to(outputs), queries.anchors.to(outputs)
+    target = torch.cat([anchors - boxes[..., :2], boxes[..., 2:] - anchors], dim=2)  # [B, N, 4]
+    wh = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-7)
+    error = ((ltrb - target).abs() / wh.repeat(1, 1, 2)).sum(2)  # [B, N]
+    return entropy / num_valid, (error * real).sum() / torch.where(num_real > 0, num_real, 1.0)
 
 
-def _tabulate_priors(module: ICD, incompatible: object) -> None:
-    """After a state dict was loaded."""
-    module._tabulate_priors()
-
-
-@dataclass
-class Prepared:
-    """What ICD makes of a batch on the host: draws, and `level_axes` of the pyramid."""
-
-    draws: Draws
-    axes: Axes
-
-
-class ICD(nn.Module):
+class ICD(Distiller):
     """Instance-conditional distillation.
 
     Args:
@@ -75,8 +60,13 @@ class ICD(nn.Module):
         temperature: of the attention that weights the distillation loss.
         teacher_scale: factor on the teacher's pyramid (published: 1). A head that begins with a normalised convolution
             leaves the scale of its pyramid open; large features saturate an attention that has learned nothing.
-    Source: methods.md section 1.
+    Source: methods 1.
     """
+
+    needs_teacher = True
+    prior_frequency: Tensor
+    prior_mean: Tensor
+    prior_std: Tensor
 
     def __init__(
         self,
@@ -111,18 +101,15 @@ class ICD(nn.Module):
         ):
             if value < lowest:
                 raise ValueError(f"ICD: {name} must be at least {lowest}, got {value}; raise it")
-        if temperature <= 0:
-            raise ValueError(f"ICD: temperature must be > 0, got {temperature}; 1 is the published value")
-        if not teacher_scale > 0:
-            raise ValueError(f"ICD: teacher_scale must be > 0, got {teacher_scale}; 1 is the published value")
-        self.teacher_scale = teacher_scale
+        for name, value in (("temperature", temperature), ("teacher_scale", teacher_scale)):
+            if not value > 0:
+                raise ValueError(f"ICD: {name} must be > 0, got {value}; 1 is the published value")
         self.channels = channels
         self.teacher_channels = channels if teacher_channels is None else teacher_channels
-        self.rho, self.max_queries, self.weight, self.temperature = rho, max_queries, weight, temperature
+        self.rho, self.max_queries, self.weight = rho, max_queries, weight
+        self.temperature, self.teacher_scale = temperature, teacher_scale
         for name in ("frequency", "mean", "std"):
             self.register_buffer(f"prior_{name}", getattr(priors, name).clone())
-        self._tabulate_priors()
-        self.register_load_state_dict_post_hook(_tabulate_priors)
         self.encoder = QueryEncoder(num_classes, channels)
         self.decoder = nn.ModuleList(DecoderLayer(channels, self.teacher_channels, heads) for _ in range(layers))
         self.auxiliary = mlp(channels, channels, channels, 5)
@@ -130,99 +117,86 @@ class ICD(nn.Module):
         if self.teacher_channels == channels:
             # A student that inherits the teacher's head starts in the teacher's coordinates: the same start for both
             # projections keeps it there, where independent ones would first turn its features away from that head.
-            for own, layer in zip(self.student_values, self.decoder, strict=True):
-                own.load_state_dict(layer.value.state_dict())
+            for projection, layer in zip(self.student_values, self.decoder, strict=True):
+                projection.load_state_dict(layer.value.state_dict())
+
+    def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> QueryNoise:
+        """Noise and padding of the batch's queries, built on the host from its counts and seeds."""
+        return make_noise(batch, rho=self.rho, max_queries=self.max_queries)
 
     def forward(
         self,
-        student_pyramid: Sequence[Tensor],
-        teacher_pyramid: Sequence[Tensor],
+        student: Sequence[Tensor],
         batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
         *,
         detach_student: bool = False,
-        prepared: Prepared | None = None,
-    ) -> dict[str, Tensor]:
-        """The losses of a batch: auxiliary ones that train encoder and decoder, and the one the student learns from.
+        prepared: QueryNoise | None = None,
+    ) -> Distilled:
+        """The auxiliary losses, which train encoder and decoder, and the loss that the student learns from.
 
         Args:
-            student_pyramid: L tensors [B, channels, H_l, W_l]; receive gradients.
-            teacher_pyramid: L tensors [B, teacher_channels, H_l, W_l]; frozen.
+            student: L tensors [B, channels, H_l, W_l]; receive gradients.
             batch: images, boxes, labels, seeds.
-            detach_student: no gradient into the student's features (its projections still learn).
-            prepared: what `prepare` makes of the batch; given, no count and no seed is looked at, so that one compiled
-                graph serves batches of any number of boxes.
-        Returns: {"icd_identification", "icd_localisation", "icd_distill"}: float scalars.
+            teacher: L tensors [B, teacher_channels, H_l, W_l]; frozen.
+            detach_student: no gradient into the student's features (their projection still learns).
+            prepared: the result of `prepare` for this batch; None makes it here.
+        Returns: losses "icd_identification", "icd_localisation" and "icd_distill".
         Raises: ValueError or TypeError if pyramids or batch do not fit.
         """
-        self._check_teacher(teacher_pyramid)
-        check_levels("ICD", "student_pyramid", student_pyramid, channels=self.channels)
-        check_same_sizes("ICD", "student_pyramid", student_pyramid, "teacher_pyramid", teacher_pyramid)
-        student = [level.detach() if detach_student else level for level in student_pyramid]
-        queries = self.queries(batch, prepared and prepared.draws)
-        terms, biases = [], self._biases(queries)
-        layers = self._decode(queries, teacher_pyramid, batch, biases, prepared and prepared.axes)
-        for projection, (decoded, attention) in zip(self.student_values, layers, strict=True):
-            mass = attention.mass(queries.chosen, self.temperature)
-            targets = [level.detach() for level in attention.values]
-            mimic = value_mimic(project_levels(projection, student), targets, mass)  # [B, G]
-            distill = mimic.sum() * (self.weight / (mimic.numel() * len(self.decoder)))
+        teacher = self._checked(teacher)
+        check_levels("ICD", "student", student, channels=self.channels)
+        check_same_sizes("ICD", "student", student, "teacher", teacher)
+        if detach_student:
+            student = [level.detach() for level in student]
+        queries = self.queries(batch, prepared)
+        identification, localisation, distill = [], [], []
+        for layer, (decoded, attention) in enumerate(self.decode(queries, teacher, batch)):
             with full_precision(decoded):
-                terms.append((*auxiliary_losses(biases.apply_all(self.auxiliary, decoded), queries), distill))
-        names = ("icd_identification", "icd_localisation", "icd_distill")
-        return {name: functools.reduce(torch.add, layers) for name, layers in zip(names, zip(*terms, strict=True))}
+                real_or_fake, ltrb_error = auxiliary_losses(self.auxiliary(decoded), queries)
+            mass = attention.mass(queries.mass_mask, self.temperature)
+            values = project_cells(self.student_values[layer], student)
+            identification.append(real_or_fake)
+            localisation.append(ltrb_error)
+            distill.append(value_mimic(values, attention.values, mass).mean())  # of [B, G]
+        return Distilled(
+            {
+                "icd_identification": torch.stack(identification).sum(),
+                "icd_localisation": torch.stack(localisation).sum(),
+                "icd_distill": self.weight * torch.stack(distill).mean(),
+            }
+        )
 
-    def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> Prepared:
-        """What of `forward` depends on counts and seeds, and tables for levels (H_l, W_l) of these sizes."""
-        draws = make_draws(batch, rho=self.rho, max_queries=self.max_queries)
-        return Prepared(draws, level_axes(tuple(level_sizes), batch.padded_size, batch.boxes.device))
+    def queries(self, batch: Batch, noise: QueryNoise | None = None) -> Queries:
+        """The batch's real queries and the fakes that its seeds draw."""
+        noise = self.prepare(batch, []) if noise is None else noise
+        return draw_queries(batch, noise, ClassPriors(self.prior_frequency, self.prior_mean, self.prior_std))
 
-    def queries(self, batch: Batch, draws: Draws | None = None) -> Queries:
-        """The batch's real queries and the fakes its seeds draw."""
-        tables = (self.prior_cumulative, self.prior_sizes)
-        return draw_queries(batch, *tables, rho=self.rho, max_queries=self.max_queries, draws=draws)
-
-    def _tabulate_priors(self) -> None:
-        tables = prior_tables(self.prior_frequency, self.prior_mean, self.prior_std)
-        for name, table in zip(("prior_cumulative", "prior_sizes"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+    def decode(self, queries: Queries, teacher: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
+        """Yields each layer's decoded queries [B, N, C] and attention."""
+        levels = [level.detach() for level in teacher]
+        if self.teacher_scale != 1:
+            levels = [level * self.teacher_scale for level in levels]
+        level_sizes = [(level.shape[2], level.shape[3]) for level in levels]
+        positions = position_embeddings(batch.image_sizes.to(levels[0].device), batch.padded_size, level_sizes)
+        with full_precision(queries.boxes):
+            decoded = self.encoder(queries)
+        for layer in self.decoder:
+            decoded, attention = layer(decoded, levels, positions)
+            yield decoded, attention
 
     @torch.no_grad()
-    def attention(self, teacher_pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    def attention(self, teacher: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The last layer's attention maps of the real queries, in the order of batch.boxes: L tensors [K, G, H_l, W_l].
 
         Over all levels together a map sums to 1.
         """
-        self._check_teacher(teacher_pyramid)
         queries = self.queries(batch)
-        *_, (_, attention) = self._decode(queries, teacher_pyramid, batch, self._biases(queries))
-        place = queries.real_slots % queries.real.shape[1]
-        return attention.maps(batch.image_index, place)
+        *_, (_, attention) = self.decode(queries, self._checked(teacher), batch)
+        return attention.maps(batch.image_index, queries.real_index % queries.real.shape[1])
 
-    def _biases(self, queries: Queries) -> Biases:
-        """Of all linears that see the queries."""
-        linears = [part for layers in (self.encoder.layers, self.auxiliary) for part in layers]
-        linears = [part for part in linears if isinstance(part, nn.Linear)]
-        return Biases(linears + [own for layer in self.decoder for own in layer.query_linears()], queries.valid.numel())
-
-    def _decode(
-        self,
-        queries: Queries,
-        teacher_pyramid: Sequence[Tensor],
-        batch: Batch,
-        biases: Biases,
-        axes: Axes | None = None,
-    ):
-        """Yields each layer's decoded queries and attention."""
-        levels = [level.detach() for level in teacher_pyramid]
-        if self.teacher_scale != 1:
-            levels = [level * self.teacher_scale for level in levels]
-        sizes = [tuple(level.shape[2:]) for level in levels]
-        positions = Positions.of(batch.image_sizes.to(levels[0].device), batch.padded_size, sizes, axes)
-        with full_precision(queries.boxes):
-            decoded = self.encoder(queries, biases)
-        for layer in self.decoder:
-            decoded, attention = layer(decoded, levels, positions, biases)
-            yield decoded, attention
-
-    def _check_teacher(self, pyramid: Sequence[Tensor]) -> None:
-        check_levels("ICD", "teacher_pyramid", pyramid, channels=self.teacher_channels)
+    def _checked(self, teacher: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if teacher is None:
+            raise ValueError("ICD: teacher must be given, got None; pass the frozen teacher's pyramid")
+        check_levels("ICD", "teacher", teacher, channels=self.teacher_channels)
+        return teacher

@@ -1,4 +1,4 @@
-"""CrowdHuman's three metrics from matched detections (methods.md 5): MR^-2, AP and JI, numpy only.
+"""CrowdHuman's three metrics from matched detections (methods.md 5): MR^-2, AP and JI.
 
 Boxes are xyxy in pixels of the image file. A region to ignore takes any number of detections, which are then neither
 right nor wrong.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+
+from fastkd.boxes import box_area, box_intersection, box_iou
 
 OVERLAP = 0.5  # IoU and IoA must exceed it
 EPS = 1e-6
@@ -26,11 +29,9 @@ def clip_to_image(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """IoU and IoA = intersection / area of the first, of boxes [n, 4] with others [m, 4]: two [n, m]."""
-    corner = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    shared = np.clip(np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - corner, 0.0, None).prod(-1)
-    area = np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None).prod(-1)[:, None]
-    other = np.clip(others[:, 2:] - others[:, :2], 0.0, None).prod(-1)[None]
-    return shared / (area + other - shared + EPS), shared / (area + EPS)
+    first, second = torch.tensor(boxes)[:, None], torch.tensor(others)
+    covered = box_intersection(first, second) / (box_area(first) + EPS)
+    return box_iou(first, second, EPS).numpy(), covered.numpy()
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def match_image(
     truth = clip_to_image(truth, *size)
     boxes, regions = truth[~ignored], truth[ignored]
     iou = overlaps(found, boxes)[0]
-    covered = (overlaps(found, regions)[1] > OVERLAP).any(1)
-    hidden = (overlaps(boxes, regions)[1] > OVERLAP).any(1)
+    covered, hidden = (np.any(overlaps(one, regions)[1] > OVERLAP, axis=1) for one in (found, boxes))
     matched, union = _jaccard(iou, scores, covered, hidden)
     return ImageMatch(scores, _greedy(iou, covered), len(boxes), matched, union)
 

@@ -41,8 +41,8 @@ class CrowdHumanEvaluator(CocoEvaluator):
             boxes = np.array([result["bbox"] for result in found], np.float64).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
             best = np.argsort(-scores, kind="stable")[:limit]
-            size = tuple(int(side) for side in self.dataset.sizes[index])
-            images.append(match_image(boxes[best], scores[best], truth, regions, size))
+            width, height = (int(side) for side in self.dataset.sizes[index])
+            images.append(match_image(boxes[best], scores[best], truth, regions, (width, height)))
             ignored += int(regions.sum())
         metrics: dict[str, Any] = summarise(images)
         own = {name: metrics[name] for name in ("AP", "MR", "JI", "recall", "instances")}

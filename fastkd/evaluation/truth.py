@@ -30,12 +30,17 @@ def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids:
     for image in content["images"]:
         if isinstance(image, dict) and image.get("id") in wanted:
             images.setdefault(image["id"], {key: image[key] for key in ("id", "width", "height")})
-    kept, seen, without = [], set(), 0
+    kept: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    without = 0
     for annotation in content["annotations"]:
         if not isinstance(annotation, dict) or annotation.get("id") in seen:
             continue
-        image, category = images.get(annotation.get("image_id")), annotation.get("category_id")
-        box = _valid_box(annotation.get("bbox"), image) if image and category in categories else None
+        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        if image_id not in images or category not in categories:
+            continue
+        image = images[image_id]
+        box = _valid_box(annotation.get("bbox"), image)
         if box is None:
             continue
         seen.add(annotation.get("id"))

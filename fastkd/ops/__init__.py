@@ -19,7 +19,6 @@ from fastkd.ops.mask_paint import mask_paint, mask_paint_reference
 from fastkd.ops.mask_pool import mask_pool, mask_pool_reference
 from fastkd.ops.masked_mse import masked_mse, masked_mse_reference
 from fastkd.ops.norm_relu_box_pool import norm_relu_box_pool, norm_relu_box_pool_reference
-from fastkd.ops.project_levels import kernel_takes as _  # noqa: F401  the op of a method, registered with the others
 from fastkd.ops.value_mimic import value_mimic, value_mimic_reference
 
 __all__ = [

@@ -53,8 +53,6 @@ def attention_mass(
     chosen: Tensor,
     logsumexp: Tensor | None = None,
     temperature: float = 1.0,
-    *,
-    absorbed: Tensor | None = None,
 ) -> list[Tensor]:
     """Sum over the chosen queries of their attention probabilities, per head and cell.
 
@@ -67,8 +65,6 @@ def attention_mass(
         logsumexp: [B, G, N] that `instance_attention` returned for the same arguments, or None to compute it here;
             must be None at any temperature but 1.
         temperature: > 0.
-        absorbed: [B, G, N, C], every head's queries times its rows of key_weight, where the caller has them; what a
-            kernel takes that would compute them.
     Returns: L tensors [B, G, H_l, W_l], float32 (float64 of float64).
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
@@ -99,19 +95,11 @@ def attention_mass(
                 f"{op}: logsumexp must be None at temperature {temperature}, got a tensor; "
                 "instance_attention's is that of temperature 1"
             )
-    if absorbed is not None:
-        check_tensor(op, "absorbed", absorbed, "[B, G, N, C]", 4)
-        check_dtype_and_device(op, "absorbed", absorbed, queries)
-        if tuple(absorbed.shape) != (batch, heads, count, levels[0].shape[1]):
-            raise ValueError(
-                f"{op}: absorbed must be {[batch, heads, count, levels[0].shape[1]]}, got {list(absorbed.shape)}; "
-                "pass the queries times key_weight, or leave it out"
-            )
     if not _DISPATCH.compiled(queries):
         return attention_mass_reference(
             queries, levels, key_weight, row_bias, column_bias, chosen, logsumexp, temperature
         )
-    arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias, absorbed)
+    arguments = kernel_arguments(queries, levels, key_weight, row_bias, column_bias)
     logsumexp = None if logsumexp is None else widen(logsumexp)
     return torch.ops.fastkd.attention_mass(*arguments, chosen, logsumexp, float(temperature))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd.boxes import box_iou
 from fastkd.ops._support.checks import (
     check_batch_size,
     check_boxes,
@@ -31,15 +32,6 @@ def _cell_anchors(anchors: Tensor, stride: tuple[int, int], size: tuple[int, int
     return (shift[:, :, None] + anchors).flatten(0, 2)
 
 
-def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """[K, M] intersection over union of xyxy boxes; 0 for boxes without area."""
-    low = torch.maximum(boxes[:, None, :2], anchors[:, :2])
-    high = torch.minimum(boxes[:, None, 2:], anchors[:, 2:])
-    inter = (high - low).clamp(min=0).prod(dim=2)
-    area_boxes, area_anchors = ((side[:, 2:] - side[:, :2]).prod(dim=1) for side in (boxes, anchors))
-    return inter / (area_boxes[:, None] + area_anchors - inter).clamp(min=1e-12)
-
-
 @torch.no_grad()
 def imitation_mask_reference(
     boxes: Tensor,
@@ -55,7 +47,7 @@ def imitation_mask_reference(
         return [boxes.new_zeros(batch_size, *size, dtype=torch.bool) for size in level_sizes]
     boxes = boxes.float()
     overlaps = [
-        _pairwise_iou(boxes, _cell_anchors(base.float(), stride, size))
+        box_iou(boxes[:, None], _cell_anchors(base.float(), stride, size))
         .unflatten(1, (size[0] * size[1], -1))
         .amax(dim=2)
         for base, stride, size in zip(anchors, strides, level_sizes, strict=True)
@@ -131,7 +123,7 @@ def _check(boxes, image_index, anchors, strides, batch_size, level_sizes, psi) -
 
 
 def _check_anchors(op: str, name: str, base: object, boxes: Tensor) -> None:
-    check_tensor(op, name, base, "[A, 4]", 2)
+    base = check_tensor(op, name, base, "[A, 4]", 2)
     check_kernel_dtype(op, name, base)
     if base.shape[0] < 1 or base.shape[1] != 4:
         raise ValueError(f"{op}: {name} must be [A, 4] with A >= 1, got {list(base.shape)}; pass xyxy anchors")

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._support.checks import check_device, check_levels, check_same_sizes, check_tensor
-from fastkd.ops._support.coverage import full_precision, widen
+from fastkd.ops._support.coverage import flatten_pyramid, full_precision, widen
 from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import dense_like, register_with_backward
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DISPATCH = Dispatch("instance_attention")
-
-
-def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
-    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
-    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
 FEW_ON_GPU = 32  # queries of one block of the GPU's kernels
@@ -188,21 +183,16 @@ def kernel_arguments(
     key_weight: Tensor,
     row_bias: Sequence[Tensor],
     column_bias: Sequence[Tensor],
-    absorbed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
-    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries.
-
-    absorbed: W_k^T q of every head [B, G, N, C] where the caller has it.
-    """
-    weight: Tensor | None = widen(key_weight)
-    wide = widen(queries)
+    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries."""
+    wide, weight = widen(queries), widen(key_weight)
+    rows, columns = ([widen(table) for table in side] for side in (row_bias, column_bias))
+    cells = [level.detach() for level in levels]
     if absorbing_is_cheaper(queries, levels[0].shape[1]):
         with full_precision(queries):
             heads = weight.unflatten(0, (queries.shape[1], -1))
-            wide = torch.einsum("bgnd,gdc->bgnc", wide, heads) if absorbed is None else widen(absorbed)
-        weight = None
-    tables = [[widen(table) for table in side] for side in (row_bias, column_bias)]
-    return wide, [level.detach() for level in levels], weight, *tables
+            return torch.einsum("bgnd,gdc->bgnc", wide, heads), cells, None, rows, columns
+    return wide, cells, weight, rows, columns
 
 
 def _forward_fake(queries, levels, key_weight, row_bias, column_bias, values) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._support.checks import check_levels
+from fastkd.ops._support.checks import check_device, check_levels
 from fastkd.ops._support.coverage import full_precision, widen
 from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import dense_like, register_with_backward
@@ -27,8 +27,8 @@ def _normalise(level: Tensor, eps: float) -> Tensor:
 def instance_norm_mse_reference(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
     """The specification of `instance_norm_mse`, in plain torch, without checks."""
     with full_precision(student[0]):
-        total = sum((_normalise(s, eps) - _normalise(t, eps)).square().sum() for s, t in zip(student, teacher))
-        return total / max(sum(level.numel() for level in student), 1)
+        squares = ((_normalise(s, eps) - _normalise(t, eps)).square().sum() for s, t in zip(student, teacher))
+        return sum(squares, student[0].new_zeros(())) / max(sum(level.numel() for level in student), 1)
 
 
 def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
@@ -60,9 +60,8 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> 
     shapes, others = ([list(level.shape) for level in levels] for levels in (student, teacher))
     if shapes != others:
         raise ValueError(f"{op}: teacher must be {shapes} as the student, got {others}; take the same levels")
-    device, other = student[0].device, teacher[0].device
-    if device != other:
-        raise ValueError(f"{op}: teacher must be on {device} as the student, got {other}; move them to one device")
+    device = student[0].device
+    check_device(op, "teacher", teacher[0], "the student", student[0])
     dtype, other = student[0].dtype, teacher[0].dtype
     for name, one in (("student", dtype), ("teacher", other)):
         if one not in _FLOATS:

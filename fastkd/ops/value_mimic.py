@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fastkd.ops._support.checks import check_device, check_kernel_dtype, check_levels, check_same_sizes
-from fastkd.ops._support.coverage import full_precision
+from fastkd.ops._support.coverage import flatten_pyramid, full_precision
 from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import dense_like, register_with_backward
-from fastkd.ops.instance_attention import flatten_pyramid
 
 _DISPATCH = Dispatch("value_mimic")
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+
+from fastkd.boxes import box_area, box_intersection, box_iou
 
 RIGHT, WRONG_CLASS, POOR_LOCALISATION, DUPLICATE, BACKGROUND, IGNORED = range(6)
 KINDS = ("right", "wrong class", "poor localisation", "duplicate", "background", "ignored")
@@ -50,11 +53,9 @@ class Verdict:
     found_score: np.ndarray
 
 
-def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Intersection over union of every pair: [N, 4] and [M, 4] xyxy -> [N, M]; 0 for boxes without area."""
-    intersection = _intersection(first, second)
-    union = _area(first)[:, None] + _area(second)[None] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    return box_iou(torch.tensor(first)[:, None], torch.tensor(second)).numpy()
 
 
 def judge(truth: Truth, found: Found) -> Verdict:
@@ -64,10 +65,10 @@ def judge(truth: Truth, found: Found) -> Verdict:
     (such a box exists but is taken), ignored (more than half of it lies in a crowd region), of the wrong class
     (IoU >= 0.5 with a box of another class), poorly placed (IoU >= 0.1 with a box of its class), or background.
     """
-    iou = box_iou(found.boxes, truth.boxes)  # [D, K]
+    iou = pairwise_iou(found.boxes, truth.boxes)  # [D, K]
     same = found.labels[:, None] == truth.labels[None]
     own, other = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
-    covered = _intersection(found.boxes, truth.ignore_boxes) / np.maximum(_area(found.boxes), 1e-9)[:, None]
+    covered = _covered_share(found.boxes, truth.ignore_boxes)  # [D, regions]
     kinds = np.full(len(found.scores), BACKGROUND)
     partner = np.full(len(found.scores), -1)
     if len(truth.labels):
@@ -106,14 +107,14 @@ def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> 
 
 def size_index(boxes: np.ndarray) -> np.ndarray:
     """0, 1, 2 = COCO's small, medium, large, by the area of the box in pixels of the image file: [K, 4] -> [K]."""
-    return np.searchsorted(SIZE_LIMITS, _area(boxes), side="right")
+    return np.searchsorted(SIZE_LIMITS, box_area(torch.tensor(boxes)).numpy(), side="right")
 
 
 def miss_reason(box: int, truth: Truth, found: Found, verdict: Verdict, threshold: float) -> str:
     """Why box number `box` counts as missed at `threshold`."""
     if verdict.found_score[box] >= 0:
         return f"found, but only with score {verdict.found_score[box]:.2f}"
-    iou = box_iou(found.boxes, truth.boxes[box : box + 1])[:, 0]
+    iou = pairwise_iou(found.boxes, truth.boxes[box : box + 1])[:, 0]
     above = found.scores >= threshold
     same = found.labels == truth.labels[box]
     if (above & ~same & (iou >= 0.5)).any():
@@ -144,11 +145,7 @@ def miss_counts(verdicts: list[Verdict], truths: list[Truth], threshold: float) 
     return {size: (int(missed[i]), int(total[i])) for i, size in enumerate(SIZES)}
 
 
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return np.clip(boxes[:, 2] - boxes[:, 0], 0, None) * np.clip(boxes[:, 3] - boxes[:, 1], 0, None)
-
-
-def _intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    return np.clip(high - low, 0, None).prod(axis=2)
+def _covered_share(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """[N, 4] and [M, 4] -> [N, M]: the share of each box that lies in each region."""
+    box = torch.tensor(boxes)[:, None]
+    return (box_intersection(box, torch.tensor(regions)) / box_area(box).clamp_(min=1e-9)).numpy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastkd.report import plots
 from fastkd.report.html import Cell, PictureBook, Section, escape, note, paragraph, table
 from fastkd.report.numbers import UNKNOWN, duration, shown
@@ -12,7 +14,7 @@ MIB = 2.0**20
 
 def entry(run: Run, *keys: str) -> float | None:
     """The finite number under ledger[keys...], else None."""
-    value = run.ledger
+    value: Any = run.ledger
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return number(value)
@@ -105,19 +107,20 @@ def _run_table(runs: list[Run], colours: dict[str, str]) -> str:
 
 def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
     names = [run.name for run in runs]
-    timed = [run for run in runs if entry(run, "run", "student_seconds") is not None]
+    timed = [(run, seconds) for run in runs if (seconds := entry(run, "run", "student_seconds")) is not None]
     figures = []
     if timed:
-        alone = [entry(run, "run", "student_seconds") / 60 for run in timed]
-        extra = [(entry(run, "run", "extra_seconds") or 0.0) / 60 for run in timed]
-        teacher = [(entry(run, "teacher", "seconds") or 0.0) / 60 for run in timed]
+        alone = [seconds / 60 for _, seconds in timed]
+        extra = [(entry(run, "run", "extra_seconds") or 0.0) / 60 for run, _ in timed]
+        teacher = [(entry(run, "teacher", "seconds") or 0.0) / 60 for run, _ in timed]
         picture = plots.cost_bars(
-            [run.name for run in timed], alone, extra, teacher, "minutes of training, the whole run"
+            [run.name for run, _ in timed], alone, extra, teacher, "minutes of training, the whole run"
         )
         caption = "Training time of the whole run. The number at each bar is the multiple of the student alone."
         figures.append(book.figure(picture, "cost_time", "Bar chart of training time", caption))
-    if all(entry(run, "student", "peak_bytes") is not None for run in runs):
-        alone = [entry(run, "student", "peak_bytes") / MIB for run in runs]
+    peaks = [peak for run in runs if (peak := entry(run, "student", "peak_bytes")) is not None]
+    if len(peaks) == len(runs):
+        alone = [peak / MIB for peak in peaks]
         extra = [(entry(run, "extra", "peak_bytes") or 0.0) / MIB if run.method else 0.0 for run in runs]
         picture = plots.cost_bars(names, alone, extra, [0.0] * len(runs), "peak memory of a training step, MiB")
         caption = "Peak memory of a training step: weights, optimiser states, activations, and the teacher if any."
@@ -126,23 +129,24 @@ def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
 
 
 def _sentences(runs: list[Run]) -> list[str]:
-    """LGD's extra cost against that of FGFI, the comparison that LGD was published with."""
+    """A method's extra cost against that of the method it was published beside."""
     lines = []
-    for lgd in (run for run in runs if run.method == "lgd"):
-        fgfi = next((run for run in runs if run.method == "fgfi" and run.detector == lgd.detector), None)
-        if fgfi is None:
+    for run in runs:
+        rival = run.settings and run.settings.compared_with
+        other = next((one for one in runs if one.method == rival and one.detector == run.detector), None)
+        if not rival or other is None:
             continue
         parts = []
         for keys, words in (
             (("run", "extra_seconds"), "in training itself"),
             (("extra_with_teacher", "seconds"), "with the teacher\u2019s training"),
         ):
-            mine, theirs = entry(lgd, *keys), entry(fgfi, *keys)
+            mine, theirs = entry(run, *keys), entry(other, *keys)
             if mine is not None and theirs is not None and theirs > 0:
                 share = 100 * (1 - mine / theirs)
                 parts.append(f"{abs(share):.0f} % {'less' if share >= 0 else 'more'} extra time {words}")
         if parts:
-            lines.append(paragraph(f"{escape(lgd.name)} takes {' and '.join(parts)} than {escape(fgfi.name)}."))
+            lines.append(paragraph(f"{escape(run.name)} takes {' and '.join(parts)} than {escape(other.name)}."))
     return lines
 
 

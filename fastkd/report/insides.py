@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,19 +22,37 @@ FEATURE_IMAGES = 3
 UP_TO = 4_200_000  # bytes of all pictures from which on these sections take no more
 
 
+class View(NamedTuple):
+    """What the report shows of the networks of a method: the section's title, and what fills it."""
+
+    title: str
+    show: Callable[[Section, Run, Networks, Images, list[int], PictureBook], None]
+
+
 def sections(runs: list[Run], images: Images, chosen: list[int], device: str, book: PictureBook) -> list[Section]:
     """A section for each method that has something to show; a run whose networks cannot be loaded gets a note."""
-    attention, features = Section("Where the teacher looks (ICD)"), Section("What the labels teach (LGD)")
-    for run in runs:
-        if run.method not in ("icd", "lgd"):
+    views = [(run, run.settings.view()) for run in runs if run.settings is not None]
+    found: dict[str, Section] = {}
+    for run, view in views:
+        if view is None:
             continue
-        section, show = (attention, _show_attention) if run.method == "icd" else (features, _show_features)
+        section = found.setdefault(view.title, Section(view.title))
         try:
-            show(section, run, load_networks(run, device), images, chosen, book)
+            view.show(section, run, load_networks(run, device), images, chosen, book)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = clean(f"{type(error).__name__}: {error}", 300)
             section.add(note([f"{run.name}: nothing to show, {reason}"]))
-    return [attention, features]
+    return list(found.values())
+
+
+def attention_view(title: str) -> View:
+    """Attention maps of a distiller that has `attention(teacher_pyramid, batch)`, as ICD."""
+    return View(title, _show_attention)
+
+
+def features_view(title: str) -> View:
+    """Instructive features of a distiller that has `instruct(pyramid, batch)` and `student_adapter`, as LGD."""
+    return View(title, _show_features)
 
 
 @torch.no_grad()

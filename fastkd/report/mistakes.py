@@ -22,6 +22,7 @@ from fastkd.report.analysis import (
 from fastkd.report.html import Cell, PictureBook, Section, clean, escape, folded, grid, key, note, paragraph, table
 from fastkd.report.pictures import MISSED_COLOUR, OTHER_COLOUR, RIGHT_COLOUR, TRUTH_COLOUR, WRONG_COLOUR, Mark
 from fastkd.report.runs import Run
+from fastkd.report.sources import ValidationSet
 
 MOST_CROPS = 160
 # Bytes of all pictures from which on a section takes no more. Base64 adds a third, and the page stays under 8 MB.
@@ -43,7 +44,7 @@ class Judged:
 class Images:
     """Validation images of a report: where they come from, their ground truth, and the runs judged against it."""
 
-    source: object
+    source: ValidationSet
     truths: dict[int, Truth]
     judged: list[Judged] = field(default_factory=list)
 
@@ -57,7 +58,7 @@ class Images:
         return clean(self.source.class_names[label], 30)
 
 
-def judge_runs(source, runs: list[Run]) -> Images:
+def judge_runs(source: ValidationSet, runs: list[Run]) -> Images:
     """Judges every run that has detections. Args: source: a ValidationSet (or anything with its methods)."""
     images = Images(source, {image_id: source.truth(image_id) for image_id in source.image_ids})
     boxes = sum(len(truth.labels) for truth in images.truths.values())
@@ -220,7 +221,7 @@ def _false_positive(images: Images, judged: Judged, image_id: int, place: int, b
     marks = [Mark(tuple(other), TRUTH_COLOUR) for other in truth.boxes] + [Mark(tuple(box), WRONG_COLOUR)]
     text = f"<b>{KINDS[kind]}</b><br>{escape(images.name(found.labels[place]))} {found.scores[place]:.2f}"
     if partner >= 0:
-        iou = analysis.box_iou(box[None], truth.boxes[partner : partner + 1])[0, 0]
+        iou = analysis.pairwise_iou(box[None], truth.boxes[partner : partner + 1])[0, 0]
         word = "again" if kind == DUPLICATE else "truth:"
         text += f"<br>{word} {escape(images.name(truth.labels[partner]))}, IoU {iou:.2f}"
     text += f'<br><span class="soft">image {image_id}</span>'

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from fastkd.assets import resolve
 from fastkd.data.loader import collate
 from fastkd.data.transforms import Geometry, resized_size
-from fastkd.detectors import load_detector
-from fastkd.distillers import ICD, LGD
+from fastkd.detectors import Detector, load_detector
 from fastkd.report.runs import Run
 from fastkd.report.sources import ValidationSet
 from fastkd.types import Batch, ClassPriors
@@ -25,9 +24,9 @@ from fastkd.types import Batch, ClassPriors
 class Networks:
     """The networks of a run in eval mode on one device, and the sizes at which images enter them."""
 
-    student: nn.Module
-    distiller: nn.Module
-    teacher: nn.Module | None
+    student: Detector
+    distiller: Any
+    teacher: Detector | None
     device: torch.device
     short_side: int
     max_side: int
@@ -56,10 +55,10 @@ def load_networks(run: Run, device: str) -> Networks:
         if not (run.path / name).is_file():
             raise ValueError(f"{name} is missing in {run.path}")
     student, _ = load_detector(run.path / "student.safetensors")
-    teacher = None
-    if run.method != "lgd":
-        teacher, _ = load_detector(_teacher_file(run))
-    distiller = _distiller(run, student, teacher)
+    settings = run.settings
+    teacher = load_detector(_teacher_file(run))[0] if settings.needs_teacher else None
+    priors = _priors(run.path / "priors.json") if settings.needs_priors else None
+    distiller = settings.from_dict(run.recipe["method"]).distiller(student, teacher, priors)
     distiller.load_state_dict(load_file(run.path / "method.safetensors"))
     device = torch.device(device)
     networks = [None if network is None else network.to(device).eval() for network in (student, distiller, teacher)]
@@ -72,15 +71,6 @@ def _teacher_file(run: Run) -> Path:
     if not isinstance(name, str) or not resolve(name).is_file():
         raise ValueError(f"the teacher's file {name} is missing")
     return resolve(name)
-
-
-def _distiller(run: Run, student: nn.Module, teacher: nn.Module | None) -> nn.Module:
-    skipped = ("kind", "detach_fraction", "freeze_fraction", "final_fraction")  # phases of the training
-    values = {key: value for key, value in run.recipe["method"].items() if key not in skipped}
-    if run.method == "lgd":
-        return LGD(student.num_classes, student.channels, **values)
-    priors = _priors(run.path / "priors.json")
-    return ICD(student.num_classes, priors, student.channels, teacher_channels=teacher.channels, **values)
 
 
 def _priors(file: Path) -> ClassPriors:

@@ -120,7 +120,7 @@ def _unequal_conditions(runs: list[Run]) -> list[str]:
     for run in runs:
         other = baseline_of(run, runs)
         names = difference_in_conditions(run, other) if other else []
-        if names:
+        if names and other:
             lines.append(
                 f"{run.name} and {other.name} differ in {', '.join(names)}: their difference in AP is not the method's "
                 f"alone."
@@ -191,8 +191,8 @@ def _classes(runs: list[Run]) -> list[str]:
 
 def _telling_classes(runs: list[Run], all_runs: list[Run], classes: list[str]) -> list[str]:
     def spread(name: str) -> float:
-        values = [run.score("bbox", "per_class", name, "AP") for run in runs if not run.is_teacher]
-        values = [value for value in values if value is not None]
+        scores = (run.score("bbox", "per_class", name, "AP") for run in runs if not run.is_teacher)
+        values = [value for value in scores if value is not None]
         return max(values) - min(values) if values else -1.0
 
     chosen = set(sorted(classes, key=spread, reverse=True)[:MOST_CLASSES_IN_PLOT])
@@ -247,9 +247,9 @@ def curve_points(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             continue
         for title, value in _titled(record):
             points.setdefault(title, []).append((step, value))
-    final = run.score("bbox", "AP"), number(run.metrics.get("steps"))
-    if AP_PANEL in points and None not in final:
-        points[AP_PANEL].append((final[1], final[0]))
+    final, last = run.score("bbox", "AP"), number(run.metrics.get("steps"))
+    if AP_PANEL in points and final is not None and last is not None:
+        points[AP_PANEL].append((last, final))
     result = {}
     for title, pairs in points.items():
         table_ = np.array(sorted(dict(pairs).items()))  # a resumed run may log a step twice: the later counts
@@ -263,15 +263,18 @@ def curve_points(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _titled(record: dict):
     """(panel title, value) of the numbers of one log record that are worth a curve."""
     losses = record.get("losses")
-    for name, value in (losses if isinstance(losses, dict) else {}).items():
-        if number(value) is not None:
-            yield f"loss: {clean(name, 40)}", float(value)
-    if number(record.get("loss")) is not None:
-        yield "total loss", float(record["loss"])
+    for name, given in (losses if isinstance(losses, dict) else {}).items():
+        value = number(given)
+        if value is not None:
+            yield f"loss: {clean(name, 40)}", value
+    total = number(record.get("loss"))
+    if total is not None:
+        yield "total loss", total
     rates = record.get("lr")
-    for name, value in (rates if isinstance(rates, dict) else {"": rates}).items():
-        if number(value) is not None:
-            yield f"learning rate: {clean(name, 30)}".rstrip(": "), float(value)
+    for name, given in (rates if isinstance(rates, dict) else {"": rates}).items():
+        value = number(given)
+        if value is not None:
+            yield f"learning rate: {clean(name, 30)}".rstrip(": "), value
     box = record.get("bbox")
     value = number(box.get("AP")) if isinstance(box, dict) else number(record.get("AP"))
     if value is not None:

@@ -127,7 +127,7 @@ def _palette_image(pixels: bytes, size: tuple[int, int], colours: int, enlarged:
         indices = indices.repeat(scale, axis=0).repeat(scale, axis=1)
     result = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
     kept = [int(colour[place : place + 2], 16) for colour in KEPT_COLOURS for place in (1, 3, 5)]
-    result.putpalette(kept + free.getpalette())
+    result.putpalette([*kept, *(free.getpalette() or [])])
     return result, float(scale)
 
 

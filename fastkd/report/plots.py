@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image
@@ -96,7 +99,7 @@ def curves(panels: list[tuple[str, list[tuple[str, str, np.ndarray, np.ndarray]]
     figure, axes_list = _figure(11.0, 2.7 * rows + 0.4, rows, 2 if len(panels) > 1 else 1)
     for axes in axes_list[len(panels) :]:
         axes.set_visible(False)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes, (title, lines) in zip(axes_list, panels):
         for name, colour, steps, values in lines:
             few = len(steps) <= 12
@@ -137,7 +140,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def cost_bars(
-    names: list[str], alone: list[float], extra: list[float], teacher: list[float | None], unit: str
+    names: list[str], alone: list[float], extra: list[float], teacher: Sequence[float | None], unit: str
 ) -> bytes:
     """Stacked bars: the student alone, what the method adds, and the teacher's own training where it is counted."""
     figure, (axes,) = _figure(9.0, 1.25 + 0.45 * len(names))
@@ -243,9 +246,8 @@ def feature_grid(
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, constrained_pad: float = 0.06):
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=constrained_pad, h_pad=constrained_pad)
-    FigureCanvasAgg(figure)
+    layout = ConstrainedLayoutEngine(w_pad=constrained_pad, h_pad=constrained_pad)
+    figure = Figure(figsize=(width, height), dpi=110, layout=layout, facecolor="white")
     axes_list = [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
     for axes in axes_list:
         axes.set_axisbelow(True)
@@ -284,8 +286,9 @@ def _legend(axes, entries: int, above: bool) -> None:
 
 
 def _png(figure: Figure, colours: int = 128) -> bytes:
-    figure.canvas.draw()
-    return encode_png(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), colours)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return encode_png(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), colours)
 
 
 def encode_png(image: Image.Image, colours: int = 256) -> bytes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastkd.assets import PREFIX
 
 NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # it may come trained and be measured only
-METHOD_NAMES = {"lgd": "LGD", "icd": "ICD", "fgfi": "FGFI", "lgd-icd": "LGD + ICD"}
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Run:
         log: the records of log.jsonl in order.
         detections: COCO results of detections.json, or None where there is none.
         notes: what is missing or malformed, one sentence each.
+        methods: what the report knows of methods of distillation, by kind.
     """
 
     path: Path
@@ -35,10 +37,11 @@ class Run:
     detections: list[dict] | None = None
     notes: list[str] = field(default_factory=list)
     is_teacher: bool = False
+    methods: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str | None:
-        """ "lgd", "icd", "fgfi", "lgd-icd", or None for a detector trained alone."""
+        """The kind of the method, or None for a detector trained alone."""
         method = self.recipe.get("method")
         if not isinstance(method, dict):
             return None
@@ -56,7 +59,13 @@ class Run:
             return "teacher"
         if self.method is None:
             return "inheriting alone" if self.inherits else "baseline"
-        return METHOD_NAMES.get(self.method, self.method) + (" + inheriting" if self.inherits else "")
+        label = self.settings.label if self.settings is not None else self.method
+        return label + (" + inheriting" if self.inherits else "")
+
+    @property
+    def settings(self) -> Any:
+        """The class of the method's settings (a fastkd.training.methods.Method); None where it is not known."""
+        return self.methods.get(self.method)
 
     @property
     def detector(self) -> dict:
@@ -81,8 +90,13 @@ def number(value, minimum: float = -math.inf) -> float | None:
     return float(value) if math.isfinite(value) and value >= minimum else None
 
 
-def load_run(path: Path, name: str | None = None) -> Run:
-    """Reads one run directory. Args: path: the directory; name: its name in the report. Returns: Run.
+def load_run(path: Path, name: str | None = None, methods: Mapping[str, Any] | None = None) -> Run:
+    """Reads one run directory.
+
+    Args:
+        path: the directory.
+        name: its name in the report; None takes the directory's.
+        methods: as of `Run`.
 
     Raises: ValueError if `path` is not a directory.
     """
@@ -91,7 +105,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
         raise ValueError(
             f"write_report: run_dirs must be folders written by `fastkd train`, got {path}; check the path"
         )
-    run = Run(path, name or path.name)
+    run = Run(path, name or path.name, methods=methods or {})
     run.recipe = _read_json(run, "recipe.json", dict) or {}
     run.metrics = _read_json(run, "metrics.json", dict) or {}
     run.ledger = _read_json(run, "ledger.json", dict) or {}
@@ -101,7 +115,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
     return run
 
 
-def load_runs(run_dirs) -> list[Run]:
+def load_runs(run_dirs, methods: Mapping[str, Any] | None = None) -> list[Run]:
     """Reads several run directories, names them uniquely, and marks the run that is the others' teacher."""
     paths = [Path(path) for path in run_dirs]
     if not paths:
@@ -114,7 +128,7 @@ def load_runs(run_dirs) -> list[Run]:
     for path, name in zip(paths, names):
         if names.count(name) > 1:
             name = f"{path.resolve().parent.name}/{name}"
-        runs.append(load_run(path, name))
+        runs.append(load_run(path, name, methods))
     teachers = {_folder_of(run.recipe.get("teacher")) for run in runs} - {None}
     for run in runs:
         run.is_teacher = run.path.resolve() in teachers or (

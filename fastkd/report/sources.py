@@ -82,7 +82,9 @@ class ValidationSet:
 
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
     """The validation set of the first run whose files can be read, or None and why. Runs on other data get a note."""
-    problems, source, used = [], None, None
+    problems: list[str] = []
+    source: ValidationSet | None = None
+    used: tuple[Path, ...] = ()
     masks = any((run.recipe.get("method") or {}).get("use_masks") for run in runs if run.method)
     for run in runs:
         data = run.recipe.get("data")
@@ -93,11 +95,8 @@ def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
         files = (root / str(data.get("val_annotations", "")), root / str(data.get("val_images", "")))
         if source is None:
             try:
-                options = {
-                    "format": str(data.get("format", "coco")),
-                    "crowd_boxes": str(data.get("crowd_boxes", "full")),
-                }
-                source, used = ValidationSet(*files, with_masks=bool(masks), **options), files
+                form, crowd = str(data.get("format", "coco")), str(data.get("crowd_boxes", "full"))
+                source, used = ValidationSet(*files, with_masks=bool(masks), format=form, crowd_boxes=crowd), files
             except (OSError, ValueError) as error:
                 problems.append(f"{run.name}: {clean(error, 300)}")
         elif [file.resolve() for file in files] != [file.resolve() for file in used]:

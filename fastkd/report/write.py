@@ -7,9 +7,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from fastkd.files import write_text
 from fastkd.report import cost, html, insides, mistakes, numbers, sources
 from fastkd.report.html import PictureBook, Section, clean, escape
 from fastkd.report.runs import Run, load_runs
@@ -24,6 +27,7 @@ def write_report(
     device: str = "cpu",
     picture_dir=None,
     command: str | None = None,
+    methods: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes one self-contained HTML file about one or several runs: numbers, curves, cost, pictures, mistakes.
 
@@ -34,9 +38,11 @@ def write_report(
         out: the HTML file; its folder is made.
         title: heading of the page.
         images: validation images to show, >= 0.
-        device: where the networks run for ICD's attention and LGD's features.
+        device: where the networks run whose attention or features are shown.
         picture_dir: folder that gets every picture as a PNG file as well, or None.
         command: the command line to name in the footer; None takes this process's.
+        methods: kind -> settings of the methods of distillation, `fastkd.training.methods.kinds()`: their labels, and
+            what their networks show. Without them runs are named by kind and their networks are left out.
     Returns: the path of the file.
     Raises: ValueError if there is no run directory or `images` is negative.
     """
@@ -46,9 +52,8 @@ def write_report(
         )
     if isinstance(run_dirs, (str, os.PathLike)):
         run_dirs = [run_dirs]
-    runs = load_runs(run_dirs)
+    runs = load_runs(run_dirs, methods)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     book = PictureBook(None if picture_dir is None else Path(picture_dir))
     colours = numbers.run_colours(runs)
     sections = [
@@ -60,9 +65,7 @@ def write_report(
         _notes_section(runs),
     ]
     page = html.page(title, _subtitle(runs), numbers.cards(runs, colours), sections, _footer(runs, command))
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    write_text(out, page)
     return out
 
 

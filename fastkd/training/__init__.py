@@ -1,15 +1,17 @@
 """Training: recipes, the trainer, checkpoints, the cost ledger."""
 
-from fastkd.training.config import (
-    DataConfig,
+from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.methods import (
+    Combined,
+    CWDConfig,
+    FeatureMethod,
     FGFIConfig,
     ICDConfig,
     LGDConfig,
     LGDICDConfig,
-    OptimizerConfig,
-    Recipe,
-    RuntimeConfig,
-    Schedule,
+    Method,
+    PKDConfig,
+    ScoreL2Config,
 )
 from fastkd.training.recipes.named import all_recipes, get_recipe, parse_cli, recipe_names
 from fastkd.training.recipes.scaling import scale_to_batch
@@ -18,18 +20,24 @@ from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.training.trainer import NonFiniteLossError, train
 
 __all__ = [
+    "CWDConfig",
+    "Combined",
     "DataConfig",
     "FGFIConfig",
+    "FeatureMethod",
     "FrozenTeacher",
     "ICDConfig",
     "LGDConfig",
     "LGDICDConfig",
+    "Method",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "PKDConfig",
     "Recipe",
     "RunResult",
     "RuntimeConfig",
     "Schedule",
+    "ScoreL2Config",
     "StepModule",
     "all_recipes",
     "get_recipe",

@@ -14,9 +14,9 @@ from torch import nn
 from fastkd import assets
 from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
-from fastkd.distillers import FGFI, ICD, LGD
 from fastkd.evaluation.coco import load_ground_truth
-from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, MethodConfig, Recipe
+from fastkd.training.config import Recipe
+from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.run.checkpoint import sha256_of
 from fastkd.training.step import FrozenTeacher, StepModule
@@ -33,7 +33,7 @@ class Built:
         recipe: resolved against the data.
         train_set, val_set: the data.
         module: student, method and teacher.
-        priors: of the training set, for ICD; else None.
+        priors: of the training set where the method needs them; else None.
         notes: what was loaded and inherited, for metrics.json.
         teacher_sha256: of the teacher's file, None without.
     """
@@ -141,50 +141,9 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
     return teacher
 
 
-def build_distiller(
-    recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
-) -> LGD | ICD | FGFI | nn.ModuleDict | None:
-    """The method of a recipe with fresh weights, drawn from the global generator; two of them as "lgd" and "icd"."""
-    if isinstance(recipe.method, LGDICDConfig):
-        parts = {"lgd": recipe.method.lgd, "icd": recipe.method.icd}
-        return nn.ModuleDict({name: _distiller(part, recipe, teacher, priors) for name, part in parts.items()})
-    return _distiller(recipe.method, recipe, teacher, priors)
-
-
-def _distiller(
-    method: MethodConfig | None, recipe: Recipe, teacher: Detector | None, priors: ClassPriors | None
-) -> LGD | ICD | FGFI | None:
-    detector = recipe.detector
-    if isinstance(method, LGDConfig):
-        return LGD(
-            detector.num_classes,
-            detector.channels,
-            heads=method.heads,
-            context=method.context,
-            detach_appearance=method.detach_appearance,
-            use_masks=method.use_masks,
-            adapter_query=method.adapter_query,
-            weight=method.weight,
-            instructive_weight=method.instructive_weight,
-            recompute=recipe.runtime.recompute,
-        )
-    if isinstance(method, ICDConfig):
-        return ICD(
-            detector.num_classes,
-            priors,
-            detector.channels,
-            teacher_channels=teacher.channels,
-            heads=method.heads,
-            layers=method.layers,
-            rho=method.rho,
-            max_queries=method.max_queries,
-            weight=method.weight,
-            temperature=method.temperature,
-            teacher_scale=method.teacher_scale,
-        )
-    if isinstance(method, FGFIConfig):
-        return FGFI(detector.channels, teacher_channels=teacher.channels, psi=method.psi, weight=method.weight)
-    return None
+def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
+    """The distiller of a recipe with fresh weights, drawn from the global generator; several by name."""
+    return None if recipe.method is None else recipe.method.build(given)
 
 
 def build(recipe: Recipe) -> Built:
@@ -218,12 +177,12 @@ def build(recipe: Recipe) -> Built:
     for name in ("backbone_weights", "inherited"):
         if name in notes:
             log.info("%s: %s", name, notes[name])
-    priors = measure_priors(train_set) if recipe.icd else None
+    method = recipe.method
+    priors = measure_priors(train_set) if method is not None and method.needs_priors else None
     torch.manual_seed(recipe.seed + 1)
-    distiller = build_distiller(recipe, teacher, priors)
-    needs_teacher = recipe.icd is not None or isinstance(recipe.method, FGFIConfig)
+    distiller = build_distiller(recipe, Given(student, teacher, priors, recipe.runtime.recompute))
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
-    frozen = FrozenTeacher(teacher, dtype) if needs_teacher else None
+    frozen = FrozenTeacher(teacher, dtype) if method is not None and method.needs_teacher else None
     module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

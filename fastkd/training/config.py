@@ -9,14 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastkd.codec import decode, encode, require
 from fastkd.detectors import DetectorConfig
-from fastkd.training.codec import decode, encode, require
-
-
-def _require_fraction(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
+from fastkd.training.methods import Method, kinds
+from fastkd.training.optimizer_config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -74,56 +70,6 @@ class DataConfig:
         require(self.val_batch_size >= 1, "DataConfig: val_batch_size", "at least 1", self.val_batch_size)
         require(self.workers >= 0, "DataConfig: workers", "0 or more", self.workers)
         require(self.prefetch >= 1, "DataConfig: prefetch", "at least 1", self.prefetch)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimiser with its learning rate over the run.
-
-    Args:
-        kind: "sgd" or "adamw".
-        learning_rate: the rate after warm-up, for the whole batch.
-        momentum: of SGD.
-        weight_decay: of SGD (in the gradient) or AdamW (decoupled).
-        decay_norm_and_bias: whether weight decay touches biases and normalisation parameters (all of one dimension).
-        clip_norm: largest norm of this optimiser's gradients together; None does not clip.
-        decay: "multistep" multiplies the rate by `gamma` at each milestone; "cosine" lets it fall to 0 at the end.
-        milestones: fractions of the run, ascending.
-        gamma: factor at a milestone.
-        warmup: fraction of the run over which the rate rises linearly.
-        warmup_factor: where the warm-up starts, as a factor of the rate.
-    """
-
-    kind: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = False
-    clip_norm: float | None = None
-    decay: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = (6 / 9, 8 / 9)
-    gamma: float = 0.1
-    warmup: float = 1 / 90
-    warmup_factor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("sgd", "adamw"), "OptimizerConfig: kind", "'sgd' or 'adamw'", self.kind)
-        require(self.decay in ("multistep", "cosine"), "OptimizerConfig: decay", "'multistep' or 'cosine'", self.decay)
-        require(self.learning_rate > 0, "OptimizerConfig: learning_rate", "positive", self.learning_rate)
-        require(0 <= self.momentum < 1, "OptimizerConfig: momentum", "in [0, 1)", self.momentum)
-        require(self.weight_decay >= 0, "OptimizerConfig: weight_decay", "0 or more", self.weight_decay)
-        require(0 < self.gamma <= 1, "OptimizerConfig: gamma", "in (0, 1]", self.gamma)
-        require(0 < self.warmup_factor <= 1, "OptimizerConfig: warmup_factor", "in (0, 1]", self.warmup_factor)
-        clip = self.clip_norm
-        require(clip is None or clip > 0, "OptimizerConfig: clip_norm", "positive or None", clip)
-        _require_fraction(self, "warmup")
-        ordered = sorted(set(self.milestones))
-        require(
-            list(self.milestones) == ordered and all(0 < m <= 1 for m in ordered),
-            "OptimizerConfig: milestones",
-            "ascending fractions of the run in (0, 1]",
-            self.milestones,
-        )
 
 
 @dataclass(frozen=True)
@@ -205,119 +151,6 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class LGDConfig:
-    """Label-guided self-distillation: no teacher; the labels make the instructive features.
-
-    Args:
-        heads: attention heads of the relation adapter.
-        context: add the whole image as an object without class.
-        detach_appearance: keep the gradient of the appearance encoder from the student (two-stage detectors).
-        use_masks: pool and paint with instance masks instead of boxes, and describe them to the label encoder.
-        adapter_query: which embeddings ask and which answer in the relation adapter.
-        weight: of the distillation loss.
-        instructive_weight: of the detector's loss on the instructive pyramid.
-        detach_fraction: first part of the run in which the distillation loss does not reach the student.
-        freeze_fraction: first part in which the backbone below the FPN gets no update; only if it is pretrained.
-        final_fraction: last part of the run without distillation.
-    """
-
-    heads: int = 8
-    context: bool = True
-    detach_appearance: bool = False
-    use_masks: bool = False
-    adapter_query: Literal["appearance", "label", "appearance_only", "label_only"] = "appearance"
-    weight: float = 1.0
-    instructive_weight: float = 1.0
-    detach_fraction: float = 30 / 180
-    freeze_fraction: float = 20 / 180
-    final_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
-        for name in ("weight", "instructive_weight"):
-            require(getattr(self, name) >= 0, f"LGDConfig: {name}", "0 or more", getattr(self, name))
-        _require_fraction(self, "detach_fraction", "freeze_fraction", "final_fraction")
-
-
-@dataclass(frozen=True)
-class ICDConfig:
-    """Instance-conditional distillation: a decoder asks a frozen teacher where each instance is seen.
-
-    Args:
-        heads: attention heads of the decoder.
-        layers: decoder layers.
-        rho: fake queries for each real one.
-        max_queries: most queries of an image (unless it has more boxes).
-        weight: of the distillation loss: 8 dense, 3 two-stage.
-        temperature: of the attention that weighs the distillation loss.
-        teacher_scale: factor on the teacher's pyramid in the decoder, to bring it to unit size.
-        detach_fraction: first part of the run in which the distillation loss does not reach the student.
-        final_fraction: last part of the run without distillation.
-    """
-
-    heads: int = 8
-    layers: int = 1
-    rho: int = 5
-    max_queries: int = 300
-    weight: float = 8.0
-    temperature: float = 1.0
-    teacher_scale: float = 1.0
-    detach_fraction: float = 1 / 90
-    final_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "layers", "max_queries"):
-            require(getattr(self, name) >= 1, f"ICDConfig: {name}", "at least 1", getattr(self, name))
-        require(self.rho >= 0, "ICDConfig: rho", "0 or more", self.rho)
-        require(self.weight >= 0, "ICDConfig: weight", "0 or more", self.weight)
-        require(self.temperature > 0, "ICDConfig: temperature", "positive", self.temperature)
-        require(self.teacher_scale > 0, "ICDConfig: teacher_scale", "positive", self.teacher_scale)
-        _require_fraction(self, "detach_fraction", "final_fraction")
-
-
-@dataclass(frozen=True)
-class FGFIConfig:
-    """Fine-grained feature imitation: the student's features imitate the teacher's near objects.
-
-    Args:
-        psi: share of the largest IoU an anchor must exceed for its cell to imitate.
-        weight: of the imitation loss.
-        warmup_fraction: first part of the run without imitation.
-        final_fraction: last part of the run without imitation.
-    """
-
-    psi: float = 0.5
-    weight: float = 0.01
-    warmup_fraction: float = 1 / 90
-    final_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(0 <= self.psi <= 1, "FGFIConfig: psi", "in [0, 1]", self.psi)
-        require(self.weight >= 0, "FGFIConfig: weight", "0 or more", self.weight)
-        _require_fraction(self, "warmup_fraction", "final_fraction")
-
-
-@dataclass(frozen=True)
-class LGDICDConfig:
-    """LGD and ICD on one student: the losses of both in every step, each method in its own phases.
-
-    Args:
-        lgd: the label-guided part.
-        icd: the part with the teacher.
-        lgd_optimizer: of LGD's own parameters; None gives them to the student's. ICD's are the recipe's
-            `method_optimizer`.
-    """
-
-    lgd: LGDConfig = field(default_factory=LGDConfig)
-    icd: ICDConfig = field(default_factory=ICDConfig)
-    lgd_optimizer: OptimizerConfig | None = None
-
-
-MethodConfig = LGDConfig | ICDConfig | FGFIConfig | LGDICDConfig
-METHOD_KINDS: dict[str, type] = {"lgd": LGDConfig, "icd": ICDConfig, "fgfi": FGFIConfig, "lgd-icd": LGDICDConfig}
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the outcome of a run.
 
@@ -326,8 +159,8 @@ class Recipe:
         detector: the student.
         data: images, annotations and augmentation.
         method: distillation method; None trains the detector alone.
-        teacher: file of a trained detector (a run's student.safetensors), for ICD, FGFI and inheriting; "asset:NAME" is
-            one that ships with fastkd.
+        teacher: file of a trained detector (a run's student.safetensors), for methods that need one and for inheriting;
+            "asset:NAME" is one that ships with fastkd.
         inherit: start neck and head from the teacher's where names and shapes agree.
         backbone_weights: file of pretrained weights (torchvision names) or "asset:NAME"; None starts at random.
         optimizer: of the student, and of the method where `method_optimizer` is None.
@@ -340,7 +173,7 @@ class Recipe:
     name: str
     detector: DetectorConfig
     data: DataConfig = field(default_factory=DataConfig)
-    method: LGDConfig | ICDConfig | FGFIConfig | LGDICDConfig | None = None
+    method: Method | None = None
     teacher: str | None = None
     inherit: bool = False
     backbone_weights: str | None = None
@@ -352,35 +185,22 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
-        needs = "ICD" if self.icd else "FGFI" if isinstance(self.method, FGFIConfig) else None
-        needs = needs or ("inherit" if self.inherit else None)
+        method = self.method
+        needs = method.label if method is not None and method.needs_teacher else "inherit" if self.inherit else None
         if needs and self.teacher is None:
             raise ValueError(f"Recipe: {needs} must have a teacher, got None; pass --teacher PATH/student.safetensors")
         if self.teacher is not None and needs is None:
             raise ValueError(
                 f"Recipe: teacher must be None where neither the method nor inherit uses it, got {self.teacher!r}; "
-                "pass --inherit or choose an ICD or FGFI recipe"
+                "pass --inherit or choose the recipe of a method with a teacher"
             )
         if self.method_optimizer is not None and self.method is None:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
         if self.data.format == "crowdhuman" and self.with_masks:
             name = self.detector.detector
             raise ValueError(f"Recipe: detector must have no masks on crowdhuman data, got {name}; use faster_rcnn")
-        if self.lgd and self.lgd.use_masks and not self.with_masks:
-            name = self.detector.detector
-            raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
-        if isinstance(self.method, FGFIConfig) and self.detector.detector == "solov2":
-            raise ValueError("Recipe: method must not be FGFI for solov2, whose cells have no boxes; take ICD or LGD")
-
-    @property
-    def lgd(self) -> LGDConfig | None:
-        """The method, or its part, that is LGD."""
-        return self.method.lgd if isinstance(self.method, LGDICDConfig) else _only(self.method, LGDConfig)
-
-    @property
-    def icd(self) -> ICDConfig | None:
-        """The method, or its part, that is ICD."""
-        return self.method.icd if isinstance(self.method, LGDICDConfig) else _only(self.method, ICDConfig)
+        if method is not None:
+            method.check(self)
 
     @property
     def with_masks(self) -> bool:
@@ -389,13 +209,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON types; a method says which one it is under "kind"."""
-        return encode(self, METHOD_KINDS)
+        return encode(self, kinds())
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Recipe:
         """The recipe `to_dict` wrote; unknown and missing fields raise with their name."""
-        return decode(Recipe, values, "recipe", METHOD_KINDS)
-
-
-def _only(method: MethodConfig | None, kind: type) -> Any:
-    return method if isinstance(method, kind) else None
+        return decode(Recipe, values, "recipe", kinds())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.training.config import LGDICDConfig, OptimizerConfig, Recipe
+from fastkd.training.config import Recipe
+from fastkd.training.optimizer_config import OptimizerConfig
 from fastkd.training.schedule import learning_rate
 
 
@@ -13,7 +14,7 @@ class NamedOptimizer:
     """A torch optimiser with the names of its parameters, so that its state can be stored as plain tensors.
 
     Args:
-        name: "student", "method" or "lgd"; prefix of its log entries.
+        name: "student", "method" or that of one of several methods; prefix of its log entries.
         config: kind, rate and decay.
         parameters: name -> parameter, also those that get no gradient in some phases.
     """
@@ -96,10 +97,8 @@ def build_optimizers(recipe: Recipe, module: nn.Module) -> list[NamedOptimizer]:
 
     All parameters that train are owned: by the student's where they have none.
     """
-    two = isinstance(recipe.method, LGDICDConfig)
-    own = {"distiller.icd." if two else "distiller.": ("method", recipe.method_optimizer)}
-    if two:
-        own["distiller.lgd."] = ("lgd", recipe.method.lgd_optimizer)
+    parts = recipe.method.optimizers(recipe.method_optimizer) if recipe.method is not None else {}
+    own = {f"distiller.{prefix}": optimizer for prefix, optimizer in parts.items()}
     student = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found = []
     for prefix, (owner, config) in own.items():

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fastkd.detectors import Detector
 from fastkd.detectors.common.folding import fold_norms
-from fastkd.distillers import FGFI, ICD, LGD
-from fastkd.distillers.towers import share
+from fastkd.distillers import Distilled, Distiller
+from fastkd.training.methods.phase import Phase
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
-from fastkd.training.schedule import Phase
 from fastkd.types import Batch
+
+Teacher = Callable[[], list[Tensor]]  # waits for the teacher that was started
 
 
 def sum_losses(losses: dict[str, Tensor]) -> Tensor:
@@ -24,9 +25,9 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack([value.float() for value in losses.values()]).sum()
 
 
-def _instructive(lgd: LGD, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
+def _instructive(distiller: Distiller, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
     """The detector's losses on the instructive pyramid as they join the sum."""
-    weight = lgd.instructive_weight
+    weight = distiller.instructive_weight
     return {f"instructive_{name}": value if weight == 1 else weight * value for name, value in supervision.items()}
 
 
@@ -67,6 +68,17 @@ class FrozenTeacher:
         with torch.no_grad(), low:
             return (regions or Regions())("teacher", _features, self.detector, images)
 
+    def cell_scores(self, pyramid: list[Tensor], regions: Regions | None = None) -> list[Tensor]:
+        """The teacher's highest class probability in each cell of its pyramid; as `pyramid`."""
+        kind = pyramid[0].device.type
+        low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
+        with torch.no_grad(), low:
+            return (regions or Regions())("teacher scores", _cell_scores, self.detector, pyramid)
+
+
+def _cell_scores(detector: Detector, pyramid: list[Tensor]) -> list[Tensor]:
+    return detector.cell_scores(pyramid)
+
 
 def _features(detector: Detector, images: Tensor) -> list[Tensor]:
     return detector.features(images)
@@ -81,38 +93,34 @@ class StepModule(nn.Module):
 
     Args:
         detector: the student.
-        distiller: LGD, ICD, FGFI, {"lgd": LGD, "icd": ICD} for both, or None.
-        teacher: for ICD and FGFI; held, not registered.
+        distiller: a Distiller, several by name as an nn.ModuleDict, or None.
+        teacher: for distillers that need one; held, not registered.
         dtype: autocast to this type, or None for float32.
         regions: what is compiled of the step; None compiles nothing.
+
+    Attributes:
+        detector_losses: names of the detector's own losses in the last step's result.
     """
 
     def __init__(
         self,
         detector: Detector,
-        distiller: LGD | ICD | FGFI | nn.ModuleDict | None = None,
+        distiller: nn.Module | None = None,
         teacher: FrozenTeacher | None = None,
         dtype: torch.dtype | None = None,
         regions: Regions | None = None,
     ):
         super().__init__()
-        for part in distiller.values() if isinstance(distiller, nn.ModuleDict) else (distiller,):
-            if isinstance(part, (ICD, FGFI)) and teacher is None:
-                raise ValueError(f"StepModule: teacher must be given for {type(part).__name__}, got None")
         self.detector = detector
         self.distiller = distiller
+        for part in self._parts().values():
+            if part.needs_teacher and teacher is None:
+                raise ValueError(f"StepModule: teacher must be given for {type(part).__name__}, got None")
         self.teacher = teacher
         self.dtype = dtype
         self.regions = regions or Regions()
         self.side = SideStream()
-        if isinstance(distiller, FGFI):
-            if not detector.imitation_anchors():
-                raise ValueError(
-                    f"StepModule: distiller must not be FGFI for {detector.config.detector}, whose cells answer for no "
-                    "boxes; use ICD or LGD"
-                )
-            for level, anchors in enumerate(detector.imitation_anchors()):
-                self.register_buffer(f"anchors{level}", anchors.clone(), persistent=False)
+        self.detector_losses: tuple[str, ...] = ()
 
     def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The weighted losses of a batch; their sum is what trains.
@@ -124,81 +132,86 @@ class StepModule(nn.Module):
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            answer = self._ask_teacher(batch, phase)
+            teacher = self._start_teacher(batch, phase)
             pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
             with self.regions.inside(self.detector):
                 if self.distiller is None or not phase.distill:
-                    return dict(self.detector.loss(pyramid, batch))
-                return self._with_method(pyramid, batch, phase, answer)
+                    losses = dict(self.detector.loss(pyramid, batch))
+                    self.detector_losses = tuple(losses)
+                    return losses
+                return self._with_method(pyramid, batch, phase, teacher)
 
-    def _ask_teacher(self, batch: Batch, phase: Phase) -> Callable[[], list[Tensor]] | None:
-        """Starts the teacher, on a GPU beside what follows; None where nobody wants to know in this phase."""
-        if not any(isinstance(part, (ICD, FGFI)) and phase.of(name).distill for name, part in self._parts()):
+    def _start_teacher(self, batch: Batch, phase: Phase) -> Teacher | None:
+        """Starts the teacher, on a GPU beside what follows; None if no active method needs the teacher."""
+        wanted = [part for name, part in self._parts().items() if part.needs_teacher and phase.of(name).distill]
+        if not wanted or self.teacher is None:
             return None
-        return self.side.start(lambda: self.teacher.pyramid(batch.images, self.regions), [batch.images])
+        frozen, with_scores = self.teacher, any(part.needs_scores for part in wanted)
+
+        def work() -> list[Tensor]:
+            pyramid = frozen.pyramid(batch.images, self.regions)
+            return [*pyramid, *frozen.cell_scores(pyramid, self.regions)] if with_scores else pyramid
+
+        return self.side.start(work, [batch.images])
 
     def _with_method(
-        self, pyramid: list[Tensor], batch: Batch, phase: Phase, answer: Callable[[], list[Tensor]] | None
+        self, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None
     ) -> dict[str, Tensor]:
-        """The detector's losses and the method's. LGD's second call of the head is one with the first."""
-        parts, instructive, lgd = {}, None, None
-        shared = share(pyramid, 1 + sum(phase.of(name).distill for name, _ in self._parts()))
-        for name, distiller in self._parts():
-            if phase.of(name).distill:
-                parts[name], pyramid_made = self.distill_by(distiller, shared.pop(), batch, phase.of(name), answer)
-                if pyramid_made is not None:
-                    instructive, lgd = pyramid_made, name
-        student, *taught = self.detector.losses([shared.pop(), *([instructive] if lgd is not None else [])], batch)
+        """The detector's losses and the methods'. Instructive pyramids share the head's call with the student's."""
+        made = {
+            name: self.distill_by(distiller, pyramid, batch, phase.of(name), teacher)
+            for name, distiller in self._parts().items()
+            if phase.of(name).distill
+        }
+        instructive = {name: one.instructive for name, one in made.items() if one.instructive is not None}
+        student, *taught = self.detector.losses([pyramid, *instructive.values()], batch)
+        supervision = dict(zip(instructive, taught, strict=True))
         losses = dict(student)
-        for name, distiller in self._parts():
-            losses |= parts.get(name, {})
-            if name == lgd:
-                losses |= _instructive(distiller, taught[0])
+        self.detector_losses = tuple(losses)
+        for name, one in made.items():
+            losses |= one.losses
+            if name in supervision:
+                losses |= _instructive(self._parts()[name], supervision[name])
         return losses
 
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
         losses: dict[str, Tensor] = {}
-        answer = self._ask_teacher(batch, phase)
-        for name, distiller in self._parts():
+        teacher = self._start_teacher(batch, phase)
+        for name, distiller in self._parts().items():
             if phase.of(name).distill:
-                own, instructive = self.distill_by(distiller, pyramid, batch, phase.of(name), answer)
-                losses |= own
-                if instructive is not None:
-                    losses |= _instructive(distiller, self.detector.loss(instructive, batch))
+                made = self.distill_by(distiller, pyramid, batch, phase.of(name), teacher)
+                losses |= made.losses
+                if made.instructive is not None:
+                    losses |= _instructive(distiller, self.detector.loss(made.instructive, batch))
         return losses
 
-    def _parts(self) -> list[tuple[str, LGD | ICD | FGFI]]:
-        """The methods with the names of their phases."""
-        return list(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else [("", self.distiller)]
+    def _parts(self) -> dict[str, Any]:
+        """The distillers with the names of their phases."""
+        if self.distiller is None:
+            return {}
+        return dict(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else {"": self.distiller}
 
     def distill_by(
-        self,
-        distiller: LGD | ICD | FGFI,
-        pyramid: list[Tensor],
-        batch: Batch,
-        phase: Phase,
-        answer: Callable[[], list[Tensor]] | None,
-    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-        """The losses of a method on a pyramid of the student, and LGD's instructive pyramid.
+        self, distiller: Distiller, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None
+    ) -> Distilled:
+        """What one method makes of a pyramid of the student.
 
         Args:
-            answer: gives the teacher's pyramid; None for LGD.
+            teacher: gives the teacher's pyramid, and behind it the scores of its cells where a method needs them; None
+                if no method needs the teacher.
         """
-        regions = self.regions
+        regions, options = self.regions, {}
         batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
-        if isinstance(distiller, LGD):
-            options = {"detach_student": phase.detach_student, "places": regions.free_counts(distiller.prepare(batch))}
-            losses, instructive = regions("lgd", _call, distiller, pyramid, batch, **options)
-            return dict(losses), instructive
-        teacher = regions.fix_batch(answer())
-        if isinstance(distiller, ICD):
-            prepared = distiller.prepare(batch, [tuple(level.shape[2:]) for level in teacher])
-            regions.free_counts(prepared.draws)
-            options = {"detach_student": phase.detach_student, "prepared": prepared}
-            return regions("icd", _call, distiller, pyramid, teacher, batch, **options), None
-        anchors = [getattr(self, f"anchors{level}") for level in range(len(pyramid))]
-        return regions("fgfi", _call, distiller, pyramid, teacher, batch, anchors), None
+        levels = None
+        if distiller.needs_teacher and teacher is not None:
+            answer = regions.fix_batch(teacher())
+            levels = answer[: len(pyramid)]
+            if distiller.needs_scores:
+                options["scores"] = answer[len(pyramid) :]
+        prepared = distiller.prepare(batch, [(level.shape[2], level.shape[3]) for level in pyramid])
+        options |= {"detach_student": phase.detach_student, "prepared": regions.free_counts(prepared)}
+        return regions(type(distiller).__name__, _call, distiller, pyramid, batch, levels, **options)
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.
@@ -212,8 +225,7 @@ class StepModule(nn.Module):
         for name, parameter in self.named_parameters():
             wanted = name in trainable
             if name.startswith("distiller."):
-                two = isinstance(self.distiller, nn.ModuleDict)
-                wanted = wanted and (phase.of(name.split(".")[1]) if two else phase).distill
+                wanted = wanted and phase.of(name.split(".")[1]).distill
             elif name.startswith("detector.backbone."):
                 wanted = wanted and phase.train_backbone
             changed = changed or parameter.requires_grad != wanted

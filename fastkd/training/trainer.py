@@ -15,19 +15,22 @@ from rich.console import Console
 from torch import Tensor
 
 from fastkd.data import BatchLoader
+from fastkd.files import write_json
 from fastkd.ops import use_backend
+from fastkd.signals import Interrupted, StopSignals
 from fastkd.training.build import Built, build
 from fastkd.training.config import Recipe
 from fastkd.training.cost import ledger as cost
+from fastkd.training.methods.phase import steps_of
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import compiler_settings, require_compiler
 from fastkd.training.parallel.processes import Processes, check_shares, holding_back, processes
-from fastkd.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from fastkd.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastkd.training.run.directory import RunDirectoryError, look_into, open_run_directory
 from fastkd.training.run.finish import Evaluation, RunResult, finish_run
+from fastkd.training.run.jumps import JumpCounter
 from fastkd.training.run.loading import Loading, train_loader
 from fastkd.training.run.logging import Interval, RunLog, RunProgress, Stopwatch
-from fastkd.training.run.signals import Interrupted, StopSignals
 from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.step import sum_losses
 from fastkd.types import Batch
@@ -134,6 +137,7 @@ class Trainer:
         self.seconds = 0.0
         self.ledger: dict[str, Any] | None = None
         self.interval = Interval()
+        self.jumps = JumpCounter(steps_of(self.recipe.optimizer.warmup, self.recipe.schedule.steps))
         self.phase: Phase | None = None
         self.wrapped: torch.nn.Module | None = None
         self.norms: dict[str, Tensor] = {}
@@ -178,6 +182,7 @@ class Trainer:
             optimizer.load_tensors(checkpoint.optimizer)
         self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
         self.interval.load_state(state["interval"], self.group.device)
+        self.jumps.load_state(state["jumps"])
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
@@ -221,6 +226,7 @@ class Trainer:
             if due:
                 watch.pause()
                 self.seconds = watch.total
+                self.jumps.warn(self.recipe, self.group, self.console)
                 if "log" in due:
                     self._log(log, *watch.take_lap())
                 if "ledger" in due:
@@ -291,6 +297,7 @@ class Trainer:
         self.step += 1
         self.rates = rates
         self.interval.add({**sums, **self.norms})
+        self.jumps.add(sum_losses({name: sums[name] for name in self.module.detector_losses}))
         return stopped
 
     def _check(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> int:
@@ -343,6 +350,7 @@ class Trainer:
             "losses": {name: value for name, value in means.items() if not name.startswith("grad_norm/")},
             "lr": self.rates,
             "grad_norm": {n.removeprefix("grad_norm/"): v for n, v in means.items() if n.startswith("grad_norm/")},
+            "jumps": len(self.jumps.found),
             **loading,
         }
         log.write(record)
@@ -353,6 +361,7 @@ class Trainer:
         state = {
             "seconds": self.seconds,
             "interval": self._shared_interval(),
+            "jumps": self.jumps.state(),
             "ledger": self.ledger,
             "teacher_sha256": self.built.teacher_sha256,
             "data": self._data_state(),

@@ -124,7 +124,7 @@ def test_compiled_ops_of_the_distillers_count_as_one(name):
             "mask_pool_backward",
             "mask_paint_backward",
         }
-    lone = {"lgd": {"conv3x3_taps"}, "icd": {"attention_mass", "seeded_draws"}, "fgfi": {"imitation_mask"}}
+    lone = {"lgd": {"conv3x3_taps"}, "icd": {"attention_mass", "seeded_noise"}, "fgfi": {"imitation_mask"}}
     assert own == dict.fromkeys({*both, *lone.get(name, set())}, 1)
 
 
@@ -148,6 +148,6 @@ def test_bytes_and_products_of_compiled_ops():
 
 
 def test_an_op_without_a_formula_is_refused(monkeypatch):
-    monkeypatch.delitem(fastkd_costs.FLOPS, "seeded_draws")
-    with pytest.raises(ValueError, match=r"fastkd::seeded_draws must have a formula; add it to fastkd_costs\.py"):
-        count(lambda: torch.ops.fastkd.seeded_draws([1], [2], 2))
+    monkeypatch.delitem(fastkd_costs.FLOPS, "seeded_noise")
+    with pytest.raises(ValueError, match=r"fastkd::seeded_noise must have a formula; add it to fastkd_costs\.py"):
+        count(lambda: torch.ops.fastkd.seeded_noise([1], [2], 2))

@@ -47,6 +47,21 @@ def test_shared_memory_fits_every_card(kernels):
 
 
 @built
+def test_static_arrays_beside_dynamic_memory_are_as_small_as_launches_reckon(kernels):
+    """On sm_80: what is read of later cards includes the kilobyte that the system keeps."""
+    limit = int(re.search(r"kStaticShared = (\d+);", (ROOT / "csrc/common/device.h").read_text())[1])
+    asking = re.compile("(pool|paint|forward_rows)_kernel")
+    found = [kernel for kernel in kernels if kernel.card == "sm_80" and asking.match(kernel.name)]
+    assert len(found) >= 40 and [kernel for kernel in found if kernel.shared > limit] == []
+
+
+@built
+def test_two_blocks_of_every_kernel_fit_a_multiprocessor(kernels):
+    """Of 256 threads, the most that blocks of many registers have."""
+    assert [kernel for kernel in kernels if kernel.registers > 128] == []
+
+
+@built
 def test_kernels_that_move_pyramids_move_16_bytes_at_a_time(kernels):
     read = [kernel for kernel in kernels if kernel.card == READ]
     if not read:

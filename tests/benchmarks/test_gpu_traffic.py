@@ -96,20 +96,6 @@ def test_the_attentions_partial_sums_are_those_of_its_plan(queries):
     assert len(launches) + len(backward) == len(model)
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_the_projections_partial_sums_are_those_of_its_plan(last):
-    triton_report = pytest.importorskip("benchmarks.gpu.triton_report", reason="Triton is not installed")
-    shape = Shape(8, 800, 1216)
-    arguments = triton_report._arguments(triton_report.Case("projection", last=last), shape.channels, shape.heads, 8)
-    levels, grads, card = arguments[1], arguments[-1], triton_report.Card(9, 132)
-    weight = torch.empty(shape.channels, shape.channels, dtype=torch.bfloat16, device="meta")
-    planned, _ = triton_report.projection.plan_backward(grads, levels, weight, True, True, True, card)
-    model = gpu_traffic.project_levels(shape, 2, last)
-    for name, moved in (("parts", model[3].read), ("sums", model[3].written)):
-        assert sum(one.numel() * one.element_size() for one in planned[2].arguments[name]) == moved
-    assert model[2].written == model[3].read and len(planned) == len(model) - 1
-
-
 def test_what_is_least_is_less():
     for name, model in gpu_traffic.MODELS.items():
         for last in (False, True):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.gpu import roofline
+from benchmarks.gpu import predictions, roofline
 from benchmarks.gpu.roofline import Card, Work
 from benchmarks.ops.draws import QUICK, Draw, Shape
 from benchmarks.ops.rows import ROWS
@@ -71,7 +71,7 @@ def test_the_longest_of_three_limits():
 
 
 def test_predictions_are_labelled(capsys):
-    roofline.main(["--images", "2", "--dtype", "float32"])
+    predictions.main(["--images", "2", "--dtype", "float32"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("PREDICTED times, ms") and "nothing here was measured" in lines[0]
     assert "B = 2, 800 x 1344" in lines[0] and "float32" in lines[0]

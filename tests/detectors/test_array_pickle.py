@@ -1,11 +1,13 @@
 """Pickles of arrays are read, and nothing in a pickle is ever executed."""
 
 import collections
+import copyreg
 import io
 import os
 import pickle
 import pickletools
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -81,9 +83,20 @@ def hostile(mark):
     yield "other reconstruct", b"cnumpy.core.multiarray\n_reconstruct\n(c_codecs\nencode\n(I0\ntS'b'\ntR."
     yield "persistent id", b"P1\n."
     yield "extension", b"\x80\x02\x82\x01."
+    yield "extension in the cache", f"\x80\x02\x82\x07(S'touch {mark}'\ntR.".encode("latin-1")
+    yield "nested tuple as a key", b"\x80\x04})" + b"\x85" * 150_000 + b"Ns."  # its hash overflows the C stack
 
 
-def test_nothing_is_executed(tmp_path):
+@pytest.fixture
+def cached_extension():
+    """os.system under an extension code that pickle has met: it is not looked up by its name again."""
+    copyreg.add_extension(os.system.__module__, "system", 7)
+    assert pickle.loads(pickle.dumps(os.system, protocol=2)) is os.system
+    yield
+    copyreg.remove_extension(os.system.__module__, "system", 7)
+
+
+def test_nothing_is_executed(tmp_path, cached_extension):
     mark = str(tmp_path / "executed")
     for name, content in hostile(mark):
         path = tmp_path / "hostile.pkl"
@@ -150,6 +163,18 @@ def test_shared_parts_are_walked_once(tmp_path):
     path.write_bytes(bomb())
     found = read_array_pickle(path)
     assert len(found) == 1000 and found[0] is found[999]
+
+
+def test_a_huge_memo_index_takes_no_memory(tmp_path):
+    """The C unpickler makes room for all indices below: 34 GB."""
+    path = tmp_path / "memo.pkl"
+    path.write_bytes(b"\x80\x02]r" + struct.pack("<I", 2**31) + b".")
+    with open(path, "rb") as file:
+        assert [argument for _, argument, _ in pickletools.genops(file)][2] == 2**31
+    tracemalloc.start()
+    assert read_array_pickle(path) == []
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_every_opcode_is_known_or_refused():

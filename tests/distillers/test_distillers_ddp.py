@@ -12,16 +12,15 @@ from fastkd.ops._support.normalizer import global_mean
 def every_distiller(batch, student, teacher, modules):
     """The sum of everything the three methods learn from on a batch."""
     lgd, icd, fgfi = modules
-    losses, instructive = lgd(student, batch)
-    total = sum(losses.values()) + sum(level.square().mean() + level.abs().mean() for level in instructive)
-    total = total + sum(icd(student, teacher, batch).values())
-    anchors = [torch.tensor([[-s, -s, s, s]]) for s in (6.0, 12.0, 24.0, 48.0)]
-    return total + fgfi(student, teacher, batch, anchors, scale=100.0)["fgfi_imitation"]
+    made = lgd(student, batch)
+    total = sum(made.losses.values()) + sum(level.square().mean() + level.abs().mean() for level in made.instructive)
+    return total + sum(sum(method(student, batch, teacher).losses.values()) for method in (icd, fgfi))
 
 
 def three_modules():
     torch.manual_seed(0)
-    modules = LGD(3, 8, heads=2), ICD(3, priors(3), 8, heads=2, rho=2), FGFI(8)
+    anchors = [torch.tensor([[-s, -s, s, s]]) for s in (6.0, 12.0, 24.0, 48.0)]
+    modules = LGD(3, 8, heads=2), ICD(3, priors(3), 8, heads=2, rho=2), FGFI(anchors, 8, weight=1.0)
     torch.nn.init.normal_(modules[2].adapter.weight, std=0.3)
     return torch.nn.ModuleList(modules).double()
 

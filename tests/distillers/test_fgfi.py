@@ -53,7 +53,7 @@ def transcription(module, student, teacher, batch, anchors):
 
 def module_for_test(channels=5, **options):
     """With weights far larger than the published start, so that the adapter matters."""
-    module = FGFI(channels, **options).double()
+    module = FGFI(ANCHORS, channels, **options).double()
     torch.nn.init.normal_(module.adapter.weight, std=0.3)
     torch.nn.init.normal_(module.adapter.bias, std=0.3)
     return module
@@ -66,7 +66,7 @@ def test_equals_transcription(counts, teacher_channels):
     batch = ragged_batch(counts)
     student = ragged_pyramid(len(counts), 5)
     teacher = ragged_pyramid(len(counts), teacher_channels or 5, seed=1)
-    loss = module(student, teacher, batch, ANCHORS)["fgfi_imitation"]
+    loss = module(student, batch, teacher).losses["fgfi_imitation"]
     expected = transcription(module, student, teacher, batch, ANCHORS)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert (loss > 0) == (sum(counts) > 0)
@@ -77,14 +77,14 @@ def test_equals_transcription(counts, teacher_channels):
 
 
 def loss_of(module, student, teacher, batch, **options):
-    return module(student, teacher, batch, ANCHORS, **options)["fgfi_imitation"]
+    return module(student, batch, teacher, **options).losses["fgfi_imitation"]
 
 
 @pytest.mark.parametrize("psi", [0.0, 0.5, 0.9, 1.0])
 def test_mask_is_the_strictly_better_cells(psi):
     batch = ragged_batch((4, 0, 3), seed=3)
-    module = FGFI(5, psi=psi)
-    masks = module.masks(ragged_pyramid(3, 5), batch, ANCHORS)
+    module = FGFI(ANCHORS, 5, psi=psi)
+    masks = module.masks(ragged_pyramid(3, 5), batch)
     found = {(image, level, y, x) for level, mask in enumerate(masks) for image, y, x in mask.nonzero().tolist()}
     assert found == imitating_cells(batch, ANCHORS, psi)
     assert (not found) == (psi == 1.0)  # nothing exceeds the best one itself
@@ -94,15 +94,16 @@ def test_threshold_is_global_over_levels():
     """A box that fits an anchor of the third level exactly: coarse and fine cells with IoU up to psi stay out."""
     batch = ragged_batch((1,))
     batch.boxes = torch.tensor([[8.0, 8.0, 56.0, 56.0]])
-    module = FGFI(5)
-    masks = module.masks(ragged_pyramid(1, 5), batch, [anchors[:1] for anchors in ANCHORS])
+    module = FGFI([anchors[:1] for anchors in ANCHORS], 5)
+    masks = module.masks(ragged_pyramid(1, 5), batch)
     assert masks[2][0].any() and not masks[0][0].any()  # the finest anchor's IoU with it is 144 / 2304
 
 
 def test_anchors_outside_the_image_count():
     batch = ragged_batch((1,))
     batch.boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    masks = FGFI(5, psi=0.9).masks(ragged_pyramid(1, 5), batch, [torch.tensor([[-10.0, -10.0, 10.0, 10.0]])] * 4)
+    anchors = [torch.tensor([[-10.0, -10.0, 10.0, 10.0]])] * 4
+    masks = FGFI(anchors, 5, psi=0.9).masks(ragged_pyramid(1, 5), batch)
     assert masks[0][0, 0, 0] and masks[3][0, 0, 0]
 
 
@@ -131,15 +132,25 @@ def test_split_batch_averages_to_the_whole(monkeypatch):
     assert_close_gradients({name: (found[0][name] + found[1][name]) / 2 for name in whole}, whole, tolerance=1e-10)
 
 
-def test_scale_weight_and_start():
-    module = FGFI(16, teacher_channels=24)
+def test_weight_and_start():
+    module = FGFI(ANCHORS, 16, teacher_channels=24)
     assert module.adapter.weight.abs().max() <= 2e-4 and 0.7e-4 < module.adapter.weight.std() < 1.0e-4
     assert not module.adapter.bias.any()
     batch, student = ragged_batch((2, 3)), ragged_pyramid(2, 16, dtype=torch.float32)
     teacher = ragged_pyramid(2, 24, seed=1, dtype=torch.float32)
     full = loss_of(module, student, teacher, batch)
-    torch.testing.assert_close(loss_of(module, student, teacher, batch, scale=0.25), full / 4)
-    assert loss_of(module, student, teacher, batch, scale=0.0) == 0
+    module.weight /= 4
+    torch.testing.assert_close(loss_of(module, student, teacher, batch), full / 4)
+    assert set(module.state_dict()) == {"adapter.weight", "adapter.bias"}
+
+
+def test_a_detached_student_gets_no_gradient():
+    module, batch = module_for_test(), ragged_batch((2, 3))
+    student, teacher = ragged_pyramid(2, 5), ragged_pyramid(2, 5, seed=1)
+    loss = loss_of(module, student, teacher, batch, detach_student=True)
+    torch.testing.assert_close(loss, loss_of(module, student, teacher, batch))
+    found = gradients(loss, module, student)
+    assert {name for name, value in found.items() if value is not None} == {"adapter.weight", "adapter.bias"}
 
 
 def test_autocast_loss_is_float32_and_close():
@@ -156,14 +167,18 @@ def test_autocast_loss_is_float32_and_close():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="psi must be in"):
-        FGFI(8, psi=1.5)
+        FGFI(ANCHORS, 8, psi=1.5)
     with pytest.raises(ValueError, match="weight must be"):
-        FGFI(8, weight=-1)
-    module, batch = FGFI(8), ragged_batch((1, 1))
+        FGFI(ANCHORS, 8, weight=-1)
+    module, batch = FGFI(ANCHORS, 8), ragged_batch((1, 1))
     student, teacher = ragged_pyramid(2, 8, dtype=torch.float32), ragged_pyramid(2, 9, dtype=torch.float32)
-    with pytest.raises(ValueError, match="teacher_pyramid must have 8 channels, got 9"):
+    with pytest.raises(ValueError, match="teacher must have 8 channels, got 9"):
         loss_of(module, student, teacher, batch)
     with pytest.raises(ValueError, match="images and cells"):
         loss_of(module, student, student[:3], batch)
     with pytest.raises(ValueError, match="one entry a level"):
-        module(student, student, batch, ANCHORS[:2])
+        FGFI(ANCHORS[:2], 8)(student, batch, student)
+    with pytest.raises(ValueError, match="FGFI: teacher must be given, got None; pass the frozen teacher's pyramid"):
+        module(student, batch)
+    with pytest.raises(ValueError, match=r"FGFI: anchors must be a list of \[A, 4\] tensors"):
+        FGFI([], 8)

@@ -5,14 +5,21 @@ import math
 
 import pytest
 import torch
-from icd_transcription import CHANNELS, HEADS, TEACHER, cells_of, decode_image, descriptor, draw, tables, transcribe
+from icd_transcription import CHANNELS, HEADS, TEACHER, cells_of, decode_image, descriptor, draw, transcribe
 from ragged import LEVELS, SIZE, assert_close_gradients, gradients, part_of, priors, ragged_batch, ragged_pyramid
 from torch.nn import functional as F
 
 from fastkd.distillers import ICD
-from fastkd.distillers.decoder import DecoderLayer, Positions, project_levels, valid_sizes
+from fastkd.distillers.decoder import DecoderLayer, position_embeddings, project_cells, valid_sizes
 from fastkd.distillers.icd import auxiliary_losses
-from fastkd.distillers.queries import QueryEncoder, anchor_embedding, draw_queries, query_count, scale_indicator
+from fastkd.distillers.queries import (
+    QueryEncoder,
+    anchor_embedding,
+    draw_queries,
+    make_noise,
+    query_count,
+    scale_indicator,
+)
 
 # the comparisons
 
@@ -43,7 +50,7 @@ def test_equals_transcription(counts, options, num_classes, detach_student):
     module, prior = build(num_classes, **options)
     batch = ragged_batch(counts, num_classes=num_classes)
     student, teacher = ragged_pyramid(len(counts), CHANNELS), ragged_pyramid(len(counts), TEACHER, seed=1)
-    losses = module(student, teacher, batch, detach_student=detach_student)
+    losses = module(student, batch, teacher, detach_student=detach_student).losses
     expected = transcribe(module, prior, student, teacher, batch, detach_student)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -63,7 +70,7 @@ def test_batch_without_boxes(counts):
     module, prior = build()
     batch = ragged_batch(counts)
     student, teacher = ragged_pyramid(len(counts), CHANNELS), ragged_pyramid(len(counts), TEACHER, seed=1)
-    losses = module(student, teacher, batch)
+    losses = module(student, batch, teacher).losses
     assert losses["icd_localisation"] == 0 and losses["icd_distill"] == 0
     expected = transcribe(module, prior, student, teacher, batch)
     torch.testing.assert_close(losses["icd_identification"], expected["icd_identification"], rtol=1e-5, atol=1e-6)
@@ -84,10 +91,10 @@ def test_query_count(count, rho, limit, expected):
 @pytest.mark.parametrize("num_classes", [1, 11])
 def test_queries_equal_transcription(num_classes):
     batch, prior = ragged_batch((3, 0, 5), num_classes=num_classes), priors(num_classes)
-    found = draw_queries(batch, *tables(prior), rho=4, max_queries=20)
+    found = draw_queries(batch, make_noise(batch, rho=4, max_queries=20), prior)
     encoder = QueryEncoder(num_classes, 8)
     described = encoder.describe(found)
-    assert found.valid.shape == (3, 20) and torch.equal(found.chosen, found.real[:, :5])
+    assert found.valid.shape == (3, 20) and torch.equal(found.mass_mask, found.real[:, :5])
     for image, queries in enumerate(draw(batch, prior, 4, 20)):
         assert found.valid[image].tolist() == [n < len(queries) for n in range(20)]
         assert found.real[image].tolist() == [n < batch.counts[image] for n in range(20)]
@@ -96,16 +103,17 @@ def test_queries_equal_transcription(num_classes):
             assert found.labels[image, n] == label
             torch.testing.assert_close(found.boxes[image, n], torch.tensor(box), rtol=0, atol=1e-6)
             torch.testing.assert_close(found.anchors[image, n], torch.tensor(anchor), rtol=0, atol=1e-6)
-            torch.testing.assert_close(found.pixels[image, n], torch.tensor(pixels), rtol=0, atol=1e-4)
+            torch.testing.assert_close(found.pixel_wh[image, n], torch.tensor(pixels), rtol=0, atol=1e-4)
             torch.testing.assert_close(described[image, n].double(), descriptor(query, num_classes), rtol=0, atol=2e-6)
-    assert found.real.flatten()[found.real_slots].all()
-    torch.testing.assert_close(found.pixels.flatten(0, 1)[found.real_slots], batch.boxes[:, 2:] - batch.boxes[:, :2])
+    assert found.real.flatten()[found.real_index].all()
+    real_wh = found.pixel_wh.flatten(0, 1)[found.real_index]
+    torch.testing.assert_close(real_wh, batch.boxes[:, 2:] - batch.boxes[:, :2])
 
 
 def test_fakes_follow_the_priors():
     """Over many draws: class frequencies, sizes within mean +- 2 std and [0.002, 0.7], boxes in the image."""
     batch, prior = ragged_batch((1,) * 4, num_classes=6), priors(6)
-    found = draw_queries(batch, *tables(prior), rho=4000, max_queries=4000)
+    found = draw_queries(batch, make_noise(batch, rho=4000, max_queries=4000), prior)
     fake = found.valid & ~found.real
     labels, boxes, anchors = found.labels[fake], found.boxes[fake], found.anchors[fake]
     share = torch.bincount(labels, minlength=6) / len(labels)
@@ -121,11 +129,11 @@ def test_fakes_follow_the_priors():
 
 def test_queries_depend_on_seed_and_image_only():
     batch, prior = ragged_batch((2, 0, 4)), priors(3)
-    arguments = tables(prior)
-    whole, part = draw_queries(batch, *arguments), draw_queries(part_of(batch, range(2, 3)), *arguments)
+    last = part_of(batch, range(2, 3))
+    whole, part = draw_queries(batch, make_noise(batch), prior), draw_queries(last, make_noise(last), prior)
     number = part.valid.shape[1]
     assert torch.equal(whole.boxes[2:, :number], part.boxes) and torch.equal(whole.anchors[2:, :number], part.anchors)
-    other = draw_queries(dataclasses.replace(batch, seeds=[1, 2, 3]), *arguments)
+    other = draw_queries(batch, make_noise(dataclasses.replace(batch, seeds=[1, 2, 3])), prior)
     assert not torch.equal(whole.anchors, other.anchors)
 
 
@@ -141,13 +149,13 @@ def test_scale_indicator_and_anchor_embedding():
 def test_valid_sizes():
     """ceil(image / stride) with the mean stride, never more than the level has."""
     sizes = torch.tensor([[64, 96], [57, 83], [1, 1]])
-    assert [size.tolist() for size in valid_sizes(sizes, SIZE, LEVELS)] == [
+    assert [torch.stack(size, dim=1).tolist() for size in valid_sizes(sizes, SIZE, LEVELS)] == [
         [[8, 12], [8, 11], [1, 1]],
         [[4, 6], [4, 6], [1, 1]],
         [[2, 3], [2, 3], [1, 1]],
         [[1, 1], [1, 1], [1, 1]],
     ]
-    assert valid_sizes(torch.tensor([[160, 96]]), (160, 96), [(2, 1)])[0].tolist() == [[2, 1]]
+    assert [side.tolist() for side in valid_sizes(torch.tensor([[160, 96]]), (160, 96), [(2, 1)])[0]] == [[2], [1]]
 
 
 def test_attention_of_real_queries():
@@ -173,13 +181,13 @@ def test_padding_gets_no_attention():
     """What the teacher says outside an image changes nothing."""
     module, _ = build()
     batch, student, teacher = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS), ragged_pyramid(2, TEACHER, seed=1)
-    before = module(student, teacher, batch)
+    before = module(student, batch, teacher).losses
     changed = [level.detach().clone() for level in teacher]
-    rows, columns = valid_sizes(batch.image_sizes, SIZE, LEVELS)[0][1].tolist()
+    rows, columns = (int(side[1]) for side in valid_sizes(batch.image_sizes, SIZE, LEVELS)[0])
     assert columns < LEVELS[0][1]
     changed[0][1, :, rows:] = 1e4
     changed[0][1, :, :, columns:] = 1e4
-    torch.testing.assert_close(module(student, changed, batch), before, rtol=0, atol=0)
+    torch.testing.assert_close(module(student, batch, changed).losses, before, rtol=0, atol=0)
 
 
 def test_split_batch_averages_to_the_whole(monkeypatch):
@@ -193,8 +201,8 @@ def test_split_batch_averages_to_the_whole(monkeypatch):
 
     def found(images):
         window = slice(images.start, images.stop)
-        losses = module([s[window] for s in student], [t[window] for t in teacher], part_of(batch, images))
-        return gradients(sum(losses.values()), module)
+        distilled = module([s[window] for s in student], part_of(batch, images), [t[window] for t in teacher])
+        return gradients(sum(distilled.losses.values()), module)
 
     whole = found(range(0, 4))
     counts = []
@@ -213,9 +221,9 @@ def test_autocast():
     module = ICD(3, priors(3), 16, teacher_channels=24, heads=4, layers=2)
     batch, student = ragged_batch((2, 0, 4)), ragged_pyramid(3, 16, dtype=torch.float32)
     teacher = [level.detach() for level in ragged_pyramid(3, 24, seed=1, dtype=torch.float32)]
-    plain = module(student, teacher, batch)
+    plain = module(student, batch, teacher).losses
     with torch.autocast("cpu", torch.bfloat16):
-        losses = module(student, [level.bfloat16() for level in teacher], batch)
+        losses = module(student, batch, [level.bfloat16() for level in teacher]).losses
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, plain[name], rtol=0.02, atol=0)
@@ -240,40 +248,42 @@ def test_parts_have_right_gradients():
     torch.manual_seed(0)
     layer = DecoderLayer(4, 3, 2).double()
     teacher = [level.detach() for level in ragged_pyramid(2, 3, levels=LEVELS[2:])]
-    positions = Positions.of(torch.tensor([[64, 96], [40, 70]]), SIZE, LEVELS[2:])
+    positions = position_embeddings(torch.tensor([[64, 96], [40, 70]]), SIZE, LEVELS[2:])
     weights = tuple(parameter for parameter in layer.parameters())
     queries = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, *_: layer(q, teacher, positions)[0], (queries, *weights), fast_mode=True)
     prior, batch = priors(3), ragged_batch((1, 0))
-    drawn = draw_queries(batch, *tables(prior), rho=2)
+    drawn = draw_queries(batch, make_noise(batch, rho=2), prior)
     outputs = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: auxiliary_losses(x, drawn), outputs)
 
 
-@pytest.mark.parametrize("train_bias", [True, False])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_projection_is_a_convolution(order, train_bias):
+def test_cells_are_projected_one_by_one(order):
     linear = torch.nn.Linear(6, 4).double()
     levels = [torch.randn(2, 6, *size, dtype=torch.float64) for size in ((3, 4), (2, 2))]
     levels = [level.contiguous(memory_format=order).requires_grad_() for level in levels]
-    kernel = linear.weight[:, :, None, None]
-    bias = linear.bias if train_bias else linear.bias.detach()
-    found = project_levels(linear, levels, train_bias=train_bias)
-    expected = [F.conv2d(level, kernel, bias) for level in levels]
-    inputs = [linear.weight, *levels, *([linear.bias] if train_bias else [])]
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-        assert mine.is_contiguous(memory_format=order)
-    gradients = (torch.autograd.grad(sum(level.square().sum() for level in side), inputs) for side in (found, expected))
-    torch.testing.assert_close(*gradients)
-    if not train_bias:
-        assert torch.autograd.grad(found[0].sum(), linear.bias, allow_unused=True) == (None,)
+    found = project_cells(linear, levels)
+    for mine, level in zip(found, levels, strict=True):
+        torch.testing.assert_close(mine.permute(0, 2, 3, 1), linear(level.permute(0, 2, 3, 1)))
+
+
+def test_biases_that_softmax_ignores_get_zero_gradients():
+    """DDP without find_unused_parameters needs a gradient of every parameter."""
+    module, _ = build(layers=2)
+    batch = ragged_batch((2, 1))
+    losses = module(ragged_pyramid(2, CHANNELS), batch, ragged_pyramid(2, TEACHER, seed=1)).losses
+    for layer in module.decoder:
+        for gradient in torch.autograd.grad(
+            sum(losses.values()), [layer.key.bias, layer.position.bias], retain_graph=True
+        ):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_auxiliary_by_hand():
     """One real query whose outputs are exactly its distances, one fake: losses 0 and log 2."""
     prior, batch = priors(1), ragged_batch((1,), num_classes=1)
-    drawn = draw_queries(batch, *tables(prior), rho=1)
+    drawn = draw_queries(batch, make_noise(batch, rho=1), prior)
     sides = torch.cat([drawn.anchors - drawn.boxes[..., :2], drawn.boxes[..., 2:] - drawn.anchors], dim=2)
     outputs = torch.cat([torch.zeros(1, 2, 1), sides.clamp(1e-4).logit()], dim=2)
     identification, localisation = auxiliary_losses(outputs, drawn)
@@ -296,13 +306,16 @@ def test_bad_arguments():
         ICD(3, priors(3), 16, temperature=0)
     module, batch = ICD(3, priors(3), 16), ragged_batch((1, 1))
     pyramid = ragged_pyramid(2, 16, dtype=torch.float32)
-    with pytest.raises(ValueError, match="student_pyramid must have 16 channels, got 8"):
-        module(ragged_pyramid(2, 8), pyramid, batch)
-    with pytest.raises(ValueError, match="teacher_pyramid must have 16 channels, got 8"):
-        module(pyramid, ragged_pyramid(2, 8), batch)
+    with pytest.raises(ValueError, match="student must have 16 channels, got 8"):
+        module(ragged_pyramid(2, 8), batch, pyramid)
+    with pytest.raises(ValueError, match="teacher must have 16 channels, got 8"):
+        module(pyramid, batch, ragged_pyramid(2, 8))
     with pytest.raises(ValueError, match="images and cells"):
-        module(pyramid[:2], pyramid, batch)
+        module(pyramid[:2], batch, pyramid)
     with pytest.raises(ValueError, match="seeds must be 2 ints"):
-        module(pyramid, pyramid, dataclasses.replace(batch, seeds=[]))
+        module(pyramid, dataclasses.replace(batch, seeds=[]), pyramid)
     with pytest.raises(ValueError, match="counts must add up"):
-        module(pyramid, pyramid, dataclasses.replace(batch, counts=[0, 1]))
+        module(pyramid, dataclasses.replace(batch, counts=[0, 1]), pyramid)
+    for call in (lambda: module(pyramid, batch), lambda: module.attention(None, batch)):
+        with pytest.raises(ValueError, match="ICD: teacher must be given, got None; pass the frozen teacher's pyramid"):
+            call()

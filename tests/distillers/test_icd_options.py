@@ -23,7 +23,7 @@ def test_projections_of_equal_width_start_equal_and_learn_apart():
     for own, layer in zip(icd.student_values, icd.decoder, strict=True):
         assert torch.equal(own.weight, layer.value.weight) and own.weight is not layer.value.weight
     student, teacher = pyramids()
-    losses = icd(student, teacher, ragged_batch([2, 3]))
+    losses = icd(student, ragged_batch([2, 3]), teacher).losses
     sum(losses.values()).backward()
     assert not torch.allclose(icd.student_values[0].weight.grad, icd.decoder[0].value.weight.grad)
 
@@ -31,8 +31,8 @@ def test_projections_of_equal_width_start_equal_and_learn_apart():
 def test_a_student_equal_to_its_teacher_starts_with_nothing_to_learn():
     icd, batch = distiller(), ragged_batch([2, 3])
     student, teacher = pyramids()
-    assert icd(teacher, teacher, batch)["icd_distill"].item() == pytest.approx(0.0, abs=1e-8)
-    assert icd(student, teacher, batch)["icd_distill"] > 0.1
+    assert icd(teacher, batch, teacher).losses["icd_distill"].item() == pytest.approx(0.0, abs=1e-8)
+    assert icd(student, batch, teacher).losses["icd_distill"] > 0.1
 
 
 def test_projections_of_another_width_start_on_their_own():
@@ -45,11 +45,11 @@ def test_teacher_scale_is_a_factor_on_the_pyramid():
     scaled = copy.deepcopy(plain)
     scaled.teacher_scale = 0.25
     student, teacher = pyramids()
-    expected = plain(student, [level * 0.25 for level in teacher], batch)
-    found = scaled(student, teacher, batch)
+    expected = plain(student, batch, [level * 0.25 for level in teacher]).losses
+    found = scaled(student, batch, teacher).losses
     for name, value in expected.items():
         assert torch.allclose(found[name], value)
-    assert not torch.allclose(found["icd_distill"], plain(student, teacher, batch)["icd_distill"])
+    assert not torch.allclose(found["icd_distill"], plain(student, batch, teacher).losses["icd_distill"])
     maps, wanted = scaled.attention(teacher, batch), plain.attention([level * 0.25 for level in teacher], batch)
     assert all(torch.allclose(a, b) for a, b in zip(maps, wanted, strict=True))
 

@@ -1,4 +1,8 @@
-"""LGD against a transcription of methods.md section 2 in plain loops, sharing only the weights."""
+"""LGD against a transcription of docs/methods.md section 2 in plain loops, sharing only the weights.
+
+The transcription, corners clamped to the padded image, has features and gradients of the published module at equal
+weights, for images of one size.
+"""
 
 import dataclasses
 import math
@@ -15,9 +19,8 @@ from fastkd.distillers.lgd import (
     LabelEncoder,
     RelationAdapter,
     TransformNet,
-    describe,
-    gather_objects,
 )
+from fastkd.distillers.lgd_objects import box_descriptors, gather_objects
 
 CHANNELS, HEADS = 12, 4
 
@@ -92,7 +95,9 @@ def objects_of(batch, image, context):
 def descriptor(obj, num_classes, padded_size, use_masks):
     box, label, mask, _ = obj
     height, width = padded_size
-    entries = [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
+    x1, x2 = (min(max(x, 0), width - 1) for x in box[0::2])
+    y1, y2 = (min(max(y, 0), height - 1) for y in box[1::2])
+    entries = [x1 / width, y1 / height, x2 / width, y2 / height]
     entries += [1.0 if label == c else 0.0 for c in range(num_classes)]
     if use_masks:
         entries += mask_crop(mask, box)
@@ -238,11 +243,11 @@ def test_equals_transcription(options, detach_student):
     lgd = build(**options)
     batch = ragged_batch((2, 0, 4), masks=lgd.use_masks)
     pyramid = ragged_pyramid(3, CHANNELS)
-    losses, instructive = lgd(pyramid, batch, detach_student=detach_student)
+    made = lgd(pyramid, batch, detach_student=detach_student)
     expected_loss, expected = transcribe(lgd, pyramid, batch, detach_student)
-    torch.testing.assert_close(losses["lgd_distill"], expected_loss, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(instructive, expected, rtol=1e-8, atol=1e-8)
-    actual = gradients(objective(losses["lgd_distill"], instructive), lgd, pyramid)
+    torch.testing.assert_close(made.losses["lgd_distill"], expected_loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made.instructive, expected, rtol=1e-8, atol=1e-8)
+    actual = gradients(objective(made.losses["lgd_distill"], made.instructive), lgd, pyramid)
     wanted = gradients(objective(expected_loss, expected), lgd, pyramid)
     assert_close_gradients(actual, wanted, tolerance=1e-6)
     assert all(value is not None for name, value in actual.items() if not name.startswith("input"))
@@ -256,11 +261,11 @@ def test_other_class_counts_and_empty_images(num_classes, counts, context):
     lgd = build(num_classes, context=context)
     batch = ragged_batch(counts, num_classes=num_classes)
     pyramid = ragged_pyramid(len(counts), CHANNELS, levels=LEVELS[1:])
-    losses, instructive = lgd(pyramid, batch)
+    made = lgd(pyramid, batch)
     expected_loss, expected = transcribe(lgd, pyramid, batch)
-    torch.testing.assert_close(losses["lgd_distill"], expected_loss, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(instructive, expected, rtol=1e-8, atol=1e-8)
-    found = gradients(objective(losses["lgd_distill"], instructive), lgd)
+    torch.testing.assert_close(made.losses["lgd_distill"], expected_loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made.instructive, expected, rtol=1e-8, atol=1e-8)
+    found = gradients(objective(made.losses["lgd_distill"], made.instructive), lgd)
     assert all(value is not None and value.isfinite().all() for value in found.values())
 
 
@@ -268,14 +273,14 @@ def test_gradient_flows():
     """The distillation loss reaches student and adapter only, with detach_student the adapter only."""
     batch, pyramid = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS)
     lgd = build()
-    found = gradients(lgd(pyramid, batch)[0]["lgd_distill"], lgd, pyramid)
+    found = gradients(lgd(pyramid, batch).losses["lgd_distill"], lgd, pyramid)
     reached = {name.split(".")[0] for name, value in found.items() if value is not None}
     assert reached == {"student_adapter", "input0", "input1", "input2", "input3"}
-    found = gradients(lgd(pyramid, batch, detach_student=True)[0]["lgd_distill"], lgd, pyramid)
+    found = gradients(lgd(pyramid, batch, detach_student=True).losses["lgd_distill"], lgd, pyramid)
     assert {name.split(".")[0] for name, value in found.items() if value is not None} == {"student_adapter"}
     for detached in (False, True):
         lgd = build(detach_appearance=detached)
-        found = gradients(lgd(pyramid, batch)[1][0].square().sum(), lgd, pyramid)
+        found = gradients(lgd(pyramid, batch).instructive[0].square().sum(), lgd, pyramid)
         assert (found["input0"] is None) == detached
         assert found["appearance.conv.weight"].any()
 
@@ -283,41 +288,53 @@ def test_gradient_flows():
 def test_weight_is_the_distillation_loss_s_alone():
     batch, pyramid = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS)
     plain, weighted = build()(pyramid, batch), build(weight=0.25)(pyramid, batch)
-    torch.testing.assert_close(weighted[0]["lgd_distill"], 0.25 * plain[0]["lgd_distill"])
-    assert all(torch.equal(one, two) for one, two in zip(plain[1], weighted[1], strict=True))
+    torch.testing.assert_close(weighted.losses["lgd_distill"], 0.25 * plain.losses["lgd_distill"])
+    assert all(torch.equal(one, two) for one, two in zip(plain.instructive, weighted.instructive, strict=True))
 
 
 def test_objects_of_a_batch():
     batch = ragged_batch((2, 0, 3))
     with_context = gather_objects(batch, context=True, use_masks=False)
     assert with_context.image_index.tolist() == [0, 0, 2, 2, 2, 0, 1, 2]
-    assert with_context.labels[5:].tolist() == [-1, -1, -1] and with_context.painted == 5
+    assert torch.equal(with_context.labels[:5], batch.labels) and with_context.labels[5:].tolist() == [-1, -1, -1]
     height, width = batch.image_sizes[1].tolist()
-    assert with_context.boxes[6].tolist() == [0, 0, width, height]
-    assert with_context.valid.sum(1).tolist() == [3, 1, 4]
+    assert torch.equal(with_context.boxes[:5], batch.boxes) and with_context.boxes[6].tolist() == [0, 0, width, height]
     without = gather_objects(batch, context=False, use_masks=False)
-    assert without.image_index.tolist() == [0, 0, 2, 2, 2, 1] and without.painted == 6
+    assert without.image_index.tolist() == [0, 0, 2, 2, 2, 1] and without.labels[5] == -1
     assert without.boxes[5].tolist() == [0, 0, 1, 1]
-    values = torch.arange(12.0).reshape(6, 2)
-    padded = without.pad(values)
-    assert padded.shape == (3, 3, 2) and padded[1].tolist() == [[10, 11], [0, 0], [0, 0]]
+    assert without.masks is None and without.mask_crops is None
 
 
-def test_stand_in_masks_cover_their_boxes():
+def test_masks_of_dummy_objects_cover_their_boxes():
     batch = ragged_batch((1, 0), masks=True)
-    context = gather_objects(batch, context=True, use_masks=True).masks[2]
+    objects = gather_objects(batch, context=True, use_masks=True)
     height, width = batch.image_sizes[1].tolist()
-    assert context[:height, :width].all() and context.sum() == height * width
+    assert objects.masks[2, :height, :width].all() and objects.masks[2].sum() == height * width
+    assert objects.mask_crops.shape == (3, 49) and objects.mask_crops[1:].all()
     unit = gather_objects(batch, context=False, use_masks=True).masks[1]
     assert unit[0, 0] and unit.sum() == 1
 
 
 def test_descriptor_entries():
-    batch = ragged_batch((1, 0))
-    batch.boxes, batch.labels = torch.tensor([[0.0, 16.0, 48.0, 64.0]]), torch.tensor([2])
-    found = describe(gather_objects(batch, context=False, use_masks=False), 3, SIZE)
-    assert found[0].tolist() == [-1, -0.5, 0, 1, -1, -1, 1]
-    torch.testing.assert_close(found[1], torch.tensor([-1, -1, 2 / 96 - 1, 2 / 64 - 1, -1, -1, -1]))
+    batch = ragged_batch((2, 0))
+    batch.boxes = torch.tensor([[0.0, 16.0, 48.0, 64.0], [-3.0, 32.0, 96.0, 48.0]])
+    batch.labels = torch.tensor([2, 0])
+    found = box_descriptors(gather_objects(batch, context=False, use_masks=False), 3, SIZE)
+    bottom, right = 2 * 63 / 64 - 1, 2 * 95 / 96 - 1  # clamped to the last pixel
+    expected = [
+        [-1, -0.5, 0, bottom, -1, -1, 1],
+        [-1, 0, right, 0.5, 1, -1, -1],
+        [-1, -1, 2 / 96 - 1, 2 / 64 - 1, -1, -1, -1],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_prepared_objects_change_nothing():
+    lgd, batch, pyramid = build(), ragged_batch((2, 0, 4)), ragged_pyramid(3, CHANNELS)
+    prepared = lgd.prepare(batch, [tuple(level.shape[2:]) for level in pyramid])
+    batch_without_counts = dataclasses.replace(batch, counts=[])  # nobody looks at them again
+    one, other = lgd(pyramid, batch), lgd(pyramid, batch_without_counts, prepared=prepared)
+    assert torch.equal(one.losses["lgd_distill"], other.losses["lgd_distill"])
 
 
 def test_objects_of_other_images_do_not_matter():
@@ -338,8 +355,8 @@ def test_split_batch_averages_to_the_whole():
 
     def found(images):
         levels = [level[images.start : images.stop] for level in pyramid]
-        losses, instructive = lgd(levels, part_of(batch, images))
-        return gradients(losses["lgd_distill"] + sum(level.abs().mean() for level in instructive), lgd)
+        made = lgd(levels, part_of(batch, images))
+        return gradients(made.losses["lgd_distill"] + sum(level.abs().mean() for level in made.instructive), lgd)
 
     halves = found(range(0, 2)), found(range(2, 4))
     whole = found(range(0, 4))
@@ -353,12 +370,13 @@ def test_autocast(options):
     torch.manual_seed(1)
     lgd = LGD(3, 16, heads=4, **options)
     batch, pyramid = ragged_batch((2, 0, 4), masks=lgd.use_masks), ragged_pyramid(3, 16, dtype=torch.float32)
-    plain = lgd(pyramid, batch)[0]["lgd_distill"]
+    plain = lgd(pyramid, batch).losses["lgd_distill"]
     with torch.autocast("cpu", torch.bfloat16):
-        losses, instructive = lgd(pyramid, batch)
-        total = losses["lgd_distill"] + sum(level.float().square().mean() for level in instructive)
-    assert losses["lgd_distill"].dtype == torch.float32
-    torch.testing.assert_close(losses["lgd_distill"], plain, rtol=0.1, atol=0)
+        made = lgd(pyramid, batch)
+        total = made.losses["lgd_distill"] + sum(level.float().square().mean() for level in made.instructive)
+    assert made.losses["lgd_distill"].dtype == torch.float32
+    assert all(level.dtype == torch.bfloat16 for level in made.instructive)
+    torch.testing.assert_close(made.losses["lgd_distill"], plain, rtol=0.1, atol=0)
     assert all(value is not None and value.isfinite().all() for value in gradients(total, lgd).values())
 
 
@@ -378,13 +396,13 @@ def test_parts_have_right_gradients():
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     assert torch.autograd.gradcheck(net, random(2, 3))
-    assert torch.autograd.gradcheck(lambda d: encoder(d, objects), random(count, 5), fast_mode=True)
+    index = objects.image_index
+    assert torch.autograd.gradcheck(lambda d: encoder(d, index, 3), random(count, 5), fast_mode=True)
     assert torch.autograd.gradcheck(
-        lambda a, b: relation(a, b, objects, 2), (random(count, 4), random(2, count, 4)), fast_mode=True
+        lambda a, b: relation(a, b, index, 2), (random(count, 4), random(2, count, 4)), fast_mode=True
     )
-    assert torch.autograd.gradcheck(
-        lambda a: mapper(a, objects, SIZE, [(2, 3)])[0], random(1, count, 4), fast_mode=True
-    )
+    like = [torch.empty(3, 4, 2, 3)]
+    assert torch.autograd.gradcheck(lambda a: mapper(a, objects, SIZE, like)[0], random(1, count, 4), fast_mode=True)
     assert torch.autograd.gradcheck(lambda x: appearance([x], objects, SIZE), random(3, 4, 2, 3), fast_mode=True)
 
 
@@ -400,7 +418,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="LGD: instructive_weight must be at least 0, got nan"):
         LGD(2, 16, instructive_weight=float("nan"))
     batch, pyramid = ragged_batch((1, 1)), ragged_pyramid(2, 16, dtype=torch.float32)
-    with pytest.raises(ValueError, match="pyramid must have 24 channels, got 16"):
+    with pytest.raises(ValueError, match="student must have 24 channels, got 16"):
         LGD(3, 24)(pyramid, batch)
     with pytest.raises(ValueError, match="masks must be given"):
         LGD(3, 16, use_masks=True)(pyramid, batch)

@@ -54,8 +54,8 @@ def test_losses_are_those_of_each_alone(scenes):
 
 def test_each_has_its_own_phases(scenes):
     recipe = tiny_pair(scenes, schedule=Schedule(steps=100, batch_size=2))
-    lgd = dataclasses.replace(recipe.lgd, detach_fraction=0.3, final_fraction=0.2, freeze_fraction=0.1)
-    icd = dataclasses.replace(recipe.icd, detach_fraction=0.01, final_fraction=0.0)
+    lgd = dataclasses.replace(recipe.method.lgd, detach_fraction=0.3, final_fraction=0.2, freeze_fraction=0.1)
+    icd = dataclasses.replace(recipe.method.icd, detach_fraction=0.01, final_fraction=0.0)
     recipe = dataclasses.replace(recipe, method=LGDICDConfig(lgd, icd), backbone_weights="weights.pth")
     first, middle, last = (phase_at(recipe, step) for step in (0, 50, 99))
     assert first.of("lgd").detach_student and first.of("icd").detach_student and not first.train_backbone
@@ -69,7 +69,7 @@ def test_a_part_that_is_over_neither_runs_nor_trains(scenes):
     built = build(tiny_pair(scenes))
     module, batch = built.module, next(iter(build_train_loader(built.train_set, batch_size=2, total_steps=1)))
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
-    phase = Phase(parts=(Phase(distill=False), Phase()))
+    phase = Phase(parts=(("lgd", Phase(distill=False)), ("icd", Phase())))
     assert module.apply_phase(phase, trainable)
     losses = module(batch, phase)
     assert "icd_distill" in losses and not any("lgd" in name or "instructive" in name for name in losses)
@@ -124,19 +124,19 @@ def test_recipes():
     for detector in ("retinanet", "fcos", "faster-rcnn", "mask-rcnn"):
         for family in ("scenes", "coco"):
             lgd, icd, both = (get_recipe(f"{family}-{detector}-{m}") for m in ("lgd", "icd", "lgdicd"))
-            assert (both.lgd, both.icd) == (lgd.method, icd.method) and both.schedule == lgd.schedule
+            assert (both.method.lgd, both.method.icd) == (lgd.method, icd.method) and both.schedule == lgd.schedule
             assert both.teacher == icd.teacher and both.inherit and both.method_optimizer == icd.method_optimizer
             assert both.method.lgd_optimizer == lgd.method_optimizer
             assert Recipe.from_dict(json.loads(json.dumps(both.to_dict()))) == both
     changed = parse_cli("scenes-retinanet-lgdicd", ["--method.icd.weight", "2", "--method.lgd.heads", "4"])
-    assert changed.icd.weight == 2 and changed.lgd.heads == 4
+    assert changed.method.icd.weight == 2 and changed.method.lgd.heads == 4
     with pytest.raises(ValueError, match=r"pair_of: .* must share detector"):
-        pair_of(get_recipe("coco-fcos-lgd"), get_recipe("coco-retinanet-icd"))
+        pair_of(LGDICDConfig, get_recipe("coco-fcos-lgd"), get_recipe("coco-retinanet-icd"), name="pair")
     with pytest.raises(ValueError, match="ICD must have a teacher"):
         dataclasses.replace(both, teacher=None, inherit=False)
-    masks = dataclasses.replace(both.lgd, use_masks=True)
+    masks = dataclasses.replace(both.method.lgd, use_masks=True)
     with pytest.raises(ValueError, match="must be False for fcos, got True; it loads no masks"):
-        dataclasses.replace(get_recipe("coco-fcos-lgdicd"), method=LGDICDConfig(masks, both.icd))
+        dataclasses.replace(get_recipe("coco-fcos-lgdicd"), method=LGDICDConfig(masks, both.method.icd))
 
 
 def test_a_pair_needs_its_teacher(scenes):

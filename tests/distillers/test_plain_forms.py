@@ -7,11 +7,11 @@ import torch
 from detector_cases import rectangles
 from ragged import priors, ragged_batch, ragged_pyramid
 
+from benchmarks.step.dispatch_ledger import count
 from benchmarks.step.plain_detectors import PlainDetector
-from benchmarks.step.plain_icd import PlainICD
-from benchmarks.step.plain_lgd import PlainLGD
 from fastkd.detectors import DetectorConfig, build_detector
 from fastkd.distillers import ICD, LGD
+from fastkd.ops import use_backend
 
 CHANNELS, CLASSES = 16, 3
 COUNTS = (3, 3)
@@ -33,32 +33,35 @@ def assert_same_gradients(ours, plain, wanted):
 
 @pytest.mark.parametrize("options", [{}, {"context": False, "detach_appearance": True}], ids=str)
 def test_plain_lgd(options):
+    """LGD under the reference backend: no kernel of ours, and the losses and gradients of the compiled ops."""
     student, _, batch = inputs()
     lgd = LGD(CLASSES, CHANNELS, heads=2, **options)
-    (ours, levels), (plain, others) = lgd(student, batch), PlainLGD(lgd)(student, batch)
-    torch.testing.assert_close(ours["lgd_distill"], plain["lgd_distill"], rtol=1e-4, atol=0)
-    assert all(level.abs().max() > 0.1 for level in levels)
-    for level, other in zip(levels, others):
-        torch.testing.assert_close(level, other, rtol=1e-3, atol=1e-4)
-    weights = [torch.randn_like(level) for level in levels]
-    totals = [
-        losses["lgd_distill"] + sum((level * weight).sum() for level, weight in zip(pyramid, weights)) / 1000
-        for losses, pyramid in ((ours, levels), (plain, others))
-    ]
-    assert_same_gradients(*totals, [*student, *lgd.parameters()])
+    weights = [torch.randn_like(level) / 1000 for level in student]
+    found = []
+    for backend in ("compiled", "reference"):
+        with use_backend(backend):
+            made = lgd(student, batch)
+            counts = count(lambda: sum(level.sum() for level in lgd(student, batch).instructive).backward())
+        assert backend == "compiled" or not any(op.startswith("fastkd::") for op in counts.by_op)
+        total = made.losses["lgd_distill"] + sum((a * b).sum() for a, b in zip(made.instructive, weights))
+        found.append((made, total))
+    (ours, our_total), (plain, plain_total) = found
+    torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-4, atol=0)
+    assert all(level.abs().max() > 0.1 for level in ours.instructive)
+    torch.testing.assert_close(ours.instructive, plain.instructive, rtol=1e-3, atol=1e-4)
+    assert_same_gradients(our_total, plain_total, [*student, *lgd.parameters()])
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_plain_icd(layers):
+def test_icd_on_reference_ops(layers):
     student, teacher, batch = inputs()
-    icd = ICD(CLASSES, priors(CLASSES), CHANNELS, heads=4, layers=layers)
-    ours, plain = icd(student, teacher, batch), PlainICD(icd)(student, teacher, batch)
-    assert ours.keys() == plain.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=0)
-    unmoved = {id(layer.key.bias) for layer in icd.decoder} | {id(layer.position.bias) for layer in icd.decoder}
-    wanted = [*student, *(p for p in icd.parameters() if id(p) not in unmoved)]  # theirs are zero up to rounding
-    assert_same_gradients(sum(ours.values()), sum(plain.values()), wanted)
+    icd, found = ICD(CLASSES, priors(CLASSES), CHANNELS, heads=4, layers=layers), []
+    for backend in ("compiled", "reference"):
+        with use_backend(backend):
+            found.append(icd(student, batch, teacher).losses)
+    ours, plain = found
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
+    assert_same_gradients(sum(ours.values()), sum(plain.values()), [*student, *icd.parameters()])
 
 
 def test_plain_retinanet():

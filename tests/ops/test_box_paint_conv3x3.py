@@ -1,7 +1,5 @@
 """box_paint_conv3x3: the kernel of every instruction set against the reference, in values, gradients and refusals."""
 
-import sys
-
 import pytest
 import torch
 from kernels import (
@@ -9,13 +7,8 @@ from kernels import (
     channels_last,
     check,
     close_to_float64,
-    compile_and_export,
     contiguous,
-    fuzz,
-    fuzz_hostile,
-    fuzz_raw,
     opcheck,
-    results_and_gradients,
     same_bits,
     strided,
 )
@@ -23,12 +16,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from fastkd.ops import box_paint_conv3x3, box_paint_conv3x3_reference
-from fastkd.ops._support.coverage import widen
 from fastkd.ops.box_paint_conv3x3 import Taps, multiply_taps
 
 SIZE = (64, 96)
 SIZES = [(16, 24), (19, 37), (4, 6), (2, 3), (1, 1)]
-RAW, RAW_BACKWARD = torch.ops.fastkd.box_paint_conv3x3, torch.ops.fastkd.box_paint_conv3x3_backward
 TAPS, TAPS_BACKWARD = torch.ops.fastkd.conv3x3_taps, torch.ops.fastkd.conv3x3_taps_backward
 
 
@@ -154,14 +145,6 @@ def test_gradcheck(capability):
     assert torch.autograd.gradcheck(lambda w, b: op(strided(embeddings), w.expand(-1, 2, -1, -1), b.expand(3)), narrow)
 
 
-def test_double_backward_is_a_clear_error():
-    call = arguments()
-    loss = sum(level.square().sum() for level in box_paint_conv3x3(*call))
-    (gradient,) = torch.autograd.grad(loss, call[2], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"box_paint_conv3x3: double backward .*box_paint_conv3x3_reference"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize("levels", [0, 1, 3])
 @pytest.mark.parametrize(("count", "inputs", "outputs"), [
     (1, 1, 1), (5, 7, 3), (17, 48, 16), (70, 33, 40), (64, 160, 32), (67, 160, 9), (0, 4, 4), (3, 0, 2), (3, 2, 0),
@@ -215,34 +198,6 @@ def test_opcheck_of_the_products(count):
             opcheck(TAPS_BACKWARD.default, (grad, *(value.detach() for value in call), *wanted))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype):
-    embeddings, weight, bias, boxes, index, size, images, sizes = arguments((3, 4), dtype, 3, 2, [(4, 6), (1, 1)])
-    taps = multiply_taps(embeddings, weight).detach().requires_grad_()
-    sides = [side for pair in sizes for side in pair]
-    where = (boxes, index, *size)
-    opcheck(RAW.default, (taps, bias.detach().float(), *where, images, sides, bias.detach()))
-    opcheck(RAW.default, (taps, None, *where, images, sides, bias.detach()))
-    grads = [torch.randn(images, *pair, 4).to(dtype) for pair in sizes]
-    opcheck(RAW_BACKWARD.default, (grads, *where))
-
-
-def test_compile_and_export():
-    compile_and_export(box_paint_conv3x3, arguments(sizes=SIZES[:2]))
-
-
-def test_same_bits_with_any_number_of_threads(capability):
-    call = arguments((4, 40), sizes=[(40, 60), (20, 30)])
-    same_bits(box_paint_conv3x3, call)
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(results_and_gradients(box_paint_conv3x3, call))
-    for found in results[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(found[0], results[0][0]))
-        assert all(torch.equal(one, other) for one, other in zip(found[1], results[0][1]))
-
-
 def test_autocast_gives_its_dtype_and_full_precision():
     call = arguments()
     with torch.autocast("cpu", torch.bfloat16):
@@ -258,55 +213,12 @@ def test_autocast_gives_its_dtype_and_full_precision():
         box_paint_conv3x3(call[0], call[1].bfloat16(), *call[2:])
 
 
-def test_without_the_library_the_reference_runs(monkeypatch):
-    call = arguments()
-    monkeypatch.setattr(sys.modules["fastkd.ops.box_paint_conv3x3"]._DISPATCH, "registered", False)
-    found, expected = box_paint_conv3x3(*call), box_paint_conv3x3_reference(*call)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected))
-
-
 def draw(choose, channels=((1, 1), (2, 3), (3, 17))):
     images, dtype = choose.randint(1, 3), choose.choice(DTYPES)
     sizes = [(choose.randint(1, 6), choose.randint(1, 8)) for _ in range(choose.randint(1, 2))]
     channels = choose.choice(channels)
     layout = choose.choice([contiguous, channels_last, strided])
     return arguments(channels, dtype, choose.randint(0, 5), images, sizes, choose.random() < 0.7, layout)
-
-
-def test_fuzz():
-    fuzz(box_paint_conv3x3, box_paint_conv3x3_reference, draw)
-
-
-def test_fuzz_hostile():
-    def small(choose):  # some corrupted calls ask for a million rows or images
-        return draw(choose, [(1, 1), (1, 2)])
-
-    assert fuzz_hostile("box_paint_conv3x3", box_paint_conv3x3, small) > 300
-
-
-def test_fuzz_raw():
-    def forward(choose):
-        embeddings, weight, bias, boxes, index, size, images, sizes = draw(choose)
-        taps, bias = multiply_taps(embeddings, weight).detach(), None if bias is None else bias.detach().float()
-        sides = [side for pair in sizes for side in pair]
-        return taps, bias, boxes, index, *size, images, sides, embeddings.detach()
-
-    def backward(choose):
-        call = forward(choose)
-        return RAW(*call), *call[2:6]
-
-    def taps(choose):
-        embeddings, weight, *_ = draw(choose)
-        return widen(embeddings.detach().flatten(0, 1)), widen(weight.detach())
-
-    def taps_backward(choose):
-        call = taps(choose)
-        return TAPS(*call), *call, choose.random() < 0.7, choose.random() < 0.7
-
-    assert fuzz_raw(RAW, forward) > 100
-    assert fuzz_raw(RAW_BACKWARD, backward) > 100
-    assert fuzz_raw(TAPS, taps) > 100
-    assert fuzz_raw(TAPS_BACKWARD, taps_backward) > 100
 
 
 BOXES, INDEX = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)

@@ -150,6 +150,14 @@ def test_more_objects_than_a_block_keeps(shared_bytes):
             gradients(call, levels, shared_bytes=shared_bytes)
 
 
+@pytest.mark.parametrize("shared_bytes", simt.SHARED_LIMITS.values(), ids=simt.SHARED_LIMITS.keys())
+@pytest.mark.parametrize("count, dtype", [(6, torch.float32), (7, torch.float32), (8, torch.float32),
+                                          (14, torch.float16), (15, torch.float16), (100, torch.bfloat16)])  # fmt: skip
+def test_static_and_dynamic_shared_memory_together(count, dtype, shared_bytes):
+    """7 and 15 boxes need at most 48 KB without the static arrays and more with them; 100 need several passes."""
+    check(arguments((2, 3), dtype, count, 1, [(4, 6)]), shared_bytes=shared_bytes)
+
+
 def test_same_bits_in_every_schedule():
     call = arguments((3, 5), count=6, images=2, sizes=SIZES[1:3])
     grads = [torch.randn(2, 5, *size) for size in SIZES[1:3]]

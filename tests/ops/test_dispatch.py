@@ -147,6 +147,17 @@ def test_a_cuda_tensor_without_kernels_takes_the_reference_and_says_so_once(fres
 
 
 @needs_cuda_build
+def test_a_cuda_tensor_without_the_cpu_library_says_so_too(fresh, monkeypatch):
+    """It brings the schemas: without it no op is registered on any device."""
+    monkeypatch.setattr(library, "why_not_loaded", lambda: "fastkd/_cpu.so is not built; run `make build`")
+    own = dispatch.Dispatch("instance_norm_mse")
+    (level,), _ = on_fake_gpu()
+    assert not own.registered and not own.compiled(torch.zeros(1))
+    with pytest.warns(UserWarning, match=r"^instance_norm_mse: a CUDA tensor takes the ref.*_cpu.so is not built"):
+        assert not own.compiled(level)
+
+
+@needs_cuda_build
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_cuda_tensor_takes_a_registered_kernel(fresh, calls, monkeypatch, traced):
     monkeypatch.setattr(library, "why_no_kernel", lambda op, device="cpu": None)

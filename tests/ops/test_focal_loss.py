@@ -6,20 +6,12 @@ from kernels import (
     DTYPES,
     check,
     close_to_float64,
-    compile_and_export,
     convert,
-    fuzz,
-    fuzz_hostile,
-    fuzz_raw,
-    same_bits,
 )
-from kernels import opcheck as all_opchecks
 from torchvision.ops import sigmoid_focal_loss
 
 from fastkd.ops import use_backend
 from fastkd.ops.focal_loss import focal_loss, focal_loss_reference
-
-RAW, BACKWARD = torch.ops.fastkd.focal_loss, torch.ops.fastkd.focal_loss_backward
 
 
 def arguments(shape=(2, 2, 9, 5), positives=4, dtype=torch.float32, scale=4.0):
@@ -104,39 +96,6 @@ def test_nothing_to_add_up(backend, shape):
         total = focal_loss(logits, torch.ones(shape[1:3]), *nowhere)
         assert torch.equal(total, torch.zeros(shape[0]))
         assert torch.autograd.grad(total.sum(), logits)[0].shape == shape
-
-
-def test_same_bits_with_any_number_of_threads(capability):
-    same_bits(focal_loss, arguments((2, 2, 900, 80), 20))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_opcheck(dtype):
-    call = arguments(dtype=dtype)
-    all_opchecks(RAW, call)
-    grad = torch.rand(2, dtype=call[1].dtype)
-    all_opchecks(BACKWARD, [grad, call[0].detach(), *call[1:]])
-
-
-def test_compile_and_export():
-    compile_and_export(focal_loss, arguments())
-
-
-def test_double_backward_is_a_clear_error():
-    call = arguments()
-    (gradient,) = torch.autograd.grad(focal_loss(*call).sum(), call[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="focal_loss: double backward is not available"):
-        torch.autograd.grad(gradient.sum(), call[0])
-
-
-def test_fuzz():
-    fuzz(focal_loss, focal_loss_reference, draw)
-
-
-def test_fuzz_hostile():
-    assert fuzz_hostile("focal_loss", focal_loss, draw) > 300
-    assert fuzz_raw(RAW, draw) > 50
-    assert fuzz_raw(BACKWARD, lambda choose: [torch.rand(2), *arguments(positives=choose.randint(0, 5))]) > 50
 
 
 BAD = [

@@ -9,33 +9,15 @@ import sys
 import warnings
 
 import pytest
-import test_attention
-import test_box_paint_conv3x3
-import test_imitation_mask
-import test_instance_norm_mse
-import test_masked_mse
-import test_norm_relu_box_pool
-import test_pool_paint
-import test_value_mimic
 import torch
-from kernels import channels_last, compile_and_export, contiguous, fuzz, leaves, results_and_gradients
-from tolerance import assert_no_worse
+from cases import CASES
+from kernels import compile_and_export, fuzz, leaves, results_and_gradients
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastkd import ops
 
-DRAWS = {
-    "instance_attention": test_attention.draw_any,
-    "attention_mass": test_attention.draw_mass,
-    "box_paint_conv3x3": test_box_paint_conv3x3.draw,
-    "imitation_mask": test_imitation_mask.draw,
-    "instance_norm_mse": test_instance_norm_mse.draw,
-    "masked_mse": test_masked_mse.draw,
-    "norm_relu_box_pool": test_norm_relu_box_pool.draw,
-    "value_mimic": test_value_mimic.draw,
-    **{op: test_pool_paint.draw(op) for op in test_pool_paint.OPS},
-}
+DRAWS = {case.name: case.draw for case in CASES if case.name in ops.__all__}
 OPS = sorted(DRAWS)
 CALLS = int(os.environ.get("FASTKD_GPU_CALLS", "200"))  # of each op; under the sanitizers, which are slow, fewer
 
@@ -158,33 +140,8 @@ def test_compile_and_export(on_gpu, op):
     compile_and_export(pair(op)[0], arguments_on(op, "cuda"))
 
 
-@gpu
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_projections_no_worse_than_plain(dtype, layout):
-    """No op of fastkd.ops: ICD's projection of all levels, forward and backward, and the same bits twice."""
-    import projection_triton_cases as cases
-
-    from fastkd.ops import project_levels
-
-    torch.manual_seed(3)
-    for channels, outputs in ((256, 256), (40, 24)):
-        drawn = cases.draw(2, channels, outputs, [(100, 168), (25, 42), (1, 1)], dtype=dtype, layout=layout)
-        levels, weight, bias, grads = tree_map(lambda value: moved(value, "cuda"), drawn)
-        assert project_levels.kernel_takes(levels)
-        plain, exact = (cases.by_torch(levels, weight, bias, grads, kind) for kind in (dtype, torch.float64))
-        found = []
-        for _ in range(2):
-            inputs = [value.detach().requires_grad_() for value in (*levels, weight, bias)]
-            results = project_levels.project_levels(inputs[:-2], *inputs[-2:])
-            gradients = torch.autograd.grad(results, inputs, grads)
-            pyramids = (cases.shared.flat(results), cases.shared.flat(gradients[:-2]))
-            found.append([*(one.detach() for one in pyramids), *gradients[-2:]])
-        assert_no_worse(found[0], plain, exact)
-        assert all(map(torch.equal, *found))
-
-
 def test_every_op_is_drawn():
+    """But for focal_loss, which has no kernel for GPUs."""
     assert {name for name in ops.__all__ if f"{name}_reference" in ops.__all__} == set(DRAWS)
 
 

@@ -1,14 +1,11 @@
 """imitation_mask: the same booleans as the reference, with every instruction set (test_ops_reference: by hand)."""
 
-import sys
-
 import pytest
 import torch
-from kernels import compile_and_export, fuzz, fuzz_hostile, fuzz_raw, opcheck, same_bits
+from kernels import fuzz
 
 from fastkd.ops import imitation_mask, imitation_mask_reference
 
-RAW = torch.ops.fastkd.imitation_mask
 STRIDES = [(8, 8), (16, 16), (32, 40)]
 SIZES = [(25, 38), (13, 19), (7, 5)]
 IMAGE = (200, 304)
@@ -28,6 +25,20 @@ def boxes_of(count, image=IMAGE):
 def arguments(count=12, images=2, per_cell=9, psi=0.5, dtype=torch.float32):
     boxes, index = boxes_of(count).to(dtype), torch.randint(0, images, (count,))
     return [boxes, index, [anchors_of(per_cell, s[0]).to(dtype) for s in STRIDES], STRIDES, images, SIZES, psi]
+
+
+def raw_arguments(call):
+    """What the public function hands to the raw op."""
+    boxes, index, anchors, strides, images, sizes, psi = call
+    return [
+        boxes,
+        index,
+        anchors,
+        [n for pair in strides for n in pair],
+        images,
+        [n for pair in sizes for n in pair],
+        psi,
+    ]
 
 
 def draw(choose):
@@ -94,37 +105,6 @@ def test_other_dtypes_and_strides():
         assert all(torch.equal(one, other) for one, other in zip(imitation_mask(*call), expected))
     call[0].requires_grad_()
     assert not imitation_mask(*call)[0].requires_grad
-
-
-def test_opcheck():
-    boxes, index, anchors, *_ = arguments()
-    opcheck(RAW.default, (boxes, index, anchors, [8, 8, 16, 16, 32, 40], 2, [25, 38, 13, 19, 7, 5], 0.5))
-
-
-def test_compile_and_export():
-    call = arguments()
-    compile_and_export(lambda boxes, index, anchors: imitation_mask(boxes, index, anchors, *call[3:]), call[:3])
-
-
-def test_same_bits_with_any_number_of_threads():
-    same_bits(imitation_mask, arguments(40))
-
-
-def test_fuzz_hostile():
-    assert fuzz_hostile("imitation_mask", imitation_mask, draw) > 300
-
-    def raw_arguments(choose):
-        boxes, index, anchors, strides, images, sizes, psi = draw(choose)
-        flat = ([side for pair in pairs for side in pair] for pairs in (strides, sizes))
-        return [boxes, index, anchors, next(flat), images, next(flat), psi]
-
-    assert fuzz_raw(RAW, raw_arguments) > 100
-
-
-def test_without_the_library_the_reference_runs(monkeypatch):
-    call = arguments()
-    monkeypatch.setattr(sys.modules["fastkd.ops.imitation_mask"]._DISPATCH, "registered", False)
-    assert all(torch.equal(*pair) for pair in zip(imitation_mask(*call), imitation_mask_reference(*call)))
 
 
 BAD = [

@@ -76,6 +76,22 @@ def test_rows_too_long_for_shared_memory():
         check(sides, shared_bytes=limit)
 
 
+@pytest.mark.parametrize("card", simt.SHARED_LIMITS)
+@pytest.mark.parametrize("cells, dtype", [((96, 128), torch.float16), ((96, 128), torch.bfloat16),
+                                          ((96, 128), torch.float32), ((48, 128), torch.float32)])  # fmt: skip
+def test_static_and_dynamic_shared_memory_together(cells, dtype, card):
+    """Rows of 48 KB, P3 of 768 x 1024 in half types, need more with the static array; rows of 96 KB fit every card."""
+    check(pyramids([(1, 1, *cells)], dtype), shared_bytes=simt.SHARED_LIMITS[card])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_equal_pyramids_give_exactly_nothing(layout, dtype):
+    """Also where products and sums are contracted to multiply-adds, as the emulation's compiler does it."""
+    student, _ = pyramids(SHAPES["packs of channels"], dtype, layout, shift=3)
+    assert not any(result.any() for result in emulated(student, [level.detach().clone() for level in student]))
+
+
 def test_misaligned_starts():
     """Views that begin anywhere in a 16-byte pack, the two sides at different places."""
     for first, second in [(1, 1), (2, 3), (0, 1)]:

@@ -1,7 +1,6 @@
 """masked_mse: the kernel of every instruction set against the reference (test_ops_reference: that against loops)."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -11,21 +10,14 @@ from kernels import (
     channels_last,
     check,
     close_to_float64,
-    compile_and_export,
     contiguous,
     expanded,
-    fuzz,
-    fuzz_hostile,
-    fuzz_raw,
-    opcheck,
-    same_bits,
 )
 
 from fastkd.ops import masked_mse, masked_mse_reference
 
 SIZES = [(9, 13), (3, 5), (1, 1), (0, 3)]
 SHAPES = [(2, 37), (1, 16), (3, 1), (0, 4)]  # images, channels
-RAW = torch.ops.fastkd.masked_mse, torch.ops.fastkd.masked_mse_backward
 
 
 def pyramids(shape=(2, 5), dtype=torch.float32, layout=contiguous, share=0.3, sizes=SIZES):
@@ -104,58 +96,12 @@ def test_only_the_student_receives_a_gradient():
     assert torch.autograd.grad(error, teacher, allow_unused=True) == (None,) * len(teacher)
 
 
-def test_gradient_has_the_memory_order_of_its_level():
-    student, teacher, masks = pyramids(layout=channels_last)
-    gradient = torch.autograd.grad(masked_mse(student, teacher, masks)[0], student)[0]
-    assert gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous()
-
-
-def test_double_backward_is_a_clear_error():
-    student, teacher, masks = pyramids()
-    gradients = torch.autograd.grad(masked_mse(student, teacher, masks)[0], student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"masked_mse: double backward .*ops.masked_mse_reference"):
-        gradients[0].sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_opcheck(dtype):
-    student, teacher, masks = pyramids((2, 4), dtype, channels_last)
-    opcheck(RAW[0].default, (student, teacher, masks))
-    student = [level.detach() for level in student]
-    error, _ = RAW[0](student, teacher, masks)
-    opcheck(RAW[1].default, (torch.ones_like(error), student, teacher, masks))
-
-
-def test_compile_and_export():
-    compile_and_export(masked_mse, pyramids())
-
-
 def test_mixed_dtypes_are_widened():
     student, teacher, masks = pyramids(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         found = masked_mse(student, [level.float() for level in teacher], masks)
     assert found[0].dtype == torch.float32 and found == masked_mse(student, teacher, masks)
     assert torch.autograd.grad(found[0], student)[0].dtype == torch.bfloat16
-
-
-def test_same_bits_with_any_number_of_threads(capability):
-    for layout in (contiguous, channels_last):
-        same_bits(masked_mse, pyramids((2, 40), layout=layout, sizes=[(50, 40), (20, 30)]))
-
-
-def test_fuzz():
-    fuzz(masked_mse, masked_mse_reference, draw)
-
-
-def test_fuzz_hostile():
-    assert fuzz_hostile("masked_mse", masked_mse, draw) > 300
-    assert fuzz_raw(RAW[0], draw) > 100
-
-
-def test_without_the_library_the_reference_runs(monkeypatch):
-    arguments = pyramids()
-    monkeypatch.setattr(sys.modules["fastkd.ops.masked_mse"]._DISPATCH, "registered", False)
-    assert masked_mse(*arguments) == masked_mse_reference(*arguments)
 
 
 LEVEL, MASK = torch.zeros(1, 4, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool)

@@ -1,7 +1,5 @@
 """norm_relu_box_pool: the kernel of every instruction set against the reference, in values, gradients and refusals."""
 
-import sys
-
 import pytest
 import torch
 from kernels import (
@@ -10,14 +8,9 @@ from kernels import (
     channels_last,
     check,
     close_to_float64,
-    compile_and_export,
     contiguous,
     double,
     expanded,
-    fuzz,
-    fuzz_hostile,
-    fuzz_raw,
-    opcheck,
     results_and_gradients,
     same_bits,
     strided,
@@ -28,7 +21,6 @@ from fastkd.ops import box_pool_reference, norm_relu_box_pool, norm_relu_box_poo
 
 SIZE = (64, 96)
 SIZES = [(16, 24), (19, 37), (4, 6), (2, 3), (1, 1)]  # rows longer and shorter than a vector, not multiples of one
-RAW = torch.ops.fastkd.norm_relu_box_pool
 
 
 def boxes_of(count, images, size=SIZE):
@@ -150,11 +142,6 @@ def test_gradcheck_of_expanded_levels():
     assert torch.autograd.gradcheck(op, levels)
 
 
-def test_gradient_has_the_memory_order_of_its_level():
-    for gradient in results_and_gradients(norm_relu_box_pool, arguments(layout=channels_last))[1][:2]:
-        assert gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous()
-
-
 def test_gradient_of_one_level_only():
     call = arguments()
     expected = torch.autograd.grad(norm_relu_box_pool(*call).sum(), call[0][1])[0]
@@ -162,41 +149,6 @@ def test_gradient_of_one_level_only():
     found = torch.autograd.grad(norm_relu_box_pool(mixed, *call[1:]).sum(), mixed[1])[0]
     assert torch.equal(found, expected)
     assert not norm_relu_box_pool([level.detach() for level in mixed], *call[1:]).requires_grad
-
-
-def test_double_backward_is_a_clear_error():
-    call = arguments()
-    gradients = torch.autograd.grad(norm_relu_box_pool(*call).sum(), call[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"norm_relu_box_pool: double backward .*norm_relu_box_pool_reference"):
-        gradients[0].sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_opcheck(layout, dtype):
-    levels, boxes, index, size = arguments(5, dtype, layout, 3, 2, [(4, 6), (1, 1), (0, 3)])
-    opcheck(RAW.default, (levels, boxes, index, *size, 1e-5))
-    levels = [level.detach() for level in levels]
-    out, *kept = RAW(levels, boxes, index, *size, 1e-5)
-    backward = torch.ops.fastkd.norm_relu_box_pool_backward.default
-    opcheck(backward, (torch.ones_like(out), levels, boxes, index, *size, *kept))
-
-
-def test_compile_and_export():
-    compile_and_export(norm_relu_box_pool, arguments(sizes=SIZES[:2]))
-
-
-def test_same_bits_with_any_number_of_threads(capability):
-    for layout in (contiguous, channels_last):
-        call = arguments(40, layout=layout, sizes=[(40, 60), (20, 30)])
-        same_bits(norm_relu_box_pool, call)
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(results_and_gradients(norm_relu_box_pool, call))
-        for found in results[1:]:
-            assert torch.equal(found[0][0], results[0][0][0])
-            assert all(torch.equal(one, other) for one, other in zip(found[1], results[0][1]))
 
 
 def test_autocast_keeps_the_levels_dtype():
@@ -208,40 +160,12 @@ def test_autocast_keeps_the_levels_dtype():
             assert norm_relu_box_pool(*call).dtype == norm_relu_box_pool_reference(*call).dtype == dtype
 
 
-def test_without_the_library_the_reference_runs(monkeypatch):
-    call = arguments()
-    monkeypatch.setattr(sys.modules["fastkd.ops.norm_relu_box_pool"]._DISPATCH, "registered", False)
-    assert torch.equal(norm_relu_box_pool(*call), norm_relu_box_pool_reference(*call))
-
-
 def draw(choose):
     images, dtype = choose.randint(1, 3), choose.choice(DTYPES)
     layout = choose.choice([*LAYOUTS, expanded])
     sizes = [(choose.randint(1, 7), choose.randint(1, 19)) for _ in range(choose.randint(1, 3))]
     channels, count = choose.choice([1, 2, 5, 17]), choose.randint(0, 6)
     return arguments(channels, dtype, layout, count, images, sizes)
-
-
-def test_fuzz():
-    fuzz(norm_relu_box_pool, norm_relu_box_pool_reference, draw)
-
-
-def test_fuzz_hostile():
-    assert fuzz_hostile("norm_relu_box_pool", norm_relu_box_pool, draw) > 300
-
-
-def test_fuzz_raw():
-    def forward(choose):
-        levels, boxes, index, size = draw(choose)
-        return [level.detach() for level in levels], boxes, index, *size, 1e-5
-
-    def backward(choose):
-        call = forward(choose)
-        out, *kept = RAW(*call)
-        return out, *call[:5], *kept
-
-    assert fuzz_raw(RAW, forward) > 100
-    assert fuzz_raw(torch.ops.fastkd.norm_relu_box_pool_backward, backward) > 100
 
 
 LEVEL, BOXES, INDEX = torch.zeros(1, 2, 3, 3), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)

@@ -1,7 +1,5 @@
 """box_pool, box_paint, mask_pool, mask_paint: kernels of every instruction set against the references."""
 
-import sys
-
 import pytest
 import torch
 from kernels import (
@@ -10,13 +8,8 @@ from kernels import (
     channels_last,
     check,
     close_to_float64,
-    compile_and_export,
     contiguous,
     expanded,
-    fuzz,
-    fuzz_hostile,
-    fuzz_raw,
-    opcheck,
     results_and_gradients,
     same_bits,
     strided,
@@ -174,19 +167,6 @@ def test_levels_without_cells(op):
     assert torch.autograd.grad(pooled.sum(), levels)[1].shape == (3, 5, 0, 3)
 
 
-@pytest.mark.parametrize("op, layout", CASES)
-def test_same_bits_with_any_number_of_threads(op, layout):
-    given = arguments(op, (20, 0, 9), 40, layout=layout)
-    same_bits(getattr(ops, op), given)
-    results = []
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        results.append(results_and_gradients(getattr(ops, op), given))
-    for result in results[1:]:
-        for ours, theirs in zip(result, results[0]):
-            assert all(torch.equal(one, other) for one, other in zip(ours, theirs))
-
-
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_other_cells_do_not_matter(capability, layout):
     """NaN and infinity reach the objects that cover them and no others."""
@@ -256,41 +236,6 @@ def backward_arguments(op, given):
     return getattr(ops, op)(*given).detach(), *rest, first[0].shape[0], sides, flags
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, dtype):
-    layout = channels_last if dtype == torch.float32 and op.endswith("pool") else contiguous
-    given = arguments(op, (2, 1), 3, sizes=((4, 6), (1, 1)), dtype=dtype, layout=layout)
-    opcheck(getattr(torch.ops.fastkd, op).default, raw_arguments(op, given))
-    opcheck(getattr(torch.ops.fastkd, f"{op}_backward").default, backward_arguments(op, given))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_compile_and_export(op):
-    compile_and_export(getattr(ops, op), arguments(op, sizes=PYRAMID[1:]))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_double_backward_is_refused(op):
-    first, *rest = arguments(op, sizes=PYRAMID[1:])
-    result = getattr(ops, op)(first, *rest)
-    result = result if isinstance(result, torch.Tensor) else result[0]
-    gradient = torch.autograd.grad((result**2).sum(), first, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match=rf"{op}: double backward .*ops.{op}_reference"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_without_the_library_the_reference_runs(op, monkeypatch):
-    given = arguments(op)
-    monkeypatch.setattr(sys.modules[f"fastkd.ops.{op}"]._DISPATCH, "registered", False)
-    for one, other in zip(*(results_and_gradients(each, given) for each in pair(op))):
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other))
-
-
-# random calls
-
-
 def draw(op):
     def arguments_of(choose):
         counts = [choose.randrange(5) for _ in range(choose.randrange(1, 4))]
@@ -310,24 +255,6 @@ def draw_tiny(op):
         return arguments(op, counts, 2, sizes=[(2, 3), (1, 1)], layout=layout, size=(8, 12))
 
     return arguments_of
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_random_calls(op):
-    fuzz(*pair(op), draw(op))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_hostile_calls(op):
-    assert fuzz_hostile(op, getattr(ops, op), draw_tiny(op)) > 300
-
-
-@pytest.mark.filterwarnings("ignore:Casting complex values")  # of embeddings made complex, in autograd
-@pytest.mark.parametrize("op", OPS)
-def test_hostile_calls_of_the_raw_ops(op):
-    raw, backward = getattr(torch.ops.fastkd, op), getattr(torch.ops.fastkd, f"{op}_backward")
-    assert fuzz_raw(raw, lambda choose: raw_arguments(op, draw_tiny(op)(choose))) > 50
-    assert fuzz_raw(backward, lambda choose: backward_arguments(op, draw_tiny(op)(choose))) > 50
 
 
 LEVEL, BOXES, INDEX = torch.zeros(1, 2, 3, 3), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)

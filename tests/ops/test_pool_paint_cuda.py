@@ -116,12 +116,20 @@ def test_misaligned_starts(layout, start):
 def test_more_objects_than_pooling_keeps(op, layout):
     """In shared memory: it goes over its strip again."""
     given = arguments(op, (17, 4), 3, sizes=((5, 7), (3, 200)), layout=layout)
-    check(op, given, shared_bytes=35500)
+    check(op, given, shared_bytes=35800)  # three objects
     with pytest.raises(RuntimeError, match=rf"{op}: a block needs .* bytes of shared memory.*; use the reference"):
         simt.run(op, *raw_arguments(op, given), shared_bytes=30000)
 
 
-@pytest.mark.parametrize("shared_bytes", [4096, 5000])
+@pytest.mark.parametrize("shared_bytes", simt.SHARED_LIMITS.values(), ids=simt.SHARED_LIMITS.keys())
+@pytest.mark.parametrize("objects, dtype", [(75, torch.float32), (80, torch.float32), (85, torch.float32),
+                                            (170, torch.float16), (600, torch.float16)])  # fmt: skip
+def test_static_and_dynamic_shared_memory_together(objects, dtype, shared_bytes):
+    """80 and 170 objects need at most 48 KB without the static arrays, more with them; 600 need two passes."""
+    check("box_pool", arguments("box_pool", (objects,), 3, sizes=((3, 5),), dtype=dtype), shared_bytes=shared_bytes)
+
+
+@pytest.mark.parametrize("shared_bytes", [3072, 4200])
 @pytest.mark.parametrize("op", OPS[1::2])
 def test_more_objects_than_painting_keeps(op, shared_bytes):
     """In shared memory, none and 32: it looks the others up for every cell."""

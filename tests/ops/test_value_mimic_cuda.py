@@ -85,6 +85,22 @@ def test_same_bits_in_every_schedule():
         assert all(torch.equal(one, two) for one, two in zip(results[0], other))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_equal_values_give_exactly_nothing(layout, dtype):
+    student, _, mass = draw(*SHAPES["published depth"], dtype, layout)
+    assert not any(result.any() for result in emulated(student, [level.detach().clone() for level in student], mass))
+
+
+@pytest.mark.parametrize("card, depth", [("sm_86", 94), ("sm_80", 128), ("sm_90", 128)])
+def test_deep_heads(card, depth):
+    """The deepest that the smallest card takes in float32; the published 32 are far below."""
+    check(draw(1, 1, depth, [(2, 3)]), shared_bytes=simt.SHARED_LIMITS[card])
+    if card == "sm_86":
+        with pytest.raises(RuntimeError, match=r"value_mimic: a head of 95 channels needs .*; use more heads"):
+            emulated(*draw(1, 1, depth + 1, [(2, 3)]), shared_bytes=simt.SHARED_LIMITS[card])
+
+
 def test_a_head_too_deep_for_shared_memory_is_a_clear_error():
     with pytest.raises(RuntimeError, match=r"value_mimic: a head of 32 channels needs .*; use more heads or the ref"):
         emulated(*draw(*SHAPES["published depth"]), shared_bytes=1024)

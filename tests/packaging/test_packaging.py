@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -104,13 +105,32 @@ def test_the_library_needs_the_stable_abi_alone(path):
 @pytest.mark.parametrize("capability", [1, 2, 3])
 def test_no_inline_function_is_compiled_for_more_than_the_baseline(capability):
     """A weak symbol of an AVX unit could be the one the linker keeps, and crash an older CPU from generic code."""
-    units = sorted((CMAKE_BUILD / "CMakeFiles" / f"fastkd_capability_{capability}.dir" / "csrc").rglob("*.o"))
+    name = {1: "avx2", 2: "avx512", 3: "avx512_bf16"}[capability]
     compiled = [path for path in sources("*.cpp") if capability < 3 or BF16 in path.read_text()]
-    assert len(units) == len(compiled), "run `make cmake`"
+    units = [unit for path in compiled for unit in (ROOT / "build" / "objects").rglob(f"{path.stem}_{name}.o")]
+    assert len(units) == len(compiled), "run `make clean build`"
     if not units:
         return  # no source has kernels of this instruction set: checked above
     output = subprocess.run(["nm", "-C", *units], check=True, capture_output=True, text=True).stdout
     assert [line for line in output.splitlines() if re.search(r" [WVu] ", line)] == []
+
+
+def test_cmake_compiles_what_setup_does(setup_script, tmp_path):
+    """`make test` links what pip's build compiled; users from C++ compile: the same sources, the same options."""
+    cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
+    options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-GUnix Makefiles"]
+    subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *options], check=True, capture_output=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    found = [(Path(one["file"]), int(re.search(r"FASTKD_CAPABILITY=(\d)", one["command"])[1])) for one in commands]
+    numbers = setup_script["CAPABILITIES"].values()
+    expected = {(path, n) for path in sources("*.cpp") for n in numbers if n < 3 or BF16 in path.read_text()}
+    assert set(found) == expected and len(found) == len(expected)
+    wanted = {one for one in setup_script["COMPILE_ARGS"] if one.startswith(("-O", "-f", "-D", "-W"))}
+    for one in commands:
+        assert wanted - set(one["command"].split()) == set(), one["file"]
+    unit = "csrc/common/capability.cpp.o"
+    subprocess.run([cmake, "--build", tmp_path, "--target", unit], check=True, capture_output=True)
+    assert len(list(tmp_path.rglob("capability.cpp.o"))) == 3
 
 
 def run_python(code, **environment):

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -13,12 +14,18 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from fastkd import report
 from fastkd.data import generate_scenes
 from fastkd.detectors import DetectorConfig, build_detector, save_detector
 from fastkd.distillers import LGD
-from fastkd.report import numbers, write_report
-from fastkd.report.runs import baseline_of, difference_in_conditions, load_run, load_runs
+from fastkd.report import numbers
+from fastkd.report import runs as report_runs
+from fastkd.report.runs import baseline_of, difference_in_conditions, load_run
 from fastkd.training import get_recipe, train
+from fastkd.training.methods import kinds
+
+write_report = functools.partial(report.write_report, methods=kinds())
+load_runs = functools.partial(report_runs.load_runs, methods=kinds())
 
 EVIL = '</td><script>alert(1)</script><img src=x onerror="alert(2)">'
 DASH, APOSTROPHE = "\u2013", "\u2019"

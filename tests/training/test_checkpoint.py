@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from fastkd import files
+from fastkd.files import write_json
 from fastkd.training.run import checkpoint as module
 from fastkd.training.run.checkpoint import (
     Checkpoint,
@@ -15,7 +17,6 @@ from fastkd.training.run.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
-    write_json,
 )
 
 
@@ -64,7 +65,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert torch.equal(load_checkpoint(latest_checkpoint(tmp_path)).model["a"], second.model["a"])
 
 
-@pytest.mark.parametrize("failing", ["save_tensors", "write_json", "_flush"])
+@pytest.mark.parametrize("failing", [(module, "save_tensors"), (module, "write_json"), (files, "flush")], ids=str)
 def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch, failing):
     save_checkpoint(tmp_path, make(5), 1)
 
@@ -72,7 +73,7 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch, failing
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, failing, crash)
+        patch.setattr(*failing, crash)
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(tmp_path, make(10), 1)
     assert latest_checkpoint(tmp_path).name == "step_0000005"

@@ -127,9 +127,9 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
             step.regions.enabled = enabled
             levels = [level.detach().clone().requires_grad_() for level in student]
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses, instructive = step.distill_by(module, levels, batch, Phase(), lambda: teacher)
-            total = sum_losses(losses) + sum((a * b).mean() for a, b in zip(instructive or (), weights))
-            found.append((losses, torch.autograd.grad(total, [*levels, *parameters])))
+                made = step.distill_by(module, levels, batch, Phase(), lambda: teacher)
+            total = sum_losses(made.losses) + sum((a * b).mean() for a, b in zip(made.instructive or (), weights))
+            found.append((made.losses, torch.autograd.grad(total, [*levels, *parameters])))
         (losses, grads), (compiled_losses, compiled_grads) = found
         torch.testing.assert_close(
             (compiled_losses, compiled_grads[: len(student)]), (losses, grads[: len(student)]), rtol=0.05, atol=0.01

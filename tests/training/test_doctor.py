@@ -1,6 +1,7 @@
 """The doctor names each fault that is planted, and none where there is none."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastkd.data import build_train_loader
 from fastkd.detectors import load_detector, save_detector
 from fastkd.training import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, get_recipe
 from fastkd.training.build import build
+from fastkd.training.doctor import checks as doctor
 from fastkd.training.doctor.checks import (
     Finding,
     check_classes,
@@ -23,7 +25,6 @@ from fastkd.training.doctor.checks import (
     judge_gradients,
     judge_losses,
 )
-from fastkd.training.doctor.checks import checks as doctor
 from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes
 
@@ -233,10 +234,11 @@ def test_command(scenes, capsys, monkeypatch):
     found = [Finding("ok", "data", "8 images"), Finding("warning", "loader", "slow [here]")]
     asked = []
     monkeypatch.setattr(doctor, "examine", lambda recipe, **options: asked.append((recipe, options)) or iter(found))
-    assert cli.main(["doctor", "scenes-retinanet-lgd", "--batches", "3", "--seed", "4", "--device", "cpu"]) == 0
+    assert cli.main(["doctor", "scenes-retinanet-lgd", "--batches", "3", "--seed", "4", "--run-dir", "runs/a"]) == 0
     said = capsys.readouterr()
     assert "8 images" in said.out and "slow [here]" in said.out and "1 thing(s) to look at" in said.err
     assert asked[0][0].seed == 4 and asked[0][1]["batches"] == 3
+    assert asked[0][1]["run_dir"] == Path("runs/a")
     found.append(Finding("problem", "teacher", "untrained"))
     assert cli.main(["doctor", "scenes-retinanet-lgd"]) == 2
     said = capsys.readouterr()

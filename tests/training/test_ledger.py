@@ -11,9 +11,10 @@ from fastkd.data import build_train_loader
 from fastkd.detectors import build_detector, save_detector
 from fastkd.training import train
 from fastkd.training.build import build, open_data
-from fastkd.training.config import FGFIConfig, RuntimeConfig, Schedule
+from fastkd.training.config import RuntimeConfig, Schedule
 from fastkd.training.cost import ledger
 from fastkd.training.cost.memory import transient_peak
+from fastkd.training.methods import FGFIConfig
 from fastkd.training.parallel.processes import Processes
 
 CPU = torch.device("cpu")

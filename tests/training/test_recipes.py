@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fastkd.training import all_recipes, get_recipe, parse_cli
-from fastkd.training.config import FGFIConfig, ICDConfig, LGDConfig, OptimizerConfig, Recipe, Schedule
+from fastkd.training.config import OptimizerConfig, Recipe, Schedule
+from fastkd.training.methods import FGFIConfig, ICDConfig, LGDConfig
 from fastkd.training.recipes.papers import ROWS
 from fastkd.training.schedule import Phase, learning_rate, phase_at, steps_of
 
@@ -188,5 +189,5 @@ def test_damaged_json_is_named(damage, message):
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(ValueError, match=r"get_recipe: name must be .* got 'coco-fcos-lgdd'; take coco-fcos-lgd"):
+    with pytest.raises(ValueError, match=r"get_recipe: name must be .* got 'coco-fcos-lgdd'; nearest: coco-fcos-lgd,"):
         get_recipe("coco-fcos-lgdd")

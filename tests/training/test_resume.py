@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from tiny_runs import assert_same_run, everything, make_tiny_data, silent, tiny_recipe
 
+from fastkd.signals import Interrupted, StopSignals
 from fastkd.training import train
 from fastkd.training import trainer as module
-from fastkd.training.config import LGDConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.config import OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.methods import LGDConfig
 from fastkd.training.run.directory import RunDirectoryError
-from fastkd.training.run.signals import Interrupted, StopSignals
 
 RUNTIME = RuntimeConfig(precision="float32", log_every=2, checkpoint_every=3, ledger_pairs=1, eval_every=3)
 ADAMW = OptimizerConfig(kind="adamw", learning_rate=1e-3, decay="cosine", clip_norm=1.0)

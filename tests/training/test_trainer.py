@@ -17,7 +17,8 @@ from fastkd.detectors import build_detector, load_detector, save_detector
 from fastkd.ops._support import dispatch
 from fastkd.training import NonFiniteLossError, Recipe, step, sum_losses, train, trainer
 from fastkd.training.build import build, open_data
-from fastkd.training.config import FGFIConfig, LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.config import OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.methods import FGFIConfig, LGDConfig
 from fastkd.training.optimizers import NamedOptimizer, build_optimizers
 from fastkd.training.run import loading
 from fastkd.training.run.directory import RunDirectoryError

@@ -14,9 +14,8 @@ from benchmarks.gpu.roofline import PUBLISHED
 from benchmarks.gpu.stages import Context
 from benchmarks.gpu.stages.timing import measure
 from benchmarks.step.contenders import NUM_CLASSES, Contender, Problem, build, priors
-from benchmarks.step.plain_icd import PlainICD
-from benchmarks.step.plain_lgd import PlainLGD
 from fastkd.distillers import ICD, LGD
+from fastkd.ops import use_backend
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.schedule import Phase
 from fastkd.training.step import StepModule
@@ -45,17 +44,11 @@ def _part(method: str, form: str, problem: Problem, device: str) -> Callable[[],
     batch = problem.batch().to(device)
     student, teacher = _pyramid(problem, device, True), _pyramid(problem, device, False)
     step = StepModule(nn.Module(), distiller, object(), None, Regions(form == "ours compiled"))
-    plain = PlainLGD(distiller) if method == "lgd" else PlainICD(distiller)
 
     def work() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            if form != "plain":
-                losses, made = step.distill_by(distiller, student, batch, Phase(), lambda: teacher)
-            elif method == "lgd":
-                losses, made = plain(student, batch)
-            else:
-                losses, made = plain(student, teacher, batch), None
-        results = [sum(value.float() for value in losses.values()), *(made or [])]
+        with torch.autocast(device, torch.bfloat16), use_backend("reference" if form == "plain" else "compiled"):
+            made = step.distill_by(distiller, student, batch, Phase(), lambda: teacher)
+        results = [sum(value.float() for value in made.losses.values()), *(made.instructive or [])]
         torch.autograd.backward(results, [torch.ones_like(one) for one in results])
         for tensor in (*student, *distiller.parameters()):
             tensor.grad = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from fastkd.detectors.common.targets import in_full_precision
+from fastkd.ops._support.coverage import full_precision
 
 
 class ModulatedDeformConv(DeformConv2d):
@@ -20,19 +24,21 @@ class ModulatedDeformConv(DeformConv2d):
     """
 
     def __init__(self, like: nn.Conv2d):
-        settings = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation, "groups": like.groups}
-        super().__init__(like.in_channels, like.out_channels, like.kernel_size, bias=like.bias is not None, **settings)
+        geometry: dict[str, Any] = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
+        kernel = like.kernel_size[0], like.kernel_size[1]
+        super().__init__(
+            like.in_channels, like.out_channels, kernel, bias=like.bias is not None, groups=like.groups, **geometry
+        )
         self.weight, self.bias = like.weight, like.bias
-        self.taps = like.kernel_size[0] * like.kernel_size[1]
-        geometry = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
-        self.offset = nn.Conv2d(like.in_channels, 3 * self.taps, like.kernel_size, **geometry)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        self.taps = kernel[0] * kernel[1]
+        self.offset = nn.Conv2d(like.in_channels, 3 * self.taps, kernel, **geometry)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps [B, C, H, W] to [B, C', H', W'] of the same type; computed in float32 also under autocast."""
         offset, mask = self.offset(maps).split([2 * self.taps, self.taps], dim=1)
-        with in_full_precision(maps):
+        with full_precision(maps):
             result = deform_conv2d(
                 maps.float(),
                 offset.float(),
@@ -46,7 +52,7 @@ class ModulatedDeformConv(DeformConv2d):
         return result.to(maps.dtype)
 
 
-def make_deformable(stage: nn.Module) -> None:
+def make_deformable(stage: Iterable[Bottleneck]) -> None:
     """Replace the 3x3 convolution of every bottleneck of a stage."""
     for block in stage:
         block.conv2 = ModulatedDeformConv(block.conv2)

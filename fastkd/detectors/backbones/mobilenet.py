@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from torch import Tensor
 from torchvision.models import MobileNetV2
@@ -20,6 +21,8 @@ class MobileNet(Backbone, MobileNetV2):
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of (stride 2, 4, 8, 16, 32) never train.
     """
+
+    features: Any  # torchvision's, which has no types: a Sequential of its blocks
 
     def __init__(self, width: float, norm: str, frozen_stages: int):
         MobileNetV2.__init__(self, width_mult=width, norm_layer=NORM_LAYERS[norm])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,9 @@ from fastkd.detectors.backbones.timm import TimmBackbone
 from fastkd.detectors.common.folding import FoldingBasicBlock, FoldingBottleneck, conv_norm
 from fastkd.detectors.config import TIMM, DetectorConfig
 
-_BLOCKS = {  # block, its number in each stage, groups, width of a group
+_BLOCKS: dict[
+    str, tuple[Any, tuple[int, ...], int, int]
+] = {  # block, its number in each stage, groups, width of a group
     "resnet18": (FoldingBasicBlock, (2, 2, 2, 2), 1, 64),
     "resnet34": (FoldingBasicBlock, (3, 4, 6, 3), 1, 64),
     "resnet50": (FoldingBottleneck, (3, 4, 6, 3), 1, 64),
@@ -43,6 +47,7 @@ class ScaledResNet(Backbone, ResNet):
     """
 
     fresh = ("conv2.offset.weight", "conv2.offset.bias")
+    _make_layer: Callable[..., nn.Sequential]  # torchvision's, which has no types
 
     def __init__(
         self,

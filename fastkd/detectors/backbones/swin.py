@@ -22,6 +22,7 @@ class SwinTiny(Backbone, SwinTransformer):
         first: the first of the four maps that is used (its norm is left out before).
     """
 
+    features: nn.Sequential  # torchvision's, which has no types
     fresh = tuple(f"out_norms.{index}.{name}" for index in range(4) for name in ("weight", "bias"))
 
     def __init__(self, width: float, frozen_stages: int, first: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -30,12 +31,12 @@ class TimmBackbone(Backbone):
                 f"backbone timm:{name} needs the package timm, which is not installed; pip install 'fastkd[timm]'"
             ) from error
         try:
-            self.body = timm.create_model(name, features_only=True, pretrained=False)
+            self.body: Any = timm.create_model(name, features_only=True, pretrained=False)
         except RuntimeError as error:  # timm's word for a name it does not know
             raise ValueError(
                 f"DetectorConfig: backbone must be a model timm can build, got timm:{name}: {error}"
             ) from error
-        info = self.body.feature_info
+        info: Any = self.body.feature_info
         strides, channels = list(info.reduction()), list(info.channels())
         if not set(STRIDES) <= set(strides):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class PyramidAnchors:
 
     def __init__(
         self,
-        sizes: list[tuple[float, ...]],
+        sizes: Sequence[tuple[float, ...]],
         ratios: tuple[float, ...],
         strides: tuple[int, ...],
         *,
@@ -75,6 +75,17 @@ def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tenso
     sides = torch.tensor(sizes, dtype=torch.float64)[None]
     half = torch.stack([sides / root, sides * root], -1).flatten(0, 1) / 2  # [A, 2] width, height
     return torch.cat([-half, half], 1).float()
+
+
+def highest_by_cell(logits: Tensor, pyramid: list[Tensor]) -> list[Tensor]:
+    """Logits [B, N, classes] of the anchors of a pyramid, cells in row order -> the cells' highest probabilities.
+
+    Returns: L tensors [B, 1, H_l, W_l] float32.
+    """
+    sizes = [tuple(level.shape[-2:]) for level in pyramid]
+    cells = [rows * columns for rows, columns in sizes]
+    highest = logits.unflatten(1, (sum(cells), -1)).flatten(2).amax(2).float().sigmoid()  # [B, cells]
+    return [level.unflatten(1, (1, *size)) for level, size in zip(highest.split(cells, dim=1), sizes, strict=True)]
 
 
 def image_limits(batch: Batch) -> Tensor:
@@ -130,8 +141,8 @@ def dense_detections(
     scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
 ) -> list[Detections]:
     """The best boxes of every level, clipped, after non-maximum suppression class by class; arguments as above."""
-    boxes, scores, labels, _ = dense_candidates(scores, decode, batch, config)
-    return suppress(boxes, scores, labels, config)
+    best = dense_candidates(scores, decode, batch, config)
+    return suppress(best.boxes, best.scores, best.labels, config)
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Detections]:

@@ -11,8 +11,10 @@ from torchvision.ops import DeformConv2d, FrozenBatchNorm2d
 
 def scale_and_shift(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """s and t of norm(x) = s x + t with the running statistics: two tensors [C]."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return scale, torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ class FoldingBasicBlock(BasicBlock):
     """torchvision's block; its frozen norms are part of the convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         out = self.relu(conv_norm(self.conv1, self.bn1, x))
         out = conv_norm(self.conv2, self.bn2, out)
         out += identity
@@ -43,7 +45,7 @@ class FoldingBottleneck(Bottleneck):
     """torchvision's block; its frozen norms are part of the convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(*self.downsample, x)
+        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         out = self.relu(conv_norm(self.conv1, self.bn1, x))
         out = self.relu(conv_norm(self.conv2, self.bn2, out))
         out = conv_norm(self.conv3, self.bn3, out)
@@ -68,8 +70,9 @@ def fold_norms(module: nn.Module) -> int:
     folded = 0
     for part in list(module.modules()):
         names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")] if hasattr(part, "bn1") else []
-        if isinstance(getattr(part, "downsample", None), nn.Sequential):
-            part.downsample[1], done = _fold(part.downsample[0], part.downsample[1])
+        downsample = getattr(part, "downsample", None)
+        if isinstance(downsample, nn.Sequential):
+            downsample[1], done = _fold(downsample[0], downsample[1])
             folded += done
         for conv, norm in names:
             if hasattr(part, norm):

@@ -27,6 +27,7 @@ def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
 
 def coarse_masks(batch: Batch) -> Tensor:
     """The true masks [K, ceil((H - 2) / 4), ceil((W - 2) / 4)] bool at the centres of cells of stride 4."""
+    assert batch.masks is not None  # see require_masks
     return batch.masks[:, MASK_STRIDE // 2 :: MASK_STRIDE, MASK_STRIDE // 2 :: MASK_STRIDE]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ from torchvision.models.detection._utils import BoxLinearCoder
 
 from fastkd.detectors.backbones.base import group_norm
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
-from fastkd.detectors.common.dense import PyramidAnchors, dense_detections
-from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision, inside_ignored
+from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
+from fastkd.detectors.common.targets import PaddedBoxes, inside_ignored
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
@@ -65,10 +67,13 @@ class LocationDetector(Detector):
             squares.append(torch.cat([middle - half, middle + half], 1))
         return squares
 
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        return highest_by_cell(self.head.classification_head(pyramid), pyramid)
+
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images."""
         outputs = self.head(one_behind_the_other(pyramids))
-        with in_full_precision(pyramids[0][0]):
+        with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
             return apart(self._losses(outputs, pyramids[0], batch))
@@ -95,10 +100,12 @@ class LocationDetector(Detector):
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         outputs = self.head(pyramid)
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             return dense_detections(*self._scores_and_decoder(outputs, pyramid), batch, self.config)
 
-    def _scores_and_decoder(self, outputs: dict[str, Tensor], pyramid: list[Tensor]):
+    def _scores_and_decoder(
+        self, outputs: dict[str, Tensor], pyramid: list[Tensor]
+    ) -> tuple[list[Tensor], Callable[[int, Tensor], Tensor]]:
         """What `dense_detections` asks for."""
         anchors = self.anchors(pyramid)
         sizes = [len(level) for level in anchors]
@@ -123,7 +130,7 @@ def centerness(sides: Tensor) -> Tensor:
     return torch.sqrt(ratio)
 
 
-def near_cells(points: Tensor, grid: tuple[int, int], stride: int, size: int) -> Tensor:
+def near_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
     """The cells of a grid in a window around points.
 
     The window is `size` cells on a side, less where the grid is smaller, moved into the grid. So it holds the `size`
@@ -158,14 +165,15 @@ def tower(in_channels: int, channels: int, convs: int) -> nn.Sequential:
 def predictor(in_channels: int, out_channels: int, *, prior: bool = False) -> nn.Conv2d:
     """The last convolution of a tower; with `prior` its sigmoid starts at 0.01."""
     conv = _small(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-    if prior:
+    if prior and conv.bias is not None:
         nn.init.constant_(conv.bias, -math.log((1 - PRIOR) / PRIOR))
     return conv
 
 
 def _small(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -199,7 +207,8 @@ class BoxTower(nn.Module):
         super().__init__()
         self.conv = tower(config.channels, config.channels, config.head_convs)
         self.bbox_reg = predictor(config.channels, 4)
-        nn.init.ones_(self.bbox_reg.bias)
+        if self.bbox_reg.bias is not None:
+            nn.init.ones_(self.bbox_reg.bias)
         self.scales = nn.Parameter(torch.ones(len(config.strides)))
         self.more = tuple(more)
         for name, channels in more.items():

@@ -17,12 +17,12 @@ from fastkd.detectors.common.roi_align import PyramidRoIAlign
 from fastkd.detectors.common.sampling import draw_keys, sample_balanced
 from fastkd.detectors.common.targets import (
     PaddedBoxes,
-    in_full_precision,
     inside_ignored,
     match_anchors,
     shared_count,
 )
 from fastkd.detectors.config import DetectorConfig
+from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
 SMALLEST_SIDE = 1e-2  # pixels; thinner detections are dropped, as in torchvision
@@ -73,7 +73,8 @@ class RegionHeads(nn.Module):
         """
         boxes = [own for sample in samples for own in self._by_image(sample.boxes, sample.image, batch)]
         outputs = (values.split([len(sample.boxes) for sample in samples]) for values in self._boxes(levels, boxes))
-        found = [self._box_losses(*both, sample, truth) for *both, sample in zip(*outputs, samples, strict=True)]
+        logits, deltas = outputs
+        found = [self._box_losses(*own, truth) for own in zip(logits, deltas, samples, strict=True)]
         if self.config.detector == "mask_rcnn":
             for losses, loss in zip(found, self._mask_losses(levels, samples, truth, batch), strict=True):
                 losses["roi_mask"] = loss
@@ -110,7 +111,7 @@ class RegionHeads(nn.Module):
         return logits.float(), deltas.float()
 
     def _box_losses(self, logits: Tensor, deltas: Tensor, sample: Sample, truth: PaddedBoxes) -> dict[str, Tensor]:
-        with in_full_precision(logits):
+        with full_precision(logits):
             count = shared_count(torch.tensor(len(logits), device=logits.device))
             classification = F.cross_entropy(logits, sample.labels, reduction="sum") / count
             positive = sample.labels.nonzero()[:, 0]
@@ -133,8 +134,9 @@ class RegionHeads(nn.Module):
 
     def _mask_loss(self, logits: Tensor, by_image: list[Tensor], row: Tensor, batch: Batch) -> Tensor:
         """Of one pyramid's mask logits; by_image: the boxes of each image, row: of each its row of the truth."""
-        with in_full_precision(logits), torch.no_grad():
+        with full_precision(logits), torch.no_grad():
             rows = row.split([len(own) for own in by_image])
+            assert batch.masks is not None  # TwoStage.losses has looked
             masks = batch.masks.split(batch.counts)
             parts = [
                 project_masks_on_boxes(mask, own, which, logits.shape[-1])
@@ -154,7 +156,7 @@ class RegionHeads(nn.Module):
     def detect(self, pyramid: list[Tensor], proposals: list[Tensor], batch: Batch) -> list[Detections]:
         """Detections of the proposals, B tensors [P_b, 4]."""
         logits, deltas = self._boxes(pyramid, proposals)
-        with in_full_precision(logits):
+        with full_precision(logits):
             found = self._select(logits, deltas, proposals, batch)
         if self.config.detector == "mask_rcnn":
             self._add_masks(pyramid, found, batch)

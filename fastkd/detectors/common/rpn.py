@@ -77,17 +77,18 @@ class RegionProposals(nn.Module):
             scores.append(best)
             boxes.append(decoded.view(*index.shape, 4))
             levels.append(torch.full_like(index, level))
-        boxes, scores, levels = (
+        every_box, every_score, every_level = (
             clip_boxes(torch.cat(boxes, 1), batch),
-            torch.cat(scores, 1).sigmoid(),
+            torch.cat(scores, 1),
             torch.cat(levels, 1),
         )
-        good = ((boxes[..., 2:] - boxes[..., :2]) >= SMALLEST_SIDE).all(-1)  # also drops NaN
+        every_score = every_score.sigmoid()
+        good = ((every_box[..., 2:] - every_box[..., :2]) >= SMALLEST_SIDE).all(-1)  # also drops NaN
         found = []
         for row in range(len(batch)):
             used = good[row].nonzero()[:, 0]
-            own = boxes[row, used]
-            keep = batched_nms(own, scores[row, used], levels[row, used], NMS_THRESHOLD)
+            own = every_box[row, used]
+            keep = batched_nms(own, every_score[row, used], every_level[row, used], NMS_THRESHOLD)
             found.append(own[keep[:post_nms]])
         return found
 

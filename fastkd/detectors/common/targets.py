@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.boxes import box_area, box_intersection, box_iou
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch
 
@@ -40,16 +41,6 @@ class PaddedBoxes(NamedTuple):
         return PaddedBoxes(self.boxes[rows], self.labels[rows], self.valid[rows])
 
 
-def pair_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Intersection over union of boxes [B, K, 4] with anchors [A, 4] or [B, A, 4]: [B, K, A], as torchvision's."""
-    x1, y1, x2, y2 = (side[..., None] for side in boxes.unbind(-1))  # [B, K, 1]
-    ax1, ay1, ax2, ay2 = (side.unsqueeze(-2) for side in anchors.unbind(-1))  # [(B,) 1, A]
-    width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
-    height = (torch.minimum(y2, ay2) - torch.maximum(y1, ay1)).clamp_(min=0)
-    overlap = width.mul_(height)
-    return overlap / ((x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - overlap)
-
-
 def match_anchors(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, *, keep_best: bool) -> Tensor:
     """torchvision's Matcher for a whole batch.
 
@@ -72,7 +63,8 @@ def match_anchors(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, 
 
 
 def _match(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, keep_best: bool) -> Tensor:
-    iou = pair_iou(truth.boxes, anchors).masked_fill_(~truth.valid[..., None], -1.0)  # [b, K, A]
+    iou = box_iou(truth.boxes[:, :, None], anchors.unsqueeze(-3))  # [b, K, A]
+    iou.masked_fill_(~truth.valid[..., None], -1.0)
     value, best = iou.max(dim=1)
     matched = torch.where(value >= high, best, torch.where(value >= low, BETWEEN, BELOW))
     if keep_best:
@@ -88,10 +80,7 @@ def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
         return None
     regions, image = batch.ignore_boxes.to(anchors), batch.ignore_index
     per_region = anchors.expand(len(batch), -1, -1)[image]  # [I, A, 4]
-    corner = torch.maximum(per_region[..., :2], regions[:, None, :2])
-    size = (torch.minimum(per_region[..., 2:], regions[:, None, 2:]) - corner).clamp(min=0)
-    area = (per_region[..., 2:] - per_region[..., :2]).prod(-1)
-    hits = (size.prod(-1) > 0.5 * area).float()
+    hits = (box_intersection(per_region, regions[:, None]) > 0.5 * box_area(per_region)).float()
     return torch.zeros(len(batch), anchors.shape[-2], device=anchors.device).index_add_(0, image, hits) > 0
 
 
@@ -106,8 +95,3 @@ def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Ten
 def _processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
-
-
-def in_full_precision(tensor: Tensor) -> torch.autocast:
-    """A context without autocast on the tensor's device, for losses and boxes."""
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -9,9 +9,10 @@ from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.roi import RegionHeads
 from fastkd.detectors.common.rpn import RegionProposals
 from fastkd.detectors.common.sampling import image_generators
-from fastkd.detectors.common.targets import PaddedBoxes, in_full_precision
+from fastkd.detectors.common.targets import PaddedBoxes
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector, one_behind_the_other
+from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
 
@@ -31,6 +32,8 @@ class TwoStage(Detector):
     samples the same anchors, and the same proposals as far as they are the same.
     """
 
+    head: TwoStageHead
+
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), TwoStageHead(config))
 
@@ -42,6 +45,10 @@ class TwoStage(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         return self.head.rpn.anchors.cells
 
+    def cell_scores(self, pyramid: list[Tensor]) -> list[Tensor]:
+        logits, _ = self.head.rpn.head(pyramid)
+        return [level.amax(1, keepdim=True).float().sigmoid() for level in logits]
+
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of each stage's head; every pyramid has its own proposals."""
         if self.config.detector == "mask_rcnn" and batch.masks is None:
@@ -50,7 +57,7 @@ class TwoStage(Detector):
         levels, numbers = one_behind_the_other(pyramids), {"pre_nms": config.rpn_pre_nms_train}
         numbers["post_nms"] = config.rpn_post_nms_train
         outputs, found, samples = rpn(levels).apart(len(pyramids)), [], []
-        with in_full_precision(levels[0]):
+        with full_precision(levels[0]):
             truth = PaddedBoxes.of(batch)
             for own in outputs:
                 generators = image_generators(batch)
@@ -64,7 +71,7 @@ class TwoStage(Detector):
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
         config, rpn = self.config, self.head.rpn
         outputs = rpn(pyramid)
-        with in_full_precision(pyramid[0]):
+        with full_precision(pyramid[0]):
             proposals = rpn.proposals(
                 outputs, batch, pre_nms=config.rpn_pre_nms_test, post_nms=config.rpn_post_nms_test
             )

@@ -149,6 +149,7 @@ def convert_detectron2(
     _permute_anchors(named, "head.classification_head.cls_logits", len(names))
     _permute_anchors(named, "head.regression_head.bbox_reg", 4)
     _move_background(named, len(names))
+    notes: tuple[str, ...]
     notes = ("input channels turned from BGR to RGB, division by the standard deviation taken into the first layer",)
     notes += ("anchors sorted by ratio first",) if dense else ("background put first, its box and mask added as zeros",)
     return _finish(config, named, names, "detectron2", notes, where)
@@ -188,7 +189,7 @@ def convert_torchvision(
         frozen_stages=2,
     )
     _select_classes(named, layers, rows, kept if dense else [0, *kept])
-    notes = (f"classes {kept[0]} .. {kept[-1]} of {rows}: {len(kept)} kept",)
+    notes: tuple[str, ...] = (f"classes {kept[0]} .. {kept[-1]} of {rows}: {len(kept)} kept",)
     if norm_eps is None:
         norm_eps = 0.0 if coco and not trainable else 1e-5
     if norm_eps != 1e-5:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector
+from fastkd.files import replacing
 from fastkd.tensor_files import save_tensor_file
 
 FORMAT = "fastkd-detector-1"
@@ -149,13 +150,8 @@ def save_detector(
     }
     check_finite(f"save_detector: as {dtype}", path, tensors)
     header = {"format": FORMAT, "config": json.dumps(detector.config.to_dict()), "class_names": json.dumps(names)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         save_tensor_file(temporary, tensors, header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_detector(path: str | os.PathLike) -> tuple[Detector, list[str]]:

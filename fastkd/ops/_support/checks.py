@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, floating: bool = True) -> None:
-    """Raise unless value is a tensor with `dims` dimensions (described by `shape`), floating point if asked."""
+def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, floating: bool = True) -> Tensor:
+    """The value; raise unless it is a tensor with `dims` dimensions (told by `shape`), floating point if asked."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}; convert it first")
     if value.layout != torch.strided:
@@ -23,6 +24,7 @@ def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, fl
         raise ValueError(f"{op}: {name} must be {shape}, got {list(value.shape)}; it needs {dims} dimensions")
     if floating and not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}; call .float()")
+    return value
 
 
 def check_kernel_dtype(op: str, name: str, value: Tensor) -> None:
@@ -80,7 +82,7 @@ def check_same_sizes(op: str, name: str, levels: Sequence[Tensor], other: str, o
 
 def check_index(op: str, name: str, rows: Tensor, image_index: object) -> None:
     """Raise unless image_index is [K] int64 beside the K rows called name."""
-    check_tensor(op, "image_index", image_index, "[K]", 1, floating=False)
+    image_index = check_tensor(op, "image_index", image_index, "[K]", 1, floating=False)
     if image_index.dtype != torch.int64:
         raise TypeError(f"{op}: image_index must be int64, got {image_index.dtype}; call .long()")
     if image_index.shape[0] != rows.shape[0]:
@@ -97,7 +99,7 @@ def check_index(op: str, name: str, rows: Tensor, image_index: object) -> None:
 
 def check_boxes(op: str, boxes: object, image_index: object) -> None:
     """Raise unless boxes is [K, 4] floating point and image_index [K] int64 on the same device."""
-    check_tensor(op, "boxes", boxes, "[K, 4]", 2)
+    boxes = check_tensor(op, "boxes", boxes, "[K, 4]", 2)
     if boxes.shape[1] != 4:
         raise ValueError(
             f"{op}: boxes must be [K, 4], got {list(boxes.shape)}; pass xyxy boxes of all images concatenated"
@@ -121,7 +123,7 @@ def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Te
     On other devices than the CPU and under torch.compile this is not looked at: kernels are safe with any value there.
     """
     if image_index.numel() and values_at_hand(image_index):
-        low, high = (extreme.tolist() for extreme in image_index.detach().aminmax())
+        low, high = (_number(extreme) for extreme in image_index.detach().aminmax())
         if low < 0 or high >= batch_size:
             raise ValueError(
                 f"{op}: image_index must be in [0, {batch_size}), got {low if low < 0 else high}; "
@@ -131,17 +133,22 @@ def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Te
         raise ValueError(f"{op}: boxes must be finite, got NaN or infinity; leave such boxes out")
 
 
+def _number(scalar: Tensor) -> Any:
+    """The number in a tensor [] on the CPU; unlike `item` it dispatches no operator."""
+    return scalar.tolist()
+
+
 def _finite(values: Tensor) -> bool:
     """Whether all numbers are finite, in one pass: NaN is the smallest and the largest number, too."""
     values = values.detach()
     if values.itemsize == 1:  # aminmax knows no float8
         values = values.float()
-    return all(math.isfinite(extreme.tolist()) for extreme in values.aminmax())
+    return all(math.isfinite(_number(extreme)) for extreme in values.aminmax())
 
 
 def check_masks(op: str, masks: object, image_index: object) -> None:
     """Raise unless masks is [K, H, W] bool and image_index [K] int64 on the same device."""
-    check_tensor(op, "masks", masks, "[K, H, W]", 3, floating=False)
+    masks = check_tensor(op, "masks", masks, "[K, H, W]", 3, floating=False)
     if masks.dtype != torch.bool:
         raise TypeError(f"{op}: masks must be bool, got {masks.dtype}; compare with a threshold first")
     if 0 in masks.shape[1:]:
@@ -159,7 +166,7 @@ def check_size(op: str, name: str, size: object) -> None:
 
 def check_embeddings(op: str, embeddings: object, objects: int, level_sizes: Sequence[tuple[int, int]]) -> None:
     """Raise unless embeddings is [L, K, C] for the K objects and the L level sizes."""
-    check_tensor(op, "embeddings", embeddings, "[L, K, C]", 3)
+    embeddings = check_tensor(op, "embeddings", embeddings, "[L, K, C]", 3)
     if not isinstance(level_sizes, (list, tuple)):
         raise TypeError(
             f"{op}: level_sizes must be a list of (H_l, W_l), got {type(level_sizes).__name__}; "

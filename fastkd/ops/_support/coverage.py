@@ -1,6 +1,8 @@
-"""Which cells an object covers, and the two sums over covered cells that all box and mask ops share (references)."""
+"""Plain torch shared by references: precision, flat pyramids, and sums over the cells that an object covers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +18,12 @@ def widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int, int]) -> Tensor:
+def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
+    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
+    return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
+
+
+def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: Sequence[int]) -> Tensor:
     """Cells (y, x) with y1 * H_l / H <= y <= y2 * H_l / H, likewise x; corners clamped to the image, in float32.
 
     Args: boxes [K, 4] xyxy pixels; image_size (H, W); level_size (H_l, W_l).
@@ -26,14 +33,15 @@ def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: tuple[int,
     x1, y1, x2, y2 = boxes.detach().float().unbind(-1)
     y = torch.arange(rows, device=boxes.device, dtype=torch.float32)
     x = torch.arange(columns, device=boxes.device, dtype=torch.float32)
-    low_y, high_y = (side.clamp(0, height - 1) * rows / height for side in (y1, y2))
-    low_x, high_x = (side.clamp(0, width - 1) * columns / width for side in (x1, x2))
+    # Divided by tensors: by a Python number a GPU multiplies with its reciprocal, which moves cells at a box's edge.
+    low_y, high_y = (side.clamp(0, height - 1) * rows / side.new_full((), height) for side in (y1, y2))
+    low_x, high_x = (side.clamp(0, width - 1) * columns / side.new_full((), width) for side in (x1, x2))
     row = (low_y[:, None] <= y) & (y <= high_y[:, None])  # [K, H_l]
     column = (low_x[:, None] <= x) & (x <= high_x[:, None])  # [K, W_l]
     return row[:, :, None] & column[:, None, :]
 
 
-def mask_cover(masks: Tensor, level_size: tuple[int, int]) -> Tensor:
+def mask_cover(masks: Tensor, level_size: Sequence[int]) -> Tensor:
     """Masks [K, H, W] bool resized to [K, H_l, W_l] by nearest neighbour: cell y reads row floor(y * H / H_l)."""
     rows, columns = level_size
     y = torch.arange(rows, device=masks.device) * masks.shape[1] // rows

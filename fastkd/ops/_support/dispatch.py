@@ -58,11 +58,11 @@ class Dispatch:
 
     def compiled(self, tensor: Tensor) -> bool:
         """True if the compiled op takes this tensor."""
-        if _backend == "reference" or not self.registered:
+        if _backend == "reference":
             return False
         if tensor.device.type == "cuda":
-            return _has_cuda(self.op, tensor.device.index or 0)
-        return tensor.device.type == "cpu"
+            return _has_cuda(self.op, tensor.device.index or 0) and self.registered
+        return self.registered and tensor.device.type == "cpu"
 
 
 @torch.compiler.assume_constant_result  # loading and warning are done while tracing, not traced

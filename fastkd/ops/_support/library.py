@@ -15,7 +15,7 @@ import torch
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "_cpu.so"
 BUILT_IN_CUDA = BUILT_IN.with_name("_cuda.so")
-TRITON_OPS = ("instance_attention", "attention_mass", "project_levels")  # all others have their GPU kernel in _cuda.so
+TRITON_OPS = ("instance_attention", "attention_mass")  # all others have their GPU kernel in _cuda.so
 
 
 def cpu_library() -> Path:

@@ -1,9 +1,11 @@
-"""Triton kernels of the attention ops and of ICD's projections. Importing this package does not import Triton."""
+"""Triton kernels of the attention ops. Importing this package does not import Triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,24 +24,16 @@ def register() -> str | None:
     missing = [name for name in _OPS if not hasattr(torch.ops.fastkd, name)]
     if missing:
         return f"the library of CPU kernels, which defines fastkd::{missing[0]}, is not loaded; run `make build`"
-    from fastkd.ops.triton import attention_backward, attention_forward, attention_mass, projection
+    from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
 
-    launches = (
+    launches: tuple[Callable[..., Any], ...] = (
         attention_forward.instance_attention,
         attention_backward.instance_attention_backward,
         attention_mass.attention_mass,
-        projection.project_levels,
-        projection.project_levels_backward,
     )
     for name, launch in zip(_OPS, launches, strict=True):
         torch.library.register_kernel(f"fastkd::{name}", "cuda", launch)
     return None
 
 
-_OPS = (
-    "instance_attention",
-    "instance_attention_backward",
-    "attention_mass",
-    "project_levels",
-    "project_levels_backward",
-)
+_OPS = ("instance_attention", "instance_attention_backward", "attention_mass")

@@ -364,15 +364,11 @@ def plan_merge(groups: Sequence[tuple[Tensor, Sequence[int]]]) -> tuple[list[Lau
     Args:
         groups: parts [P, ...] and the shape of their sum.
     """
-    sums = [parts.view(shape) if len(parts) == 1 else parts.new_empty(shape) for parts, shape in groups]
-    numbers = [0 if len(parts) == 1 else total.numel() for (parts, _), total in zip(groups, sums)]
-    return merge_of([parts for parts, _ in groups], sums, numbers), sums
-
-
-def merge_of(parts: Sequence[Tensor], sums: Sequence[Tensor], numbers: Sequence[int]) -> list[Launch]:
-    """The launch that writes the sums of parts over their first dimension, `numbers` of each; none where all are 0."""
+    parts = [one for one, _ in groups]
+    sums = [one.view(shape) if len(one) == 1 else one.new_empty(shape) for one, shape in groups]
+    numbers = [0 if len(one) == 1 else total.numel() for one, total in zip(parts, sums)]
     if not any(numbers):
-        return []
+        return [], sums
     unit = 1 if any(number % 4 for number in numbers) else 4
     arguments = dict(
         parts=tuple(parts),
@@ -383,7 +379,7 @@ def merge_of(parts: Sequence[Tensor], sums: Sequence[Tensor], numbers: Sequence[
         BLOCK_PARTS=16,
     )
     programs = sum(triton.cdiv(number, MERGED) for number in numbers)
-    return [Launch(instance_attention_backward_merge_kernel, programs, arguments)]
+    return [Launch(instance_attention_backward_merge_kernel, programs, arguments)], sums
 
 
 def instance_attention_backward(*arguments) -> list[Tensor]:

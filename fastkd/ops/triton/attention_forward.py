@@ -314,6 +314,6 @@ def instance_attention(
     values: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fastkd::instance_attention on the GPU."""
-    launches, *results = plan_forward(queries, levels, key_weight, row_bias, column_bias, values)
+    launches, output, logsumexp, normal = plan_forward(queries, levels, key_weight, row_bias, column_bias, values)
     plan.run(launches, queries.device)
-    return tuple(results)
+    return output, logsumexp, normal

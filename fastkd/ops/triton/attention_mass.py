@@ -123,7 +123,7 @@ def plan_mass(
     problem = plan.Problem("attention_mass", queries, levels, key_weight, row_bias, column_bias, None, card)
     images, heads, count, _ = queries.shape
     plan.check_like("attention_mass", chosen, (images, count), chosen=chosen)
-    launches = []
+    launches: list[Launch] = []
     if logsumexp is None:
         arguments = (queries, levels, key_weight, row_bias, column_bias, None, 1 / temperature, card)
         launches, _, logsumexp, _ = plan_forward(*arguments)

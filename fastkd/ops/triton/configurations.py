@@ -88,22 +88,6 @@ class Configuration:
 FEW = 32  # queries up to which a GPU moves the key projection to them: one block
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Blocks of a projection's kernel: cells, outputs and inputs (channels) at a time; warps, stages of its loop."""
-
-    cells: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-
-
-def _block(count: int, most: int) -> int:
-    """A power of two that holds `count`, from 16 to `most`."""
-    return min(max(16, 1 << max(count - 1, 0).bit_length()), most)
-
-
 def _queries(shape: Shape) -> int:
     """Queries in a block: of float64 no more have room."""
     return 16 if shape.element_size == 8 else 64 if shape.projected else FEW
@@ -163,15 +147,3 @@ def mass(shape: Shape, card: Card) -> Configuration:
     warps = 4 if (shape.last if halves else not shape.projected) else 8
     stages = 2 if card.generation < 10 and halves else 1
     return Configuration(64 if shape.projected else 16, *_tile(shape, 64), warps, stages)
-
-
-def projection(outputs: int, last: bool, card: Card) -> Tiles:
-    """Contiguous cells begin anywhere, so that they pass through registers, and fewer outputs have room."""
-    stages = 3 if card.generation > 8 else 2
-    return Tiles(128, _block(outputs, 256 if last else 128), 64, 8, stages if last else 1)
-
-
-def projection_weight(outputs: int, inputs: int, last: bool, card: Card) -> Tiles:
-    """Where registers have room wide blocks, so that the cache is asked for less."""
-    wide = last and card.generation > 8
-    return Tiles(64, _block(outputs, 128), _block(inputs, 256 if wide else 128), 8, 3 if wide else 2 if last else 1)

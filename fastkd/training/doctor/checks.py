@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch import Tensor
 from fastkd import assets
 from fastkd.detectors import Detector, check_teacher, inherit, load_detector
 from fastkd.training.build import Built, build, open_data
-from fastkd.training.config import FGFIConfig, Recipe
+from fastkd.training.config import Recipe
 from fastkd.training.cost import ledger as cost
-from fastkd.training.doctor.teacher import Finding, Status, check_quality
+from fastkd.training.doctor.finding import Finding, Status
+from fastkd.training.doctor.stability import check_stability
+from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes, processes
 from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase, phase_at
@@ -30,22 +33,29 @@ from fastkd.types import Batch
 WEAK, STRONG = 0.01, 0.95  # the method's share of the gradient in the pyramid
 ONE_LEVEL, OWN_LEVEL = 0.9, 0.6  # a level's share of the method's gradient (a sum of norms), of the detector's own
 FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # laterals differ where the backbones do
-UNIT_SIZE = (0.2, 3.0)  # standard deviation of what ICD's decoder sees
 PRACTICE_STEPS, PRACTICE_RATE = 12, 1e-3
 
 
-def examine(recipe: Recipe, *, batches: int = 4, device: torch.device | str | None = None) -> Iterator[Finding]:
+def examine(
+    recipe: Recipe,
+    *,
+    batches: int = 4,
+    device: torch.device | str | None = None,
+    run_dir: Path | None = None,
+) -> Iterator[Finding]:
     """Looks at a recipe, its files and its first steps, and yields what it finds as it goes; trains nothing.
 
     Args:
         recipe: what is to be trained.
         batches: batches the teacher is measured on and the losses are taken from, >= 1.
         device: where the run is to be; None takes a GPU if there is one.
+        run_dir: of an earlier run of the recipe, whose log tells whether its loss jumped; None leaves that out.
     Raises: ValueError if batches is less than 1.
     """
     if batches < 1:
         raise ValueError(f"examine: batches must be at least 1, got {batches}")
     yield from check_switches(recipe)
+    yield from check_stability(recipe, run_dir)
     yield from check_classes(recipe)
     try:
         built = build(recipe)
@@ -69,33 +79,13 @@ def examine(recipe: Recipe, *, batches: int = 4, device: torch.device | str | No
 
 def check_switches(recipe: Recipe) -> Iterator[Finding]:
     """Settings that contradict what the methods were published with, or that switch them off."""
-    found = []
-    two_stage, lgd, icd, method = recipe.detector.two_stage, recipe.lgd, recipe.icd, recipe.method
-    for name, part in (("ICD", icd), ("FGFI", method if isinstance(method, FGFIConfig) else None)):
-        if part is not None and part.weight == 0:
-            found.append(("problem", f"{name}'s weight is 0: it teaches nothing; set --method.weight"))
-    for part in (part for part in (lgd, icd) if part is not None):
-        if part.detach_fraction + part.final_fraction >= 1:
-            found.append(("problem", "detach_fraction and final_fraction leave no step in which the student is taught"))
-    if isinstance(method, FGFIConfig) and method.warmup_fraction + method.final_fraction >= 1:
-        found.append(("problem", "warmup_fraction and final_fraction leave no step in which the student is taught"))
-    if icd is not None and not recipe.inherit:
-        found.append(("warning", "ICD is published with inheriting, which is off; pass --inherit"))
-    if icd is not None and recipe.method_optimizer is None:
-        found.append(("warning", "ICD's decoder shares the student's optimiser; published is an AdamW of its own"))
-    if lgd is not None and two_stage != lgd.detach_appearance:
-        wanted = "on for two-stage detectors, off for dense ones"
-        found.append(("warning", f"LGD's detach_appearance is published {wanted}, got {lgd.detach_appearance}"))
-    if lgd is not None and two_stage and lgd.context:
-        found.append(("warning", "LGD's context object is published off for two-stage detectors, it is on"))
-    if lgd is not None and recipe.with_masks and not lgd.use_masks:
-        found.append(("warning", "LGD on mask_rcnn is published with masks; pass --method.use-masks"))
+    found = list(recipe.method.advice(recipe)) if recipe.method is not None else []
     if recipe.backbone_weights is None:
-        found.append(("warning", "the backbone starts at random; pass --backbone-weights if that is not meant"))
+        text = "the backbone starts at random; pass --backbone-weights if that is not meant"
+        found.append(Finding("warning", "switches", text))
     if recipe.detector.frozen_stages == 5:
-        found.append(("warning", "frozen_stages 5 freezes the whole backbone"))
-    for status, message in found:
-        yield Finding(status, "switches", message)
+        found.append(Finding("warning", "switches", "frozen_stages 5 freezes the whole backbone"))
+    yield from found
     if not found:
         yield Finding("ok", "switches", "as published, nothing is off")
 
@@ -170,15 +160,9 @@ def check_pyramids(built: Built, batch: Batch) -> Iterator[Finding]:
     with torch.no_grad():
         student, teacher = module.detector.features(batch.images), module.teacher.pyramid(batch.images)
     shapes = [f"{list(a.shape[1:])} to {list(b.shape[1:])}" for a, b in zip(student, teacher)]
-    adapts = recipe.icd is None or student[0].shape[1] == teacher[0].shape[1]
-    note = "" if adapts else "; with other channels ICD's projections do not start as the teacher's"
-    yield Finding("ok" if adapts else "warning", "adapter", "; ".join(shapes) + note)
-    if recipe.icd is not None:
-        size = float(torch.cat([level.flatten() for level in teacher]).float().std()) * recipe.icd.teacher_scale
-        good = UNIT_SIZE[0] <= size <= UNIT_SIZE[1]
-        advice = "" if good else f"; set --method.teacher-scale {recipe.icd.teacher_scale / max(size, 1e-6):.2g}"
-        text = f"ICD sees a teacher of standard deviation {size:.2g}{advice}"
-        yield Finding("ok" if good else "warning", "scale", text)
+    yield Finding("ok", "adapter", "; ".join(shapes))
+    if recipe.method is not None:
+        yield from recipe.method.pyramid_advice(student, teacher)
 
 
 def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[float], list[float]]:

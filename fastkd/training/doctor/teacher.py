@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from torchvision.ops import box_iou
 
+from fastkd.boxes import box_iou
 from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector
 from fastkd.evaluation import evaluator_of
 from fastkd.training.build import Built
+from fastkd.training.doctor.finding import Finding
 from fastkd.types import Batch, Detections
 
-Status = Literal["ok", "warning", "problem"]
 LEAST_AP = 5.0
 LEAST_NAMED = 0.5
 ENOUGH_LOCATED = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Args:
-        status: "problem" is likely to spoil the run, "warning" may be meant.
-        check: what was looked at, in a word or two.
-        message: what was found, and what to do where that is wrong.
-    """
-
-    status: Status
-    check: str
-    message: str
 
 
 class _Part:
@@ -107,7 +90,7 @@ def _located(seen: list[tuple[Batch, list[Detections]]]) -> tuple[int, int]:
     for batch, detections in seen:
         for row, found in enumerate(detections):
             own = batch.image_index == row
-            overlap = box_iou(batch.boxes[own], found.boxes) > 0.5  # [k, D], D by falling score
+            overlap = box_iou(batch.boxes[own][:, None], found.boxes) > 0.5  # [k, D], D by falling score
             hit = overlap.any(1)
             if not hit.any():
                 continue

@@ -25,8 +25,8 @@ from fastkd.detectors import Detector
 
 # fields of Batch and of what methods prepare: the dimension that counts boxes or queries
 COUNTED = {
-    **dict.fromkeys(("boxes", "labels", "image_index", "masks", "slots", "real_slots"), 0),
-    **dict.fromkeys(("valid", "real", "chosen", "draws"), 1),
+    **dict.fromkeys(("boxes", "labels", "image_index", "masks", "mask_crops", "real_index"), 0),
+    **dict.fromkeys(("valid", "real", "mass_mask", "noise"), 1),
     "weights": 2,
 }
 

@@ -6,31 +6,26 @@ crowdhuman-faster-rcnn-{baseline,lgd}    R50 on CrowdHuman, 30 epochs (LGD's pap
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastkd.detectors import DetectorConfig
-from fastkd.training.config import DataConfig, LGDConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
-
-CROWD_RECIPES = tuple(
-    f"{family}-faster-rcnn-{method}" for family in ("crowd", "crowdhuman") for method in ("baseline", "lgd")
-)
+from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.methods import LGDConfig, Method
 
 
 @dataclass(frozen=True)
 class CrowdNumbers:
-    """The numbers of the generated crowd's recipes; those of the plain student hold for both.
+    """The numbers of the generated crowd's recipes; those of the plain student hold for all.
 
-    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. LGD has the settings of the scenes, and
-    for their reasons (recipes.py): a slower rate of its own, low weights, nothing frozen, an end before the run's.
+    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. Methods have the settings of the
+    scenes.
     """
 
     steps: int = 500
     batch_size: int = 16
     rate: float = 2e-3
-    lgd_rate: float = 1e-3
-    lgd_final: float = 0.6
-    lgd_weight: float = 0.25
-    lgd_instructive_weight: float = 0.1
     weight_decay: float = 0.05
     warmup: float = 0.05
     anchor_base: float = 3.0
@@ -38,12 +33,6 @@ class CrowdNumbers:
 
 
 CROWD = CrowdNumbers()
-
-
-def _adamw(rate: float) -> OptimizerConfig:
-    return OptimizerConfig(
-        kind="adamw", learning_rate=rate, weight_decay=CROWD.weight_decay, decay="cosine", warmup=CROWD.warmup
-    )
 
 
 def _files() -> dict[str, str]:
@@ -57,73 +46,78 @@ def _files() -> dict[str, str]:
     }
 
 
-def _generated(name: str, *, lgd: bool) -> Recipe:
-    method = LGDConfig(
-        context=False,
-        detach_appearance=True,
-        weight=CROWD.lgd_weight,
-        instructive_weight=CROWD.lgd_instructive_weight,
-        freeze_fraction=0.0,
-        final_fraction=CROWD.lgd_final,
+def _generated(name: str, method: type[Method] | None) -> Recipe:
+    detector = DetectorConfig(
+        detector="faster_rcnn",
+        num_classes=1,
+        backbone="resnet18",
+        width=0.25,
+        channels=64,
+        anchor_base=CROWD.anchor_base,
+        anchor_ratios=CROWD.anchor_ratios,
+        score_threshold=0.01,
+        detections_per_image=500,
+        rpn_pre_nms_train=200,
+        rpn_pre_nms_test=500,
+        rpn_post_nms_train=120,
+        rpn_post_nms_test=500,
+        rpn_samples=64,
+        roi_samples=64,
+        roi_canonical_size=64,
+        box_head_channels=256,
     )
+    setup = method and method.on_scenes(detector)
     return Recipe(
         name=name,
-        detector=DetectorConfig(
-            detector="faster_rcnn",
-            num_classes=1,
-            backbone="resnet18",
-            width=0.25,
-            channels=64,
-            anchor_base=CROWD.anchor_base,
-            anchor_ratios=CROWD.anchor_ratios,
-            score_threshold=0.01,
-            detections_per_image=500,
-            rpn_pre_nms_train=200,
-            rpn_pre_nms_test=500,
-            rpn_post_nms_train=120,
-            rpn_post_nms_test=500,
-            rpn_samples=64,
-            roi_samples=64,
-            roi_canonical_size=64,
-            box_head_channels=256,
-        ),
+        detector=detector,
         data=DataConfig(root="data/crowd", **_files()),
-        method=method if lgd else None,
+        method=setup and setup.method,
         backbone_weights="asset:scenes-resnet18-backbone.safetensors",
-        optimizer=_adamw(CROWD.rate),
-        method_optimizer=_adamw(CROWD.lgd_rate) if lgd else None,
+        optimizer=OptimizerConfig(
+            kind="adamw",
+            learning_rate=CROWD.rate,
+            weight_decay=CROWD.weight_decay,
+            decay="cosine",
+            warmup=CROWD.warmup,
+        ),
+        method_optimizer=setup and setup.optimizer,
         schedule=Schedule(steps=CROWD.steps, batch_size=CROWD.batch_size),
     )
 
 
-def _crowdhuman(name: str, *, lgd: bool) -> Recipe:
+def _crowdhuman(name: str, method: type[Method] | None) -> Recipe:
     """The settings usual on CrowdHuman: tall anchors, 800 x 1400 pixels, low score threshold, 500 detections."""
     epochs, images, batch_size = 30, 15_000, 16
     steps = epochs * images // batch_size
+    detector = DetectorConfig(
+        detector="faster_rcnn",
+        num_classes=1,
+        backbone="resnet50",
+        norm="frozen_bn",
+        frozen_stages=2,
+        anchor_ratios=(1.0, 2.0, 3.0),
+        score_threshold=0.01,
+        detections_per_image=500,
+    )
+    setup = method and method.published(detector)
     return Recipe(
         name=name,
-        detector=DetectorConfig(
-            detector="faster_rcnn",
-            num_classes=1,
-            backbone="resnet50",
-            norm="frozen_bn",
-            frozen_stages=2,
-            anchor_ratios=(1.0, 2.0, 3.0),
-            score_threshold=0.01,
-            detections_per_image=500,
-        ),
+        detector=detector,
         data=DataConfig(
             root="data/crowdhuman", short_sides=(800,), val_short_side=800, max_side=1400, workers=4, **_files()
         ),
-        method=LGDConfig(context=False, detach_appearance=True) if lgd else None,
+        method=setup and setup.method,
         backbone_weights="weights/resnet50.pth",
         optimizer=OptimizerConfig(learning_rate=0.02, milestones=(24 / epochs, 27 / epochs), warmup=1000 / steps),
+        method_optimizer=setup and setup.optimizer,
         schedule=Schedule(steps=steps, batch_size=batch_size),
         runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
     )
 
 
-def crowd_recipe(name: str) -> Recipe:
-    """The recipe of a name in CROWD_RECIPES."""
-    make = _crowdhuman if name.startswith("crowdhuman-") else _generated
-    return make(name, lgd=name.endswith("-lgd"))
+# name -> what makes the recipe of that name
+CROWD_RECIPES: dict[str, Callable[[str], Recipe]] = {
+    f"{family}-faster-rcnn-{'baseline' if method is None else method.kind}": functools.partial(make, method=method)
+    for family, make in (("crowd", _generated), ("crowdhuman", _crowdhuman))
+    for method in (None, LGDConfig)
+}

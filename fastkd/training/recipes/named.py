@@ -2,12 +2,13 @@
 
     scenes-teacher, scenes-<detector>-teacher      the larger detector the others learn from
     scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
-    scenes-<detector>-{baseline,inherit,lgd,icd,fgfi}
-    coco-<detector>-{teacher,baseline,inherit,lgd,icd,fgfi}
-    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2 (without fgfi)
-    coco-<detector>-<backbone>-...  the other rows of the papers' tables: see paper_recipes
-    {scenes,coco}-<detector>-lgdicd   both methods on one student (pair_recipes.py)
-    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd_recipes.py)
+    scenes-<detector>-{baseline,inherit,<method>}
+    coco-<detector>-{teacher,baseline,inherit,<method>}
+    <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2
+    <method>: the kinds of fastkd.training.methods.WITH_RECIPES, where the method can train the detector
+    coco-<detector>-<backbone>-...  the other rows of the papers' tables: see papers.py
+    {scenes,coco}-<detector>-lgdicd   both methods on one student (pairs.py)
+    {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd.py)
 
 Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -20,20 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastkd.detectors import DetectorConfig
-from fastkd.detectors.config import WITH_MASKS, WITHOUT_ANCHORS
-from fastkd.training.config import (
-    DataConfig,
-    FGFIConfig,
-    ICDConfig,
-    LGDConfig,
-    MethodConfig,
-    OptimizerConfig,
-    Recipe,
-    RuntimeConfig,
-    Schedule,
-)
-from fastkd.training.recipes.crowd import CROWD_RECIPES, crowd_recipe
-from fastkd.training.recipes.pairs import pair_of
+from fastkd.detectors.config import WITHOUT_ANCHORS
+from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.methods import WITH_RECIPES, Method, Setup
+from fastkd.training.recipes.crowd import CROWD_RECIPES
+from fastkd.training.recipes.options import typed, untyped
+from fastkd.training.recipes.pairs import PAIRS, pair_of
 from fastkd.training.recipes.papers import ROWS, SCHEDULES, apply_row
 
 DETECTORS = {
@@ -46,8 +39,8 @@ DETECTORS = {
     "condinst": "condinst",
     "solov2": "solov2",
 }
-METHODS = ("baseline", "inherit", "lgd", "icd", "fgfi")
-PAIR = "lgdicd"
+METHODS: dict[str, type[Method]] = {method.kind: method for method in WITH_RECIPES}
+PLAIN = ("teacher", "baseline", "inherit")  # recipes without a method
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
 STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
@@ -55,7 +48,7 @@ STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet3
 
 @dataclass(frozen=True)
 class ScenesNumbers:
-    """Every number of the scenes recipes that was tuned, in one place.
+    """Every number of the scenes recipes that was tuned, in one place; those of methods are in training/methods.
 
     Tuned on the plain student (rate, anchors, steps), never on a method: all students of a detector share all of it.
     Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU
@@ -83,39 +76,9 @@ class ScenesNumbers:
     backbone_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
-    lgd_rate: float = 1e-3
-    lgd_final: float = 0.6
-    lgd_weight: float = 0.25
-    lgd_instructive_weight: float = 0.1
-    icd_rate: float = 3e-4
-    icd_scale: float = 0.2
-    icd_heads: int = 2
-    fgfi_weight: float = 2e-4
 
 
 SCENES = ScenesNumbers()
-
-
-def _method(name: str, detector: str, *, context: bool) -> MethodConfig | None:
-    """The published hyper-parameters of a method for a detector (methods 1.4, 1.5, 2.5, 3)."""
-    two_stage = detector in TWO_STAGE
-    if name == "lgd":
-        return LGDConfig(context=context, detach_appearance=two_stage, use_masks=detector in WITH_MASKS)
-    if name == "icd":
-        return ICDConfig(weight=3.0 if two_stage else 8.0, max_queries=100 if two_stage else 300)
-    return FGFIConfig() if name == "fgfi" else None
-
-
-def _icd_optimizer(rate: float = 1e-4, warmup: float = 0.0) -> OptimizerConfig:
-    return OptimizerConfig(
-        kind="adamw",
-        learning_rate=rate,
-        weight_decay=1e-4,
-        decay="cosine",
-        warmup=warmup,
-        clip_norm=0.01,
-        decay_norm_and_bias=True,
-    )
 
 
 def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
@@ -154,15 +117,16 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
     """A recipe on the generated scenes; `method_name` may also be "teacher"."""
     detector, numbers = DETECTORS[detector_name], SCENES
     teacher = method_name == "teacher"
-    needs_teacher = method_name in ("inherit", "icd", "fgfi")
+    config = _scenes_detector(detector, teacher=teacher)
+    setup = METHODS[method_name].on_scenes(config) if method_name in METHODS else None
     steps = numbers.two_stage_steps if detector in TWO_STAGE else numbers.dense_steps
     return Recipe(
         name=f"scenes-{detector_name}-{method_name}",
-        detector=_scenes_detector(detector, teacher=teacher),
+        detector=config,
         data=DataConfig(),
-        method=_scenes_method(method_name, detector),
-        teacher=_scenes_teacher(detector_name) if needs_teacher else None,
-        inherit=method_name in ("inherit", "icd"),
+        method=setup and setup.method,
+        teacher=_scenes_teacher(detector_name) if _needs_teacher(method_name, setup) else None,
+        inherit=_inherits(method_name, setup),
         backbone_weights=(
             f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
@@ -173,59 +137,17 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
             decay="cosine",
             warmup=numbers.warmup,
         ),
-        method_optimizer=_scenes_method_optimizer(method_name),
+        method_optimizer=setup and setup.optimizer,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
 
 
-def _scenes_method(name: str, detector: str) -> MethodConfig | None:
-    """The published hyper-parameters, but for these.
-
-    ICD's teacher_scale: a normalised head leaves our teachers' pyramids at a standard deviation of 3 to 6.
-    ICD's heads: two of 32 channels, the published width of a head, in a pyramid of 64.
-    FGFI's weight: its error is not normalised, and the cells of our narrow teacher differ from the student's by some
-    10^4 (squared, summed over channels): at 0.01 the loss starts at 50 and drowns the detector's 1.7.
-    LGD's instructive_weight: the head's two losses share a step of AdamW, so at 1 the student's falls behind; LGD's own
-    modules have their own optimiser, which does not mind the factor.
-    LGD's weight and end after two fifths of the run: so short a run's instructive pyramid is better than the student's
-    own up to about step 220 of 600 and by little; imitating it later, or at full weight, costs AP
-    (docs/results/findings.md).
-    LGD freezes nothing: AdamW's first update moves every weight by the whole rate, and behind the warm-up that is
-    enough to ruin a pretrained backbone (classification loss 0.68 -> 0.77 at the thaw, 0.48 in the plain student).
-    """
-    method = _method(name, detector, context=detector not in TWO_STAGE)
-    if isinstance(method, FGFIConfig):
-        return dataclasses.replace(method, weight=SCENES.fgfi_weight)
-    if isinstance(method, ICDConfig):
-        return dataclasses.replace(method, heads=SCENES.icd_heads, teacher_scale=SCENES.icd_scale)
-    if isinstance(method, LGDConfig):
-        return dataclasses.replace(
-            method,
-            weight=SCENES.lgd_weight,
-            instructive_weight=SCENES.lgd_instructive_weight,
-            freeze_fraction=0.0,
-            final_fraction=SCENES.lgd_final,
-        )
-    return method
+def _inherits(method_name: str, setup: Setup | None) -> bool:
+    return method_name == "inherit" or (setup is not None and setup.inherit)
 
 
-def _scenes_method_optimizer(method_name: str) -> OptimizerConfig | None:
-    """ICD's own, and a slower one for LGD: at the student's rate its label encoder collapses.
-
-    With AdamW at 2e-3 the spread of the label embeddings over the objects of a batch fell from 0.36 of their length to
-    0.05 within 40 steps and 0.003 after 1000, and shuffled labels changed nothing.
-    """
-    if method_name == "icd":
-        return _icd_optimizer(SCENES.icd_rate, SCENES.warmup)
-    if method_name == "lgd":
-        return OptimizerConfig(
-            kind="adamw",
-            learning_rate=SCENES.lgd_rate,
-            weight_decay=SCENES.weight_decay,
-            decay="cosine",
-            warmup=SCENES.warmup,
-        )
-    return None
+def _needs_teacher(method_name: str, setup: Setup | None) -> bool:
+    return _inherits(method_name, setup) or (setup is not None and setup.method.needs_teacher)
 
 
 def _scenes_teacher(detector_name: str) -> str:
@@ -261,14 +183,13 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
     """A recipe with the published hyper-parameters: R50 students 1x (LGD 2x), an R101 teacher 3x."""
     detector = DETECTORS[detector_name]
     teacher = method_name == "teacher"
-    needs_teacher = method_name in ("inherit", "icd", "fgfi")
     backbone = "resnet101" if teacher else "resnet50"
-    steps, milestones = SCHEDULES[{"teacher": "3x", "lgd": "2x"}.get(method_name, "1x")]
+    config = DetectorConfig(detector=detector, num_classes=80, backbone=backbone, norm="frozen_bn", frozen_stages=2)
+    setup = METHODS[method_name].published(config) if method_name in METHODS else None
+    steps, milestones = SCHEDULES["3x" if teacher else setup.schedule if setup is not None else "1x"]
     return Recipe(
         name=f"coco-{detector_name}-{method_name}",
-        detector=DetectorConfig(
-            detector=detector, num_classes=80, backbone=backbone, norm="frozen_bn", frozen_stages=2
-        ),
+        detector=config,
         data=DataConfig(
             root="data/coco",
             train_annotations="annotations/instances_train2017.json",
@@ -280,15 +201,16 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
             max_side=1333,
             workers=4,
         ),
-        # FCOS with R50 is published without a context object; two-stage detectors have none either.
-        method=_method(method_name, detector, context=detector != "fcos" and detector not in TWO_STAGE),
-        teacher=f"runs/coco-{detector_name}-teacher/student.safetensors" if needs_teacher else None,
-        inherit=method_name in ("inherit", "icd"),
+        method=setup and setup.method,
+        teacher=f"runs/coco-{detector_name}-teacher/student.safetensors"
+        if _needs_teacher(method_name, setup)
+        else None,
+        inherit=_inherits(method_name, setup),
         backbone_weights=f"weights/{backbone}.pth",
         optimizer=OptimizerConfig(
             learning_rate=0.02 if detector in TWO_STAGE else 0.01, milestones=milestones, warmup=1000 / steps
         ),
-        method_optimizer=_icd_optimizer() if method_name == "icd" else None,
+        method_optimizer=setup and setup.optimizer,
         schedule=Schedule(steps=steps, batch_size=16),
         runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
     )
@@ -300,8 +222,8 @@ def recipe_names() -> list[str]:
         f"{family}-{detector}-{method}"
         for family in ("scenes", "coco")
         for detector in DETECTORS
-        for method in ("teacher", *METHODS, PAIR)
-        if (detector, method) != ("solov2", "fgfi")  # its cells answer for no boxes
+        for method in (*PLAIN, *METHODS, *PAIRS)
+        if method not in METHODS or METHODS[method].unfit(_scenes_detector(DETECTORS[detector], teacher=False)) is None
     ]
     return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS, *CROWD_RECIPES]
 
@@ -313,19 +235,22 @@ def get_recipe(name: str) -> Recipe:
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
         return scenes_backbone_recipe(teacher=name == TEACHER_BACKBONE)
     if name in CROWD_RECIPES:
-        return crowd_recipe(name)
+        return CROWD_RECIPES[name](name)
     if name not in recipe_names():
-        near = difflib.get_close_matches(str(name), recipe_names()) or ["scenes-retinanet-lgd"]
+        names = recipe_names()
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(
-            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; take {' or '.join(near)}"
+            f"get_recipe: name must be one of those that `fastkd recipes` lists, got {name!r}; "
+            f"nearest: {', '.join(near)}"
         )
     if name in ROWS:
         row = ROWS[name]
         return dataclasses.replace(apply_row(coco_recipe(row.detector, row.method), row), name=name)
     family, rest = name.split("-", 1)
     detector, method = rest.rsplit("-", 1)
-    if method == PAIR:
-        return pair_of(get_recipe(f"{family}-{detector}-lgd"), get_recipe(f"{family}-{detector}-icd"))
+    if method in PAIRS:
+        combined, parts = PAIRS[method]
+        return pair_of(combined, *(get_recipe(f"{family}-{detector}-{part}") for part in parts), name=name)
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
 
 
@@ -342,11 +267,12 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     """
     import tyro  # only the command line needs it
 
-    recipe = get_recipe(name)
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[Recipe],
+    recipe = typed(get_recipe(name))
+    parsed = tyro.cli(
+        tyro.conf.AvoidSubcommands[type(recipe)],  # type: ignore[misc]
         default=recipe,
         args=list(args),
         prog=f"fastkd train {name}",
         description=f"Train {name}. Shown defaults are the recipe's own.",
     )
+    return untyped(parsed)

@@ -1,23 +1,31 @@
-"""LGD and ICD on one student: a recipe made of the two recipes that have one of them each."""
+"""Two methods on one student: a recipe made of the two recipes that have one of them each."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from fastkd.training.config import LGDICDConfig, Recipe
+from fastkd.training.config import Recipe
+from fastkd.training.methods import Combined, LGDICDConfig
+
+# name in recipes -> the combination, and the kinds of its parts: the last one's recipe is the base
+PAIRS: dict[str, tuple[type[Combined], tuple[str, str]]] = {"lgdicd": (LGDICDConfig, ("lgd", "icd"))}
 
 
-def pair_of(lgd: Recipe, icd: Recipe) -> Recipe:
-    """ICD's recipe with LGD added, on LGD's schedule (the longer of the published two).
+def pair_of(combined: type[Combined], first: Recipe, last: Recipe, *, name: str) -> Recipe:
+    """The last recipe with the first one's method added, on the first one's optimiser and schedule.
 
     Args:
-        lgd, icd: recipes of the same detector and data, named ...-lgd and ...-icd.
-    Raises: ValueError if they differ in what the student is or sees.
+        combined: a combination of the two methods, in this order.
+        first, last: recipes of the same detector and data.
+        name: of the new recipe.
+    Raises: ValueError if they differ in what the student is or sees, or have other methods.
     """
     same = ("detector", "data", "backbone_weights", "seed")
-    different = [name for name in same if getattr(lgd, name) != getattr(icd, name)]
-    if different or lgd.lgd is None or icd.icd is None:
-        raise ValueError(f"pair_of: {lgd.name} and {icd.name} must share {', '.join(same)}, got other {different}")
-    method = LGDICDConfig(lgd=lgd.lgd, icd=icd.icd, lgd_optimizer=lgd.method_optimizer)
-    name = icd.name.removesuffix("-icd") + "-lgdicd"
-    return dataclasses.replace(icd, name=name, method=method, optimizer=lgd.optimizer, schedule=lgd.schedule)
+    different = [item for item in same if getattr(first, item) != getattr(last, item)]
+    if different:
+        raise ValueError(
+            f"pair_of: {first.name} and {last.name} must share {', '.join(same)}, got other {different}; "
+            "choose recipes of one detector and data set"
+        )
+    method = combined.of(first.method, last.method, first.method_optimizer)
+    return dataclasses.replace(last, name=name, method=method, optimizer=first.optimizer, schedule=first.schedule)

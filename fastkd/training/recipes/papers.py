@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from fastkd.training.config import LGDConfig, OptimizerConfig, Recipe, Schedule
+from fastkd.training.config import OptimizerConfig, Recipe, Schedule
 
 SCHEDULES = {  # steps at 16 images, milestones
     "1x": (90_000, (60 / 90, 80 / 90)),
@@ -56,9 +56,10 @@ def _rows() -> dict[str, Row]:
     scales = ((False, ""), (True, "-ss"))
     for detector, backbone, (single, suffix) in itertools.product(LGD_DETECTORS, LGD_BACKBONES, scales):
         for method in ("baseline", "lgd"):
-            if (backbone, single, method) != ("r50", False, "lgd"):  # that is coco-<detector>-lgd
-                name = f"coco-{detector}-{backbone}-2x{suffix}-{method}"
-                rows[name] = Row(detector, method, backbone, "2x", single)
+            name = f"coco-{detector}-{backbone}-2x{suffix}-{method}"
+            rows[name] = Row(detector, method, backbone, "2x", single)
+        if backbone == "r50" and not single:
+            del rows[name]  # that is coco-<detector>-lgd
     for detector in ("atss", "poto"):
         rows[f"coco-{detector}-r50-2x-baseline"] = Row(detector, "baseline", "r50", "2x")
     for detector, method in itertools.product(("retinanet", "mask-rcnn"), ("baseline", "lgd")):
@@ -133,17 +134,8 @@ def apply_row(recipe: Recipe, row: Row) -> Recipe:
         recipe,
         detector=detector,
         data=data,
-        method=_method(recipe, row),
+        method=recipe.method and recipe.method.published(detector).method,
         backbone_weights=f"weights/{backbone}.pth",
         optimizer=optimizer,
         schedule=Schedule(steps=steps, batch_size=16),
     )
-
-
-def _method(recipe: Recipe, row: Row):
-    """LGD's context object for FCOS with anything but R50; its last 50k steps without distillation for DCNv2."""
-    method = recipe.method
-    if not isinstance(method, LGDConfig):
-        return method
-    context = method.context or (row.detector == "fcos" and row.backbone != "r50")
-    return dataclasses.replace(method, context=context, final_fraction=50 / 180 if row.backbone[-3:] == "dcn" else 0.0)

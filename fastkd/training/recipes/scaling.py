@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastkd.training.config import LGDICDConfig, OptimizerConfig, Recipe
+from fastkd.training.config import Recipe
 
 
 def scale_to_batch(recipe: Recipe, batch_size: int) -> Recipe:
@@ -23,18 +23,11 @@ def scale_to_batch(recipe: Recipe, batch_size: int) -> Recipe:
         raise ValueError(f"scale_to_batch: batch_size must be at least 1, got {batch_size}")
     schedule = recipe.schedule
     factor = batch_size / schedule.batch_size
-    method = recipe.method
-    if isinstance(method, LGDICDConfig):
-        method = dataclasses.replace(method, lgd_optimizer=_scaled(method.lgd_optimizer, factor))
     steps = max(1, round(schedule.steps / factor))
     return dataclasses.replace(
         recipe,
         schedule=dataclasses.replace(schedule, steps=steps, batch_size=batch_size),
-        method=method,
-        optimizer=_scaled(recipe.optimizer, factor),
-        method_optimizer=_scaled(recipe.method_optimizer, factor),
+        method=recipe.method and recipe.method.scaled(factor),
+        optimizer=recipe.optimizer.scaled(factor),
+        method_optimizer=recipe.method_optimizer and recipe.method_optimizer.scaled(factor),
     )
-
-
-def _scaled(optimizer: OptimizerConfig | None, factor: float) -> OptimizerConfig | None:
-    return optimizer and dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * factor)

@@ -1,1 +1,1 @@
-"""The run on disk and on the console: its folder, checkpoints, logs, signals."""
+"""The run on disk and on the console: its folder, checkpoints, logs."""

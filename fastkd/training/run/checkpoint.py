@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastkd.files import flush, replacing, write_json
 from fastkd.tensor_files import save_tensor_file
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -59,23 +60,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU copies that share no memory, as safetensors wants them."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -83,11 +67,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    save_tensor_file(temporary, _plain(tensors), metadata)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    with replacing(path) as temporary:
+        save_tensor_file(temporary, _plain(tensors), metadata)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
@@ -108,13 +89,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
     temporary.mkdir()
     save_tensors(temporary / "model.safetensors", checkpoint.model)
     save_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
-    write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state})
+    write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state}, allow_nan=True)
     write_json(temporary / "checksums.json", {name: sha256_of(temporary / name) for name in _FILES})
     final = folder / f"step_{checkpoint.step:07d}"
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _flush(folder)
+    flush(folder)
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
     return final

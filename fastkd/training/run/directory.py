@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastkd.files import write_json
 from fastkd.training.config import Recipe
-from fastkd.training.run.checkpoint import write_json
 
 # Fields that change how a run is carried out and never its result: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (

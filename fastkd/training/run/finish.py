@@ -14,10 +14,12 @@ from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector, save_detector
 from fastkd.evaluation import evaluator_of, print_metrics
 from fastkd.evaluation.coco import evaluate
+from fastkd.files import write_json
+from fastkd.signals import Interrupted
 from fastkd.training.build import Built
 from fastkd.training.cost import ledger as cost
 from fastkd.training.parallel.processes import Processes
-from fastkd.training.run.checkpoint import save_tensors, write_json
+from fastkd.training.run.checkpoint import save_tensors
 
 if TYPE_CHECKING:
     from fastkd.training.trainer import Trainer
@@ -42,7 +44,7 @@ class RunResult:
     @staticmethod
     def interrupted(run_dir: Path, signum: int) -> RunResult:
         """The result of a run that a signal stopped."""
-        return RunResult("interrupted", {}, run_dir, 128 + signum)
+        return RunResult("interrupted", {}, run_dir, Interrupted(signum).exit_code)
 
 
 class Evaluation:
@@ -102,6 +104,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "seed": recipe.seed,
         "seconds": trainer.seconds,
         "loading": trainer.loading.summary(),
+        "jumps": trainer.jumps.summary(),
         "parameters": sum(p.numel() for p in module.detector.parameters()),
         "method_parameters": sum(p.numel() for p in module.distiller.parameters()) if module.distiller else 0,
         **built.notes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+from fastkd.files import write_text
 
 
 class Interval:
@@ -119,9 +120,7 @@ class RunLog:
                     self.evaluated = record["step"] == step and "bbox" in record
             except (ValueError, KeyError, TypeError):
                 continue  # half a line, from a crash in the middle of writing
-        temporary = self.path.with_name(".log.jsonl.part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; its numbers, also nested ones, become TensorBoard scalars."""

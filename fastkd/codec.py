@@ -16,6 +16,13 @@ def require(condition: bool, name: str, must: str, got: object, remedy: str = ""
         raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
 
 
+def require_fraction(owner: object, *names: str) -> None:
+    """Raises ValueError unless these fields of a dataclass are fractions of a run."""
+    for name in names:
+        value = getattr(owner, name)
+        require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
+
+
 def encode(value: Any, kinds: Kinds) -> Any:
     """A dataclass as JSON types.
 
@@ -24,7 +31,7 @@ def encode(value: Any, kinds: Kinds) -> Any:
         kinds: dataclasses that say which they are, under "kind".
     """
     if dataclasses.is_dataclass(value):
-        tag = [("kind", name) for name, kind in kinds.items() if isinstance(value, kind)]
+        tag = [("kind", name) for name, kind in kinds.items() if type(value) is kind]
         return dict(tag) | {item.name: encode(getattr(value, item.name), kinds) for item in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
         return [encode(item, kinds) for item in value]
@@ -44,7 +51,12 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return _decode_union(typing.get_args(annotation), value, where, kinds)
-    if dataclasses.is_dataclass(annotation):
+    choices = {name: kind for name, kind in kinds.items() if _is_below(kind, annotation)}
+    if choices and annotation not in kinds.values():
+        known = isinstance(value, dict) and value.get("kind") in choices
+        require(known, where, f"a method, kind one of {list(choices)}", value, "a user's own must be imported first")
+        return _decode_dataclass(choices[value["kind"]], value, where, kinds)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _decode_dataclass(annotation, value, where, kinds)
     if origin is tuple:
         require(isinstance(value, (list, tuple)), where, "a list", value)
@@ -63,15 +75,15 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
     return value
 
 
+def _is_below(kind: type, annotation: Any) -> bool:
+    return isinstance(annotation, type) and kind is not annotation and issubclass(kind, annotation)
+
+
 def _decode_union(choices: tuple, value: Any, where: str, kinds: Kinds) -> Any:
     if value is None:
         require(type(None) in choices, where, "given", value)
         return None
     present = [choice for choice in choices if choice is not type(None)]
-    if set(present) == set(kinds.values()):
-        known = isinstance(value, dict) and value.get("kind") in kinds
-        require(known, where, f"a method, kind one of {list(kinds)}", value)
-        return decode(kinds[value["kind"]], value, where, kinds)
     for choice in present[:-1]:
         try:
             return decode(choice, value, where, kinds)

@@ -6,14 +6,25 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal arrived where there is nothing left to save. Args: signum: the signal."""
+    """A signal stopped the work and everything is saved. Args: signum: the signal."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM, as shells know them."""
+        return 128 + self.signum
+
+    @classmethod
+    def with_exit_code(cls, exit_code: int) -> Interrupted:
+        """The inverse of `exit_code`."""
+        return cls(exit_code - 128)
 
 
 class StopSignals:
@@ -31,7 +42,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._raise = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

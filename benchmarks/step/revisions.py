@@ -1,0 +1,156 @@
+"""Whole training steps of two checkouts of fastkd, turn about in one run.
+
+    git worktree add ../before COMMIT && cp fastkd/_cpu*.so ../before/fastkd/
+    python -m benchmarks.step.revisions --before ../before        # half an hour on two idle cores
+
+Each checkout works in a process of its own on the same problems and waits while the other takes its step. Times are
+minima over the turns, memory is the peak of one step beyond what was held before it. The table is
+docs/results/step-revisions.md, its numbers lie beside it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import KEEP_MEMORY, commit, machine
+
+# Runs in either checkout: the second import is the name from before the benchmarks had rooms.
+WORKER = """
+import gc, json, sys, torch
+from benchmarks.memory import measure
+try:
+    from benchmarks.step.contenders import Problem, ours
+except ImportError:
+    from benchmarks.step_contenders import Problem, ours
+torch.set_num_threads(int(sys.argv[1]))
+contender = None
+for line in sys.stdin:
+    order = json.loads(line)
+    if order["do"] == "build":
+        contender = None
+        gc.collect()
+        contender = ours(Problem(**order["problem"]), order["method"], order["form"])
+        contender.step()
+        answer = None
+    elif order["do"] == "time":
+        answer = contender.timed()
+    else:
+        answer = measure(contender.step, torch.device("cpu")).peak
+    print(json.dumps({"answer": answer}), flush=True)
+"""
+
+
+class Checkout:
+    """A process that takes steps with the code of a folder."""
+
+    def __init__(self, folder: Path, threads: int):
+        environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", WORKER, str(threads)]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, do: str, **order: Any) -> Any:
+        """The answer to an order: None to "build", seconds to "time", bytes to "memory"."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"do": do, **order}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"revisions: the worker in {self.folder} ended with code {self.process.wait()}")
+        return json.loads(line)["answer"]
+
+
+def cases(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The steps to compare, cheap ones first."""
+    for form in ("bfloat16", "float32"):
+        for images in chosen.images:
+            for detector in chosen.detectors:
+                for method in chosen.methods:
+                    sides = {"height": chosen.height, "width": chosen.width, "boxes": chosen.boxes}
+                    yield {
+                        "problem": {"detector": detector, "images": images, **sides},
+                        "method": method,
+                        "form": form,
+                    }
+
+
+def compare(before: Checkout, after: Checkout, case: dict[str, Any], turns: int) -> dict[str, Any]:
+    """Seconds of every turn and peak bytes of both sides in one case."""
+    sides = {"before": before, "after": after}
+    for side in sides.values():
+        side.ask("build", **case)
+    peaks = {name: side.ask("memory") for name, side in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns):
+        for name in sides if turn % 2 == 0 else reversed(sides):
+            seconds[name].append(sides[name].ask("time"))
+    return {**case, "seconds": seconds, "peak": peaks}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The table of all cases."""
+    lines = [
+        "# Whole steps before and after a change",
+        "",
+        f"`{found['command']}`: commit {found['commits']['before']} against {found['commits']['after']},",
+        f"{found['machine']['cpu']}, {found['threads']} threads, torch {found['machine']['torch']}.",
+        "Minima over the turns, peak memory of one step beyond what was held before it; in brackets after / before.",
+        "",
+        "| step | B | dtype | before, s | after, s | peak before, MiB | peak after, MiB |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        fast = {name: min(times) for name, times in row["seconds"].items()}
+        size = {name: peak / 2**20 for name, peak in row["peak"].items()}
+        lines.append(
+            f"| {row['problem']['detector']}, {row['method']} | {row['problem']['images']} | {row['form']} "
+            f"| {fast['before']:.3f} | {fast['after']:.3f} ({fast['after'] / fast['before']:.3f}) "
+            f"| {size['before']:,.0f} | {size['after']:,.0f} ({size['after'] / size['before']:.3f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step.revisions", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--before", type=Path, required=True, help="checkout with the older code and its _cpu.so")
+    parser.add_argument("--after", type=Path, default=Path.cwd(), help="checkout with the newer code")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/step-revisions"), help="without a suffix")
+    parser.add_argument("--turns", type=int, default=3, help="steps of each side in each case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--detectors", nargs="+", default=["retinanet", "faster-rcnn"])
+    parser.add_argument("--methods", nargs="+", default=["lgd", "icd"])
+    parser.add_argument("--images", nargs="+", type=int, default=[1, 2], help="images of a batch")
+    parser.add_argument("--boxes", type=int, default=7, help="boxes of an image")
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--width", type=int, default=1216)
+    chosen = parser.parse_args()
+    sides = [Checkout(folder.resolve(), chosen.threads) for folder in (chosen.before, chosen.after)]
+    found = {
+        "command": f"python -m benchmarks.step.revisions {shlex.join(sys.argv[1:])}",
+        "commits": dict(zip(("before", "after"), (commit(folder) for folder in (chosen.before, chosen.after)))),
+        "machine": machine(torch.device("cpu")),
+        "threads": chosen.threads,
+        "rows": [],
+    }
+    for case in cases(chosen):
+        found["rows"].append(compare(*sides, case, chosen.turns))
+        chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        chosen.out.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        print(page(found).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

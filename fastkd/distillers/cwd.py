@@ -1,0 +1,81 @@
+"""CWD: each channel of the student looks where the teacher's does (Shu et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.ops._support.checks import check_levels, check_same_sizes
+from fastkd.ops._support.coverage import widen
+from fastkd.types import Batch
+
+
+class CWD(Distiller):
+    """Channel-wise distillation.
+
+    p(x) = softmax over the cells of x / tau, for each image and channel;
+    loss = weight * sum over levels of tau^2 / (C * B) * sum over images and channels of KL(p(teacher) || p(student)).
+
+    Args:
+        channels: of the student's pyramid.
+        teacher_channels: of the teacher's pyramid; None = as the student's. Where they differ, a 1x1 convolution shared
+            by all levels adapts the student.
+        tau: temperature.
+        weight: of each level's loss (published for pyramids of RetinaNet and Faster R-CNN: 10).
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self, channels: int = 256, *, teacher_channels: int | None = None, tau: float = 1.0, weight: float = 10.0
+    ):
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"CWD: tau must be > 0, got {tau}; 1 is the published value")
+        if weight < 0:
+            raise ValueError(f"CWD: weight must be at least 0, got {weight}; 10 is the published value")
+        self.channels, self.tau, self.weight = channels, tau, weight
+        self.teacher_channels = channels if teacher_channels is None else teacher_channels
+        same = self.teacher_channels == channels
+        self.adapter = nn.Identity() if same else nn.Conv2d(channels, self.teacher_channels, 1)
+
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        detach_student: bool = False,
+        prepared: Any = None,
+    ) -> Distilled:
+        """The divergence of a batch.
+
+        Args:
+            student: L tensors [B, channels, H_l, W_l]; receive gradients.
+            batch: unused.
+            teacher: L tensors [B, teacher_channels, H_l, W_l]; frozen.
+            detach_student: no gradient into the student's features (the adapter still learns).
+            prepared: unused.
+        Returns: losses "cwd_distill".
+        Raises: ValueError or TypeError if the pyramids disagree.
+        """
+        if teacher is None:
+            raise ValueError("CWD: teacher must be given, got None; pass the frozen teacher's pyramid")
+        check_levels("CWD", "student", student, channels=self.channels)
+        check_levels("CWD", "teacher", teacher, channels=self.teacher_channels)
+        check_same_sizes("CWD", "teacher", teacher, "student", student)
+        losses = []
+        for level, target in zip(student, teacher, strict=True):
+            adapted = self.adapter(level.detach() if detach_student else level)
+            divergence = F.kl_div(self._log_p(adapted), self._log_p(target.detach()), reduction="sum", log_target=True)
+            losses.append(divergence * (self.tau**2 / (target.shape[0] * target.shape[1])))
+        return Distilled({"cwd_distill": self.weight * torch.stack(losses).sum()})
+
+    def _log_p(self, level: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H * W], at least float32."""
+        return F.log_softmax(widen(level).flatten(2) / self.tau, dim=2)

@@ -1,0 +1,281 @@
+"""The core that all hosts share: from inside of one training step to named losses, and what is trained beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.distillers.protocol import Distiller
+from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_teacher, settings_of
+from fastkd.integrations.network import MethodNetwork
+from fastkd.integrations.optimizer import MethodOptimizer
+from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
+from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels
+from fastkd.integrations.report import Probe
+from fastkd.types import Batch, ClassPriors
+
+FORMAT = 1
+DETACHED_STEPS = 100  # without total_steps: steps in which the distillation loss does not reach the student
+FORGOTTEN_AFTER = 200  # batches without a single step()
+
+
+@dataclass
+class HostStep:
+    """What a method needs of one training step of a host.
+
+    Args:
+        batch: images exactly as the student saw them, boxes in their pixels.
+        student: L tensors [B, C_l, H_l, W_l], finest first, in the graph of the host's own loss; channels may differ.
+        teacher: levels of the same images, without gradient; None for methods without a teacher.
+        rerun: the host's head and loss on another pyramid of the student's shapes -> {name: scalar}, leaving no trace
+            in its statistics; None if the host cannot, which rules out LGD.
+    """
+
+    batch: Batch
+    student: Sequence[Tensor]
+    teacher: Sequence[Tensor] | None = None
+    rerun: Callable[[list[Tensor]], dict[str, Tensor]] | None = None
+
+
+class Distillation:
+    """Any method of distillation in any host: `losses = distillation(HostStep(...))`, later `distillation.step()`.
+
+    The method's modules are built in the first step, when the pyramids are known, without touching the host's random
+    numbers. They are trained by an optimiser of their own, at a rate that follows the fraction of the host's run.
+    It is no module, so that a host that finds it does not train, average or save it.
+
+    Args:
+        method: "icd", "lgd", "fgfi" or a `Distiller` of your own settings.
+        num_classes: object classes, without background.
+        priors: for ICD's fake queries, measured from the training set; None measures them from the first batches.
+        two_stage: the host has a region proposal network (sets the published weights).
+        anchors: L tensors [A, 4] xyxy of the cell at the origin, for FGFI.
+        channels: width of the method; None = the student's where all its levels have one, else its widest up to 256.
+        total_steps: optimiser steps of the host's run; None = constant rate.
+        detach_steps: first steps in which the distillation loss does not reach the student; None = the published share
+            of total_steps (ICD, FGFI 1/90, LGD 1/6), or 100 steps where that is unknown.
+        lr, weight_decay: of AdamW on the method's modules.
+        weight: factor on all losses of the method that reach the student.
+        seed: of the method's initial weights and draws.
+    """
+
+    def __init__(
+        self,
+        method: str | Distiller = "icd",
+        *,
+        num_classes: int,
+        priors: ClassPriors | None = None,
+        two_stage: bool = False,
+        anchors: Sequence[Tensor] | None = None,
+        channels: int | None = None,
+        total_steps: int | None = None,
+        detach_steps: int | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 1e-4,
+        weight: float = 1.0,
+        seed: int = 0,
+    ):
+        check_method(method)
+        if num_classes < 1:
+            raise ValueError(f"Distillation: num_classes must be at least 1, got {num_classes}; leave out background")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"Distillation: total_steps must be at least 1, got {total_steps}; or None if unknown")
+        self.method, self.given_priors = method, priors
+        self.facts = HostFacts(num_classes, two_stage, anchors, channels)
+        self.total_steps, self.detach_steps, self.lr, self.weight_decay = total_steps, detach_steps, lr, weight_decay
+        self.weight, self.seed = weight, seed
+        self.network: MethodNetwork | None = None
+        self.optimizer: MethodOptimizer | None = None
+        self.running: RunningPriors | None = None
+        self.probe = Probe()
+        self.detach_fraction = 0.0
+        self.steps = self.computed = self.computed_since_step = 0
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a HostStep must hold the teacher's pyramid."""
+        return needs_teacher(self.method)
+
+    @property
+    def wants_masks(self) -> bool:
+        """Whether a batch must hold instance masks."""
+        return bool(getattr(self.method, "use_masks", False))
+
+    @property
+    def fraction(self) -> float:
+        """Share of the host's run that is over, 0 if its length is unknown."""
+        return self.steps / self.total_steps if self.total_steps else 0.0
+
+    def __deepcopy__(self, memo: dict) -> Distillation:
+        return self
+
+    def __call__(self, step: HostStep) -> dict[str, Tensor]:
+        """The weighted losses of a step; their sum joins the host's loss.
+
+        Raises: ValueError or TypeError if pyramids or batch do not fit, before anything of the host is changed.
+        """
+        student = check_pyramid("student", step.student, len(step.batch))
+        teacher = None
+        if self.needs_teacher:
+            if step.teacher is None:
+                raise ValueError("Distillation: this method needs HostStep.teacher, got None; pass a teacher")
+            teacher = check_pyramid("teacher", step.teacher, len(step.batch))
+        network = self._ready(student, teacher, step.batch)
+        self._measure(step.batch)
+        distilled = network(student, step.batch, teacher, detach_student=self._detached())
+        losses = {name: self.weight * loss for name, loss in distilled.losses.items()}
+        if distilled.instructive is not None:
+            losses |= self._rerun(step, distilled.instructive, network.method)
+        self.computed, self.computed_since_step = self.computed + 1, self.computed_since_step + 1
+        self._warn_if_forgotten()
+        if self.probe.due(self.computed):
+            self.probe.measure(losses, student, step, network.spec)
+        return self.optimizer.watch(losses) if self.optimizer else losses
+
+    def step(self) -> None:
+        """Updates the method's modules; call it after the host's optimiser stepped."""
+        self.steps, self.computed_since_step = self.steps + 1, 0
+        if self.optimizer is not None:
+            self.optimizer.step(self.fraction)
+
+    def build(self, spec: PyramidSpec, device: torch.device) -> MethodNetwork:
+        """Makes the method's modules for these pyramids."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            method = self.method
+            if isinstance(method, str):
+                method = METHODS[method][0](self.facts, spec, self._priors(device))
+            network = MethodNetwork(method, spec).to(device).train()
+        settings = settings_of(method)
+        self.network, self.detach_fraction = network, settings.detach_fraction
+        self.optimizer = MethodOptimizer(
+            network.parameters(), lr=self.lr, weight_decay=self.weight_decay, clip=settings.clip
+        )
+        return network
+
+    def _ready(self, student: list[Tensor], teacher: list[Tensor] | None, batch: Batch) -> MethodNetwork:
+        if self.network is None:
+            spec = match_levels(student, teacher, batch.padded_size)
+            if self._loaded is None:
+                return self.build(spec, student[0].device)
+            if dataclasses.astuple(spec) != dataclasses.astuple(self._loaded_spec()):
+                raise ValueError(
+                    f"Distillation: the checkpoint's pyramids must be those of this run {spec}, got "
+                    f"{self._loaded_spec()}; resume with the student and teacher of the first run"
+                )
+            self.build(spec, student[0].device)
+            self._restore(self._loaded)
+            self._loaded = None
+        network, widths = self.network, tuple(level.shape[1] for level in student)
+        if widths != network.spec.student:
+            raise ValueError(
+                f"Distillation: student must have the levels of the first step {network.spec.student}, got {widths}; "
+                "attach anew after changing the model"
+            )
+        return network
+
+    def _priors(self, device: torch.device) -> ClassPriors:
+        if self.given_priors is not None:
+            return self.given_priors
+        self.running = RunningPriors(self.facts.num_classes, device)
+        return self.running.priors()
+
+    def _measure(self, batch: Batch) -> None:
+        """Brings the priors that ICD draws from up to date; after the first batches they stay."""
+        if self.running is None or self.running.steps >= MEASURED_STEPS or self.network is None:
+            return
+        self.running.add_batch(batch)
+        priors = self.running.priors()
+        for name in ("frequency", "mean", "std"):
+            buffer = getattr(self.network.method, f"prior_{name}", None)
+            if buffer is not None:
+                buffer.copy_(getattr(priors, name))
+
+    def _detached(self) -> bool:
+        if self.detach_steps is not None:
+            return self.steps < self.detach_steps
+        if self.total_steps is None:
+            return self.detach_fraction > 0 and self.steps < DETACHED_STEPS
+        return self.fraction < self.detach_fraction
+
+    def _rerun(self, step: HostStep, instructive: list[Tensor], method: Distiller) -> dict[str, Tensor]:
+        if step.rerun is None:
+            raise ValueError(
+                f"Distillation: {type(method).__name__} needs HostStep.rerun, got None; give the host's head and loss "
+                "as a function of a pyramid"
+            )
+        prefix = self.method if isinstance(self.method, str) else type(method).__name__.lower()
+        return {f"{prefix}_{name}": method.instructive_weight * loss for name, loss in step.rerun(instructive).items()}
+
+    def _warn_if_forgotten(self) -> None:
+        if self.computed_since_step == FORGOTTEN_AFTER:
+            warnings.warn(
+                f"fastkd: {FORGOTTEN_AFTER} batches without kd.step(): the method's own modules do not learn; call "
+                "kd.step() after optimizer.step()",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to resume, on the CPU-loadable types of torch.load(weights_only=True)."""
+        if self.network is None:
+            return self._loaded or {"format": FORMAT, "steps": self.steps, "computed": self.computed, "spec": None}
+        return {
+            "format": FORMAT,
+            "steps": self.steps,
+            "computed": self.computed,
+            "spec": [list(self.network.spec.student), list(self.network.spec.teacher), list(self.network.spec.pairs)],
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "running": self.running.state_dict() if self.running else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, at once or, before the first step, in it.
+
+        Raises: ValueError for a state of another format or of other pyramids.
+        """
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"Distillation: state must be of format {FORMAT}, got {state.get('format')!r}; pass the file that "
+                "kd.save() wrote"
+            )
+        self.steps, self.computed = state["steps"], state["computed"]
+        if state["spec"] is None:
+            return
+        if self.network is None:
+            self._loaded = state
+        else:
+            self._restore(state)
+
+    def _loaded_spec(self) -> PyramidSpec:
+        student, teacher, pairs = (self._loaded or {})["spec"]
+        return PyramidSpec(tuple(student), tuple(teacher), tuple(tuple(pair) for pair in pairs))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self.network is not None and self.optimizer is not None
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.running is not None and state["running"] is not None:
+            self.running.load_state_dict(state["running"])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the checkpoint beside the host's, whole or not at all."""
+        partial = f"{os.fspath(path)}.partial"
+        torch.save(self.state_dict(), partial)
+        os.replace(partial, path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Continues from a file of `save`; before the first step, too."""
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def report(self) -> str:
+        """What the losses do in this host: see `Probe.text`."""
+        return self.probe.text(self)

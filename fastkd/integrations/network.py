@@ -1,0 +1,62 @@
+"""A method between a host's pyramids: all that is trained beside the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.integrations.methods import LevelwiseICD
+from fastkd.integrations.pyramids import FiniteGradient, Projections, PyramidSpec, resample, widen
+from fastkd.types import Batch
+
+
+class MethodNetwork(nn.Module):
+    """The method, the student's projections to its width and those of an instructive pyramid back to the host's.
+
+    Args:
+        method: the distiller.
+        spec: of the pyramids.
+    """
+
+    def __init__(self, method: Distiller, spec: PyramidSpec):
+        super().__init__()
+        self.method, self.spec = method, spec
+        widths = spec.student_widths
+        channels = getattr(method, "channels", None) or max(spec.teacher_widths or widths)
+        self.to_method = Projections(widths, [channels] * len(widths))
+        self.to_host = None if method.needs_teacher else Projections([channels] * len(widths), widths)
+        self.same_width = not isinstance(method, LevelwiseICD)
+
+    def forward(
+        self, student: Sequence[Tensor], batch: Batch, teacher: Sequence[Tensor] | None, *, detach_student: bool
+    ) -> Distilled:
+        """The method's losses; an instructive pyramid has the host's widths.
+
+        Args:
+            student: the host's levels [B, C_l, H_l, W_l]; receive gradients.
+            batch: as of a distiller.
+            teacher: the teacher's levels; frozen. None if the method needs none.
+            detach_student: as of a distiller.
+        """
+        dtype = self._dtype(student[0])
+        levels = [FiniteGradient.apply(student[mine]) for mine, _ in self.spec.pairs]
+        levels = self.to_method([level.to(dtype) for level in levels])
+        guides = None
+        if self.method.needs_teacher:
+            chosen = [(teacher or [])[theirs].detach().to(dtype) for _, theirs in self.spec.pairs]
+            guides = resample(chosen, levels)
+            if self.same_width:  # of different widths the narrow levels get zero channels
+                guides = widen(guides, max(self.spec.teacher_widths))
+        distilled = self.method(levels, batch, guides, detach_student=detach_student)
+        if distilled.instructive is not None and self.to_host is not None:
+            distilled.instructive = self.to_host(distilled.instructive)
+        return distilled
+
+    def _dtype(self, level: Tensor) -> torch.dtype:
+        """That of the weights, in which a host without autocast computes; under autocast the level's."""
+        if torch.is_autocast_enabled(level.device.type):
+            return level.dtype
+        return next((parameter.dtype for parameter in self.parameters()), level.dtype)

@@ -1,0 +1,102 @@
+"""The optimiser of the method's modules, stepped after the host's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _Scale(torch.autograd.Function):
+    """Identity of a loss that adds the factor of its gradient to a record."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, record: Tensor) -> Tensor:
+        ctx.record = record
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.record.add_(grad.abs().to(ctx.record))
+        return grad, None
+
+
+class MethodOptimizer:
+    """AdamW with clipping and a cosine over the host's run.
+
+    Gradients are averaged over the processes of a distributed run. The factors with which the host multiplied the
+    losses (a GradScaler's, 1 / accumulated batches) are taken out, so that clipping means the same in every host.
+    Gradients that are not finite count as zero.
+
+    Args:
+        parameters: of the method's modules.
+        lr, weight_decay: of AdamW.
+        clip: largest norm of all gradients together.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, clip: float):
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.lr, self.clip = lr, clip
+        self.adamw = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay) if self.parameters else None
+        self.scales: dict[str, Tensor] = {}
+
+    def watch(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses, whose factors in the host's backward pass are recorded."""
+        watched = {}
+        for name, loss in losses.items():
+            if name not in self.scales:
+                self.scales[name] = torch.zeros((), device=loss.device)
+            watched[name] = _Scale.apply(loss, self.scales[name]) if loss.requires_grad else loss
+        return watched
+
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Gradients averaged over processes, without the host's factors; missing ones are zero."""
+        if not self.parameters or not self.scales:
+            return
+        flat = torch.cat(
+            [
+                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
+                for parameter in self.parameters
+            ]
+        )
+        if _distributed():
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        scale = torch.stack(list(self.scales.values())).amax()
+        flat /= torch.where(scale > 0, scale, 1.0).to(flat)
+        norm = torch.linalg.vector_norm(flat)
+        flat = torch.where(norm.isfinite(), flat, 0.0)
+        for parameter, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        for value in self.scales.values():
+            value.zero_()
+
+    def step(self, fraction: float) -> None:
+        """One update at the rate of that fraction of the run; does nothing without gradients."""
+        if self.adamw is None:
+            return
+        if all(parameter.grad is None for parameter in self.parameters) and not _distributed():
+            return
+        self.average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0))) / 2
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, object]:
+        """To resume."""
+        return {} if self.adamw is None else self.adamw.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state_dict` was taken."""
+        if self.adamw is not None:
+            self.adamw.load_state_dict(state)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

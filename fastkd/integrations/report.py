@@ -1,0 +1,152 @@
+"""What the losses of a method do in a host: which levels they reach, how strongly, and what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastkd.integrations.teachers import pixels
+from fastkd.types import Batch
+
+if TYPE_CHECKING:
+    from fastkd.integrations.attachment import Distillation, HostStep
+    from fastkd.integrations.pyramids import PyramidSpec
+    from fastkd.integrations.teachers import Normalization, Teacher
+
+FEEBLE, SWAMPING = 0.001, 0.9  # share of the levels' gradient that is not worth the step, or drowns the host's loss
+KNOWN_SCORE, KNOWN_IOU = 0.3, 0.5
+
+
+class Probe:
+    """Measures the gradients of the losses at the student's levels in batches 1, 2, 4, 8, ..."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.sizes: dict[str, list[tuple[int, ...]]] = {}
+        self.norms: dict[str, list[Tensor]] = {}
+        self.total: list[Tensor | None] = []
+        self.values: dict[str, Tensor] = {}
+        self.measured_at = 0
+
+    def due(self, computed: int) -> bool:
+        """Whether batch number `computed`, from 1, is measured."""
+        return computed & (computed - 1) == 0
+
+    def measure(self, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep, spec: PyramidSpec) -> None:
+        """Gradient norms of each loss at each level; the total arrives in the host's backward pass."""
+        wanted = [level for level in levels if level.requires_grad]
+        if not wanted:
+            return
+        self.batch, self.norms, self.measured_at = step.batch, {}, self.measured_at + 1
+        self.values = {name: loss.detach() for name, loss in losses.items()}
+        self.sizes = {"student": [tuple(level.shape[1:]) for level in levels]}
+        if step.teacher is not None:
+            self.sizes["teacher"] = [tuple(level.shape[1:]) for level in step.teacher]
+        for name, loss in losses.items():
+            grads = [None] * len(wanted)
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+            self.norms[name] = [loss.new_zeros(()) if grad is None else grad.float().norm() for grad in grads]
+        self.total = [None] * len(wanted)
+        for index, level in enumerate(wanted):
+            level.register_hook(_Norm(self.total, index))
+
+    @torch.no_grad()
+    def text(
+        self,
+        distillation: Distillation,
+        teacher: Teacher | None = None,
+        normalization: Normalization | None = None,
+        failures: int = 0,
+    ) -> str:
+        """Shapes, levels matched, losses, gradients by level, the teacher's detections, and what looks wrong."""
+        if self.batch is None or distillation.network is None:
+            return "fastkd: no batch has been distilled yet. Train a step in train mode with gradients first."
+        network, lines, wrong = distillation.network, [], []
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        lines.append(
+            f"fastkd: {type(network.method).__name__}, {parameters / 1e6:.2f} M parameters of its own, "
+            f"{distillation.computed} batches, {distillation.steps} steps"
+        )
+        lines += [f"{name} levels (C, H, W): {sizes}" for name, sizes in self.sizes.items()]
+        if network.spec.teacher:
+            lines.append(f"levels matched (student, teacher): {list(network.spec.pairs)}")
+            if len(network.spec.pairs) < len(network.spec.student):
+                wrong.append("some levels of the student have no partner in the teacher and are not distilled")
+        lines += self._gradient_lines(wrong)
+        if teacher is not None and teacher.detect is not None and normalization is not None:
+            images = pixels(self.batch.images, self.batch.image_sizes, normalization)
+            lines.append(self._teacher_line(teacher.detect(images), wrong))
+        if distillation.computed and not distillation.steps:
+            wrong.append("kd.step() was never called: call it after optimizer.step()")
+        if failures:
+            wrong.append(f"the last {failures} batches failed; see the warnings")
+        lines.append("looks wrong: " + "; ".join(wrong) if wrong else "nothing looks wrong")
+        return "\n".join(lines)
+
+    def _gradient_lines(self, wrong: list[str]) -> list[str]:
+        lines, reached = [], False
+        total = [None if norm is None else float(norm) for norm in self.total]
+        for name, norms in self.norms.items():
+            values = [float(norm) for norm in norms]
+            shares = [f"{v / t:.3f}" if t else f"|{v:.2e}|" for v, t in zip(values, total)]
+            lines.append(f"{name} = {float(self.values[name]):.4f}, gradient by level: {' '.join(shares)}")
+            reached |= any(value > 0 for value in values)
+            if not torch.isfinite(self.values[name]):
+                wrong.append(f"{name} is not finite")
+        lines.append("(shares of the gradient norm of all losses together at that level; |norm| before backward)")
+        if not reached:
+            wrong.append("no loss reaches the student yet, as in the first part of the run, or its levels are detached")
+        for share, text in self._extremes(total):
+            wrong.append(f"{text} ({share:.3f} of the gradient)")
+        return lines
+
+    def _extremes(self, total: list[float | None]) -> list[tuple[float, str]]:
+        """Losses that drown the host's, or that do nothing."""
+        distilled = [name for name in self.norms if name.endswith(("distill", "imitation"))]
+        if not distilled or not total or any(not value for value in total):
+            return []
+        ours = sum(float(norm) for name in distilled for norm in self.norms[name])
+        share = ours / sum(norm or 0.0 for norm in total)
+        if share > SWAMPING:
+            return [(share, "the distillation swamps the detection loss: lower `weight`")]
+        if 0 < share < FEEBLE:
+            return [(share, "the distillation hardly moves the student: raise `weight`")]
+        return []
+
+    def _teacher_line(self, detections: Sequence[tuple[Tensor, Tensor, Tensor]], wrong: list[str]) -> str:
+        found, boxes = known_objects(self.batch, detections)
+        if boxes and found < 0.2 * boxes:
+            wrong.append("the teacher hardly finds these objects: was it trained on these classes and label numbers?")
+        return f"the teacher finds {found} of the {boxes} objects of the batch (IoU > {KNOWN_IOU}, same class)"
+
+
+class _Norm:
+    """A gradient hook that notes a norm."""
+
+    def __init__(self, norms: list[Tensor | None], index: int):
+        self.norms, self.index = norms, index
+
+    def __call__(self, grad: Tensor) -> None:
+        self.norms[self.index] = grad.detach().float().norm()
+
+
+def known_objects(batch: Any, detections: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[int, int]:
+    """How many objects of a batch have a detection of their class, and how many there are."""
+    found = 0
+    for image, (boxes, labels, scores) in enumerate(detections):
+        keep, own = scores > KNOWN_SCORE, batch.image_index == image
+        found += int((_same(batch.boxes[own], batch.labels[own], boxes[keep], labels[keep])).sum())
+    return found, len(batch.boxes)
+
+
+def _same(truth: Tensor, classes: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Which of the objects [K] has a detection of its class with enough overlap: [K] bool."""
+    corner = torch.maximum(truth[:, None, :2], boxes[None, :, :2])
+    inter = (torch.minimum(truth[:, None, 2:], boxes[None, :, 2:]) - corner).clamp(min=0).prod(2)
+    areas = [(value[:, 2:] - value[:, :2]).prod(1) for value in (truth, boxes)]
+    iou = inter / (areas[0][:, None] + areas[1] - inter).clamp(min=1e-9)
+    return ((iou > KNOWN_IOU) & (classes[:, None] == labels)).any(1)

@@ -1,0 +1,175 @@
+"""A frozen teacher of any architecture: how its pyramid comes out of the student's images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.integrations.pyramids import check_pyramid
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """images = (pixels in [0, 1] - mean) / std, channel by channel."""
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def renormalize(images: Tensor, image_sizes: Tensor, before: Normalization, after: Normalization) -> Tensor:
+    """The images in another normalisation, zero in the padding again.
+
+    Args:
+        images: [B, 3, H, W].
+        image_sizes: [B, 2] height and width before padding.
+        before, after: what they have and get.
+    """
+    if before == after:
+        return images
+    scale = [b / a for b, a in zip(before.std, after.std, strict=True)]
+    shift = [(m - n) / a for m, n, a in zip(before.mean, after.mean, after.std, strict=True)]
+    scale, shift = (images.new_tensor(values)[:, None, None] for values in (scale, shift))
+    moved = images * scale + shift
+    height, width = image_sizes.to(images.device).unbind(1)
+    rows = torch.arange(images.shape[2], device=images.device) < height[:, None]
+    columns = torch.arange(images.shape[3], device=images.device) < width[:, None]
+    return torch.where((rows[:, :, None] & columns[:, None])[:, None], moved, 0.0)
+
+
+def pixels(images: Tensor, image_sizes: Tensor, normalization: Normalization) -> list[Tensor]:
+    """The images [3, h, w] of a padded batch in [0, 1]."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (normalization.mean, normalization.std))
+    sizes = image_sizes.tolist()
+    return [(image[:, :h, :w] * std + mean).float().clamp(0, 1) for image, (h, w) in zip(images, sizes)]
+
+
+def levels_of(output: Any) -> list[Tensor]:
+    """The levels of whatever a backbone, neck or encoder returns: a tensor, list, dictionary or model output."""
+    for name in ("feature_maps", "encoder_last_hidden_state", "last_hidden_state"):
+        if not isinstance(output, (Tensor, list, tuple)) and getattr(output, name, None) is not None:
+            output = getattr(output, name)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+class Teacher:
+    """A frozen teacher. It is never a submodule of the student, so that nobody unfreezes, optimises or saves it.
+
+    Args:
+        module: the teacher; put in eval mode, its parameters frozen.
+        features: images [B, 3, H, W] -> levels; None finds the way by the module's parts: `features(images)`,
+            `backbone(images)` (torchvision), or the module itself.
+        normalization: of the images that it was trained with; None = as the student's.
+        detect: images [3, h, w] in [0, 1] -> (boxes, labels from 0, scores) of each, for `report`; None if unknown.
+        num_classes: what it was trained on, if known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        features: Callable[[Tensor], Any] | None = None,
+        *,
+        normalization: Normalization | None = None,
+        detect: Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor, Tensor]]] | None = None,
+        num_classes: int | None = None,
+    ):
+        self.module, self.features = module, features or find_features(module)
+        self.normalization, self.detect, self.num_classes = normalization, detect, num_classes
+        if any(part.training for part in module.modules()):
+            warnings.warn(
+                "fastkd: the teacher was in train mode, its batch norms would follow the student's images; it is set "
+                "to eval mode now. Call teacher.eval() before attaching",
+                stacklevel=3,
+            )
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Eval mode and no gradients."""
+        self.module.eval()
+        self.module.requires_grad_(False)
+
+    @torch.no_grad()
+    def pyramid(self, images: Tensor, image_sizes: Tensor, normalization: Normalization) -> list[Tensor]:
+        """The levels of the student's images [B, 3, H, W], which have this normalisation."""
+        if self.module.training:  # a host may have put everything it found in train mode
+            self.freeze()
+        images = renormalize(images, image_sizes, normalization, self.normalization or normalization)
+        return check_pyramid("teacher", levels_of(self.features(images)), images.shape[0])
+
+    def to(self, device: torch.device) -> None:
+        """Moves it to a device unless it is there."""
+        first = next(self.module.parameters(), None)
+        if first is not None and first.device != device:
+            self.module.to(device)
+
+
+def find_features(module: nn.Module) -> Callable[[Tensor], Any]:
+    """The part of a detector that makes its pyramid."""
+    for name in ("features", "extract_feat", "backbone"):
+        part = getattr(module, name, None)
+        if callable(part):
+            return part
+    return module
+
+
+class _Reached(Exception):
+    """Ends a forward pass with the output of a part."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+def features_until(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
+    """images -> what `part` gives in the module's forward pass, which ends there."""
+
+    def features(images: Tensor) -> Any:
+        handle = part.register_forward_hook(_stop)
+        try:
+            module(images)
+        except _Reached as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise ValueError(
+            f"Teacher: the forward pass of {type(module).__name__} must run {type(part).__name__}, it did not; name "
+            "the part that makes the pyramid"
+        )
+
+    return features
+
+
+def pick_teacher(teacher: nn.Module | Teacher | None, num_classes: int) -> Teacher | None:
+    """A detector of any known package as `Teacher`, with a warning where it knows other classes."""
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    if hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
+        from fastkd.integrations.torchvision import torchvision_teacher
+
+        picked = torchvision_teacher(teacher, num_classes)
+    elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
+        from fastkd.integrations.transformers import transformers_teacher
+
+        picked = transformers_teacher(teacher)
+    else:
+        picked = Teacher(teacher)
+    if picked.num_classes not in (None, num_classes):
+        warnings.warn(
+            f"fastkd: the teacher knows {picked.num_classes} classes, the student {num_classes}; a teacher teaches "
+            "best on the same classes. kd.report() says whether it finds the objects of a batch",
+            stacklevel=3,
+        )
+    return picked

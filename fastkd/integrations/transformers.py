@@ -1,0 +1,188 @@
+"""Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE; the stock Trainer or a loop of one's own.
+
+kd = attach(model, method="icd", teacher=teacher, num_classes=10)
+trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() after optimizer.step() in your own loop
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from fastkd.distillers.protocol import Distiller
+from fastkd.integrations.attachment import Distillation, HostStep
+from fastkd.integrations.batches import image_seeds, make_batch
+from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.host import Attachment
+from fastkd.integrations.teachers import Normalization, Teacher, features_until, pick_teacher
+from fastkd.integrations.traces import unrecorded_statistics
+from fastkd.types import ClassPriors
+
+FILE_NAME = "fastkd.pt"
+
+
+def attach(
+    model: nn.Module,
+    method: str | Distiller = "icd",
+    *,
+    teacher: nn.Module | Teacher | None = None,
+    num_classes: int | None = None,
+    priors: ClassPriors | None = None,
+    total_steps: int | None = None,
+    processor: Any = None,
+    **settings: Any,
+) -> TransformersAttachment:
+    """Distils in every training call of the model with labels: `outputs.loss` contains the method's losses.
+
+    Args:
+        model: a plain RT-DETR, RT-DETRv2 or D-FINE for object detection.
+        method: "icd", "lgd" or a `Distiller`.
+        teacher: a trained detector of this package or torchvision's, or any module in a `Teacher`. Not for "lgd".
+        num_classes: object classes; None = the model's.
+        priors: for ICD; None measures them from the first batches.
+        total_steps: optimiser steps of the run; the callback finds it by itself.
+        processor: the image processor, which tells how images are normalised; None = values in [0, 1].
+        **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
+    Raises: ValueError or TypeError if the model is none of these, or the classes do not fit.
+    """
+    _check_attach_points(model)
+    classes = model.config.num_labels
+    if num_classes not in (None, classes):
+        raise ValueError(
+            f"attach: num_classes must be the labels of the model, {classes}, got {num_classes}; "
+            "load the model with num_labels=<classes of the data>"
+        )
+    distillation = Distillation(method, num_classes=classes, priors=priors, total_steps=total_steps, **settings)
+    return TransformersAttachment(model, distillation, pick_teacher(teacher, classes), normalization_of(processor))
+
+
+class TransformersAttachment(Attachment):
+    """Hooks before and after the model; see `attach`."""
+
+    def __init__(
+        self, model: nn.Module, distillation: Distillation, teacher: Teacher | None, normalization: Normalization
+    ):
+        super().__init__(model, distillation, teacher, normalization)
+        self._inputs: dict[str, Any] = {}
+        self.callback = DistillationCallback(self)
+        self.pre_hook(model, self._keep_inputs)
+        self.hook(model, self._add_losses)
+
+    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = ("pixel_values", "pixel_mask")
+        self._inputs = dict(zip(names, args)) | kwargs if self.active else {}
+
+    def _add_losses(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inputs, self._inputs = self._inputs, {}
+        labels, images = inputs.get("labels"), inputs.get("pixel_values")
+        if not self.active or labels is None or images is None:
+            return None
+        losses = self.distil(images.device, lambda: self._host_step(inputs, output))
+        if losses:
+            output.loss = output.loss + sum(losses.values())
+            output.loss_dict = {**(output.loss_dict or {}), **losses}
+        return output
+
+    def _host_step(self, inputs: dict[str, Any], output: Any) -> HostStep:
+        images, labels, mask = inputs["pixel_values"], inputs["labels"], inputs.get("pixel_mask")
+        height, width = images.shape[-2:]
+        sizes = [(height, width)] * len(images)
+        if mask is not None:
+            rows, columns = mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()
+            sizes = list(zip(rows, columns, strict=True))
+        distillation = self.distillation
+        batch = make_batch(
+            images,
+            sizes,
+            [corners(label["boxes"], height, width) for label in labels],
+            [label["class_labels"] for label in labels],
+            num_classes=distillation.facts.num_classes,
+            seeds=image_seeds(distillation.seed, distillation.computed, len(images)),
+            check=self.check_values(images.device),
+        )
+
+        def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
+            """Decoder and loss on other levels, with denoising queries of its own."""
+            encoded = BaseModelOutput(last_hidden_state=levels)
+            with unrecorded_statistics(self.model):
+                again = self.model.forward(
+                    pixel_values=None, inputs_embeds=levels[0], encoder_outputs=encoded, labels=labels
+                )
+            return {"loss": again.loss}
+
+        teacher = self.pyramid_of_teacher(images, batch.image_sizes)
+        return HostStep(batch, list(output.encoder_last_hidden_state), teacher, rerun)
+
+
+class DistillationCallback(transformers.TrainerCallback):
+    """Steps, logs, saves and resumes an attachment with the stock Trainer."""
+
+    def __init__(self, attachment: TransformersAttachment):
+        self.attachment = attachment
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the run's length, and the checkpoint that the Trainer resumes from."""
+        self.attachment.distillation.total_steps = state.max_steps
+        path = self._path(args, state)
+        if state.global_step and os.path.exists(path):
+            self.attachment.load(path)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimiser's step."""
+        self.attachment.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Adds the losses as fastkd/<name>."""
+        values = {f"fastkd/{name}": value for name, value in self.attachment.state.losses.items()}
+        if logs is not None and "loss" in logs:
+            logs.update(values)
+            state.log_history[-1].update(values)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes fastkd.pt into the Trainer's checkpoint folder."""
+        path = self._path(args, state)
+        if state.is_world_process_zero and os.path.isdir(os.path.dirname(path)):
+            self.attachment.save(path)
+
+    def _path(self, args: Any, state: Any) -> str:
+        return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE_NAME)
+
+
+def corners(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Normalised cxcywh [K, 4] -> xyxy in pixels."""
+    center, size = boxes.float().split(2, dim=1)
+    return torch.cat([center - size / 2, center + size / 2], 1) * boxes.new_tensor([width, height, width, height])
+
+
+def normalization_of(processor: Any) -> Normalization:
+    """How an image processor normalises; nothing without one."""
+    if processor is None or not getattr(processor, "do_normalize", False):
+        return Normalization()
+    return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
+
+
+def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
+    """A detector of this package as teacher: its forward pass ends behind the encoder."""
+    return Teacher(
+        teacher,
+        features_until(teacher, teacher.model.encoder),
+        normalization=normalization_of(processor),
+        num_classes=teacher.config.num_labels,
+    )
+
+
+def _check_attach_points(model: nn.Module) -> None:
+    """Raises TypeError unless the model has the parts that `attach` needs."""
+    check_plain(model)
+    base = getattr(model, "model", None)
+    if not hasattr(base, "encoder") or not hasattr(base, "decoder_input_proj") or not hasattr(model, "config"):
+        raise TypeError(
+            "attach: model must be RT-DETR, RT-DETRv2 or D-FINE for object detection, whose encoder gives a pyramid, "
+            f"got {type(model).__name__} (transformers {transformers.__version__}); use fastkd.integrations.HostStep "
+            "for others"
+        )

@@ -1,0 +1,50 @@
+"""The doctor's look at how stably a recipe trains: its settings, and the jumps that an earlier run of it counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastkd.training.config import Recipe
+from fastkd.training.doctor.finding import Finding
+from fastkd.training.run.jumps import RISE, WINDOW, remedy
+
+
+def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Finding]:
+    """Whether the student's optimiser bounds its steps, and whether the loss of an earlier run jumped.
+
+    Args:
+        recipe: what is to be trained.
+        run_dir: of a run of the recipe, finished or not; None looks at the settings alone.
+    """
+    optimizer = recipe.optimizer
+    if optimizer.kind == "adamw" and optimizer.clip_norm is None:
+        text = "AdamW without clipping: one rare gradient can undo hundreds of steps; pass --optimizer.clip-norm 2"
+        yield Finding("warning", "stability", text)
+    if run_dir is None:
+        return
+    counts = _counts(run_dir / "log.jsonl")
+    if not counts:
+        yield Finding("problem", "stability", f"{run_dir} must hold the log.jsonl of a run, got none that counts jumps")
+        return
+    last, jumps = counts[-1]
+    if jumps == 0:
+        yield Finding("ok", "stability", f"the loss of {run_dir} did not jump in {last} steps")
+        return
+    steps = [step for (step, count), (_, before) in zip(counts, [(0, 0), *counts]) if count > before]
+    where = f"{jumps} time(s) in {last} steps of {run_dir}, by step {', '.join(map(str, steps))}"
+    what = f"means over {WINDOW} steps rose by more than {RISE:.0%}"
+    yield Finding("warning", "stability", f"the loss jumped {where} ({what}); {remedy(optimizer)}")
+
+
+def _counts(log: Path) -> list[tuple[int, int]]:
+    """(step, jumps so far) of the log's records."""
+    found = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+            found.append((int(record["step"]), int(record["jumps"])))
+        except (ValueError, KeyError, TypeError):
+            continue  # an evaluation, or half a line of a run that writes at this moment
+    return found

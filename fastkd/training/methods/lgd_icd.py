@@ -1,0 +1,31 @@
+"""LGD and ICD on one student; any other combination is such a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastkd.training.methods.icd import ICDConfig
+from fastkd.training.methods.lgd import LGDConfig
+from fastkd.training.methods.protocol import Combined
+from fastkd.training.optimizer_config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class LGDICDConfig(Combined):
+    """LGD and ICD on one student.
+
+    Args:
+        lgd: the label-guided part.
+        icd: the part with the teacher.
+        lgd_optimizer: of LGD's own parameters; None gives them to the student's. ICD's are the recipe's
+            `method_optimizer`.
+    """
+
+    kind = "lgd-icd"
+    label = "LGD + ICD"
+    needs_teacher = True
+    needs_priors = True
+
+    lgd: LGDConfig = field(default_factory=LGDConfig)
+    icd: ICDConfig = field(default_factory=ICDConfig)
+    lgd_optimizer: OptimizerConfig | None = None

@@ -1,0 +1,27 @@
+"""Recipes as the command line's parser sees them: with the fields of the method in use."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastkd.training.config import Recipe
+
+
+def typed(recipe: Recipe) -> Recipe:
+    """The same recipe, of a subclass that annotates `method` with the class of this recipe's method.
+
+    tyro makes its options from annotations; the annotation of `Recipe` admits any method, which has no fields.
+    """
+    field = ("method", type(recipe.method), dataclasses.field(default=None))
+    subclass = dataclasses.make_dataclass("Recipe", [field], bases=(Recipe,), frozen=True)
+    subclass.__doc__ = Recipe.__doc__
+    return subclass(**_values(recipe))
+
+
+def untyped(recipe: Recipe) -> Recipe:
+    """The same recipe as a plain `Recipe`."""
+    return Recipe(**_values(recipe))
+
+
+def _values(recipe: Recipe) -> dict[str, object]:
+    return {item.name: getattr(recipe, item.name) for item in dataclasses.fields(Recipe)}
