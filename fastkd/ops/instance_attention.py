@@ -16,9 +16,14 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DISPATCH = Dispatch("instance_attention")
 
 
+FEW_ON_GPU = 32  # queries of one block of the GPU's kernels
+
+
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
-    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x)."""
+    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x), on a GPU for one block of queries only."""
     heads, count, depth = queries.shape[1:]
+    if queries.is_cuda and count > FEW_ON_GPU:
+        return False
     return heads * count * channels < heads * depth * (channels + count)
 
 
