@@ -35,7 +35,7 @@ SHARED_SUPPORT = {
 }
 # Imports inside a function that close a circle.
 LATE = {
-    ("fastkd.integrations.teachers", "fastkd.integrations.torchvision"): "a teacher's package is known when it is given",
+    ("fastkd.integrations.teachers", "fastkd.integrations.torchvision"): "a teacher tells its package when it is given",
     ("fastkd.integrations.teachers", "fastkd.integrations.transformers"): "likewise",
 }
 FOR_REFERENCES = ("fastkd.boxes", "fastkd.ops._support.coverage")  # plain torch that several references share
