@@ -114,6 +114,21 @@ DEVICE ?= cuda
 gpu-check: $(if $(filter none,$(VENV)),,build)
 	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check --device $(DEVICE) --out $(OUT)
 
+# Both ends of what we support: this environment has the newest, build/stack/venv the oldest torch with Triton's kernels
+# of half a year ago. The C++ library is built anew there, the tests of ops pass, and the Triton kernels are read back.
+STACK ?= torch==2.11.0 torchvision==0.26.0
+.PHONY: stack
+stack: $(STAMPS)/dependencies
+	rm -rf build/stack && mkdir -p build/stack
+	git archive HEAD | tar -x -C build/stack
+	$(PYTHON) -m venv build/stack/venv
+	build/stack/venv/bin/python -m pip install --quiet $(STACK) -r $(STAMPS)/requirements.txt
+	cd build/stack && FASTKD_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
+	cd build/stack && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/ops \
+	--ignore-glob="tests/ops/*_cuda.py" --ignore-glob="tests/ops/test_simt*" --ignore=tests/ops/test_launch_checks.py \
+	--ignore=tests/ops/test_planted_bugs.py
+	cd build/stack && venv/bin/python -m benchmarks.gpu.triton_report
+
 demo: build
 	$(BIN)/fastkd demo
 
