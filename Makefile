@@ -15,7 +15,7 @@
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 #   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
 #                       it takes the interpreter at hand; DEVICE=cpu rehearses it at toy sizes
-#   make stack          the oldest torch and Triton we support, in an environment of its own (downloads)
+#   make stack          an older torch and its Triton (STACK), in an environment of its own (downloads)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -114,8 +114,8 @@ DEVICE ?= cuda
 gpu-check: $(if $(filter none,$(VENV)),,build)
 	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check --device $(DEVICE) --out $(OUT)
 
-# Both ends of what we support: this environment has the newest, build/stack/venv the oldest torch with Triton's kernels
-# of half a year ago. The C++ library is built anew there, the tests of ops pass, and the Triton kernels are read back.
+# An older torch and its Triton, in an environment of its own: the CPU library is built anew, the tests of ops pass, and
+# the Triton kernels are compiled and read back.
 STACK ?= torch==2.11.0 torchvision==0.26.0
 .PHONY: stack
 stack: $(STAMPS)/dependencies
