@@ -36,12 +36,15 @@ class HostStep:
         teacher: levels of the same images, without gradient; None for methods without a teacher.
         rerun: the host's head and loss on another pyramid of the student's shapes -> {name: scalar}, leaving no trace
             in its statistics; None if the host cannot, which rules out LGD.
+        scores: L tensors [B, 1, H_l, W_l] in [0, 1], the teacher's highest class probability in each cell of its
+            levels, for methods that need them (score-weighted L2); no host of ours gives them.
     """
 
     batch: Batch
     student: Sequence[Tensor]
     teacher: Sequence[Tensor] | None = None
     rerun: Callable[[list[Tensor]], dict[str, Tensor]] | None = None
+    scores: Sequence[Tensor] | None = None
 
 
 class Distillation:
@@ -52,7 +55,7 @@ class Distillation:
     It is no module, so that a host that finds it does not train, average or save it.
 
     Args:
-        method: "icd", "lgd", "fgfi" or a `Distiller` of your own settings.
+        method: "icd", "lgd", "fgfi", "pkd", "cwd" or a `Distiller` of your own settings.
         num_classes: object classes, without background.
         priors: for ICD's fake queries, measured from the training set; None measures them from the first batches.
         two_stage: the host has a region proposal network (sets the published weights).
@@ -130,7 +133,7 @@ class Distillation:
             teacher = check_pyramid("teacher", step.teacher, len(step.batch))
         network = self._ready(student, teacher, step.batch)
         self._measure(step.batch)
-        distilled = network(student, step.batch, teacher, detach_student=self._detached())
+        distilled = network(student, step.batch, teacher, detach_student=self._detached(), scores=step.scores)
         losses = {name: self.weight * loss for name, loss in distilled.losses.items()}
         if distilled.instructive is not None:
             losses |= self._rerun(step, distilled.instructive, network.method)

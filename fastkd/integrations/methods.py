@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastkd.distillers import FGFI, ICD, LGD
+from fastkd.distillers import CWD, FGFI, ICD, LGD, PKD
 from fastkd.distillers.decoder import Attention, position_embeddings
 from fastkd.distillers.protocol import Distilled, Distiller
 from fastkd.distillers.queries import Queries
@@ -121,10 +121,20 @@ def _fgfi(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller
     return FGFI(anchors, channels, teacher_channels=max(spec.teacher_widths))
 
 
+def _pkd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
+    return PKD(method_channels(facts, spec.student_widths), teacher_channels=max(spec.teacher_widths))
+
+
+def _cwd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
+    return CWD(method_channels(facts, spec.student_widths), teacher_channels=max(spec.teacher_widths))
+
+
 METHODS: dict[str, tuple[Callable[[HostFacts, PyramidSpec, ClassPriors], Distiller], bool]] = {
     "icd": (_icd, True),
     "lgd": (_lgd, False),
     "fgfi": (_fgfi, True),
+    "pkd": (_pkd, True),
+    "cwd": (_cwd, True),
 }
 """Builder of each method, and whether it needs a teacher."""
 
@@ -148,6 +158,4 @@ def needs_teacher(method: str | Distiller) -> bool:
 
 def settings_of(method: Distiller) -> Settings:
     """The published settings of training, as shares of the run."""
-    if isinstance(method, LGD):
-        return Settings(detach_fraction=1 / 6)
-    return Settings(clip=0.01) if isinstance(method, ICD) else Settings()
+    return Settings(method.detach_fraction, method.clip_norm)

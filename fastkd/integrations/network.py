@@ -31,7 +31,13 @@ class MethodNetwork(nn.Module):
         self.same_width = not isinstance(method, LevelwiseICD)
 
     def forward(
-        self, student: Sequence[Tensor], batch: Batch, teacher: Sequence[Tensor] | None, *, detach_student: bool
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None,
+        *,
+        detach_student: bool,
+        scores: Sequence[Tensor] | None = None,
     ) -> Distilled:
         """The method's losses; an instructive pyramid has the host's widths.
 
@@ -40,6 +46,7 @@ class MethodNetwork(nn.Module):
             batch: as of a distiller.
             teacher: the teacher's levels; frozen. None if the method needs none.
             detach_student: as of a distiller.
+            scores: of the teacher's levels, for a method that needs them.
         """
         dtype = self._dtype(student[0])
         levels = [FiniteGradient.apply(student[mine]) for mine, _ in self.spec.pairs]
@@ -50,7 +57,15 @@ class MethodNetwork(nn.Module):
             guides = resample(chosen, levels)
             if self.same_width:  # of different widths the narrow levels get zero channels
                 guides = widen(guides, max(self.spec.teacher_widths))
-        distilled = self.method(levels, batch, guides, detach_student=detach_student)
+        options = {}
+        if self.method.needs_scores:
+            if scores is None:
+                raise ValueError(
+                    f"Distillation: {type(self.method).__name__} needs HostStep.scores, got None; give the teacher's "
+                    "highest class probabilities, or use another method"
+                )
+            options["scores"] = resample([scores[theirs] for _, theirs in self.spec.pairs], levels)
+        distilled = self.method(levels, batch, guides, detach_student=detach_student, **options)
         if distilled.instructive is not None and self.to_host is not None:
             distilled.instructive = self.to_host(distilled.instructive)
         return distilled

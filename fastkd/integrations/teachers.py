@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ def pixels(images: Tensor, image_sizes: Tensor, normalization: Normalization) ->
     mean, std = (images.new_tensor(values)[:, None, None] for values in (normalization.mean, normalization.std))
     sizes = image_sizes.tolist()
     return [(image[:, :h, :w] * std + mean).float().clamp(0, 1) for image, (h, w) in zip(images, sizes)]
+
+
+def corners(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Normalised cxcywh [K, 4] -> xyxy in pixels."""
+    center, size = boxes.float().split(2, dim=1)
+    return torch.cat([center - size / 2, center + size / 2], 1) * boxes.new_tensor([width, height, width, height])
 
 
 def levels_of(output: Any) -> list[Tensor]:
@@ -129,47 +136,35 @@ class _Reached(Exception):
         self.output = output
 
 
-def _stop(module: nn.Module, args: Any, output: Any) -> None:
+def _stop_after(module: nn.Module, args: Any, output: Any) -> None:
     raise _Reached(output)
+
+
+def _stop_before(module: nn.Module, args: Any) -> None:
+    raise _Reached(args[0])
 
 
 def features_until(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
     """images -> what `part` gives in the module's forward pass, which ends there."""
-
-    def features(images: Tensor) -> Any:
-        handle = part.register_forward_hook(_stop)
-        try:
-            module(images)
-        except _Reached as reached:
-            return reached.output
-        finally:
-            handle.remove()
-        raise ValueError(
-            f"Teacher: the forward pass of {type(module).__name__} must run {type(part).__name__}, it did not; name "
-            "the part that makes the pyramid"
-        )
-
-    return features
+    return functools.partial(_run_to, module, part, part.register_forward_hook, _stop_after)
 
 
-def pick_teacher(teacher: nn.Module | Teacher | None, num_classes: int) -> Teacher | None:
-    """A detector of any known package as `Teacher`, with a warning where it knows other classes."""
-    if teacher is None or isinstance(teacher, Teacher):
-        return teacher
-    if hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
-        from fastkd.integrations.torchvision import torchvision_teacher
+def features_before(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
+    """images -> what `part` is given in the module's forward pass, which ends there."""
+    return functools.partial(_run_to, module, part, part.register_forward_pre_hook, _stop_before)
 
-        picked = torchvision_teacher(teacher, num_classes)
-    elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
-        from fastkd.integrations.transformers import transformers_teacher
 
-        picked = transformers_teacher(teacher)
-    else:
-        picked = Teacher(teacher)
-    if picked.num_classes not in (None, num_classes):
-        warnings.warn(
-            f"fastkd: the teacher knows {picked.num_classes} classes, the student {num_classes}; a teacher teaches "
-            "best on the same classes. kd.report() says whether it finds the objects of a batch",
-            stacklevel=3,
-        )
-    return picked
+def _run_to(
+    module: nn.Module, part: nn.Module, register: Callable[..., Any], stop: Callable[..., None], images: Tensor
+) -> Any:
+    handle = register(stop)
+    try:
+        module(images)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        handle.remove()
+    raise ValueError(
+        f"Teacher: the forward pass of {type(module).__name__} must run {type(part).__name__}, it did not; name the "
+        "part that makes the pyramid"
+    )

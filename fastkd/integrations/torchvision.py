@@ -7,7 +7,7 @@ kd.step()               # after optimizer.step()
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -18,8 +18,9 @@ from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment
+from fastkd.integrations.known_teachers import has_background, image_normalization, output_classes, pick_teacher
 from fastkd.integrations.priors import measure_priors
-from fastkd.integrations.teachers import Normalization, Teacher, pick_teacher
+from fastkd.integrations.teachers import Teacher
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -72,7 +73,7 @@ class TorchvisionAttachment(Attachment):
     """
 
     def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None, first_label: int):
-        super().__init__(model, distillation, teacher, _normalization(model))
+        super().__init__(model, distillation, teacher, image_normalization(model))
         self.first_label = first_label
         self._inputs: Any = None
         self._features: Any = None
@@ -131,34 +132,6 @@ class _ReplayTransform(Replay):
         return result
 
 
-def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> Teacher:
-    """A torchvision detector as teacher: only its backbone runs.
-
-    Args:
-        teacher: the detector.
-        num_classes: object classes of the data, which tell whether its labels begin at 0 or 1; None = the teacher's.
-    """
-    first_label = 1 if _has_background(teacher) or output_classes(teacher) == (num_classes or 0) + 1 else 0
-    return Teacher(
-        teacher,
-        teacher.backbone,
-        normalization=_normalization(teacher),
-        detect=_Detect(teacher, first_label),
-        num_classes=output_classes(teacher) - first_label,
-    )
-
-
-class _Detect:
-    """A teacher's detections on images in [0, 1]: boxes, labels from 0 and scores of each."""
-
-    def __init__(self, teacher: nn.Module, first_label: int):
-        self.teacher, self.first_label = teacher, first_label
-
-    def __call__(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = self.teacher(list(images))
-        return [(result["boxes"], result["labels"] - self.first_label, result["scores"]) for result in found]
-
-
 def priors_of_loader(loader: Iterable[Any], num_classes: int, first_label: int) -> ClassPriors:
     """Class priors from a loader of (images, targets) in torchvision's format; reads it once."""
     triples = (
@@ -169,22 +142,9 @@ def priors_of_loader(loader: Iterable[Any], num_classes: int, first_label: int) 
     return measure_priors(triples, num_classes, first_label=first_label)
 
 
-def output_classes(model: nn.Module) -> int:
-    """Classes of the classifier, a background included."""
-    if hasattr(model, "roi_heads"):
-        return int(model.roi_heads.box_predictor.cls_score.out_features)
-    head = model.head.classification_head
-    return int(head.num_columns if hasattr(head, "num_columns") else head.num_classes)
-
-
-def _has_background(model: nn.Module) -> bool:
-    """Whether class 0 of the classifier is the background: two-stage detectors and SSD."""
-    return hasattr(model, "roi_heads") or hasattr(model.head.classification_head, "num_columns")
-
-
 def _classes(model: nn.Module, num_classes: int | None) -> tuple[int, int]:
     """Object classes and the label of the first."""
-    outputs, background = output_classes(model), _has_background(model)
+    outputs, background = output_classes(model), has_background(model)
     if num_classes is None:
         return (outputs - 1, 1) if background else (outputs, 0)
     if num_classes == outputs - 1:
@@ -201,10 +161,6 @@ def _anchors(model: nn.Module) -> list[Tensor] | None:
     """The anchors of the cell at the origin, level by level, or None if the model has default boxes of another kind."""
     generator = model.rpn.anchor_generator if hasattr(model, "rpn") else model.anchor_generator
     return [anchors.clone() for anchors in generator.cell_anchors] if hasattr(generator, "cell_anchors") else None
-
-
-def _normalization(model: nn.Module) -> Normalization:
-    return Normalization(tuple(model.transform.image_mean), tuple(model.transform.image_std))
 
 
 def _check_attach_points(model: nn.Module) -> None:

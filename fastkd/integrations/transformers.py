@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -19,7 +18,8 @@ from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment
-from fastkd.integrations.teachers import Normalization, Teacher, features_until, pick_teacher
+from fastkd.integrations.known_teachers import normalization_of, pick_teacher
+from fastkd.integrations.teachers import Normalization, Teacher, corners
 from fastkd.integrations.traces import unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -151,29 +151,6 @@ class DistillationCallback(transformers.TrainerCallback):
 
     def _path(self, args: Any, state: Any) -> str:
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE_NAME)
-
-
-def corners(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Normalised cxcywh [K, 4] -> xyxy in pixels."""
-    center, size = boxes.float().split(2, dim=1)
-    return torch.cat([center - size / 2, center + size / 2], 1) * boxes.new_tensor([width, height, width, height])
-
-
-def normalization_of(processor: Any) -> Normalization:
-    """How an image processor normalises; nothing without one."""
-    if processor is None or not getattr(processor, "do_normalize", False):
-        return Normalization()
-    return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
-
-
-def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
-    """A detector of this package as teacher: its forward pass ends behind the encoder."""
-    return Teacher(
-        teacher,
-        features_until(teacher, teacher.model.encoder),
-        normalization=normalization_of(processor),
-        num_classes=teacher.config.num_labels,
-    )
 
 
 def _check_attach_points(model: nn.Module) -> None:

@@ -15,8 +15,12 @@ from fastkd.distillers import ICD, LGD
 from fastkd.integrations.torchvision import attach, priors_of_loader
 from fastkd.types import ClassPriors
 
-METHODS = {"icd": "icd_distill", "lgd": "lgd_distill", "fgfi": "fgfi_imitation"}
-CASES = [(name, method) for name in NAMES for method in METHODS if not (method == "fgfi" and name.startswith("ssd"))]
+METHODS = {
+    "icd": "icd_distill", "lgd": "lgd_distill", "fgfi": "fgfi_imitation", "pkd": "pkd_distill", "cwd": "cwd_distill",
+}  # fmt: skip
+CASES = [(name, method) for name in NAMES for method in ("icd", "lgd")]
+CASES += [(name, "fgfi") for name in ("retinanet", "fcos", "faster-rcnn")]  # SSD has no anchors of one cell
+CASES += [(name, method) for name in ("retinanet", "ssdlite") for method in ("pkd", "cwd")]
 
 
 def teacher_of(name, seed=1):
@@ -347,7 +351,7 @@ class TestBadInput:
             attach(nn.Linear(1, 1), "lgd")
 
     def test_unknown_methods(self):
-        with pytest.raises(ValueError, match=r"method must be one of .*'fgfi', 'icd', 'lgd'"):
+        with pytest.raises(ValueError, match=r"method must be one of .*'fgfi', 'icd', 'lgd', 'pkd'"):
             attach(detector("retinanet"), "idc")
         with pytest.raises(TypeError, match="method must be a name or a Distiller, got Linear"):
             attach(detector("retinanet"), nn.Linear(1, 1))

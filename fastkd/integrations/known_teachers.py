@@ -1,0 +1,109 @@
+"""Teachers of the packages that we know, told by their parts, so that none of these packages is imported."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.integrations.teachers import Normalization, Teacher, features_before, features_until
+
+
+def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
+    """A detector of any known package as `Teacher`, with a warning where it knows other classes.
+
+    Args:
+        teacher: of torchvision, transformers or Ultralytics, another module, a `Teacher` or None.
+        num_classes: object classes of the data.
+    """
+    if teacher is None:
+        return None
+    if isinstance(teacher, Teacher):
+        picked = teacher
+    elif hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
+        picked = torchvision_teacher(teacher, num_classes)
+    elif hasattr(teacher, "yaml") or hasattr(getattr(teacher, "model", None), "yaml"):
+        picked = ultralytics_teacher(teacher)
+    elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
+        picked = transformers_teacher(teacher)
+    else:
+        picked = Teacher(teacher)
+    if picked.num_classes not in (None, num_classes):
+        warnings.warn(
+            f"fastkd: the teacher knows {picked.num_classes} classes, the student {num_classes}; a teacher teaches "
+            "best on the same classes. kd.report() says whether it finds the objects of a batch",
+            stacklevel=3,
+        )
+    return picked
+
+
+def output_classes(model: nn.Module) -> int:
+    """Classes of the classifier, a background included."""
+    if hasattr(model, "roi_heads"):
+        return int(model.roi_heads.box_predictor.cls_score.out_features)
+    head = model.head.classification_head
+    return int(head.num_columns if hasattr(head, "num_columns") else head.num_classes)
+
+
+def has_background(model: nn.Module) -> bool:
+    """Whether class 0 of the classifier is the background: two-stage detectors and SSD."""
+    return hasattr(model, "roi_heads") or hasattr(model.head.classification_head, "num_columns")
+
+
+def image_normalization(model: nn.Module) -> Normalization:
+    return Normalization(tuple(model.transform.image_mean), tuple(model.transform.image_std))
+
+
+def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> Teacher:
+    """A torchvision detector as teacher: only its backbone runs.
+
+    Args:
+        teacher: the detector.
+        num_classes: object classes of the data, which tell whether its labels begin at 0 or 1; None = the teacher's.
+    """
+    first_label = 1 if has_background(teacher) or output_classes(teacher) == (num_classes or 0) + 1 else 0
+    return Teacher(
+        teacher,
+        teacher.backbone,
+        normalization=image_normalization(teacher),
+        detect=_Detect(teacher, first_label),
+        num_classes=output_classes(teacher) - first_label,
+    )
+
+
+class _Detect:
+    """A teacher's detections on images in [0, 1]: boxes, labels from 0 and scores of each."""
+
+    def __init__(self, teacher: nn.Module, first_label: int):
+        self.teacher, self.first_label = teacher, first_label
+
+    def __call__(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self.teacher(list(images))
+        return [(result["boxes"], result["labels"] - self.first_label, result["scores"]) for result in found]
+
+
+def normalization_of(processor: Any) -> Normalization:
+    """How an image processor normalises; nothing without one."""
+    if processor is None or not getattr(processor, "do_normalize", False):
+        return Normalization()
+    return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
+
+
+def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
+    """A detector of this package as teacher: its forward pass ends behind the encoder."""
+    return Teacher(
+        teacher,
+        features_until(teacher, teacher.model.encoder),
+        normalization=normalization_of(processor),
+        num_classes=teacher.config.num_labels,
+    )
+
+
+def ultralytics_teacher(teacher: Any) -> Teacher:
+    """A YOLO, or its network, as teacher: its forward pass ends before the head."""
+    network = teacher if hasattr(teacher, "yaml") else teacher.model
+    network.float().eval()  # YOLO hands out networks in train mode
+    head = network.model[-1]
+    return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)

@@ -1,0 +1,214 @@
+"""Ultralytics' YOLO (v8, 11, 26 and relatives) through a trainer class; the network itself is not touched.
+
+    kd = attach(model, method="icd", teacher=YOLO("teacher.pt"))       # model = YOLO("yolo11n.yaml")
+    model.train(data="data.yaml", trainer=kd.trainer)
+
+Ultralytics is licensed under AGPL-3.0; this file imports it when you import this file.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO, __version__
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from fastkd.distillers.protocol import Distiller
+from fastkd.integrations.attachment import Distillation, HostStep
+from fastkd.integrations.batches import image_seeds, make_batch
+from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.host import Attachment, State
+from fastkd.integrations.known_teachers import pick_teacher
+from fastkd.integrations.teachers import Normalization, Teacher, corners
+from fastkd.integrations.traces import unrecorded_statistics
+from fastkd.types import ClassPriors
+
+FILE_NAME = "fastkd.pt"
+
+
+def attach(
+    model: YOLO | None = None,
+    method: str | Distiller = "icd",
+    *,
+    teacher: YOLO | nn.Module | Teacher | None = None,
+    num_classes: int | None = None,
+    priors: ClassPriors | None = None,
+    **settings: Any,
+) -> YoloDistillation:
+    """A distillation whose `trainer` goes into `YOLO.train(trainer=...)`.
+
+    Args:
+        model: the student; looked at only to refuse other tasks than detection.
+        method: "icd", "lgd" or a `Distiller`.
+        teacher: a trained YOLO, a detector of torchvision or transformers, or any module in a `Teacher`.
+        num_classes: object classes; None = those of the data.
+        priors: for ICD; None measures them from the first batches.
+        **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
+    Raises: ValueError if the model is for another task.
+    """
+    task = getattr(model, "task", "detect")
+    if task != "detect":
+        raise ValueError(f"attach: model must be a YOLO for detection, got one for {task!r}; use a detection model")
+    return YoloDistillation(method, teacher, num_classes, {"priors": priors, **settings})
+
+
+class YoloDistillation:
+    """The settings of a distillation, and its attachment once a trainer has built the network.
+
+    Args:
+        method, teacher, num_classes: as of `attach`.
+        settings: of `Distillation`.
+    """
+
+    def __init__(self, method: str | Distiller, teacher: Any, num_classes: int | None, settings: dict[str, Any]):
+        self.method, self.teacher, self.num_classes, self.settings = method, teacher, num_classes, settings
+        self.attachment: YoloAttachment | None = None
+
+    @property
+    def trainer(self) -> type[DistillationTrainer]:
+        """A trainer class for `YOLO.train(trainer=...)`."""
+        return type("DistillationTrainer", (DistillationTrainer,), {"distillation": self})
+
+    def start(self, model: nn.Module, num_classes: int) -> YoloAttachment:
+        """Attaches to the network that a trainer has built for data of so many classes."""
+        if self.num_classes not in (None, num_classes):
+            raise ValueError(
+                f"attach: num_classes must be that of the data, {num_classes}, got {self.num_classes}; leave it out"
+            )
+        distillation = Distillation(self.method, num_classes=num_classes, **self.settings)
+        self.attachment = YoloAttachment(model, distillation, pick_teacher(self.teacher, num_classes))
+        return self.attachment
+
+    @property
+    def state(self) -> State | None:
+        """Where the attachment stands, None before training."""
+        return self.attachment and self.attachment.state
+
+    def report(self) -> str:
+        """What the losses do, see `Attachment.report`."""
+        return self.attachment.report() if self.attachment else "fastkd: training has not begun."
+
+
+class YoloAttachment(Attachment):
+    """Hooks before and after the network and before its head; see `attach`.
+
+    The network's losses are sums over the batch, so those of the method are multiplied by its size.
+    """
+
+    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+        _check_attach_points(model)
+        super().__init__(model, distillation, teacher, Normalization())
+        self._batch: dict[str, Any] | None = None
+        self._levels: list[Tensor] | None = None
+        self.pre_hook(model, self._keep_batch)
+        self.pre_hook(model.model[-1], self._keep_levels)
+        self.hook(model, self._add_losses)
+
+    def _keep_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = args[0] if args else None
+        self._batch, self._levels = (given if self.active and isinstance(given, dict) else None), None
+
+    def _keep_levels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._batch is not None:
+            self._levels = list(args[0])
+
+    def _add_losses(self, module: nn.Module, args: Any, output: Any) -> Any:
+        batch, levels, self._batch, self._levels = self._batch, self._levels, None, None
+        if batch is None or levels is None:
+            return None
+        loss, items = output
+        images = len(batch["img"])
+        losses = self.distil(batch["img"].device, lambda: self._host_step(batch, levels))
+        if not losses:
+            names = getattr(self.distillation, "names", [])
+            return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in names}}
+        self.distillation.names = list(losses)
+        total = sum(losses.values()) * images
+        return torch.cat([loss.flatten(), total.view(1).to(loss)]), {**items, **self.losses}
+
+    def _host_step(self, batch: dict[str, Any], levels: list[Tensor]) -> HostStep:
+        images = batch["img"]
+        height, width = images.shape[-2:]
+        index = batch["batch_idx"].view(-1).cpu()
+        members = [torch.nonzero(index == image).view(-1).to(images.device) for image in range(len(images))]
+        boxes, labels = corners(batch["bboxes"].to(images.device), height, width), batch["cls"].view(-1)
+        distillation = self.distillation
+        made = make_batch(
+            images,
+            [(height, width)] * len(images),
+            [boxes[own] for own in members],
+            [labels.to(images.device)[own] for own in members],
+            num_classes=distillation.facts.num_classes,
+            seeds=image_seeds(distillation.seed, distillation.computed, len(images)),
+            check=self.check_values(images.device),
+        )
+
+        def rerun(others: list[Tensor]) -> dict[str, Tensor]:
+            """The head and criterion on other levels, mean over the images."""
+            with unrecorded_statistics(self.model):
+                loss, _ = self.model.criterion(self.model.model[-1].forward(list(others)), batch)
+            return {"loss": loss.sum() / len(images)}
+
+        return HostStep(made, levels, self.pyramid_of_teacher(images, made.image_sizes), rerun)
+
+
+class DistillationTrainer(DetectionTrainer):
+    """Ultralytics' trainer with a distillation attached to its network.
+
+    For several GPUs, which import the trainer by its name, subclass it in a module of yours and set `distillation`.
+    """
+
+    distillation: YoloDistillation = YoloDistillation("lgd", None, None, {})
+
+    def setup_model(self) -> Any:
+        """Attaches to the plain network, before it is compiled, wrapped and copied."""
+        if self.args.compile:
+            raise ValueError("fastkd: compile must be False to distil in Ultralytics, got True; pass compile=False")
+        checkpoint = super().setup_model()
+        self.distillation.start(self.model, self.data["nc"])
+        return checkpoint
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Takes the run's length, and the checkpoint beside last.pt if the run is resumed."""
+        super().resume_training(ckpt)
+        attachment, path = self._attachment(), Path(self.wdir) / FILE_NAME
+        steps = math.ceil(len(self.train_loader) / max(self.accumulate, 1))
+        attachment.distillation.total_steps = steps * self.epochs
+        if ckpt is not None and self.resume and path.exists():
+            attachment.load(path)
+
+    def optimizer_step(self) -> None:
+        """The method's modules after the network."""
+        super().optimizer_step()
+        self._attachment().step()
+
+    def save_model(self) -> Any:
+        """Writes fastkd.pt beside last.pt."""
+        saved = super().save_model()
+        self._attachment().save(Path(self.wdir) / FILE_NAME)
+        return saved
+
+    def final_eval(self) -> None:
+        """Detaches first: what is evaluated is the plain network."""
+        self._attachment().detach()
+        super().final_eval()
+
+    def _attachment(self) -> YoloAttachment:
+        attachment = self.distillation.attachment
+        assert attachment is not None  # made by setup_model
+        return attachment
+
+
+def _check_attach_points(model: nn.Module) -> None:
+    """Raises TypeError unless the network has the parts that the attachment needs."""
+    check_plain(model)
+    layers = getattr(model, "model", None)
+    if not isinstance(layers, nn.Sequential) or not hasattr(layers[-1], "forward_head"):
+        raise TypeError(
+            f"attach: model must be an Ultralytics detection network, got {type(model).__name__} "
+            f"(ultralytics {__version__}); use fastkd.integrations.HostStep for others"
+        )

@@ -1,0 +1,142 @@
+"""The mmdetection adapter: held to the calls of mmdetection 3's detectors, on stand-ins with their interface.
+
+The stand-ins copy the order of calls in `BaseDetector.forward` and `SingleStageDetector.loss`. Where mmdetection and
+mmcv's ops can be imported, the last test runs its own RetinaNet.
+"""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torchvision_cases import CLASSES, BasicNet, fpn
+
+from fastkd.integrations.mmdetection import attach
+
+
+class Neck(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.inner = fpn(dense=True, channels=channels)
+
+    def forward(self, images):
+        return tuple(self.inner(images).values())
+
+
+class Detector(nn.Module):
+    """Order of calls, argument and attribute names as in mmdetection's SingleStageDetector."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.backbone, self.neck = nn.Identity(), Neck(channels)
+        self.bbox_head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, CLASSES, 1))
+        self.bbox_head.num_classes = CLASSES
+        self.data_preprocessor = nn.Module()
+        for name, value in (("mean", 120.0), ("std", 57.0)):
+            self.data_preprocessor.register_buffer(name, torch.full((3, 1, 1), value), False)
+
+    def extract_feat(self, inputs):
+        return self.neck(self.backbone(inputs))
+
+    def loss(self, inputs, data_samples):
+        scores = [self.bbox_head(level) for level in self.extract_feat(inputs)]
+        return {"loss_cls": [score.square().mean() for score in scores], "acc": scores[0].detach().mean()}
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        return self.loss(inputs, data_samples) if mode == "loss" else self.extract_feat(inputs)
+
+
+def data():
+    samples = []
+    for index, shape in enumerate(((64, 96), (48, 64))):
+        boxes = torch.tensor([[4.0, 4, 30, 40], [10, 8, 60, 44]])[: index + 1]
+        if index:  # mmdetection's own box type
+            boxes = types.SimpleNamespace(tensor=boxes)
+        instances = types.SimpleNamespace(bboxes=boxes, labels=torch.arange(index + 1))
+        samples.append(types.SimpleNamespace(gt_instances=instances, img_shape=shape))
+    return {"inputs": torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)), "data_samples": samples}
+
+
+def attached(method):
+    torch.manual_seed(0)
+    model = Detector().train()
+    teacher = None if method == "lgd" else Detector(24).eval()
+    return model, attach(model, method, teacher=teacher, num_classes=CLASSES, detach_steps=0)
+
+
+@pytest.mark.parametrize("method", ["icd", "lgd"])
+def test_losses_join_and_the_second_pass_leaves_no_trace(method):
+    model, kd = attached(method)
+    losses = model(**data(), mode="loss")
+    torch.manual_seed(0)
+    plain = Detector().train()
+    assert torch.equal(torch.stack(plain(**data(), mode="loss")["loss_cls"]), torch.stack(losses["loss_cls"]))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert "extract_feat" not in vars(model)
+    own = [name for name in losses if name.startswith(method)]
+    assert all("loss" in name for name in own) and ("lgd_loss_cls" in own) == (method == "lgd")
+    losses[f"{method}_distill_loss"].backward(retain_graph=True)
+    assert any(p.grad is not None and p.grad.any() for p in model.neck.parameters())
+    batch = kd.distillation.probe.batch
+    assert batch.image_sizes.tolist() == [[64, 96], [48, 64]] and batch.labels.tolist() == [0, 0, 1]
+    assert isinstance(model(data()["inputs"]), tuple)  # mode="tensor"
+    kd.detach()
+    assert set(model(**data(), mode="loss")) == {"loss_cls", "acc"}
+
+
+def test_the_hook_steps_saves_and_resumes(monkeypatch):
+    module = types.ModuleType("mmengine.hooks")
+    module.Hook = type("Hook", (), {})
+    monkeypatch.setitem(sys.modules, "mmengine.hooks", module)
+    model, kd = attached("icd")
+    hook, updates = kd.callback, iter([False, True])
+    wrapper = types.SimpleNamespace(should_update=lambda: next(updates))
+    runner, checkpoint = types.SimpleNamespace(max_iters=4, optim_wrapper=wrapper), {"state_dict": {}}
+    hook.before_train(runner)
+    for index in range(2):  # two batches, one update
+        losses = model(**data(), mode="loss")
+        losses["icd_localisation_loss"].backward()
+        hook.after_train_iter(runner, index)
+    assert kd.state.steps == 1 and kd.distillation.total_steps == 4
+    hook.before_save_checkpoint(runner, checkpoint)
+    assert not checkpoint["state_dict"]
+    _, again = attached("icd")
+    again.callback.after_load_checkpoint(runner, checkpoint)
+    assert again.state.steps == 1
+    again.callback.after_load_checkpoint(runner, {"state_dict": {}})  # of a run without distillation
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="must be an mmdetection detector, got BasicNet without extract_feat"):
+        attach(BasicNet(), "lgd")
+    model = Detector()
+    model.bbox_head.num_classes = None
+    with pytest.raises(ValueError, match="num_classes must be given"):
+        attach(model, "lgd")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mmdet") is None or importlib.util.find_spec("mmcv._ext") is None,
+    reason="mmdetection with mmcv's ops is not installed",
+)
+def test_its_own_retinanet():
+    from mmdet.apis import init_detector
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    model = init_detector("retinanet_r18_fpn_1x_coco", device="cpu").train()
+    kd = attach(model, "lgd", detach_steps=0)
+    given = data()
+    samples = []
+    for sample in given["data_samples"]:
+        boxes = getattr(sample.gt_instances.bboxes, "tensor", sample.gt_instances.bboxes)
+        own = DetDataSample(metainfo={"img_shape": sample.img_shape, "batch_input_shape": (64, 96)})
+        own.gt_instances = InstanceData(bboxes=boxes, labels=sample.gt_instances.labels)
+        samples.append(own)
+    losses = model(given["inputs"], samples, mode="loss")
+    losses["lgd_distill_loss"].backward()
+    kd.step()
+    assert losses["lgd_distill_loss"].isfinite()

@@ -1,0 +1,154 @@
+"""Distillation inside transformers: RT-DETR, RT-DETRv2 and D-FINE, the stock Trainer and a loop of one's own."""
+
+import pytest
+import torch
+from torchvision_cases import detector
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hosts])")
+
+from fastkd.integrations.transformers import attach  # noqa: E402
+
+CLASSES = 5
+KINDS = ["RTDetr", "RTDetrV2", "DFine"]
+
+
+def model_of(kind="RTDetr", *, width=32, seed=0, classes=CLASSES):
+    """A small random detector with a pyramid of /8, /16, /32."""
+    torch.manual_seed(seed)
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    shared = {
+        "backbone_config": backbone, "encoder_in_channels": [16, 24, 32], "encoder_hidden_dim": width,
+        "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "d_model": 32, "decoder_in_channels": [width] * 3,
+        "decoder_ffn_dim": 32, "decoder_attention_heads": 2, "decoder_layers": 2, "num_queries": 20,
+        "num_denoising": 4, "num_labels": classes, "hidden_expansion": 0.5,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**shared)
+    return getattr(transformers, f"{kind}ForObjectDetection")(config)
+
+
+def batch(counts=(2, 1), size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for count in counts:
+        center, wh = (torch.rand(count, 2, generator=generator) for _ in range(2))
+        boxes = torch.cat([0.3 + 0.4 * center, 0.2 + 0.3 * wh], 1)
+        labels.append({"class_labels": torch.randint(CLASSES, (count,), generator=generator), "boxes": boxes})
+    return {"pixel_values": torch.rand(len(counts), 3, size, size, generator=generator), "labels": labels}
+
+
+def attached(kind="RTDetr", method="icd", **options):
+    model = model_of(kind).train()
+    teacher = None if method == "lgd" else model_of(kind, width=48, seed=1).eval()
+    return model, attach(model, method, teacher=teacher, num_classes=CLASSES, **{"detach_steps": 0} | options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["icd", "lgd"])
+def test_losses_join_and_reach_the_backbone(kind, method):
+    model, kd = attached(kind, method)
+    torch.manual_seed(3)
+    output = model(**batch())
+    own = {name: value for name, value in output.loss_dict.items() if name.startswith(f"{method}_")}
+    assert f"{method}_distill" in own and all(value.isfinite() for value in own.values())
+    if method == "lgd":
+        assert "lgd_loss" in own
+    plain = model_of(kind).train()
+    torch.manual_seed(3)
+    torch.testing.assert_close(output.loss, plain(**batch()).loss + sum(own.values()))
+    own[f"{method}_distill"].backward(retain_graph=True)
+    assert any(p.grad is not None and p.grad.any() for p in model.model.backbone.parameters())
+    kd.step()
+    for key, value in plain.state_dict().items():  # the second pass leaves no trace in the statistics
+        assert torch.equal(value, model.state_dict()[key]), key
+    kd.detach()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert not any(name.startswith(method) for name in model(**batch()).loss_dict)
+
+
+def test_no_distillation_without_labels_or_training():
+    model, kd = attached()
+    model(pixel_values=batch()["pixel_values"])
+    with torch.no_grad():
+        model(**batch())
+    model.eval()(**batch())
+    assert kd.state.computed == 0
+
+
+def test_a_torchvision_detector_teaches():
+    """Another architecture and normalisation; the strides /8, /16, /32 have partners."""
+    model = model_of().train()
+    kd = attach(model, "icd", teacher=detector("retinanet", channels=64).eval(), num_classes=CLASSES, detach_steps=0)
+    model(**batch()).loss.backward()
+    assert kd.distillation.network.spec.pairs == ((0, 0), (1, 1), (2, 2))
+    assert kd.teacher.normalization != kd.normalization
+    assert "the teacher finds 0 of the 3 objects" in kd.report()
+
+
+def test_pixel_mask_gives_the_size_of_an_image():
+    model, kd = attached()
+    mask = torch.ones(2, 64, 64, dtype=torch.int64)
+    mask[1, 48:], mask[1, :, 40:] = 0, 0
+    model(**batch(), pixel_mask=mask)
+    assert kd.distillation.probe.batch.image_sizes.tolist() == [[64, 64], [48, 40]]
+
+
+def test_autocast_and_a_loop_of_ones_own():
+    model, kd = attached(total_steps=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    for step in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch(seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kd.step()
+    assert loss.isfinite() and kd.state.steps == 2
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        both = batch((1,), seed=index)
+        return {"pixel_values": both["pixel_values"][0], "labels": both["labels"][0]}
+
+
+def collate(items):
+    return {"pixel_values": torch.stack([i["pixel_values"] for i in items]), "labels": [i["labels"] for i in items]}
+
+
+def trainer_of(model, kd, folder, **options):
+    arguments = transformers.TrainingArguments(
+        folder, per_device_train_batch_size=2, max_steps=4, logging_steps=1, save_steps=2, report_to=[],
+        gradient_accumulation_steps=2, disable_tqdm=True, remove_unused_columns=False, use_cpu=True, **options,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model, arguments, train_dataset=Data(), data_collator=collate, callbacks=[kd.callback] if kd else None
+    )
+
+
+def test_the_stock_trainer_steps_logs_saves_and_resumes(tmp_path):
+    model, kd = attached()
+    trainer = trainer_of(model, kd, tmp_path)
+    trainer.train()
+    assert kd.state.steps == 4 and kd.distillation.total_steps == 4 and kd.state.computed == 8
+    assert all("fastkd/icd_distill" in entry for entry in trainer.state.log_history if "loss" in entry)
+    assert type(model).from_pretrained(tmp_path / "checkpoint-4").state_dict().keys() == model.state_dict().keys()
+    again, again_kd = attached()
+    trainer_of(again, again_kd, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again_kd.state.steps == 4
+    for mine, theirs in zip(kd.distillation.network.parameters(), again_kd.distillation.network.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match=r"must be RT-DETR, RT-DETRv2 or D-FINE.*got Linear"):
+        attach(torch.nn.Linear(1, 1), "lgd")
+    with pytest.raises(ValueError, match="must be the labels of the model, 5, got 7"):
+        attach(model_of(), "lgd", num_classes=7)
+    with pytest.warns(UserWarning, match="the teacher knows 7 classes, the student 5"):
+        attach(model_of(), "icd", teacher=model_of(classes=7).eval())
