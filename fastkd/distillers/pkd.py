@@ -28,7 +28,7 @@ def standardise(level: Tensor) -> Tensor:
 class PKD(Distiller):
     """Distillation by the Pearson correlation of features: magnitudes of features do not matter, patterns do.
 
-    loss = weight * mean over levels of 1/2 * mean over images, channels and cells of (s - t)^2, s and t the
+    loss = weight * sum over levels of 1/2 * mean over images, channels and cells of (s - t)^2, s and t the
     standardised student and teacher; that is 1 minus their correlation, averaged over channels. Statistics are of this
     process's images.
 
@@ -36,7 +36,7 @@ class PKD(Distiller):
         channels: of the student's pyramid.
         teacher_channels: of the teacher's pyramid; None = as the student's. Where they differ, a 1x1 convolution shared
             by all levels adapts the student.
-        weight: of the loss (published: 6 on each of four levels, whose losses are summed).
+        weight: of each level's loss (published: 6, on the four finest levels).
     Source: methods 6.
     """
 
@@ -80,4 +80,4 @@ class PKD(Distiller):
         for level, target in zip(student, teacher, strict=True):
             adapted = self.adapter(level.detach() if detach_student else level)
             losses.append(F.mse_loss(standardise(adapted), standardise(target.detach())) / 2)
-        return Distilled({"pkd_distill": self.weight * torch.stack(losses).mean()})
+        return Distilled({"pkd_distill": self.weight * torch.stack(losses).sum()})

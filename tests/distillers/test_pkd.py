@@ -22,7 +22,7 @@ def transcription(module, student, teacher):
                 sides.append((values - values.mean()) / (std + 1e-6))
             errors.append((sides[0] - sides[1]).square().mean())
         total = total + torch.stack(errors).mean() / 2
-    return module.weight * total / len(student)
+    return module.weight * total
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,7 +42,7 @@ def test_pkd_sees_patterns_and_not_magnitudes():
     (loss,) = module([3 * level + 5 for level in teacher], batch, teacher).losses.values()
     assert loss < 1e-9
     (loss,) = module([-level for level in teacher[:3]], batch, teacher[:3]).losses.values()
-    expected = 6 / 3 * sum(2 * (1 - 1 / level[:, 0].numel()) for level in teacher[:3])  # 1 - correlation, unbiased
+    expected = 6 * sum(2 * (1 - 1 / level[:, 0].numel()) for level in teacher[:3])  # 1 - correlation, unbiased
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert module(student, batch, teacher, detach_student=True).losses["pkd_distill"].requires_grad is False
 

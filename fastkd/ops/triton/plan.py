@@ -187,9 +187,7 @@ def _cut(sizes, biases, tile, most_rows, device) -> Parts:
         tops = range(0, height, rows) if height and width else ()
         lefts = range(0, width, tile[1]) if height and width else ()
         last = (height, width, *steps, height * width, *begins)
-        entries += [
-            (level, x, y, min(y + rows, height), *last, number) for x in lefts for number, y in enumerate(tops)
-        ]
+        entries += [(level, x, y, min(y + rows, height), *last, number) for x in lefts for number, y in enumerate(tops)]
         first.append(len(entries))
         strips.append(len(lefts))
         chunks.append(len(tops))

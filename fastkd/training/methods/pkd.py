@@ -14,7 +14,7 @@ class PKDConfig(FeatureMethod):
     """Distillation by the Pearson correlation: the student's features imitate the teacher's, both standardised.
 
     Args:
-        weight: of the loss, a mean over levels; the COCO recipes are published with 6 on each of four levels.
+        weight: of each level's loss; the COCO recipes are published with 6, on the four finest levels.
         final_fraction: last part of the run without distillation.
     """
 

@@ -159,6 +159,8 @@ def _inherits(method_name: str, setup: Setup | None) -> bool:
     return method_name == "inherit" or (setup is not None and setup.inherit)
 
 
+def _needs_teacher(method_name: str, setup: Setup | None) -> bool:
+    return _inherits(method_name, setup) or (setup is not None and setup.method.needs_teacher)
 
 
 def _scenes_teacher(detector_name: str) -> str:
