@@ -140,7 +140,7 @@ class Distillation:
         self.computed, self.computed_since_step = self.computed + 1, self.computed_since_step + 1
         self._warn_if_forgotten()
         if self.probe.due(self.computed):
-            self.probe.measure(losses, student, step, network.spec)
+            self.probe.measure(self.computed, losses, student, step)
         return self.optimizer.watch(losses) if self.optimizer else losses
 
     def step(self) -> None:
