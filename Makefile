@@ -15,7 +15,7 @@
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 #   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
 #                       it takes the interpreter at hand; DEVICE=cpu rehearses it at toy sizes
-#   make stack          the oldest torch and Triton we support, in an environment of its own (downloads)
+#   make stack          an older torch and its Triton (STACK), in an environment of its own (downloads)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -113,6 +113,21 @@ DEVICE ?= cuda
 .PHONY: gpu-check
 gpu-check: $(if $(filter none,$(VENV)),,build)
 	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check --device $(DEVICE) --out $(OUT)
+
+# An older torch and its Triton, in an environment of its own: the CPU library is built anew, the tests of ops pass, and
+# the Triton kernels are compiled and read back.
+STACK ?= torch==2.11.0 torchvision==0.26.0
+.PHONY: stack
+stack: $(STAMPS)/dependencies
+	rm -rf build/stack && mkdir -p build/stack
+	git archive HEAD | tar -x -C build/stack
+	$(PYTHON) -m venv build/stack/venv
+	build/stack/venv/bin/python -m pip install --quiet $(STACK) -r $(STAMPS)/requirements.txt
+	cd build/stack && FASTKD_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
+	cd build/stack && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/ops \
+	--ignore-glob="tests/ops/*_cuda.py" --ignore-glob="tests/ops/test_simt*" --ignore=tests/ops/test_launch_checks.py \
+	--ignore=tests/ops/test_planted_bugs.py
+	cd build/stack && venv/bin/python -m benchmarks.gpu.triton_report
 
 demo: build
 	$(BIN)/fastkd demo

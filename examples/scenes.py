@@ -24,9 +24,7 @@ class Scenes(torch.utils.data.Dataset):
         first_label: the label of the first class (1 where 0 is the background).
     """
 
-    def __init__(
-        self, root: str | Path, split: str = "train", *, train: int = 64, val: int = 16, first_label: int = 0
-    ):
+    def __init__(self, root: str | Path, split: str = "train", *, train: int = 64, val: int = 16, first_label: int = 0):
         root = generate_scenes(root, train=train, val=val, sizes=((128, 128),), processes=1)
         self.folder, self.first_label = Path(root) / split, first_label
         content = json.loads((Path(root) / "annotations" / f"{split}.json").read_text())

@@ -57,7 +57,8 @@ def stages(device: str, toy: bool) -> list[Stage]:
     """The stages in their order."""
     options = ("--device", device, *(("--toy",) if toy else ()))
     module = (sys.executable, "-m", "benchmarks.gpu.stages")
-    return [Stage(name, (*module, name, *options), limit) for name, limit in LIMITS.items()]
+    scale = 4 if toy else 1  # a rehearsal may share its processors with others
+    return [Stage(name, (*module, name, *options), scale * limit) for name, limit in LIMITS.items()]
 
 
 def _kill(process: subprocess.Popen) -> None:

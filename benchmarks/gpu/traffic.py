@@ -201,8 +201,10 @@ def mask_paint(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def _absorbed(shape: Shape, count: int) -> bool:
-    """As instance_attention.absorbing_is_cheaper."""
-    return shape.heads * count * shape.channels < shape.channels * (shape.channels + count)
+    """As instance_attention.absorbing_is_cheaper on a GPU."""
+    return count <= configurations.FEW and shape.heads * count * shape.channels < shape.channels * (
+        shape.channels + count
+    )
 
 
 def _tile(kernel: Callable, shape: Shape, size: int, last: bool, count: int) -> configurations.Configuration:

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from fastkd.ops.triton import attention_backward, attention_forward, attention_mass
-from fastkd.ops.triton.configurations import Card
+from fastkd.ops.triton.configurations import FEW, Card
 from fastkd.ops.triton.plan import Launch
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
@@ -79,8 +79,8 @@ class Row:
 
 def _table() -> list[Case]:
     """Every configuration of fastkd/ops/triton/configurations.py at the published channels and heads."""
-    # blocks of 16, 32 and 64 queries; several after each other
-    counts = {"forward": (7, 32, 42), "backward": (7, 32, 42, 300), "mass": (7, 32, 42)}
+    # absorbed keys come with few queries, projected ones with more: one block, or several after each other
+    counts = {"forward": (32, 42), "backward": (32, 42, 300), "mass": (32, 42)}
     types = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float64, "ieee")]
     cases = [
         Case(kernel, projected, last, dtype, count, precision)
@@ -89,7 +89,7 @@ def _table() -> list[Case]:
         for projected in (False, True)
         for last in (True, False)
         for count in counts[kernel]
-        if dtype != torch.float64 or count in (7, 42)  # whose blocks are of 16 queries
+        if projected == (count > FEW)
     ]
     return [*cases, Case("merge"), Case("backward merge", projected=True)]
 

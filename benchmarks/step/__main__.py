@@ -137,7 +137,7 @@ def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> d
     torch.set_num_threads(chosen.threads)
     begin, rows, skipped, own = time.monotonic(), [], [], None
     seen = {row["detector"] for row in kept["rows"]} if kept else set()
-    if "icd" in chosen.methods and not kept:
+    if own.METHOD in chosen.methods and not kept:
         first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
         own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
         print(step_results.own_table(own), flush=True)

@@ -17,6 +17,7 @@ from fastkd.distillers import ICD
 from fastkd.ops import use_backend
 
 CPU = torch.device("cpu")
+METHOD = "icd"
 
 
 def pyramid(problem: Problem, channels: int, low: bool, seed: int) -> list[Tensor]:

@@ -20,7 +20,11 @@ from pathlib import Path
 from benchmarks.environment import KEEP_MEMORY
 from benchmarks.study.rows import METRICS, STUDIES, Row, Study, arguments_of
 from fastkd.files import write_json
+from fastkd.training.recipes.named import METHODS
+from fastkd.training.recipes.pairs import PAIRS
 
+PLAIN_COLOUR = "#9aa5b1"  # of students without a method
+COLOURS = ("#3b7dd8", "#d8743b", "#59a14f", "#c44e52", "#937860", "#17a2b8", "#8a5fb0")  # of methods, in their order
 TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
 
 
@@ -157,17 +161,12 @@ def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in study.rows if row.run in found]
+    coloured = [*METHODS, *PAIRS]
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
         values = [run[row.metric] for run in found[row.run].values()]
-        colour = {
-            "baseline": "#9aa5b1",
-            "inherit": "#9aa5b1",
-            "lgd": "#3b7dd8",
-            "icd": "#d8743b",
-            "fgfi": "#59a14f",
-            "lgdicd": "#8a5fb0",
-        }[arguments_of(row.run)[0].rsplit("-", 1)[1]]
+        method = arguments_of(row.run)[0].rsplit("-", 1)[1]
+        colour = COLOURS[coloured.index(method) % len(COLOURS)] if method in coloured else PLAIN_COLOUR
         axis.barh(place, statistics.mean(values), color=colour, alpha=0.55)
         axis.plot(values, [place] * len(values), "o", color="#222222", markersize=4)
         label = f"{statistics.mean(values):.1f}"

@@ -230,9 +230,9 @@ FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
 }
 
 // A thread keeps ten numbers of each of its channels: without a bound the compiler takes so many registers that a
-// multiprocessor has one block.
+// multiprocessor has one block. Beyond 2^31 elements it has: the wider index would be spilled.
 template <class T, class index_t, int width>
-FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kThreads, 2) void backward_chunks_kernel(
+FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kThreads, sizeof(index_t) == 8 ? 1 : 2) void backward_chunks_kernel(
     Levels<T> levels, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad, double elements) {
   using Sum = sum_t<T>;
   const Place<T, width> place(levels);

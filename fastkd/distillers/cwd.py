@@ -27,6 +27,7 @@ class CWD(Distiller):
             by all levels adapts the student.
         tau: temperature.
         weight: of each level's loss (published for pyramids of RetinaNet and Faster R-CNN: 10).
+    Source: methods 7.
     """
 
     needs_teacher = True

@@ -64,6 +64,7 @@ class ICD(Distiller):
     """
 
     needs_teacher = True
+    clip_norm = 0.01
     prior_frequency: Tensor
     prior_mean: Tensor
     prior_std: Tensor

@@ -151,13 +151,11 @@ class KnowledgeMapper(nn.Module):
         self, related: Tensor, objects: Objects, padded_size: tuple[int, int], like: Sequence[Tensor]
     ) -> list[Tensor]:
         """A [L, K, C] -> the instructive pyramid, L tensors of the shapes and memory format of `like`."""
-        images, num_foreground = like[0].shape[0], related.shape[1]
-        if self.context is not None:
-            num_foreground -= images
+        num_foreground = related.shape[1] if self.context is None else related.shape[1] - like[0].shape[0]
         with full_precision(related):
             embeddings = self.object(related[:, :num_foreground])
             contexts = None if self.context is None else self.context(related[:, num_foreground:])  # [L, B, C]
-        painted = self._paint(embeddings, objects, padded_size, images, [tuple(level.shape[2:]) for level in like])
+        painted = self._paint(embeddings, objects, padded_size, like)
         memory_format = torch.channels_last if is_channels_last(like[0]) else torch.contiguous_format
         return [
             _checkpoint(self.recompute, self._refine, level, context, memory_format)
@@ -165,14 +163,10 @@ class KnowledgeMapper(nn.Module):
         ]
 
     def _paint(
-        self,
-        embeddings: Tensor,
-        objects: Objects,
-        padded_size: tuple[int, int],
-        images: int,
-        level_sizes: Sequence[tuple[int, int]],
+        self, embeddings: Tensor, objects: Objects, padded_size: tuple[int, int], like: Sequence[Tensor]
     ) -> list[Tensor]:
         """conv3x3 of levels whose cells sum the embeddings [L, num_foreground, C] of the objects that cover them."""
+        images, level_sizes = like[0].shape[0], [(level.shape[2], level.shape[3]) for level in like]
         num_foreground, conv = embeddings.shape[1], self.paint
         image_index = objects.image_index[:num_foreground]
         if objects.masks is not None:
@@ -225,6 +219,8 @@ class LGD(Distiller):
             them again.
     Source: docs/methods.md section 2.
     """
+
+    detach_fraction = 30 / 180
 
     def __init__(
         self,

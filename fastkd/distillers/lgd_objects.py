@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from fastkd.types import Batch
 
@@ -65,6 +64,8 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
 
 def _crop_masks(masks: Tensor, boxes: Tensor) -> Tensor:
     """Masks [K, H, W] cropped to boxes [K, 4]: [K, 49] bool. A few at a time, as roi_align needs float masks."""
+    from torchvision.ops import roi_align  # masks alone need torchvision
+
     crops = []
     for some_masks, some_boxes in zip(masks.split(8), boxes.split(8)):
         index = torch.arange(some_boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None]

@@ -28,15 +28,16 @@ def standardise(level: Tensor) -> Tensor:
 class PKD(Distiller):
     """Distillation by the Pearson correlation of features: magnitudes of features do not matter, patterns do.
 
-    loss = weight * sum over levels of 1/2 * mean over images, channels and cells of (s - t)^2, s and t the standardised
-    student and teacher; that is 1 minus their correlation, averaged over channels. Statistics are of this process's
-    images.
+    loss = weight * sum over levels of 1/2 * mean over images, channels and cells of (s - t)^2, s and t the
+    standardised student and teacher; that is 1 minus their correlation, averaged over channels. Statistics are of this
+    process's images.
 
     Args:
         channels: of the student's pyramid.
         teacher_channels: of the teacher's pyramid; None = as the student's. Where they differ, a 1x1 convolution shared
             by all levels adapts the student.
-        weight: of each level's loss (published: 6, RetinaNet with ResNeXt-101 10, on the four finest levels).
+        weight: of each level's loss (published: 6, on the four finest levels).
+    Source: methods 6.
     """
 
     needs_teacher = True

@@ -34,11 +34,15 @@ class Distiller(nn.Module):
         needs_teacher: whether `forward` must be given the teacher's pyramid.
         needs_scores: whether `forward` must also be given `scores`, L tensors [B, 1, H_l, W_l] in [0, 1]: the teacher's
             highest class probability in each cell. Only such a distiller has this keyword argument.
+        detach_fraction: first part of a run in which callers should pass `detach_student`, as published.
+        clip_norm: to which callers should clip the gradients of its own parameters, as published.
         instructive_weight: factor of the detector's loss on `Distilled.instructive`.
     """
 
     needs_teacher: bool = False
     needs_scores: bool = False
+    detach_fraction: float = 1 / 90
+    clip_norm: float = 1.0
     instructive_weight: float = 1.0
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> Any:

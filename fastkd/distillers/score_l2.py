@@ -26,8 +26,7 @@ class ScoreL2(Distiller):
         teacher_channels: C, of the teacher's pyramid; None = as the student's.
         levels: of the pyramids.
         weight: of each level's loss; 6 is what Ultralytics ships.
-    Source: Ultralytics 8.4 (`distill_model`), whose scores are the largest class probability of a cell, averaged as
-        logits over its two heads.
+    Source: methods 8.
     """
 
     needs_teacher = True

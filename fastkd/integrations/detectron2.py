@@ -1,7 +1,7 @@
 """detectron2's detectors with a pyramid, in its trainers or a loop of one's own.
 
-    kd = attach(trainer.model, method="icd", teacher=teacher, num_classes=10)
-    trainer.register_hooks([kd.callback])                        # or kd.step() after optimizer.step() in your own loop
+kd = attach(trainer.model, method="icd", teacher=teacher, num_classes=10)
+trainer.register_hooks([kd.callback])                        # or kd.step() after optimizer.step() in your own loop
 """
 
 from __future__ import annotations

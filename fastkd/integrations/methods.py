@@ -158,6 +158,4 @@ def needs_teacher(method: str | Distiller) -> bool:
 
 def settings_of(method: Distiller) -> Settings:
     """The published settings of training, as shares of the run."""
-    if isinstance(method, LGD):
-        return Settings(detach_fraction=1 / 6)
-    return Settings(clip=0.01) if isinstance(method, ICD) else Settings()
+    return Settings(method.detach_fraction, method.clip_norm)

@@ -1,8 +1,8 @@
 """mmdetection's detectors with a neck, by one mmengine hook.
 
-    kd = attach(runner.model, method="icd", teacher=teacher, num_classes=10)
-    runner.register_hook(kd.callback)
-    runner.train()
+kd = attach(runner.model, method="icd", teacher=teacher, num_classes=10)
+runner.register_hook(kd.callback)
+runner.train()
 """
 
 from __future__ import annotations

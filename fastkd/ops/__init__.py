@@ -7,6 +7,7 @@ A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are conca
 image_index.
 """
 
+from fastkd.ops._support.boxes import cat_boxes
 from fastkd.ops._support.dispatch import use_backend
 from fastkd.ops.attention_mass import attention_mass, attention_mass_reference
 from fastkd.ops.box_paint import box_paint, box_paint_reference
@@ -30,6 +31,7 @@ __all__ = [
     "box_paint_reference",
     "box_pool",
     "box_pool_reference",
+    "cat_boxes",
     "imitation_mask",
     "imitation_mask_reference",
     "instance_attention",

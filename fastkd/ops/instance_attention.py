@@ -16,9 +16,14 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DISPATCH = Dispatch("instance_attention")
 
 
+FEW_ON_GPU = 32  # queries of one block of the GPU's kernels
+
+
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
-    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x)."""
+    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x), on a GPU for one block of queries only."""
     heads, count, depth = queries.shape[1:]
+    if queries.is_cuda and count > FEW_ON_GPU:
+        return False
     return heads * count * channels < heads * depth * (channels + count)
 
 
@@ -51,15 +56,30 @@ def attention_logits_reference(
     return logits + torch.cat(bias, dim=3)
 
 
+def _tables(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The bias tables, zeros [B, G, N, side] for those that are None."""
+
+    def zeros(axis: int) -> list[Tensor]:
+        return [widen(queries).new_zeros((*queries.shape[:3], level.shape[axis])) for level in levels]
+
+    return zeros(2) if row_bias is None else row_bias, zeros(3) if column_bias is None else column_bias
+
+
 def instance_attention_reference(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Plain torch of `instance_attention`."""
+    row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
     with full_precision(queries):
         logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias)
         value = flatten_pyramid(values).unflatten(1, (queries.shape[1], -1))  # [B, G, d_v, S]
@@ -133,8 +153,8 @@ def instance_attention(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Multi-head attention of N queries over all cells of all levels.
@@ -147,14 +167,18 @@ def instance_attention(
         queries: [B, G, N, d], floating point, already scaled by 1 / sqrt(d); receives gradients.
         levels: L tensors [B, C, H_l, W_l]: what the keys are projected from; frozen, receive no gradient.
         key_weight: [G * d, C], head by head; receives gradients.
-        row_bias: L tensors [B, G, N, H_l]; receive gradients.
-        column_bias: L tensors [B, G, N, W_l]; receive gradients.
+        row_bias: L tensors [B, G, N, H_l]; receive gradients. None: no bias, plain cross-attention.
+        column_bias: L tensors [B, G, N, W_l]; likewise.
         values: L tensors [B, G * d_v, H_l, W_l], head by head; receive gradients.
     Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 of
         float64), without gradient.
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.2.
     """
+    if row_bias is None or column_bias is None:
+        check_tensor("instance_attention", "queries", queries, "[B, G, N, d]", 4)
+        check_levels("instance_attention", "levels", levels)
+        row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
     check_attention("instance_attention", queries, levels, key_weight, row_bias, column_bias)
     check_levels("instance_attention", "values", values)
     check_same_sizes("instance_attention", "values", values, "levels", levels)

@@ -46,7 +46,7 @@ def sections(runs: list[Run], images: Images, chosen: list[int], device: str, bo
 
 
 def attention_view(title: str) -> View:
-    """Attention maps of a distiller that has `attention(teacher_pyramid, batch)`, as ICD."""
+    """Attention maps of a distiller that has `attention(teacher, batch)`, as ICD."""
     return View(title, _show_attention)
 
 

@@ -129,7 +129,7 @@ def test_info(capsys):
     assert torch.__version__ in out
     names = {name.removeprefix("fastkd::") for name in torch._C._dispatch_get_all_op_names() if "fastkd::" in name}
     ops = {name for name in names if not name.endswith(("_backward", "_capability", "_build"))}
-    ops -= {"conv3x3_taps", "seeded_draws"}  # parts of box_paint_conv3x3 and of the queries of ICD
+    ops -= {"conv3x3_taps", "seeded_noise"}  # parts of box_paint_conv3x3 and of the queries of ICD
     assert {"focal_loss", "box_pool"} <= ops and {op for op in ops if f"│ {op} " not in out} == set()
 
 

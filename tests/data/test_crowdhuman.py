@@ -24,6 +24,7 @@ from fastkd.detectors.common.targets import inside_ignored
 from fastkd.evaluation import CrowdHumanEvaluator, evaluator_of
 from fastkd.report import write_report
 from fastkd.training import DataConfig, RuntimeConfig, Schedule, get_recipe, train
+from fastkd.training.methods import kinds
 from fastkd.training.run.finish import RunResult
 from fastkd.training.schedule import steps_of
 from fastkd.types import Detections
@@ -292,7 +293,7 @@ def test_training_evaluation_and_report(crowd, tmp_path, capsys):
     assert json.loads(out.read_text())["bbox"] == result.metrics["bbox"]
     assert main(["evaluate", str(run), *map(str, arguments)]) == 2  # an odgt file is no COCO file
     assert "not JSON" in capsys.readouterr().err
-    page = write_report([run], tmp_path / "report.html", images=1).read_text()
+    page = write_report([run], tmp_path / "report.html", images=1, methods=kinds()).read_text()
     assert "(CrowdHuman" in page and "lower is better" in page and "with pycocotools" not in page
 
 

@@ -35,9 +35,7 @@ def test_torchvision(folder):
     assert "icd_distill = " in printed and "2 batches, 2 steps" in printed and (folder / "student.pth").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("host_lightning", "lightning"), ("host_transformers", "transformers")]
-)
+@pytest.mark.parametrize(("name", "package"), [("host_lightning", "lightning"), ("host_transformers", "transformers")])
 def test_hosts(folder, name, package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (pip install .[hosts])")

@@ -9,16 +9,17 @@ from benchmarks.gpu.triton_report import PROJECTIONS, SHARED_LIMIT, Case, Row, r
 
 CARDS = [80, 90, 100]
 CASES = [
-    Case("forward", projected=False),
+    Case("forward", projected=False, count=32),
     Case("forward", projected=True),
     Case("forward", projected=True, last=False),
     Case("backward", projected=False, count=32),
     Case("backward", projected=True),
     Case("backward", projected=True, last=False),
-    Case("backward", projected=True, count=32),
+    Case("backward", projected=True, count=300),
     Case("backward merge", projected=True, dtype=torch.float32),
     Case("mass", projected=False, count=7),
-    Case("forward", projected=False, dtype=torch.float32),
+    Case("mass", projected=True),
+    Case("forward", projected=False, dtype=torch.float32, count=32),
     Case("forward", projected=True, dtype=torch.float32),
     Case("backward", projected=True, last=False, dtype=torch.float32),
     Case("backward", projected=True, dtype=torch.float64),

@@ -10,8 +10,9 @@ from tiny_runs import make_tiny_data, silent, tiny_recipe
 
 from fastkd.training import get_recipe, parse_cli, train
 from fastkd.training import trainer as trainer_module
-from fastkd.training.config import LGDConfig, OptimizerConfig, RuntimeConfig, Schedule
+from fastkd.training.config import OptimizerConfig, RuntimeConfig, Schedule
 from fastkd.training.doctor.stability import check_stability
+from fastkd.training.methods import LGDConfig
 from fastkd.training.run import jumps as module
 from fastkd.training.run.jumps import JumpCounter, describe, remedy
 

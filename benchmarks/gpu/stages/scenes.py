@@ -24,6 +24,7 @@ from fastkd.data.transforms import normalise
 from fastkd.detectors import build_detector, inherit, load_backbone_weights, save_detector
 from fastkd.training.build import build_distiller, load_teacher
 from fastkd.training.config import Recipe
+from fastkd.training.methods.protocol import Given
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.recipes.named import get_recipe
@@ -99,8 +100,9 @@ def module_of(recipe: Recipe, priors: ClassPriors, device: torch.device) -> Step
     teacher = load_teacher(recipe, student, list(SCENE_CLASSES)) if recipe.teacher is not None else None
     if recipe.inherit:
         inherit(student, teacher)
-    distiller = build_distiller(recipe, teacher, priors)
-    frozen = FrozenTeacher(teacher, torch.bfloat16) if teacher is not None and distiller is not None else None
+    distiller = build_distiller(recipe, Given(student, teacher, priors, recipe.runtime.recompute))
+    needed = recipe.method is not None and recipe.method.needs_teacher
+    frozen = FrozenTeacher(teacher, torch.bfloat16) if needed else None
     module = StepModule(student, distiller, frozen, torch.bfloat16, Regions(False))
     module = module.to(device=device, memory_format=torch.channels_last)
     if module.teacher is not None:

@@ -36,11 +36,16 @@ def _pyramid(problem: Problem, device: str, grad: bool) -> list[Tensor]:
     return [level.contiguous(memory_format=torch.channels_last).requires_grad_(grad) for level in levels]
 
 
+DISTILLERS: dict[str, Callable[[], nn.Module]] = {
+    "lgd": lambda: LGD(NUM_CLASSES, 256),
+    "icd": lambda: ICD(NUM_CLASSES, priors(), 256),
+}
+
+
 def _part(method: str, form: str, problem: Problem, device: str) -> Callable[[], None]:
     """Forward and backward of a method between given pyramids, under bfloat16 autocast, channels-last."""
     torch.manual_seed(0)
-    distiller: nn.Module = LGD(NUM_CLASSES, 256) if method == "lgd" else ICD(NUM_CLASSES, priors(), 256)
-    distiller = distiller.to(device, memory_format=torch.channels_last)
+    distiller = DISTILLERS[method]().to(device, memory_format=torch.channels_last)
     batch = problem.batch().to(device)
     student, teacher = _pyramid(problem, device, True), _pyramid(problem, device, False)
     step = StepModule(nn.Module(), distiller, object(), None, Regions(form == "ours compiled"))

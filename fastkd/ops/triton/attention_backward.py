@@ -4,18 +4,16 @@ A program takes a strip of a level (tiles.py) for one head of one image, tile by
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
 With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
-place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile, the column biases' gradients
-in a strip; what the strips have in common a second kernel adds up in a fixed order, in one launch for all gradients: no
-atomics, the same bits always.
+place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile. A second kernel adds up what
+the parts have in common, in a fixed order and one launch for all gradients: no atomics, the same bits always.
   traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
-            dV written once; for each strip d numbers a query and, where PROJECTED, the weight's gradient
+            dV written once; for each part d numbers a query and, where PROJECTED, the weight's gradient
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,8 +58,8 @@ def _block(
     delta = tl.sum(do.to(out.dtype) * out, axis=1)
     maximum = tl.load(normal + row * 2, mask=known, other=0.0)
     factor = tl.load(normal + row * 2 + 1, mask=known, other=0.0)
-    row_pointers = bias_rows(row_bias, table, part, level, image, head, query, 6)
-    column_pointers = bias_rows(column_bias, table, part, level, image, head, query, 9)
+    row_pointers = bias_rows(row_bias, table, part, level, image, head, query, 0)
+    column_pointers = bias_rows(column_bias, table, part, level, image, head, query, 1)
     columns = column_bias_of(column_pointers, known, x0, width, COLUMNS)
     return row, known, q, do, delta, maximum, factor, row_pointers, columns
 
@@ -91,11 +89,11 @@ def instance_attention_backward_kernel(
     grad,  # [B, G, N, VALUE_DEPTH], dtype of the values
     output,  # [B, G, N, VALUE_DEPTH]
     normal,  # [B, G, N, 2]: m, 1 / l
-    table,  # [parts, 13]: plan.Parts, a part of each strip
+    table,  # [parts, 16]: plan.Parts
     part_queries,  # [parts, B * G * N, DEPTH]
     part_weight,  # [B * parts, G * DEPTH, CHANNELS], where PROJECTED
     part_rows,  # L pointers to [strips, B * G * N, H]
-    grad_columns,  # L pointers to [B * G * N, W]
+    part_columns,  # L pointers to [parts of a strip, B * G * N, W]
     grad_values,  # L pointers as values
     parts,
     heads,
@@ -134,7 +132,8 @@ def instance_attention_backward_kernel(
         grad_value_start = pick(grad_values, level) + value_place
     if FOR_KEYS:
         row_start = pick(part_rows, level) + (x0 // COLUMNS).to(tl.int64) * rows * height
-        column_start = pick(grad_columns, level)
+        chunk = tl.load(table + part * 16 + 15)
+        column_start = pick(part_columns, level) + chunk * rows * width
         column = x0 + tl.arange(0, COLUMNS)
         queries_start = part_queries + part.to(tl.int64) * rows * DEPTH
     if PROJECTED:
@@ -253,27 +252,26 @@ def instance_attention_backward_kernel(
             tl.store(part_start + weight_place, grad_weight, mask=weight_known)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def instance_attention_backward_merge_kernel(
-    parts,  # pointers to [COUNTS[i], numbers of a part]
+    parts,  # pointers to [parts of a group, numbers of a part]
     sums,  # pointers to the sum over the first dimension, perhaps in a narrower type
-    counts,  # of the parts
-    widths,  # numbers of a part for each query
-    rows,  # B * G * N
-    WEIGHT: tl.constexpr,  # numbers of key_weight where it is the last of the parts, else 0
+    table,  # [groups, 2]: parts of a group, numbers of a part / UNIT; 0 numbers: there is nothing to add up
+    UNIT: tl.constexpr,  # 4 where all parts begin at multiples of 4 numbers, so that they are read 16 bytes at a time
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     for index in tl.static_range(len(parts)):
-        numbers = WEIGHT if WEIGHT > 0 and index + 1 == len(parts) else rows.to(tl.int64) * widths[index]
+        count = tl.load(table + 2 * index).to(tl.int32)
+        numbers = tl.load(table + 2 * index + 1) * UNIT
         blocks = tl.cdiv(numbers, BLOCK)
         if (block >= 0) & (block < blocks):
             place = block * BLOCK + tl.arange(0, BLOCK)
             part = tl.arange(0, BLOCK_PARTS)
             total = tl.zeros((BLOCK_PARTS, BLOCK), parts[0].dtype.element_ty)
-            for first in range(0, counts[index], BLOCK_PARTS):
-                known = (first + part < counts[index])[:, None] & (place < numbers)[None, :]
+            for first in range(0, count, BLOCK_PARTS):
+                known = (first + part < count)[:, None] & (place < numbers)[None, :]
                 offset = (first + part).to(tl.int64)[:, None] * numbers + place[None, :]
                 total += tl.load(parts[index] + offset, mask=known, other=0.0)
             tl.store(sums[index] + place, tl.sum(total, axis=0), mask=place < numbers)
@@ -302,7 +300,8 @@ def plan_backward(
     plan.check_like(op, queries, (*tables, problem.value_depth), grad=grad, output=output)
     plan.check_like(op, queries, (*tables, 2), normal=normal)
     chosen = configurations.backward(problem.shape, problem.card)
-    parts = problem.cut(chosen)
+    # A program holds a processor to itself, and each part has its sums in memory: no more of them than fill the card.
+    parts = problem.cut(chosen, images * heads, 2 * problem.card.processors)
     part_queries = queries.new_empty(parts.count, rows, depth) if for_keys else None
     part_weight = None
     if for_keys and problem.projected:
@@ -324,7 +323,7 @@ def plan_backward(
             part_queries=part_queries,
             part_weight=part_weight,
             part_rows=tuple(part_rows) if for_keys else None,
-            grad_columns=tuple(part_columns) if for_keys else None,
+            part_columns=tuple(part_columns) if for_keys else None,
             grad_values=tuple(written) if for_values else None,
             rows=rows,
             FOR_KEYS=for_keys,
@@ -342,7 +341,7 @@ def plan_backward(
         groups += [(part, table.shape) for part, table in zip(part_rows, row_bias)]
         groups += [(part, table.shape) for part, table in zip(part_columns, column_bias)]
         groups += [(part_weight, key_weight.shape)] if problem.projected else []
-    merge, sums = _plan_merge(groups, rows, problem.projected)
+    merge, sums = plan_merge(groups)
 
     def gather() -> list[Tensor]:
         for one, source in zip(grad_values, written, strict=True):
@@ -356,36 +355,31 @@ def plan_backward(
     return [launch, *merge], gather
 
 
-def _plan_merge(
-    groups: list[tuple[Tensor, torch.Size]], rows: int, projected: bool
-) -> tuple[list[Launch], list[Tensor]]:
+def plan_merge(groups: Sequence[tuple[Tensor, Sequence[int]]]) -> tuple[list[Launch], list[Tensor]]:
     """The launch that adds up the parts of all groups, and their sums; a single part is the sum itself.
 
+    The kernel is given all groups, those of a single part with 0 numbers: it is compiled once, not for each set of
+    groups that a size of images leaves.
+
     Args:
-        groups: parts [P, ...] and the shape of their sum, of every query; where projected the last are key_weight's.
+        groups: parts [P, ...] and the shape of their sum.
     """
-    sums = [parts.view(shape) if len(parts) == 1 else parts.new_empty(shape) for parts, shape in groups]
-    several = [(parts, total) for (parts, _), total in zip(groups, sums) if len(parts) != 1 and total.numel()]
-    if not several:
+    parts = [one for one, _ in groups]
+    sums = [one.view(shape) if len(one) == 1 else one.new_empty(shape) for one, shape in groups]
+    numbers = [0 if len(one) == 1 else total.numel() for one, total in zip(parts, sums)]
+    if not any(numbers):
         return [], sums
-    parts, totals = zip(*several, strict=True)
-    last = projected and len(groups[-1][0]) != 1 and sums[-1].numel() > 0
-    by_query = totals[:-1] if last else totals
-    launch = Launch(
-        instance_attention_backward_merge_kernel,
-        sum(triton.cdiv(total.numel(), MERGED) for total in totals),
-        dict(
-            parts=parts,
-            sums=totals,
-            counts=tuple(map(len, parts)),
-            widths=(*(total.numel() // rows for total in by_query), *([0] if last else [])),
-            rows=rows,
-            WEIGHT=totals[-1].numel() if last else 0,
-            BLOCK=MERGED,
-            BLOCK_PARTS=16,
-        ),
+    unit = 1 if any(number % 4 for number in numbers) else 4
+    arguments = dict(
+        parts=tuple(parts),
+        sums=tuple(sums),
+        table=plan.table_of([(len(one), many // unit) for one, many in zip(parts, numbers)], sums[0].device),
+        UNIT=unit,
+        BLOCK=MERGED,
+        BLOCK_PARTS=16,
     )
-    return [launch], sums
+    programs = sum(triton.cdiv(number, MERGED) for number in numbers)
+    return [Launch(instance_attention_backward_merge_kernel, programs, arguments)], sums
 
 
 def instance_attention_backward(*arguments) -> list[Tensor]:

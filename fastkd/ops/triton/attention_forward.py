@@ -50,9 +50,9 @@ def _head_of(
             mask=(depth < DEPTH)[None, :] & (channel < CHANNELS)[:, None],
             other=0.0,
         )  # [C, D]
-    bias_row = bias_rows(row_bias, table, part, level, image, head, query, 6)
+    bias_row = bias_rows(row_bias, table, part, level, image, head, query, 0)
     bias_column = column_bias_of(
-        bias_rows(column_bias, table, part, level, image, head, query, 9), known, x0, width, COLUMNS
+        bias_rows(column_bias, table, part, level, image, head, query, 1), known, x0, width, COLUMNS
     )
     return q, weight, bias_row, bias_column
 
@@ -113,7 +113,7 @@ def instance_attention_forward_kernel(
     row_bias,  # L pointers to [B, G, N, H]
     column_bias,
     values,  # L pointers to [B, G * VALUE_DEPTH, H, W], where WITH_VALUES
-    table,  # [parts, 13]: plan.Parts
+    table,  # [parts, 16]: plan.Parts
     part_maximum,  # [parts, B * G * N]
     part_sum,
     part_output,  # [parts, B * G * N, VALUE_DEPTH]
@@ -268,8 +268,7 @@ def plan_forward(
         return [], output.zero_(), logsumexp.fill_(-float("inf")), normal.zero_()
     pair = chosen.pair and heads % 2 == 0
     programs = images * heads * blocks // (2 if pair else 1)
-    most_rows = problem.most_rows(chosen, programs)
-    parts = problem.cut(chosen, most_rows)
+    parts = problem.cut(chosen, programs, problem.card.wanted_programs)
     with_values = problem.value_depth > 0
     partial = [queries.new_empty(parts.count, rows, *side) for side in ((), (), (problem.value_depth,))]
     forward = Launch(

@@ -39,7 +39,7 @@ def attention_mass_kernel(
     column_bias,
     chosen,  # [B, N] uint8
     logsumexp,  # [B, G, N]
-    table,  # [parts, 13]: plan.Parts
+    table,  # [parts, 16]: plan.Parts
     mass,  # L pointers to [B, G, H, W]
     parts,
     heads,
@@ -96,9 +96,9 @@ def attention_mass_kernel(
                 logits = product(q, tl.trans(key), logits, PRECISION)
             else:
                 logits = product(q, x, logits, PRECISION)
-            bias_row = bias_rows(row_bias, table, part, level, image, head, query, 6)
+            bias_row = bias_rows(row_bias, table, part, level, image, head, query, 0)
             bias_column = column_bias_of(
-                bias_rows(column_bias, table, part, level, image, head, query, 9), known, x0, width, COLUMNS
+                bias_rows(column_bias, table, part, level, image, head, query, 1), known, x0, width, COLUMNS
             )
             logits += tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)
             base = tl.load(logsumexp + row, mask=known, other=0.0)
@@ -132,7 +132,7 @@ def plan_mass(
     if not count:
         return [], [level.zero_() for level in masses]
     tile = configurations.mass(problem.shape, problem.card)
-    parts = problem.cut(tile, problem.most_rows(tile, images))
+    parts = problem.cut(tile, images, problem.card.wanted_programs)
     mass = Launch(
         attention_mass_kernel,
         parts.count * images,

@@ -3,6 +3,9 @@
 A row is chosen from the compiled kernels (benchmarks/gpu/triton_report.py): the largest tile without a spilled
 register. Contiguous maps take short tiles of wide rows and more warps: their rows begin anywhere, so that they are read
 number by number, through registers; channels-last cells are copied straight into shared memory, a tile ahead.
+
+A block's size depends on whether keys are projected, not on the number of queries, which changes from batch to batch:
+each size would be a kernel to compile. Absorbed keys come with few queries (fastkd/ops/instance_attention.py).
 """
 
 from __future__ import annotations
@@ -82,13 +85,12 @@ class Configuration:
     pair: bool = False
 
 
-def _block(count: int, most: int) -> int:
-    """A power of two that holds `count`, from 16 to `most`."""
-    return min(max(16, 1 << max(count - 1, 0).bit_length()), most)
+FEW = 32  # queries up to which a GPU moves the key projection to them: one block
 
 
-def _most_queries(shape: Shape) -> int:
-    return 16 if shape.element_size == 8 else 64
+def _queries(shape: Shape) -> int:
+    """Queries in a block: of float64 no more have room."""
+    return 16 if shape.element_size == 8 else 64 if shape.projected else FEW
 
 
 def _tile(shape: Shape, cells: int) -> tuple[int, int]:
@@ -102,51 +104,46 @@ def _tile(shape: Shape, cells: int) -> tuple[int, int]:
 def forward(shape: Shape, card: Card) -> Configuration:
     if shape.exact:  # a thread holds whole rows of both operands
         double = shape.element_size == 8
-        most = 16 if double else 64 if shape.projected else 32
         warps = 16 if double and (shape.last or not shape.projected) else 8
         # Without a tile ahead a block of 64 queries spills on sm_100.
-        ahead = shape.last and shape.projected and not double and shape.count > 32
-        return Configuration(_block(shape.count, most), *_tile(shape, 32), warps, 2 if ahead else 1)
+        ahead = shape.last and shape.projected and not double
+        return Configuration(_queries(shape), *_tile(shape, 32), warps, 2 if ahead else 1)
     if shape.last and shape.element_size == 2 and shape.projected:  # two heads' weights and sums fit beside small tiles
-        return Configuration(_block(shape.count, 64), *_tile(shape, 32), 4, 2, pair=True)
+        return Configuration(_queries(shape), *_tile(shape, 32), 4, 2, pair=True)
     warps = 4 if shape.last and card.generation < 10 else 8
     stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
-    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
+    return Configuration(_queries(shape), *_tile(shape, 64), warps, stages)
 
 
 def backward(shape: Shape, card: Card) -> Configuration:
     if shape.element_size == 8 or (shape.element_size == 4 and shape.projected):
         return _backward_of_wide_numbers(shape, card)
-    most = _most_queries(shape)
-    if shape.element_size == 4 or (not shape.projected and card.generation == 8):
-        most = min(most, 32)  # queries are kept in registers, in all channels where absorbed, beside their gradients
-    blocks = shape.count > most
-    if blocks:
-        # blocks after each other take registers for their addresses
-        most = min(most, 16 if card.generation == 10 or shape.element_size == 4 else 32)
-    count = 64 if shape.projected and 16 < shape.count <= most else shape.count  # a block of 32 spills
-    apart = shape.element_size == 4 and (count <= 32 if shape.exact else count <= 16 and not shape.last)
-    most = 16 if apart else most
+    queries = _queries(shape)
+    blocks = shape.count > queries
+    if blocks:  # after each other they take registers for their addresses
+        queries = min(queries, 16 if card.generation == 10 or shape.element_size == 4 else 32)
+    apart = shape.element_size == 4 and (shape.exact or not shape.last)
+    queries = 16 if apart else queries
     together = not blocks and not apart
     # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
     cells = 64 if shape.last and card.generation == 10 and together else 32
     ahead = shape.last and card.generation < 10 and together and shape.element_size == 2
-    return Configuration(_block(count, most), *_tile(shape, cells), 8, 2 if ahead else 1, apart)
+    return Configuration(queries, *_tile(shape, cells), 8, 2 if ahead else 1, apart)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
     """float64, which only gradcheck needs, and float32 with projected keys, whose weight has a gradient beside."""
-    most = 64 if shape.exact and shape.element_size == 4 else 16
+    queries = 64 if shape.exact and shape.element_size == 4 else 16
     apart = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
-    return Configuration(_block(shape.count, most), *_tile(shape, 32), 8, 1, apart)
+    return Configuration(queries, *_tile(shape, 32), 8, 1, apart)
 
 
 def mass(shape: Shape, card: Card) -> Configuration:
     if shape.exact:
         warps = 16 if shape.element_size == 8 and shape.projected else 8
         cells = 32 if shape.projected and not shape.last else 64
-        return Configuration(_block(shape.count, 16), *_tile(shape, cells), warps, 1)
+        return Configuration(16, *_tile(shape, cells), warps, 1)
     halves = shape.element_size == 2
-    warps = 4 if (shape.last if halves else shape.count <= 32) else 8
+    warps = 4 if (shape.last if halves else not shape.projected) else 8
     stages = 2 if card.generation < 10 and halves else 1
-    return Configuration(_block(shape.count, _most_queries(shape)), *_tile(shape, 64), warps, stages)
+    return Configuration(64 if shape.projected else 16, *_tile(shape, 64), warps, stages)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastkd.ops.triton.configurations import Card, Configuration, Shape
 
-PART_NUMBERS = 13
+PART_NUMBERS = 16
+ALIGNMENT = 16  # bytes: kernels are compiled once, for pointers to multiples of it
 NARROW_LIMIT = 2**31  # offsets in an image from here on take 64 bits
 
 
@@ -43,16 +44,34 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def in_one_order(levels: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """The levels, dense in one memory order, and whether that is channels-last; copies only what is not."""
+    """The levels, dense and aligned in one memory order, and whether that is channels-last; copies only what is not."""
     last = all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
     last = last and not all(level.is_contiguous() for level in levels)
     order = torch.channels_last if last else torch.contiguous_format
-    return [level.contiguous(memory_format=order) for level in levels], last
+    return [aligned(level.contiguous(memory_format=order)) for level in levels], last
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The dense tensor itself if it begins at a multiple of ALIGNMENT bytes, as torch allocates, else a copy."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def from_aligned(tensor: Tensor) -> tuple[Tensor, int]:
+    """A view that begins at a multiple of ALIGNMENT bytes, and how many numbers later the tensor begins.
+
+    Tables that are views of one tensor begin anywhere: Triton would compile a kernel for each pattern of alignments.
+    """
+    later = tensor.data_ptr() % ALIGNMENT // tensor.itemsize
+    if later > tensor.storage_offset():
+        return tensor.clone(), 0
+    if not later:
+        return tensor, 0
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - later), later
 
 
 def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, contiguous and of this dtype: itself, or one copy."""
-    if tensor.dtype == dtype and tensor.is_contiguous():
+    """The tensor, contiguous, aligned and of this dtype: itself, or one copy."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
@@ -77,8 +96,9 @@ class Parts:
     """A pyramid cut into parts: strips of a level, tile columns wide, of some rows; strip by strip, level by level.
 
     Args:
-        table: [parts, 13] int64: level, first column, first and end row, the level's rows and columns, strides of
-            image, head and query in its row bias, then in its column bias; the level's cells.
+        table: [parts, 16] int64: level, first column, first and end row, the level's rows and columns, strides of
+            image, head and query in its row bias, then in its column bias; the level's cells; where the row bias and
+            the column bias begin behind their pointers; number of the part in its strip.
         first: number of each level's first part, and of all parts.
         strips, chunks: of each level; a chunk is a strip's rows in one part.
     """
@@ -128,16 +148,46 @@ def _keep(table: Tensor, device: torch.device) -> None:
 _IN_GRAPHS: list[Tensor] = []
 
 
-@functools.lru_cache(maxsize=256)
-def _cut(sizes, strides, tile, most_rows, device) -> Parts:
+@functools.lru_cache(maxsize=512)
+def _table_on(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Cached, as calls of one shape share it."""
+    return _on_device(torch.tensor(rows, dtype=torch.int64), device)
+
+
+def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers that a kernel reads from memory, [rows, numbers] int64: as arguments they would be compiled into it."""
+    table = _table_on(tuple(map(tuple, rows)), device)
+    if device.type == "cuda":
+        _keep(table, device)
+    return table
+
+
+def rows_of_parts(
+    sizes: Sequence[tuple[int, int]], tile: tuple[int, int], programs: int, wanted: int
+) -> tuple[int, ...]:
+    """Rows of a part of each level, a multiple of the tile's: `programs` for each part are to be about `wanted`.
+
+    A strip is cut into equal parts of about the mean number of tiles, so that no program is much longer than others.
+
+    Args:
+        sizes: (rows, columns) of the levels. tile: of cells.
+        programs: for each part: images, heads, blocks of queries.
+    """
+    strips = [(-(-height // tile[0]), -(-width // tile[1])) for height, width in sizes]  # tiles of one, and how many
+    mean = max(programs * sum(tiles * count for tiles, count in strips) / max(wanted, 1), 2.0)
+    chunks = [max(1, round(tiles / mean)) for tiles, _ in strips]
+    return tuple(max(1, -(-tiles // many)) * tile[0] for (tiles, _), many in zip(strips, chunks))
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(sizes, biases, tile, most_rows, device) -> Parts:
+    """Cached, as calls of one shape share it; biases: strides and beginnings of each level's tables."""
     entries, first, strips, chunks = [], [0], [], []
-    for level, ((height, width), steps) in enumerate(zip(sizes, strides, strict=True)):
-        rows = height if most_rows is None else most_rows
+    for level, ((height, width), (steps, begins), rows) in enumerate(zip(sizes, biases, most_rows, strict=True)):
         tops = range(0, height, rows) if height and width else ()
         lefts = range(0, width, tile[1]) if height and width else ()
-        last = (height, width, *steps, height * width)
-        entries += [(level, x, y, min(y + rows, height), *last) for x in lefts for y in tops]
+        last = (height, width, *steps, height * width, *begins)
+        entries += [(level, x, y, min(y + rows, height), *last, number) for x in lefts for number, y in enumerate(tops)]
         first.append(len(entries))
         strips.append(len(lefts))
         chunks.append(len(tops))
@@ -160,6 +210,9 @@ class Problem:
             [table if table.stride(3) == 1 or table.shape[3] < 2 else table.contiguous() for table in tables]
             for tables in (row_bias, column_bias)
         )
+        pointers = [[from_aligned(table) for table in tables] for tables in (self.row_bias, self.column_bias)]
+        self.bias_pointers = [tuple(view for view, _ in side) for side in pointers]
+        self.begins = tuple(zip(*([later for _, later in side] for side in pointers)))
         dtype = levels[0].dtype
         self.queries = dense_as(queries, dtype)
         self.key_weight = None if key_weight is None else dense_as(key_weight, dtype)
@@ -207,23 +260,17 @@ class Problem:
             return gradient
         return torch.empty_like(gradient, memory_format=order)
 
-    def cut(self, tile: Configuration, most_rows: int | None = None) -> Parts:
-        """The parts, at most `most_rows` rows each (a multiple of the tile's; None: all of a level's)."""
-        strides = tuple(
-            (*row.stride()[:3], *column.stride()[:3])
-            for row, column in zip(self.row_bias, self.column_bias, strict=True)
+    def cut(self, tile: Configuration, programs: int, wanted: int) -> Parts:
+        """The parts for a launch of about `wanted` programs, `programs` for each part."""
+        cells = (tile.rows, tile.columns)
+        biases = tuple(
+            ((*row.stride()[:3], *column.stride()[:3]), begins)
+            for row, column, begins in zip(self.row_bias, self.column_bias, self.begins, strict=True)
         )
-        parts = _cut(self.sizes, strides, (tile.rows, tile.columns), most_rows, self.device)
+        parts = _cut(self.sizes, biases, cells, rows_of_parts(self.sizes, cells, programs, wanted), self.device)
         if self.device.type == "cuda":
             _keep(parts.table, self.device)
         return parts
-
-    def most_rows(self, tile: Configuration, programs: int) -> int | None:
-        """Rows of a part, so that with `programs` for each the card is filled; None: all rows of a level."""
-        strips = sum(-(-width // tile.columns) for height, width in self.sizes if height)
-        chunks = self.card.wanted_programs // max(strips * programs, 1)
-        tallest = max(height for height, _ in self.sizes)
-        return None if chunks < 2 else max(-(-tallest // (tile.rows * chunks)), 2) * tile.rows
 
     def arguments(self, parts: Parts, tile: Configuration) -> dict:
         """Arguments of the kernels by name."""
@@ -231,8 +278,8 @@ class Problem:
             queries=self.queries,
             key_weight=self.key_weight,
             levels=tuple(self.levels),
-            row_bias=tuple(self.row_bias),
-            column_bias=tuple(self.column_bias),
+            row_bias=self.bias_pointers[0],
+            column_bias=self.bias_pointers[1],
             table=parts.table,
             parts=parts.count,
             heads=self.heads,

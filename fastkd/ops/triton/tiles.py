@@ -20,7 +20,7 @@ def pick(pointers, level):
 @triton.jit
 def read_part(table, part):
     """What plan.py wrote about a part: level, first column, first and end row, rows and columns of the level."""
-    entry = table + part * 13
+    entry = table + part * 16
     level = tl.load(entry).to(tl.int32)
     x0 = tl.load(entry + 1).to(tl.int32)
     y0 = tl.load(entry + 2).to(tl.int32)
@@ -31,10 +31,11 @@ def read_part(table, part):
 
 
 @triton.jit
-def bias_rows(pointers, table, part, level, image, head, query, first: tl.constexpr):
-    """Pointers [N] to the queries' rows of a level's bias table; first: where its strides are in the part's entry."""
-    entry = table + part * 13 + first
-    start = pick(pointers, level) + image * tl.load(entry) + head * tl.load(entry + 1)
+def bias_rows(pointers, table, part, level, image, head, query, AXIS: tl.constexpr):
+    """Pointers [N] to the queries' rows of a level's bias table of rows (AXIS 0) or columns (AXIS 1)."""
+    entry = table + part * 16 + 6 + 3 * AXIS
+    begin = tl.load(table + part * 16 + 13 + AXIS)
+    start = pick(pointers, level) + begin + image * tl.load(entry) + head * tl.load(entry + 1)
     return start + query.to(tl.int64) * tl.load(entry + 2)
 
 
@@ -58,7 +59,7 @@ def cells_of(table, part, y, y1):
     """Rows * columns of the part's level, read anew in every tile y: were it known before the loop over tiles,
     compilers would keep channel * cells of all channels of a thread in registers, more than there are.
     """
-    return tl.load(table + part * 13 + 12, mask=y < y1, other=0).to(tl.int32)
+    return tl.load(table + part * 16 + 12, mask=y < y1, other=0).to(tl.int32)
 
 
 @triton.jit

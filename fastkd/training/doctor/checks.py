@@ -27,7 +27,7 @@ from fastkd.training.doctor.teacher import check_quality
 from fastkd.training.parallel.processes import Processes, processes
 from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase, phase_at
-from fastkd.training.step import sum_losses
+from fastkd.training.step import StepModule, sum_losses
 from fastkd.types import Batch
 
 WEAK, STRONG = 0.01, 0.95  # the method's share of the gradient in the pyramid
@@ -178,6 +178,21 @@ def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[
     return taught, norms(detected), norms(taught)
 
 
+def _practise(module: StepModule, examples: list[tuple[list[Tensor], Batch]], precision: torch.autocast) -> None:
+    """A few steps of the method alone on fixed pyramids; nothing where it has no parameters."""
+    parameters = [p for p in module.distiller.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    optimizer = torch.optim.Adam(parameters, PRACTICE_RATE)
+    for pyramid, batch in itertools.islice(itertools.cycle(examples), PRACTICE_STEPS):
+        optimizer.zero_grad()
+        with precision:
+            loss = sum_losses(module.distill(pyramid, batch, Phase()))
+        loss.backward()
+        optimizer.step()
+    module.zero_grad(set_to_none=True)
+
+
 def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
     """Whether the distillation loss is there, how much of the pyramid's gradient it makes, and on which levels.
 
@@ -188,14 +203,7 @@ def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
     precise = torch.autocast(batches[0].images.device.type, module.dtype or torch.bfloat16, module.dtype is not None)
     with torch.no_grad(), precise:
         kept = [module.detector.features(batch.images) for batch in batches]
-    optimizer = torch.optim.Adam([p for p in module.distiller.parameters() if p.requires_grad], PRACTICE_RATE)
-    for pyramid, batch in itertools.islice(itertools.cycle(zip(kept, batches)), PRACTICE_STEPS):
-        optimizer.zero_grad()
-        with precise:
-            loss = sum_losses(module.distill(pyramid, batch, Phase()))
-        loss.backward()
-        optimizer.step()
-    module.zero_grad(set_to_none=True)
+    _practise(module, list(zip(kept, batches)), precise)
     losses: dict[str, float] = {}
     own, taught = [0.0] * len(kept[0]), [0.0] * len(kept[0])
     for pyramid, batch in zip(kept, batches):

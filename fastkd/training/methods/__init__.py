@@ -7,7 +7,7 @@ from fastkd.training.methods.lgd import LGDConfig
 from fastkd.training.methods.lgd_icd import LGDICDConfig
 from fastkd.training.methods.phase import Phase
 from fastkd.training.methods.pkd import PKDConfig
-from fastkd.training.methods.protocol import Combined, FeatureMethod, Method, Setup, kinds
+from fastkd.training.methods.protocol import Combined, FeatureMethod, Given, Method, Setup, kinds
 from fastkd.training.methods.score_l2 import ScoreL2Config
 
 # Each has a recipe for every detector that it can train: scenes-<detector>-<kind> and coco-<detector>-<kind>.
@@ -19,6 +19,7 @@ __all__ = [
     "Combined",
     "FGFIConfig",
     "FeatureMethod",
+    "Given",
     "ICDConfig",
     "LGDConfig",
     "LGDICDConfig",

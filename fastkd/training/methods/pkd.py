@@ -14,7 +14,7 @@ class PKDConfig(FeatureMethod):
     """Distillation by the Pearson correlation: the student's features imitate the teacher's, both standardised.
 
     Args:
-        weight: of each level's loss; 6 is published for the COCO recipes of two-stage detectors and unlike pairs.
+        weight: of each level's loss; the COCO recipes are published with 6, on the four finest levels.
         final_fraction: last part of the run without distillation.
     """
 

@@ -50,7 +50,9 @@ STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet3
 class ScenesNumbers:
     """Every number of the scenes recipes that was tuned, in one place; those of methods are in training/methods.
 
-    Tuned on the plain student (rate, anchors, steps), never on a method: all students of a detector share all of it.
+    Tuned on the plain student (rate, clipping, warm-up, anchors, steps), never on a method: all students of a detector
+    share all of it. Teachers and backbones keep the rates, and the warm-up without clipping, that the shipped weights
+    were made with.
     Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU
     cores.
     """
@@ -71,11 +73,13 @@ class ScenesNumbers:
     anchor_base: float = 3.0
     dense_anchor_scales: tuple[float, ...] = (0.6, 1.0, 1.41)
     backbone_anchors: tuple[float, tuple[float, ...]] = (1.5, (1.0, 1.41))
-    rate: float = 2e-3
+    rate: float = 1.5e-3
+    clip_norm: float = 2.0
+    warmup: float = 0.1
     teacher_rate: float = 2e-3
     backbone_rate: float = 3e-3
+    teacher_warmup: float = 0.05
     weight_decay: float = 0.05
-    warmup: float = 0.05
 
 
 SCENES = ScenesNumbers()
@@ -113,6 +117,17 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     )
 
 
+def _scenes_adamw(rate: float, warmup: float, clip_norm: float | None = None) -> OptimizerConfig:
+    return OptimizerConfig(
+        kind="adamw",
+        learning_rate=rate,
+        weight_decay=SCENES.weight_decay,
+        clip_norm=clip_norm,
+        decay="cosine",
+        warmup=warmup,
+    )
+
+
 def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
     """A recipe on the generated scenes; `method_name` may also be "teacher"."""
     detector, numbers = DETECTORS[detector_name], SCENES
@@ -130,12 +145,10 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         backbone_weights=(
             f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
-        optimizer=OptimizerConfig(
-            kind="adamw",
-            learning_rate=numbers.teacher_rate if teacher else numbers.rate,
-            weight_decay=numbers.weight_decay,
-            decay="cosine",
-            warmup=numbers.warmup,
+        optimizer=(
+            _scenes_adamw(numbers.teacher_rate, numbers.teacher_warmup)
+            if teacher
+            else _scenes_adamw(numbers.rate, numbers.warmup, numbers.clip_norm)
         ),
         method_optimizer=setup and setup.optimizer,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
@@ -170,9 +183,7 @@ def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
         detector=detector,
         data=plain.data if teacher else dataclasses.replace(plain.data, root="data/scenes-pretrain"),
         backbone_weights=None,
-        optimizer=dataclasses.replace(
-            plain.optimizer, learning_rate=numbers.teacher_rate if teacher else numbers.backbone_rate
-        ),
+        optimizer=_scenes_adamw(numbers.teacher_rate if teacher else numbers.backbone_rate, numbers.teacher_warmup),
         schedule=dataclasses.replace(
             plain.schedule, steps=numbers.teacher_backbone_steps if teacher else numbers.backbone_steps
         ),
