@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastkd.commands.common import device_argument, say
 from fastkd.commands.train import find_recipe, split_recipe
@@ -42,9 +42,10 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     from fastkd.training.recipes.options import typed, untyped
 
     default = typed(find_recipe(name))
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def doctor(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         batches: int = 4,
         device: str = "auto",
         run_dir: Path | None = None,

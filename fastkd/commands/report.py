@@ -37,5 +37,5 @@ def report(
     from fastkd.report import write_report
     from fastkd.training.methods import kinds
 
-    options = {"images": images, "picture_dir": pictures, "device": device, "methods": kinds()}
-    say(f"report written to {write_report(list(runs), out, **options)}")
+    path = write_report(list(runs), out, images=images, picture_dir=pictures, device=device, methods=kinds())
+    say(f"report written to {path}")

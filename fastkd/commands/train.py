@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastkd.commands.common import device_argument, say
 from fastkd.signals import Interrupted
@@ -86,9 +86,10 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     from fastkd.training.recipes.scaling import scale_to_batch
 
     default = typed(find_recipe(name))
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def train(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",

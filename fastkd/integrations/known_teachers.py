@@ -39,7 +39,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
     return picked
 
 
-def output_classes(model: nn.Module) -> int:
+def output_classes(model: Any) -> int:
     """Classes of the classifier, a background included."""
     if hasattr(model, "roi_heads"):
         return int(model.roi_heads.box_predictor.cls_score.out_features)
@@ -47,16 +47,16 @@ def output_classes(model: nn.Module) -> int:
     return int(head.num_columns if hasattr(head, "num_columns") else head.num_classes)
 
 
-def has_background(model: nn.Module) -> bool:
+def has_background(model: Any) -> bool:
     """Whether class 0 of the classifier is the background: two-stage detectors and SSD."""
     return hasattr(model, "roi_heads") or hasattr(model.head.classification_head, "num_columns")
 
 
-def image_normalization(model: nn.Module) -> Normalization:
+def image_normalization(model: Any) -> Normalization:
     return Normalization(tuple(model.transform.image_mean), tuple(model.transform.image_std))
 
 
-def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> Teacher:
+def torchvision_teacher(teacher: Any, num_classes: int | None = None) -> Teacher:
     """A torchvision detector as teacher: only its backbone runs.
 
     Args:
@@ -91,7 +91,7 @@ def normalization_of(processor: Any) -> Normalization:
     return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
 
 
-def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
+def transformers_teacher(teacher: Any, *, processor: Any = None) -> Teacher:
     """A detector of this package as teacher: its forward pass ends behind the encoder."""
     return Teacher(
         teacher,

@@ -55,7 +55,7 @@ class FrozenTeacher:
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
         """Itself, moved."""
-        self.detector.to(device=device, memory_format=memory_format)
+        self.detector.to(device).to(memory_format=memory_format)
         return self
 
     def pyramid(self, images: Tensor, regions: Regions | None = None) -> list[Tensor]:

@@ -126,7 +126,9 @@ class ICDConfig(FeatureMethod):
         teacher_scale: a normalised head leaves our teachers' pyramids at a standard deviation of 3 to 6.
         heads: two of 32 channels, the published width of a head, in a pyramid of 64.
         """
-        method = dataclasses.replace(cls.published(detector).method, heads=2, teacher_scale=0.2)
+        method = cls.published(detector).method
+        assert isinstance(method, cls)
+        method = dataclasses.replace(method, heads=2, teacher_scale=0.2)
         return Setup(method, _optimizer(3e-4, warmup=0.05), inherit=True)
 
     @classmethod

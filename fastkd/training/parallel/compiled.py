@@ -87,6 +87,7 @@ class Regions:
         if not self.enabled:
             return function(*arguments, **options)
         if name not in self._compiled:
+            assert isinstance(function, types.FunctionType)
             self._compiled[name] = torch.compile(
                 _with_own_code(function),
                 fullgraph=True,
@@ -99,7 +100,7 @@ class Regions:
         with config.patch(_known(config, {"backward_pass_autocast": "off"})):
             return self._compiled[name](*arguments, **options)
 
-    def _options(self, device_type: str) -> dict[str, bool | int] | None:
+    def _options(self, device_type: str) -> dict[str, Any] | None:
         """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
 
         Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
@@ -110,7 +111,7 @@ class Regions:
             return None
         import torch._inductor.config as inductor
 
-        wanted = {"layout_optimization": False, "strict_output_strides": True}
+        wanted: dict[str, Any] = {"layout_optimization": False, "strict_output_strides": True}
         if device_type == "cuda":
             wanted |= COMBINED
         return _known(inductor, wanted)

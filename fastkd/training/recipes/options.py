@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fastkd.training.config import Recipe
 
@@ -23,5 +24,5 @@ def untyped(recipe: Recipe) -> Recipe:
     return Recipe(**_values(recipe))
 
 
-def _values(recipe: Recipe) -> dict[str, object]:
+def _values(recipe: Recipe) -> dict[str, Any]:
     return {item.name: getattr(recipe, item.name) for item in dataclasses.fields(Recipe)}
