@@ -1,4 +1,4 @@
-"""`fastkd doctor`: what is wrong with a run, before it begins."""
+"""`fastkd doctor`: checks a recipe before training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROB
 
 
 class RecipeProblems(RuntimeError):
-    """The recipe has problems; the message counts them."""
+    """The recipe has problems; the message states their number."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse(name: str, args: Sequence[str]) -> tuple:
-    """The recipe `name` with the overrides in `args`, number of batches, device and an earlier run's directory."""
+    """Parses the recipe `name` with overrides, the number of batches, the device and an earlier run's directory."""
     import tyro
 
     from fastkd.training.recipes.options import typed, untyped
@@ -54,9 +54,9 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
         Args:
             recipe: The recipe.
-            batches: Batches the teacher is measured on and the losses are taken from.
+            batches: Number of batches to evaluate the teacher and the losses on.
             device: auto, cpu, cuda or cuda:N.
-            run_dir: Directory of an earlier run of the recipe: says whether its loss jumped.
+            run_dir: Directory of an earlier run of the recipe, to check whether its loss jumped.
         """
         return untyped(recipe), batches, device, run_dir
 
@@ -64,7 +64,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
 
 def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
-    """Examine and print, one line a finding."""
+    """Check the recipe and print one line per finding."""
     from rich.console import Console
     from rich.text import Text
 
@@ -82,7 +82,7 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
 
 
 def doctor(recipe: str) -> None:
-    """Look for what makes a distilled run gain nothing, before it begins. `fastkd doctor --help` says more.
+    """Check a recipe before training for the usual reasons why distillation fails. See `fastkd doctor --help`.
 
     Args:
         recipe: A name from fastkd recipes.

@@ -1,7 +1,7 @@
 """`fastkd train` and `fastkd recipes`.
 
 `train` is parsed in two steps, because its options are the fields of the chosen recipe: first the recipe's name, then
-the rest with that recipe as the default.
+the other arguments with that recipe as the default.
 """
 
 import json
@@ -14,7 +14,7 @@ from fastkd.commands.common import device_argument, say
 from fastkd.signals import Interrupted
 
 log = logging.getLogger("fastkd.commands")
-TABLE_WIDTH = 130  # names are not cut where the output is no terminal
+TABLE_WIDTH = 130  # so that names are not truncated if the output is not a terminal
 
 USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
 
@@ -33,9 +33,9 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
 
 
 def find_recipe(name: str):
-    """The recipe of that name, or of that JSON file.
+    """The recipe with a name, or in a recipe.json file.
 
-    Raises: ValueError naming the recipes that come closest.
+    Raises: ValueError with the nearest names if there is none.
     """
     from fastkd.training.config import Recipe
     from fastkd.training.recipes.named import get_recipe
@@ -52,7 +52,7 @@ def find_recipe(name: str):
 
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe among the arguments of `train`, wherever it stands, and the other arguments."""
+    """Splits the arguments of `train` into the recipe, at any position, and the others."""
     from fastkd.training.recipes.named import recipe_names
 
     args = list(args)
@@ -79,7 +79,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse(name: str, args: Sequence[str]) -> tuple:
-    """The recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
+    """Parses the recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
     import tyro
 
     from fastkd.training.recipes.options import typed, untyped
@@ -102,8 +102,8 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             run_dir: Folder for checkpoints, logs and results.
             resume: Continue from the newest checkpoint in the run directory; start if there is none.
             device: auto, cpu, cuda or cuda:N.
-            scale_batch: Images of a step instead of --schedule.batch-size, with learning rates and steps scaled along:
-                rate * new / old, steps * old / new. --schedule.batch-size alone changes neither.
+            scale_batch: Batch size that also scales learning rates (* new / old) and steps (* old / new).
+                --schedule.batch-size changes neither.
         """
         recipe = untyped(recipe)
         if scale_batch is not None:
@@ -116,7 +116,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
 
 def warn_of_batch_size(default, recipe) -> None:
-    """Log a warning where the batch size was changed and the learning rate was not."""
+    """Log a warning if the batch size was changed and the learning rate was not."""
     size, rate = recipe.schedule.batch_size, recipe.optimizer.learning_rate
     if size != default.schedule.batch_size and rate == default.optimizer.learning_rate:
         log.warning(
@@ -138,7 +138,7 @@ def run(recipe, *, run_dir: Path, resume: bool, device: str) -> None:
 
 
 def train(recipe: str) -> None:
-    """Train a detector, alone or with distillation. `fastkd train --help` says more.
+    """Train a detector, alone or with distillation. See `fastkd train --help`.
 
     Args:
         recipe: A name from fastkd recipes.

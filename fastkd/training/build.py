@@ -1,4 +1,4 @@
-"""From a recipe to data sets, student, method and teacher, with every check that can be made before training."""
+"""Builds data sets, student, method and teacher from a recipe, with every check that can be made before training."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Built:
         recipe: resolved against the data.
         train_set, val_set: the data.
         module: student, method and teacher.
-        priors: of the training set where the method needs them; else None.
-        notes: what was loaded and inherited, for metrics.json.
-        teacher_sha256: of the teacher's file, None without.
+        priors: class priors of the training set if the method needs them, else None.
+        notes: the weights that were loaded and inherited, for metrics.json.
+        teacher_sha256: SHA-256 of the teacher's file; None without a teacher.
     """
 
     recipe: Recipe
@@ -73,7 +73,7 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
             f"{len(train_set)} images (left out: {train_set.skipped or 'nothing'}); check the file"
         )
     if data.format == "coco":
-        # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
+        # Load the evaluation's ground truth now, so that a bad file fails here and not after hours of training.
         images = val_set.image_ids.tolist()
         load_ground_truth(Path(val_set.annotation_file), images, val_set.category_ids, masks=recipe.with_masks)
     return train_set, val_set
@@ -97,7 +97,7 @@ def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
 
 
 def _how_to_make(path: Path) -> str:
-    """The command that makes a file where recipes look for the result of another; "" for other files."""
+    """A hint with the command that makes `path` if it is the output of a named recipe; "" for other files."""
     from fastkd.training.recipes.named import recipe_names
 
     name = path.parent.name
@@ -107,7 +107,7 @@ def _how_to_make(path: Path) -> str:
 
 
 def _backbone(recipe: Recipe) -> str:
-    """What weights a recipe's backbone takes, in words."""
+    """Describes the weights that fit a recipe's backbone, for messages."""
     name, width = recipe.detector.backbone, recipe.detector.width
     return f"{name} of width {width:g}" if width != 1 else f"torchvision's {name}"
 
@@ -143,12 +143,12 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
 
 
 def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
-    """The distiller of a recipe with fresh weights, drawn from the global generator; several by name."""
+    """The distiller of a recipe with fresh weights from the global generator; an nn.ModuleDict for several methods."""
     return None if recipe.method is None else recipe.method.build(given)
 
 
 def build(recipe: Recipe) -> Built:
-    """Everything of a run. The student's initial weights depend on seed and detector alone, not on the method."""
+    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method."""
     train_set, val_set = open_data(recipe)
     recipe = resolve(recipe, train_set)
     notes: dict[str, Any] = {

@@ -18,10 +18,10 @@ from fastkd.training.methods import LGDConfig, Method
 
 @dataclass(frozen=True)
 class CrowdNumbers:
-    """The numbers of the generated crowd's recipes; those of the plain student hold for all.
+    """Hyper-parameters of the recipes on generated crowds, the same for all students.
 
-    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. Methods have the settings of the
-    scenes.
+    People are upright, 20 .. 88 pixels high, and a quarter of them are half hidden. Methods use the settings of the
+    scenes recipes.
     """
 
     steps: int = 500
@@ -37,7 +37,7 @@ CROWD = CrowdNumbers()
 
 
 def _files() -> dict[str, Any]:
-    """The layout of CrowdHuman's download."""
+    """The folder layout of CrowdHuman's download."""
     return {
         "format": "crowdhuman",
         "train_annotations": "annotation_train.odgt",
@@ -87,7 +87,7 @@ def _generated(name: str, method: type[Method] | None) -> Recipe:
 
 
 def _crowdhuman(name: str, method: type[Method] | None) -> Recipe:
-    """The settings usual on CrowdHuman: tall anchors, 800 x 1400 pixels, low score threshold, 500 detections."""
+    """The usual settings on CrowdHuman: tall anchors, 800 x 1400 pixels, low score threshold, 500 detections."""
     epochs, images, batch_size = 30, 15_000, 16
     steps = epochs * images // batch_size
     detector = DetectorConfig(
@@ -116,7 +116,7 @@ def _crowdhuman(name: str, method: type[Method] | None) -> Recipe:
     )
 
 
-# name -> what makes the recipe of that name
+# recipe name -> function that builds it
 CROWD_RECIPES: dict[str, Callable[[str], Recipe]] = {
     f"{family}-faster-rcnn-{'baseline' if method is None else method.kind}": functools.partial(make, method=method)
     for family, make in (("crowd", _generated), ("crowdhuman", _crowdhuman))
