@@ -14,10 +14,10 @@ from fastkd.detectors.common.locations import (
     LocationHead,
     Matches,
     binary_errors,
+    candidate_cells,
     centerness,
-    near_cells,
 )
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes, avg_factor
 from fastkd.types import Batch
 
 CANDIDATES = 9  # locations of a level that a box considers
@@ -38,7 +38,7 @@ class ATSS(LocationDetector):
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, anchors = PaddedBoxes.of(batch), torch.cat(self.anchors(pyramid))
         matches = Matches.of(self.assign(truth, pyramid))
-        count = shared_count((matches.rows >= 0).sum())
+        count = avg_factor((matches.rows >= 0).sum())
         _, image, place, row = matches
         boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
         predicted = self.box_coder.decode(outputs["bbox_regression"][:, image, place], own)  # [R, P, 4]
@@ -48,18 +48,18 @@ class ATSS(LocationDetector):
         classification = self._classification(outputs["cls_logits"], matches, anchors, truth, batch)
         return {
             "classification": classification / count,
-            "box_regression": BOX_WEIGHT * error.sum(1) / shared_count(weight.sum(), least=1e-6),
+            "box_regression": BOX_WEIGHT * error.sum(1) / avg_factor(weight.sum(), least=1e-6),
             "centerness": binary_errors(logit, weight) / count,
         }
 
     @torch.no_grad()
     def assign(self, truth: PaddedBoxes, pyramid: list[Tensor]) -> Tensor:
-        """The row of `truth` each location answers for, or BELOW: [B, A] int64."""
+        """The row of `truth` each location answers for, or BACKGROUND: [B, A] int64."""
         levels = self.anchors(pyramid)
         anchors, grids = torch.cat(levels), [level.shape[-2:] for level in pyramid]
         places = self._candidates(truth, levels, grids)  # [B, K, M]
         own = anchors[places]  # [B, K, M, 4]
-        middle, half = (own[..., :2] + own[..., 2:]) / 2, (own[..., 2:] - own[..., :2]) * (self.reach / 2)
+        middle, half = (own[..., :2] + own[..., 2:]) / 2, (own[..., 2:] - own[..., :2]) * (self.size_of_interest / 2)
         iou = box_iou(truth.boxes[:, :, None], torch.cat([middle - half, middle + half], -1))
         threshold = iou.mean(-1, keepdim=True) + iou.std(-1, keepdim=True)
         first, last = truth.boxes[:, :, None].split(2, -1)
@@ -69,7 +69,7 @@ class ATSS(LocationDetector):
     def _candidates(self, truth: PaddedBoxes, levels: list[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
         centers, found, first = (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2, [], 0
         for anchors, grid, stride in zip(levels, grids, self.strides, strict=True):
-            window = near_cells(centers, grid, stride, CANDIDATES)
+            window = candidate_cells(centers, grid, stride, CANDIDATES)
             own = anchors[window]
             distance = ((own[..., :2] + own[..., 2:]) / 2 - centers[:, :, None]).square().sum(-1)
             nearest = distance.topk(min(CANDIDATES, distance.shape[-1]), largest=False).indices
@@ -79,7 +79,7 @@ class ATSS(LocationDetector):
 
 
 def _highest(fits: Tensor, value: Tensor, places: Tensor, locations: int) -> Tensor:
-    """The row of the entry of highest value that fits at each location, the first of equals, or BELOW.
+    """The row of the entry of highest value that fits at each location, the first of equals, or BACKGROUND.
 
     Args:
         fits, value, places: [B, K, M]; row k says that its location places[b, k, m] fits.
@@ -92,4 +92,4 @@ def _highest(fits: Tensor, value: Tensor, places: Tensor, locations: int) -> Ten
     row = torch.arange(rows, device=flat.device)[:, None].expand_as(places[0]).flatten()
     row = torch.where(wins, row, rows)
     first = torch.full((batch, locations), rows, device=flat.device).scatter_reduce(1, flat, row, "amin")
-    return torch.where(first < rows, first, BELOW)
+    return torch.where(first < rows, first, BACKGROUND)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.detectors.common.dense import dense_candidates, survivors
+from fastkd.detectors.common.dense import dense_candidates, nms_indices
 from fastkd.detectors.common.instance_masks import (
     MASK_STRIDE,
     MASKS_AT_ONCE,
@@ -16,7 +16,7 @@ from fastkd.detectors.common.instance_masks import (
 )
 from fastkd.detectors.common.locations import Matches
 from fastkd.detectors.common.sampling import draw_keys, image_generators
-from fastkd.detectors.common.targets import PaddedBoxes, shared_count
+from fastkd.detectors.common.targets import PaddedBoxes, avg_factor
 from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
 from fastkd.detectors.fcos import FCOS
 from fastkd.ops._support.coverage import full_precision
@@ -65,7 +65,7 @@ class CondInst(FCOS):
             if count:
                 logits = self._masks(outputs, anchors, index, own)
                 total = total + dice_loss(logits, targets[index][row]).sum()
-        return total / shared_count(torch.tensor(len(image), device=total.device))
+        return total / avg_factor(torch.tensor(len(image), device=total.device))
 
     @torch.no_grad()
     def _sampled(self, matches: Matches, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ class CondInst(FCOS):
         own = anchors[place]
         origins, sides = (own[:, :2] + own[:, 2:]) / 2, own[:, 2] - own[:, 0]
         features, parameters = outputs["mask_features"][image].float(), outputs["controller"][image, place].float()
-        logits = dynamic_masks(features, parameters, origins, self.reach * sides, self.strides[0])
+        logits = dynamic_masks(features, parameters, origins, self.size_of_interest * sides, self.strides[0])
         return aligned_upsample(logits[:, None], self.strides[0] // MASK_STRIDE)[:, 0]
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class CondInst(FCOS):
             anchors = torch.cat(self.anchors(pyramid))
             scores_and_decoder = self._scores_and_decoder(outputs, pyramid)
             boxes, scores, labels, places = dense_candidates(*scores_and_decoder, batch, self.config)
-            kept = survivors(boxes, scores, labels, self.config)
+            kept = nms_indices(boxes, scores, labels, self.config)
             for image, (own, size) in enumerate(zip(kept, batch.image_sizes.tolist(), strict=True)):
                 masks = [torch.zeros(0, *size, dtype=torch.bool, device=boxes.device)]
                 for some in places[image, own].split(MASKS_AT_ONCE):

@@ -10,7 +10,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.detectors.backbones.base import group_norm
 from fastkd.detectors.common.locations import LocationDetector, Matches, binary_errors, centerness
-from fastkd.detectors.common.targets import BELOW, MAX_PAIRS, PaddedBoxes, shared_count
+from fastkd.detectors.common.targets import BACKGROUND, MAX_PAIRS, PaddedBoxes, avg_factor
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch
 
@@ -49,7 +49,7 @@ class FCOS(LocationDetector):
     def _box_losses(
         self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
     ) -> dict[str, Tensor]:
-        count = shared_count((matches.rows >= 0).sum())
+        count = avg_factor((matches.rows >= 0).sum())
         _, image, place, row = matches
         boxes, own = truth.boxes[image, row], anchors[place]  # [P, 4]
         predicted = self.box_coder.decode(outputs["bbox_regression"][:, image, place], own)  # [R, P, 4]
@@ -63,10 +63,10 @@ class FCOS(LocationDetector):
         }
 
     def assign(self, truth: PaddedBoxes, levels: list[Tensor]) -> Tensor:
-        """The row of `truth` each location answers for, or BELOW: [B, A] int64."""
+        """The row of `truth` each location answers for, or BACKGROUND: [B, A] int64."""
         anchors = torch.cat(levels)
         size = anchors[:, 2] - anchors[:, 0]
-        lower, upper = size * (self.reach / 2), size * self.reach
+        lower, upper = size * (self.size_of_interest / 2), size * self.size_of_interest
         lower[: len(levels[0])] = 0
         upper[-len(levels[-1]) :] = float("inf")
         step = max(1, MAX_PAIRS // (truth.boxes.shape[1] * len(anchors)))
@@ -85,4 +85,4 @@ def _match(truth: PaddedBoxes, anchors: Tensor, size: Tensor, lower: Tensor, upp
     fits &= (farthest > lower) & (farthest < upper)
     preference = fits * (1e8 - (x2 - x1) * (y2 - y1))  # as torchvision: smallest area first
     value, best = preference.max(dim=1)
-    return torch.where(value < 1e-5, BELOW, best)
+    return torch.where(value < 1e-5, BACKGROUND, best)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from fastkd.boxes import box_iou
-from fastkd.detectors.common.locations import LocationDetector, LocationHead, Matches, near_cells
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, shared_count
+from fastkd.detectors.common.locations import LocationDetector, LocationHead, Matches, candidate_cells
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes, avg_factor
 from fastkd.types import Batch
 
 ALPHA = 0.8  # how much of the quality is the box's
@@ -48,7 +48,7 @@ class POTO(LocationDetector):
     def _losses_of_one(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         truth, anchors = PaddedBoxes.of(batch), torch.cat(self.anchors(pyramid))
         matches = Matches.of(self.assign(truth, outputs, pyramid, batch))
-        count = shared_count((matches.rows >= 0).sum())
+        count = avg_factor((matches.rows >= 0).sum())
         _, image, place, row = matches
         boxes = truth.boxes[image, row]
         predicted = self.box_coder.decode(outputs["bbox_regression"][image, place], anchors[place])
@@ -60,9 +60,9 @@ class POTO(LocationDetector):
 
     @torch.no_grad()
     def assign(self, truth: PaddedBoxes, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> Tensor:
-        """The row of `truth` each location answers for, or BELOW: [B, A] int64."""
+        """The row of `truth` each location answers for, or BACKGROUND: [B, A] int64."""
         places, quality = self._candidates(truth, outputs, pyramid)
-        matched = torch.full((len(places), outputs["cls_logits"].shape[1]), BELOW)
+        matched = torch.full((len(places), outputs["cls_logits"].shape[1]), BACKGROUND)
         for own, counts, where, values in zip(matched, batch.counts, places.cpu(), quality.cpu(), strict=True):
             row, place = match_one_to_one(where[:counts], values[:counts])
             own[place] = row
@@ -75,7 +75,7 @@ class POTO(LocationDetector):
         levels, centers = self.anchors(pyramid), (truth.boxes[..., :2] + truth.boxes[..., 2:]) / 2
         found, first = [], 0
         for anchors, level, stride in zip(levels, pyramid, self.strides, strict=True):
-            found.append(near_cells(centers, level.shape[-2:], stride, 3) + first)
+            found.append(candidate_cells(centers, level.shape[-2:], stride, 3) + first)
             first += len(anchors)
         places = torch.cat(found, -1)  # [B, K, M]
         own = torch.cat(levels)[places]  # [B, K, M, 4]

@@ -12,12 +12,12 @@ from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch, Detections
 
 
-def one_behind_the_other(pyramids: list[list[Tensor]]) -> list[Tensor]:
+def concat_pyramids(pyramids: list[list[Tensor]]) -> list[Tensor]:
     """R pyramids of B images as one of R * B."""
     return pyramids[0] if len(pyramids) == 1 else [torch.cat(level) for level in zip(*pyramids, strict=True)]
 
 
-def apart(losses: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def split_losses(losses: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Losses [R] by name -> the losses of each of the R pyramids."""
     return [dict(zip(losses, row)) for row in zip(*(value.unbind() for value in losses.values()), strict=True)]
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.instance_masks import coarse_masks, dice_loss, require_masks
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, inside_ignored, shared_count
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes, avg_factor, inside_ignored
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids, split_losses
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
 from fastkd.ops._support.coverage import full_precision
@@ -36,11 +36,11 @@ class SOLOv2(Detector):
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment."""
         require_masks("solov2", batch)
-        outputs = self.head(one_behind_the_other(pyramids))
+        outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
-            return apart(self._losses(outputs, batch))
+            return split_losses(self._losses(outputs, batch))
 
     def _losses(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The losses [R] of outputs [R, B, ...] on R pyramids."""
@@ -58,8 +58,8 @@ class SOLOv2(Detector):
         parts = zip(outputs["kernels"].unbind(), outputs["mask_features"].unbind(), strict=True)
         dice = [self._dice(*both, image, cell, row, batch) for both in parts]
         return {
-            "classification": focal / shared_count(count, more=1.0),
-            "mask": MASK_WEIGHT * torch.stack(dice) / shared_count(count),
+            "classification": focal / avg_factor(count, more=1.0),
+            "mask": MASK_WEIGHT * torch.stack(dice) / avg_factor(count),
         }
 
     def _dice(
@@ -89,7 +89,7 @@ class SOLOv2(Detector):
 
     @torch.no_grad()
     def assign(self, truth: PaddedBoxes, batch: Batch) -> Tensor:
-        """The row of `truth` each cell answers for, or BELOW: [B, S] int64."""
+        """The row of `truth` each cell answers for, or BACKGROUND: [B, S] int64."""
         centers, seen = self._centers(truth, batch)
         sides = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, K, 2]
         area, padded = sides.prod(-1), torch.tensor(batch.padded_size[::-1], device=sides.device)
@@ -105,7 +105,7 @@ class SOLOv2(Detector):
             x, y = ((index >= first) & (index <= last)).unbind(-1)  # [B, K, cells]
             inside = (y[..., None] & x[..., None, :]).flatten(2) & fits[..., None]  # [B, K, cells^2]
             smallest, row = torch.where(inside, area[..., None], float("inf")).min(1)
-            found.append(torch.where(smallest.isinf(), BELOW, row))
+            found.append(torch.where(smallest.isinf(), BACKGROUND, row))
         return torch.cat(found, 1)
 
     def _centers(self, truth: PaddedBoxes, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -150,12 +150,12 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConf
     return [
         Detections(image_boxes[kept], image_scores[kept], image_labels[kept])
         for kept, image_boxes, image_scores, image_labels in zip(
-            survivors(boxes, scores, labels, config), boxes, scores, labels, strict=True
+            nms_indices(boxes, scores, labels, config), boxes, scores, labels, strict=True
         )
     ]
 
 
-def survivors(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Tensor]:
+def nms_indices(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Tensor]:
     """What non-maximum suppression keeps (without one: the best): B index tensors, strongest first; as `suppress`."""
     kept, threshold = [], config.nms
     for image_boxes, image_scores, image_labels in zip(boxes, scores, labels, strict=True):

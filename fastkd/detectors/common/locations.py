@@ -17,7 +17,7 @@ from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
 from fastkd.detectors.common.targets import PaddedBoxes, inside_ignored
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids, split_losses
 from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
@@ -26,7 +26,7 @@ PRIOR = 0.01  # probability every class starts with
 
 
 class Matches(NamedTuple):
-    """Which row of the padded ground truth each location answers for: rows [B, A], BELOW where none.
+    """Which row of the padded ground truth each location answers for: rows [B, A], BACKGROUND where none.
 
     And the P locations that answer for one: image [P] ascending, place [P], their row [P].
     """
@@ -55,7 +55,7 @@ class LocationDetector(Detector):
 
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), self.head_class(config))
-        self.reach = config.anchor_base if config.anchor_base is not None else 8
+        self.size_of_interest = config.anchor_base if config.anchor_base is not None else 8
         sizes = [(stride,) for stride in config.strides]
         self.anchors = PyramidAnchors(sizes, (1.0,), config.strides, centered=self.centered)
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
@@ -63,7 +63,7 @@ class LocationDetector(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         squares = []
         for cell, stride in zip(self.anchors.cells, self.strides, strict=True):
-            middle, half = (cell[:, :2] + cell[:, 2:]) / 2, self.reach * stride / 2
+            middle, half = (cell[:, :2] + cell[:, 2:]) / 2, self.size_of_interest * stride / 2
             squares.append(torch.cat([middle - half, middle + half], 1))
         return squares
 
@@ -72,11 +72,11 @@ class LocationDetector(Detector):
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images."""
-        outputs = self.head(one_behind_the_other(pyramids))
+        outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
-            return apart(self._losses(outputs, pyramids[0], batch))
+            return split_losses(self._losses(outputs, pyramids[0], batch))
 
     @abstractmethod
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def centerness(sides: Tensor) -> Tensor:
     return torch.sqrt(ratio)
 
 
-def near_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
+def candidate_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
     """The cells of a grid in a window around points.
 
     The window is `size` cells on a side, less where the grid is smaller, moved into the grid. So it holds the `size`

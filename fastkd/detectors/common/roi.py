@@ -17,9 +17,9 @@ from fastkd.detectors.common.roi_align import PyramidRoIAlign
 from fastkd.detectors.common.sampling import draw_keys, sample_balanced
 from fastkd.detectors.common.targets import (
     PaddedBoxes,
+    avg_factor,
     inside_ignored,
     match_anchors,
-    shared_count,
 )
 from fastkd.detectors.config import DetectorConfig
 from fastkd.ops._support.coverage import full_precision
@@ -112,7 +112,7 @@ class RegionHeads(nn.Module):
 
     def _box_losses(self, logits: Tensor, deltas: Tensor, sample: Sample, truth: PaddedBoxes) -> dict[str, Tensor]:
         with full_precision(logits):
-            count = shared_count(torch.tensor(len(logits), device=logits.device))
+            count = avg_factor(torch.tensor(len(logits), device=logits.device))
             classification = F.cross_entropy(logits, sample.labels, reduction="sum") / count
             positive = sample.labels.nonzero()[:, 0]
             boxes = truth.boxes[sample.image[positive], sample.row[positive]]
@@ -144,7 +144,7 @@ class RegionHeads(nn.Module):
                 if len(own)
             ]
             target = torch.cat(parts) if parts else logits.detach()
-            cells = shared_count(torch.tensor(len(logits), device=logits.device)) * logits.shape[-1] ** 2
+            cells = avg_factor(torch.tensor(len(logits), device=logits.device)) * logits.shape[-1] ** 2
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / cells
 
     def _masks(self, pyramid: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from fastkd.detectors.common.dense import PyramidAnchors, clip_boxes
 from fastkd.detectors.common.sampling import draw_keys, sample_balanced
-from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, inside_ignored, match_anchors, shared_count
+from fastkd.detectors.common.targets import IGNORE, PaddedBoxes, avg_factor, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch
 
@@ -28,7 +28,7 @@ class RPNOutputs(NamedTuple):
     deltas: Tensor
     anchors: list[Tensor]
 
-    def apart(self, pyramids: int) -> list[RPNOutputs]:
+    def split(self, pyramids: int) -> list[RPNOutputs]:
         """Of so many pyramids one behind the other: each one's."""
         both = zip(self.logits.unflatten(0, (pyramids, -1)).unbind(), self.deltas.unflatten(0, (pyramids, -1)).unbind())
         return [RPNOutputs(logits, deltas, self.anchors) for logits, deltas in both]
@@ -98,13 +98,13 @@ class RegionProposals(nn.Module):
         """{"rpn_objectness", "rpn_box"}; the sample of image b is drawn from generators[b]."""
         anchors = torch.cat(outputs.anchors)
         matched = match_anchors(truth, anchors, 0.3, 0.7, keep_best=True)
-        labels = torch.where(matched == BETWEEN, -1, (matched >= 0).long())
+        labels = torch.where(matched == IGNORE, -1, (matched >= 0).long())
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
             labels = labels.masked_fill(ignored & (labels == 0), -1)
         keys = draw_keys(generators, [len(anchors)] * len(batch), anchors.device)
         index, taken = sample_balanced(labels, keys, self.config.rpn_samples, 0.5)
-        count = shared_count(taken.sum())
+        count = avg_factor(taken.sum())
         image, place = taken.nonzero().unbind(1)
         anchor = index[image, place]
         label = labels[image, anchor].float()

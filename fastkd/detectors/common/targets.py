@@ -11,7 +11,7 @@ from fastkd.boxes import box_area, box_intersection, box_iou
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch
 
-BELOW, BETWEEN = -1, -2  # what torchvision's Matcher writes for "background" and "neither"
+BACKGROUND, IGNORE = -1, -2  # what torchvision's Matcher writes for "background" and "neither"
 MAX_PAIRS = 1 << 24  # (anchor, box) pairs compared at a time: 64 MiB a float32 temporary
 
 
@@ -51,7 +51,7 @@ def match_anchors(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, 
     Args:
         truth: ground truth of B images.
         anchors: [A, 4] shared by the images, or [B, A, 4].
-    Returns: [B, A] int64, the row of `truth` or BELOW or BETWEEN.
+    Returns: [B, A] int64, the row of `truth` or BACKGROUND or IGNORE.
     """
     step = max(1, MAX_PAIRS // max(1, truth.boxes.shape[1] * anchors.shape[-2]))
     parts = []
@@ -66,7 +66,7 @@ def _match(truth: PaddedBoxes, anchors: Tensor, low: float, high: float, keep_be
     iou = box_iou(truth.boxes[:, :, None], anchors.unsqueeze(-3))  # [b, K, A]
     iou.masked_fill_(~truth.valid[..., None], -1.0)
     value, best = iou.max(dim=1)
-    matched = torch.where(value >= high, best, torch.where(value >= low, BETWEEN, BELOW))
+    matched = torch.where(value >= high, best, torch.where(value >= low, IGNORE, BACKGROUND))
     if keep_best:
         highest = iou.amax(dim=2, keepdim=True)  # [b, K, 1]
         highest = highest.masked_fill(highest <= 0, 2.0)  # nothing has IoU 2: claims no anchor
@@ -84,7 +84,7 @@ def inside_ignored(batch: Batch, anchors: Tensor) -> Tensor | None:
     return torch.zeros(len(batch), anchors.shape[-2], device=anchors.device).index_add_(0, image, hits) > 0
 
 
-def shared_count(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Tensor:
+def avg_factor(count: Tensor, *, more: float = 0.0, least: float = 1.0) -> Tensor:
     """max(least, count over all processes + more) / processes.
 
     Dividing by it makes averaged gradients those of one process.

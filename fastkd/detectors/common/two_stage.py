@@ -11,7 +11,7 @@ from fastkd.detectors.common.rpn import RegionProposals
 from fastkd.detectors.common.sampling import image_generators
 from fastkd.detectors.common.targets import PaddedBoxes
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids
 from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
@@ -54,9 +54,9 @@ class TwoStage(Detector):
         if self.config.detector == "mask_rcnn" and batch.masks is None:
             raise ValueError("loss: batch.masks must be [K, H, W] for mask_rcnn, got None; load the data with masks")
         config, rpn = self.config, self.head.rpn
-        levels, numbers = one_behind_the_other(pyramids), {"pre_nms": config.rpn_pre_nms_train}
+        levels, numbers = concat_pyramids(pyramids), {"pre_nms": config.rpn_pre_nms_train}
         numbers["post_nms"] = config.rpn_post_nms_train
-        outputs, found, samples = rpn(levels).apart(len(pyramids)), [], []
+        outputs, found, samples = rpn(levels).split(len(pyramids)), [], []
         with full_precision(levels[0]):
             truth = PaddedBoxes.of(batch)
             for own in outputs:
