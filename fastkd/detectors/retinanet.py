@@ -24,8 +24,9 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 class _Targets(NamedTuple):
-    """What every anchor shall say: weight [B, A] of its class entries, and of the P positive ones:
+    """Classification weights and regression targets.
 
+    weight [B, A] of each anchor's class entries; then for the P positive anchors:
     weight [P], image [P], anchor [P], label [P], deltas [P, 4].
     """
 
@@ -50,8 +51,8 @@ def _losses(logits: Tensor, deltas: Tensor, targets: _Targets) -> dict[str, Tens
 class RetinaNet(Detector):
     """RetinaNet: focal classification and L1 box regression of anchors on P3 .. P7.
 
-    An anchor is positive from IoU 0.5, background below 0.4, and left out between; the best anchors of a box are always
-    positive. Losses are divided by the positives of each image, then averaged over the images.
+    An anchor is positive from IoU 0.5, background below 0.4, and ignored in between; the best anchors of a box are
+    always positive. Losses are divided by the number of positives of each image, then averaged over the images.
     Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's RetinaNet.
     """
 
@@ -74,7 +75,7 @@ class RetinaNet(Detector):
         return highest_by_cell(self.head.classification_head(pyramid), pyramid)
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
+        """`loss` of several pyramids: one call of the head on all their images, one assignment of anchors."""
         outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             targets = self._targets(pyramids[0], batch)
