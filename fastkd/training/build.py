@@ -14,6 +14,7 @@ from torch import nn
 from fastkd import assets
 from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.config import Recipe
 from fastkd.training.methods.protocol import Given
@@ -129,10 +130,10 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
         check_teacher(student, teacher)
     except ValueError as error:
         raise ValueError(f"train: teacher {path} does not fit this run: {error}") from error
-    if recipe.inherit and teacher.config.detector != student.config.detector:
+    if recipe.inherit and teacher.config.kind != student.config.kind:
         raise ValueError(
-            f"train: teacher must be a {student.config.detector} for its head to be inherited, got a "
-            f"{teacher.config.detector} in {path}; train a {student.config.detector} teacher or pass --no-inherit"
+            f"train: teacher must be a {student.config.kind} for its head to be inherited, got a "
+            f"{teacher.config.kind} in {path}; train a {student.config.kind} teacher or pass --no-inherit"
         )
     if list(teacher_names) != list(class_names):
         raise ValueError(
@@ -162,7 +163,13 @@ def build(recipe: Recipe) -> Built:
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
     if recipe.runtime.recompute:
-        student.backbone.recompute()
+        backbone = student.parts()["backbone"]
+        if not isinstance(backbone, Backbone):
+            kind = recipe.detector.kind
+            raise ValueError(
+                f"train: runtime.recompute must be False for {kind}, got True; pass --runtime.no-recompute"
+            )
+        backbone.recompute()
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
