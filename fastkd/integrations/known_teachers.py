@@ -118,5 +118,6 @@ def ultralytics_teacher(teacher: Any) -> Teacher:
     if network is None:
         raise TypeError(f"ultralytics_teacher: teacher must be a YOLO or its network, got {type(teacher).__name__}")
     network.float().eval()  # YOLO hands out networks in train mode
-    head: Any = network.model[-1]
+    layers: Any = network.model
+    head = layers[-1]
     return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)
