@@ -279,8 +279,9 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     import tyro  # only the command line needs it
 
     recipe = typed(get_recipe(name))
+    flat: Any = tyro.conf.AvoidSubcommands  # of a class made at run time, with the fields of the recipe's method
     parsed = tyro.cli(
-        tyro.conf.AvoidSubcommands[type(recipe)],  # type: ignore[misc]
+        flat[type(recipe)],
         default=recipe,
         args=list(args),
         prog=f"fastkd train {name}",
