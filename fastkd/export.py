@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.detectors.own import OwnDetector
 from fastkd.files import replacing
 
 ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
@@ -60,6 +61,15 @@ class RawOutputs(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pyramid = self.detector.features(images)
         return (*pyramid, *(tensor for _, tensor in raw_head_outputs(self.detector, pyramid)))
+
+
+def check_graph(detector) -> None:
+    """Raises: ValueError for a detector of one's own, whose head may answer with anything."""
+    if isinstance(detector, OwnDetector):
+        raise ValueError(
+            f"export_onnx: detector must be one of fastkd's, got {detector.config.kind}; pass --no-onnx and export its "
+            "graph with torch.onnx"
+        )
 
 
 def raw_head_outputs(detector, pyramid: list[Tensor]) -> list[tuple[str, Tensor]]:
@@ -123,6 +133,7 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
         file of such a graph is deleted.
     """
     require_onnx()
+    check_graph(detector)
     check_size(detector, size)
     training, parameter = detector.training, next(detector.parameters())
     device, dtype = parameter.device, parameter.dtype

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+OwnDetectors = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="detector", metavar="MODULE:CLASS")
+]
 STUDENT_FILE = "student.safetensors"
 
 
@@ -65,6 +73,23 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"CHECKPOINT must be an existing run directory or .safetensors file, got {path}")
     return path
+
+
+def use_detectors(names: Sequence[str]) -> None:
+    """Imports the detectors of one's own that the user named with --detector."""
+    from fastkd.detectors import use_detector
+
+    for name in names:
+        use_detector(name)
+
+
+def take_detectors(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --detector, which are imported, and the other arguments: tyro has --detector.FIELD for itself."""
+    parser = argparse.ArgumentParser(prog="fastkd", add_help=False, allow_abbrev=False)
+    parser.add_argument("--detector", action="append", default=[], metavar="MODULE:CLASS")
+    known, rest = parser.parse_known_args(list(args))
+    use_detectors(known.detector)
+    return known.detector, rest
 
 
 def require_file(path: Path, name: str) -> Path:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastkd.commands.common import device_argument, say
+from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.commands.train import find_recipe, split_recipe
 
 USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
@@ -39,12 +39,15 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     """Parses the recipe `name` with overrides, the number of batches, the device and an earlier run's directory."""
     import tyro
 
-    from fastkd.training.recipes.options import typed, untyped
+    from fastkd.training.recipes.options import typed, untyped, with_detector
 
-    default = typed(find_recipe(name))
+    detectors, args = take_detectors(args)
+    recipe = find_recipe(name)
+    default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def doctor(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         batches: int = 4,
         device: str = "auto",
         run_dir: Path | None = None,

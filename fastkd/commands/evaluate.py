@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from fastkd.commands.common import (
+    OwnDetectors,
     device_argument,
     find_checkpoint,
     image_size,
     require_file,
     require_folder,
+    use_detectors,
 )
 from fastkd.files import write_json
 
@@ -33,6 +35,7 @@ def evaluate(
     device: str = "auto",
     bf16: bool = False,
     strict: bool = False,
+    detectors: OwnDetectors = (),
 ) -> None:
     """Measure a trained detector on COCO-format data: AP of boxes (and masks), by size and by class.
 
@@ -56,7 +59,9 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N.
         bf16: Compute in bfloat16 (autocast).
         strict: Raise an error on a bad box or image instead of skipping and counting it.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
     require_file(annotations, "--annotations")
     require_folder(images, "--images")

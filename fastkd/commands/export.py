@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import find_checkpoint, image_size, say
+from fastkd.commands.common import OwnDetectors, find_checkpoint, image_size, say, use_detectors
 from fastkd.files import write_json
 
 
@@ -18,6 +18,7 @@ def export(
     height: int | None = None,
     width: int | None = None,
     dynamic: bool = True,
+    detectors: OwnDetectors = (),
 ) -> None:
     """Write a trained detector, without teacher and distiller, as safetensors and as ONNX.
 
@@ -31,7 +32,9 @@ def export(
         height: Height of the example image, pixels. Default: from the evaluation size of the run.
         width: Width of the example image, pixels. Default: from the evaluation size of the run.
         dynamic: Make batch size, height and width dynamic.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
 
     from fastkd import export as exporting
@@ -45,6 +48,7 @@ def export(
     default = -(-(size.short_side or 512) // coarsest) * coarsest
     example = (default if height is None else height, default if width is None else width)
     if onnx:
+        exporting.check_graph(detector)
         exporting.check_size(detector, example)
     out.mkdir(parents=True, exist_ok=True)
     save_detector(detector, out / "model.safetensors", class_names)

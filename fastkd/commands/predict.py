@@ -9,11 +9,13 @@ import tyro
 
 from fastkd.commands.common import (
     ImageSize,
+    OwnDetectors,
     choose_device,
     find_checkpoint,
     image_size,
     progress_bar,
     say,
+    use_detectors,
 )
 from fastkd.files import write_json
 
@@ -28,6 +30,7 @@ def predict(
     short_side: int | None = None,
     max_side: int | None = None,
     device: str = "auto",
+    detectors: OwnDetectors = (),
 ) -> None:
     """Draw the objects a trained detector finds: boxes, masks, class names and scores.
 
@@ -39,9 +42,11 @@ def predict(
         short_side: Length of the images' short side, pixels. Default: as in the run's own evaluation.
         max_side: Longest side after resizing, pixels. Default: as in the run's own evaluation.
         device: auto, cpu, cuda or cuda:N.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
     if not 0 <= score <= 1:
         raise ValueError(f"--score must be in [0, 1], got {score}")
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
     files = find_images(images)
     names = output_names(files)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import say
+from fastkd.commands.common import OwnDetectors, say, use_detectors
 
 
 def report(
@@ -16,6 +16,7 @@ def report(
     images: int = 6,
     pictures: Path | None = None,
     device: str = "cpu",
+    detectors: OwnDetectors = (),
 ) -> None:
     """Write one HTML page about finished runs: AP and gains, curves, cost, attention, features, mistakes.
 
@@ -27,7 +28,9 @@ def report(
         images: Validation images to show; 0 for none.
         pictures: Folder to which every picture is also written as a PNG file.
         device: Device for the networks of the attention and feature pictures: cpu, cuda or cuda:N.
+        detectors: Class of one's own that the runs name; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     for run in runs:
         if not run.is_dir():
             raise ValueError(f"RUNS must be existing run directories, got {run}")
@@ -37,5 +40,5 @@ def report(
     from fastkd.report import write_report
     from fastkd.training.methods import kinds
 
-    options = {"images": images, "picture_dir": pictures, "device": device, "methods": kinds()}
-    say(f"report written to {write_report(list(runs), out, **options)}")
+    path = write_report(list(runs), out, images=images, picture_dir=pictures, device=device, methods=kinds())
+    say(f"report written to {path}")

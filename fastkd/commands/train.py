@@ -8,15 +8,16 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastkd.commands.common import device_argument, say
+from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.signals import Interrupted
 
 log = logging.getLogger("fastkd.commands")
 TABLE_WIDTH = 130  # so that names are not truncated if the output is not a terminal
 
-USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
+USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [--detector MODULE:CLASS]
+       [any field of the recipe]
 
 Train a detector, alone or with distillation, and evaluate it.
 
@@ -28,6 +29,8 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
                     where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
   interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
   other batches     --scale-batch 4 takes 4 images a step and scales learning rates and steps along
+  own detector      --detector my_module:MyDetector trains a class with features, loss, detect and parts; given again
+                    it allows the class of a teacher's file (fastkd/detectors/own.py)
   several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...      (machines, SLURM: docs/scaling.md)
 """
 
@@ -82,13 +85,16 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     """Parses the recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
     import tyro
 
-    from fastkd.training.recipes.options import typed, untyped
+    from fastkd.training.recipes.options import typed, untyped, with_detector
     from fastkd.training.recipes.scaling import scale_to_batch
 
-    default = typed(find_recipe(name))
+    detectors, args = take_detectors(args)
+    recipe = find_recipe(name)
+    default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def train(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",

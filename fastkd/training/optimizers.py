@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class NamedOptimizer:
         self.parameters = parameters
         plain = [p for p in parameters.values() if p.ndim <= 1 and not config.decay_norm_and_bias]
         kept = {id(p) for p in plain}
-        groups = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
         groups += [{"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())  # one kernel for all parameters
@@ -57,7 +59,7 @@ class NamedOptimizer:
         present = [p for p in self.parameters.values() if p.grad is not None]
         limit = self.config.clip_norm
         with torch.no_grad():
-            norm = nn.utils.get_total_norm([p.grad for p in present])
+            norm = nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
             if limit is not None and present:
                 nn.utils.clip_grads_with_norm_(present, limit, norm)
         self.optimizer.step()

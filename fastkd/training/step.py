@@ -56,7 +56,7 @@ class FrozenTeacher:
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
         """Moves the detector; returns self."""
-        self.detector.to(device=device, memory_format=memory_format)
+        self.detector.to(device).to(memory_format=memory_format)
         return self
 
     def pyramid(self, images: Tensor, regions: Regions | None = None) -> list[Tensor]:
@@ -222,15 +222,17 @@ class StepModule(nn.Module):
             trainable: names of the parameters that are ever trained (a detector may have frozen stages).
         """
         self.train()
+        backbone = self.detector.parts()["backbone"]
+        of_backbone = {id(parameter) for parameter in backbone.parameters()}
         changed = False
         for name, parameter in self.named_parameters():
             wanted = name in trainable
             if name.startswith("distiller."):
                 wanted = wanted and phase.of(name.split(".")[1]).distill
-            elif name.startswith("detector.backbone."):
+            elif id(parameter) in of_backbone:
                 wanted = wanted and phase.train_backbone
             changed = changed or parameter.requires_grad != wanted
             parameter.requires_grad_(wanted)
         if not phase.train_backbone:
-            self.detector.parts()["backbone"].eval()  # keeps the running statistics of batch norms, too
+            backbone.eval()  # keeps the running statistics of batch norms, too
         return changed

@@ -128,7 +128,7 @@ class Trainer:
         self.built, self.recipe, self.run_dir = built, built.recipe, run_dir
         self.group, self.stop, self.console, self.command = group, stop, console, command
         self.layout = torch.channels_last if self.recipe.runtime.channels_last else torch.contiguous_format
-        self.module = built.module.to(device=group.device, memory_format=self.layout)
+        self.module = built.module.to(group.device).to(memory_format=self.layout)
         if self.module.teacher is not None:
             self.module.teacher.to(group.device, self.layout)
         self.trainable = frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
@@ -281,9 +281,11 @@ class Trainer:
         phase = phase_at(self.recipe, self.step)
         if phase != self.phase:
             self._enter(phase)
+        assert self.wrapped is not None
         torch.manual_seed(step_seed(self.recipe.seed, self.step, self.group.rank))
         rates = {o.name: o.set_rate(self.step, self.recipe.schedule.steps) for o in self.optimizers}
-        stopped, sums = 0, {}
+        stopped = 0
+        sums: dict[str, Tensor] = {}
         for number, batch in enumerate(parts, start=1):
             batch = batch.to(self.group.device, non_blocking=True, memory_format=self.layout)
             with no_sync(self.wrapped, number < len(parts)):
@@ -309,8 +311,8 @@ class Trainer:
         Raises: NonFiniteLossError in every process; for a loss, before any of them updates its weights.
         """
         values = torch.stack([total.detach(), *(norm.to(total.dtype) for norm in self.norms.values())])
-        bad = not torch.isfinite(values).all().item()  # the only device synchronisation of a step
-        bad, stopped = self.group.all_reduce_max([float(bad), float(self.stop.received)])
+        bad = float(not torch.isfinite(values).all().item())  # the only device synchronisation of a step
+        bad, stopped = self.group.all_reduce_max([bad, float(self.stop.received)])
         if bad:
             self._raise_non_finite(losses, batch)
         return int(stopped)
@@ -338,6 +340,7 @@ class Trainer:
         return " or --runtime.grad-compression bf16" if self.recipe.runtime.grad_compression == "fp16" else ""
 
     def _log(self, log: RunLog | None, seconds: float, waited: float, steps: int) -> None:
+        assert self.loader is not None
         means = self.interval.take()
         values = [*means.values(), self.loader.take_rate()]
         *values, rate = self.group.mean(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -385,15 +388,15 @@ class Trainer:
 
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
         measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
-        self.ledger = self.group.broadcast(measured)
-        self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, self.ledger)))
+        self.ledger = ledger = self.group.broadcast(measured)
+        self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 
     def _evaluate(self, log: RunLog | None) -> None:
         with self.progress.paused(), self.stop.interrupt_at_once():
             metrics, _ = self.evaluation.run(self.module.detector, progress=self.console.is_terminal)
         self.phase = None  # evaluation changed the detector's modes: apply the phase again
         if log is not None:
-            record = {"step": self.step}
+            record: dict[str, Any] = {"step": self.step}
             for kind, values in metrics.items():
                 record[kind] = {name: value for name, value in values.items() if name != "per_class"}
             log.write(record)

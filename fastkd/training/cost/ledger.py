@@ -105,14 +105,15 @@ def measure(
     """
     names = ["student", "with_method"] if recipe.method is not None else ["student"]
     candidates = {n: _Candidate(recipe, module, trainable, processes, n == "with_method") for n in names}
-    layout, samples = recipe.runtime.channels_last, {name: [] for name in names}
+    layout = recipe.runtime.channels_last
+    samples: dict[str, list[float]] = {name: [] for name in names}
     for candidate in candidates.values():
         candidate.step(batches[0], layout)
     peaks = {name: candidate.peak(batches[0], layout) for name, candidate in candidates.items()}
     for pair, parts in zip(range(recipe.runtime.ledger_pairs), itertools.cycle(batches)):
         for name in names if pair % 2 == 0 else reversed(names):
             samples[name].append(candidates[name].timed(parts, layout))
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {"seconds_per_step": statistics.median(taken), "peak_bytes": peaks[name], "samples": taken}
         for name, taken in samples.items()
     }
@@ -168,8 +169,8 @@ def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
 def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
     """The ledger for the terminal."""
     table = Table(title=f"Cost of {name}", header_style="bold")
-    for column, justify in (("", "left"), ("seconds/step", "right"), ("peak memory", "right"), ("whole run", "right")):
-        table.add_column(column, justify=justify)
+    for column in ("", "seconds/step", "peak memory", "whole run"):
+        table.add_column(column, justify="right" if column else "left")
     run, student, method, whole = (ledger[key] for key in ("run", "student", "with_method", "extra_with_teacher"))
 
     def row(label: str, entry: dict[str, Any], seconds: float | None, sign: str = "") -> None:

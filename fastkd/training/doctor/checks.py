@@ -139,7 +139,7 @@ def check_start(built: Built, teacher: Detector | None) -> Iterator[Finding]:
     """The student's initial weights: backbone weights and tensors inherited from the teacher."""
     if "backbone_weights" in built.notes:
         yield Finding("ok", "backbone", built.notes["backbone_weights"].splitlines()[0])
-    if not built.recipe.inherit:
+    if not built.recipe.inherit or teacher is None:
         return
     report = inherit(built.module.detector, teacher)
     total = len(report.matched) + len(report.missing) + len(report.mismatched)
@@ -152,6 +152,7 @@ def check_start(built: Built, teacher: Detector | None) -> Iterator[Finding]:
 def check_pyramids(built: Built, batch: Batch) -> Iterator[Finding]:
     """Whether the pyramids of student and teacher match, and the method's advice on their values."""
     module, recipe = built.module, built.recipe
+    assert module.teacher is not None
     try:
         check_teacher(module.detector, module.teacher.detector)
     except ValueError as error:
@@ -180,6 +181,7 @@ def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[
 
 def _fit_method(module: StepModule, examples: list[tuple[list[Tensor], Batch]], precision: torch.autocast) -> None:
     """Trains the method's parameters, if it has any, for a few steps on fixed pyramids of the student."""
+    assert module.distiller is not None
     parameters = [p for p in module.distiller.parameters() if p.requires_grad]
     if not parameters:
         return

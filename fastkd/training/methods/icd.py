@@ -127,7 +127,9 @@ class ICDConfig(FeatureMethod):
             normalisation layers.
         heads: 2, so that a head has 32 channels, as published, in a pyramid of 64 channels.
         """
-        method = dataclasses.replace(cls.published(detector).method, heads=2, teacher_scale=0.2)
+        method = cls.published(detector).method
+        assert isinstance(method, cls)
+        method = dataclasses.replace(method, heads=2, teacher_scale=0.2)
         return Setup(method, _optimizer(3e-4, warmup=0.05), inherit=True)
 
     @classmethod

@@ -127,8 +127,11 @@ class LGDConfig(FeatureMethod):
             after 1000), and shuffled labels made no difference.
         """
         method = cls.published(detector).method
-        changed = {"weight": 0.25, "instructive_weight": 0.1, "freeze_fraction": 0.0, "final_fraction": 0.6}
-        return Setup(dataclasses.replace(method, **changed), SCENES_OPTIMIZER)
+        assert isinstance(method, cls)
+        method = dataclasses.replace(
+            method, weight=0.25, instructive_weight=0.1, freeze_fraction=0.0, final_fraction=0.6
+        )
+        return Setup(method, SCENES_OPTIMIZER)
 
     @classmethod
     def view(cls) -> View:

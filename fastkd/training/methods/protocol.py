@@ -223,7 +223,7 @@ class Combined(Method):
     @classmethod
     def _part_types(cls) -> dict[str, type[Method]]:
         """The fields that hold methods: name -> class, which is also the field's default factory."""
-        found = {item.name: item.default_factory for item in dataclasses.fields(cls)}
+        found: dict[str, Any] = {item.name: item.default_factory for item in dataclasses.fields(cls)}
         return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Method)}
 
     def parts(self) -> dict[str, Method]:

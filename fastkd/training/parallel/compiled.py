@@ -87,6 +87,7 @@ class Regions:
         if not self.enabled:
             return function(*arguments, **options)
         if name not in self._compiled:
+            assert isinstance(function, types.FunctionType)
             self._compiled[name] = torch.compile(
                 _copy_function(function),
                 fullgraph=True,
@@ -99,7 +100,7 @@ class Regions:
         with config.patch(_supported(config, {"backward_pass_autocast": "off"})):
             return self._compiled[name](*arguments, **options)
 
-    def _options(self, device_type: str) -> dict[str, bool | int] | None:
+    def _options(self, device_type: str) -> dict[str, Any] | None:
         """Inductor's options, as far as this release of torch has them: few launches on a GPU, dynamic box counts.
 
         layout_optimization would pass strides, and with them box counts, to the backward graph as constants: one graph
@@ -110,7 +111,7 @@ class Regions:
             return None
         import torch._inductor.config as inductor
 
-        wanted = {"layout_optimization": False, "strict_output_strides": True}
+        wanted: dict[str, Any] = {"layout_optimization": False, "strict_output_strides": True}
         if device_type == "cuda":
             wanted |= COMBINED
         return _supported(inductor, wanted)

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITHOUT_ANCHORS
@@ -87,7 +88,7 @@ SCENES = ScenesNumbers()
 def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
     numbers, two_stage = SCENES, detector in TWO_STAGE
-    anchors = {"anchor_base": numbers.anchor_base}
+    anchors: dict[str, Any] = {"anchor_base": numbers.anchor_base}
     if detector not in WITHOUT_ANCHORS:
         anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
     return DetectorConfig(
@@ -138,7 +139,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         name=f"scenes-{detector_name}-{method_name}",
         detector=config,
         data=DataConfig(),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         teacher=_scenes_teacher(detector_name) if _needs_teacher(method_name, setup) else None,
         inherit=_inherits(method_name, setup),
         backbone_weights=(
@@ -149,7 +150,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
             if teacher
             else _scenes_adamw(numbers.rate, numbers.warmup, numbers.clip_norm)
         ),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
 
@@ -211,7 +212,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
             max_side=1333,
             workers=4,
         ),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         teacher=f"runs/coco-{detector_name}-teacher/student.safetensors"
         if _needs_teacher(method_name, setup)
         else None,
@@ -220,7 +221,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
         optimizer=OptimizerConfig(
             learning_rate=0.02 if detector in TWO_STAGE else 0.01, milestones=milestones, warmup=1000 / steps
         ),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=steps, batch_size=16),
         runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fastkd.training.config import Recipe
 
@@ -23,5 +24,17 @@ def untyped(recipe: Recipe) -> Recipe:
     return Recipe(**_values(recipe))
 
 
-def _values(recipe: Recipe) -> dict[str, object]:
+def with_detector(recipe: Recipe, name: str) -> Recipe:
+    """The recipe for a student of one's own; weights for the backbone of another are left out.
+
+    Args:
+        name: "module:Class", as `fastkd.detectors.use_detector` returns it.
+    """
+    if recipe.detector.custom == name:
+        return recipe
+    detector = dataclasses.replace(recipe.detector, custom=name)
+    return dataclasses.replace(recipe, detector=detector, backbone_weights=None)
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
     return {item.name: getattr(recipe, item.name) for item in dataclasses.fields(Recipe)}

@@ -34,7 +34,7 @@ class RunDirectoryError(RuntimeError):
 def differing_fields(one: Any, other: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
     """The differences of two JSON values: dotted name -> (value in one, value in other)."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found = {}
+        found: dict[str, tuple[Any, Any]] = {}
         for key in [*one, *(key for key in other if key not in one)]:
             name = f"{where}.{key}" if where else key
             found |= differing_fields(one.get(key), other.get(key), name)
