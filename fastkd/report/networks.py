@@ -1,4 +1,4 @@
-"""Loads the networks of a run for looking inside: the student, its distiller, and the teacher where there is one."""
+"""Loads the networks of a run for visualisation: the student, its distiller, and the teacher if there is one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.types import Batch, ClassPriors
 
 @dataclass
 class Networks:
-    """The networks of a run in eval mode on one device, and the sizes at which images enter them."""
+    """The networks of a run in eval mode on one device, and their input sizes."""
 
     student: Detector
     distiller: Any
@@ -33,11 +33,11 @@ class Networks:
     divisor: int
 
     def level_name(self, level: int) -> str:
-        """P3, P4 ... as papers name the pyramid's levels: P_n has stride 2^n."""
+        """The name of a level as in the papers: P_n has stride 2^n."""
         return f"P{int(self.student.strides[level]).bit_length() - 1}"
 
     def batch(self, source: ValidationSet, image_id: int) -> tuple[Batch, np.ndarray]:
-        """One validation image as the networks see it, and the resized picture itself, uint8 [h, w, 3]."""
+        """One validation image as a Batch, and the resized picture, uint8 [h, w, 3]."""
         image = source.image(image_id)
         size = resized_size(image.shape[1], image.shape[0], self.short_side, self.max_side)
         geometry = Geometry(*size, flip=False)

@@ -57,8 +57,7 @@ def train(
     Args:
         recipe: what to train.
         run_dir: new or empty, unless resuming.
-        resume: continue the run in `run_dir` bit for bit; start it if the directory is empty, do nothing if the run is
-            finished.
+        resume: continue the run in `run_dir` bit for bit; start it if there is none; do nothing if it is finished.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
         console: prints progress and tables; None is standard error.
         command: recorded in metrics.json; None records this program's arguments.
@@ -304,9 +303,7 @@ class Trainer:
         return stopped
 
     def _check(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> int:
-        """All-reduces once per step whether a loss or the last gradient is not finite and whether to stop.
-
-        Returns: the signal received by any process, or 0.
+        """Checks in all processes that losses and last gradients are finite; returns the stop signal or 0.
 
         Raises: NonFiniteLossError in every process; for a loss, before any of them updates its weights.
         """
