@@ -1,12 +1,12 @@
-"""Memory that a data loader worker makes its own while it goes through a data set once.
+"""Private memory of a data loader worker after one pass through a data set.
 
     python benchmarks/data_memory.py                     # a million boxes
     python benchmarks/data_memory.py --boxes 200000 --json
 
-A worker starts as a fork and shares every page of its parent until it writes to it. Python writes a reference count to
-every object it looks at, so a data set held as objects is copied into each worker bit by bit; CocoDataset holds arrays.
-Measured: private pages (Private_Clean + Private_Dirty of /proc/<pid>/smaps_rollup) of a worker after one pass, less
-those after its first batch. Both ways read the same annotation file; "objects" keeps what json.load returns.
+A worker starts as a fork and shares the pages of its parent until it writes to them. Python writes a reference count to
+every object it accesses, so a data set stored as objects is gradually copied into each worker; CocoDataset stores
+arrays. Measured: private pages (Private_Clean + Private_Dirty of /proc/<pid>/smaps_rollup) of a worker after one pass,
+minus those after its first batch. Both variants read the same annotation file; "objects" keeps the result of json.load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 4
 
 
 def write_data(root: Path, boxes: int) -> tuple[Path, Path]:
-    """IMAGES small grey pictures that share `boxes` boxes."""
+    """Write IMAGES small grey images with `boxes` boxes in total."""
     (root / "images").mkdir(parents=True)
     Image.new("RGB", (SIDE, SIDE), (90, 90, 90)).save(root / "images" / "grey.png")
     images = [{"id": i, "file_name": "grey.png", "width": SIDE, "height": SIDE} for i in range(IMAGES)]
@@ -61,7 +61,7 @@ class Objects(Dataset):
 
 
 def private_megabytes() -> float:
-    """Largest private memory among the children of this process."""
+    """Largest private memory of the children of this process."""
     found = []
     for child in multiprocessing.active_children():
         lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What every benchmark records or sets about its surroundings: commit, machine, allocator."""
+"""The environment of a benchmark: commit, machine, allocator settings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def commit(folder: Path = ROOT) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on and with."""
+    """Machine and software versions of a measurement."""
     names = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
     return {
         "cpu": _cpu_name(),

@@ -1,6 +1,6 @@
-"""Extra memory of a call: what torch's allocators hand out and take back while it runs, inside operators too.
+"""Additional memory of a call, from the allocations of torch's allocators, also inside operators.
 
-Scratch that a library gets from the system itself (oneDNN, MKL) is not seen; that favours plain torch.
+Memory that a library allocates directly from the system (oneDNN, MKL) is not counted, which favours plain torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fastkd.training.cost.memory import transient_peak
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a call takes on top of what is there before it.
+    """Bytes that a call allocates beyond those allocated before it.
 
     Args:
-        peak: at the worst moment.
-        largest: the largest single allocation; 0 on a GPU, whose allocator does not tell.
+        peak: maximum during the call.
+        largest: the largest single allocation; 0 on a GPU, whose allocator does not report it.
     """
 
     peak: int
@@ -28,7 +28,7 @@ class Memory:
 
 
 def measure(call: Callable[[], object], device: torch.device) -> Memory:
-    """Memory of one call; its results are dropped."""
+    """Memory of one call; its results are discarded."""
     if device.type == "cuda":
         return Memory(transient_peak(call, device), 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,8 +1,8 @@
-"""Bytes that a training step sends and the efficiency PROJECTED from them: python -m benchmarks.scaling [--write].
+"""Bytes sent by a training step and the efficiency PROJECTED from them: python -m benchmarks.scaling [--write].
 
-The bytes are counted: 4 (or 2, compressed) for every parameter that trains, of the COCO recipes' detectors and methods;
-tests/training/test_four_processes.py counts the same number sent. Times and efficiencies are a model's: nothing was
-run on these machines. --write puts the tables between the marks of docs/scaling.md.
+The bytes are counted: 4 (or 2, compressed) for each trainable parameter of the COCO recipes' detectors and methods;
+tests/training/test_four_processes.py measures the same number. Times and efficiencies are modelled: nothing was run on
+these machines. --write inserts the tables between the marks of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ METHODS = ("lgd", "icd", "fgfi")
 PAGE = Path(__file__).parent.parent / "docs/scaling.md"
 BEGIN, END = "<!-- python -m benchmarks.scaling --write: begin -->", "<!-- end -->"
 GPUS = (8, 16, 32, 64, 128, 256)
-SECONDS = (0.15, 0.05)  # assumed of a step on one GPU
+SECONDS = (0.15, 0.05)  # assumed duration of a step on one GPU
 BUCKET = 25 * 2**20  # bytes; DDP's
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind in nodes of eight, from data sheets, and what is assumed of them.
+    """A cluster of nodes of eight GPUs, from data sheets and assumptions.
 
     Args:
-        name: in the table.
-        inside: bytes a second and direction of a GPU to the others of its node.
-        between: bytes a second and direction of a node to the others, all its network cards.
-        latency: seconds of a message between nodes (assumed).
-        per_node: GPUs of a node.
-        used: part of a link's bytes that a ring gets (assumed).
+        name: name in the table.
+        inside: bytes per second and direction between a GPU and the others of its node.
+        between: bytes per second and direction between a node and the others, over all its network cards.
+        latency: seconds per message between nodes (assumed).
+        per_node: GPUs per node.
+        used: fraction of a link's bandwidth that a ring achieves (assumed).
     """
 
     name: str
@@ -59,13 +59,13 @@ ETHERNET = Machine("Ethernet", 450e9, 12.5e9, 30e-6)
 
 @dataclass(frozen=True)
 class Step:
-    """What is assumed of a step on one GPU.
+    """Assumptions about a step on one GPU.
 
     Args:
-        seconds: of computing, without any exchange.
-        backward: part of it that is the backward pass.
-        overlap: part of the backward pass in which gradients travel unseen.
-        agreements: small reductions that everybody waits for: the losses' divisors, stop and NaN.
+        seconds: of computation, without communication.
+        backward: fraction of it in the backward pass.
+        overlap: fraction of the backward pass in which communication is hidden.
+        agreements: small blocking reductions: the losses' divisors, stop and NaN.
         message: seconds of one of their 2 log2(n) messages, by TCP.
     """
 
@@ -78,7 +78,7 @@ class Step:
 
 @functools.cache
 def trainable(recipe: Recipe) -> tuple[int, int]:
-    """Numbers that train: of the student, and of the method."""
+    """Trainable parameters of the student, and of the method."""
     with torch.device("meta"):
         student = build_detector(recipe.detector)
         teacher = build_detector(dataclasses.replace(recipe.detector, backbone="resnet101"))
@@ -97,26 +97,26 @@ def ring_bytes(size: int, gpus: int) -> float:
 
 
 def exchange_seconds(size: int, gpus: int, machine: Machine) -> float:
-    """PREDICTED time of an all-reduce of gradients: the slowest link's bytes, and 2 (n - 1) messages a bucket."""
+    """PREDICTED time of an all-reduce of gradients: bytes of the slowest link, and 2 (n - 1) messages per bucket."""
     several = gpus > machine.per_node
     bandwidth = min(machine.inside, machine.between) if several else machine.inside
     latency = machine.latency if several else 2e-6
-    # rings over all cards of a node: together they carry the whole across its border
+    # rings over all network cards of a node together carry all bytes between nodes
     hops = 2 * (math.ceil(gpus / machine.per_node) - 1) if several else 2 * (gpus - 1)
     return ring_bytes(size, gpus) / (machine.used * bandwidth) + math.ceil(size / BUCKET) * hops * latency
 
 
 def efficiency(size: int, gpus: int, machine: Machine, step: Step) -> float:
-    """PREDICTED part of a step that computes: 1 means n GPUs train n times the images of one."""
+    """PREDICTED fraction of a step spent computing: with 1, n GPUs process n times the images of one."""
     exchange = exchange_seconds(size, gpus, machine)
-    last = exchange_seconds(min(size, BUCKET), gpus, machine)  # leaves when nothing is left to hide it
+    last = exchange_seconds(min(size, BUCKET), gpus, machine)  # sent after the backward pass, so not hidden
     hidden = min(exchange - last, step.overlap * step.backward * step.seconds)
     small = step.agreements * 2 * math.ceil(math.log2(gpus)) * step.message
     return step.seconds / (step.seconds + exchange - hidden + small)
 
 
 def volume_table() -> str:
-    """What each detector and method has to send."""
+    """Bytes sent by each detector and method."""
     lines = ["| R50 detector | trains | MB a step | with LGD | with ICD | with FGFI | sent by each of 8 / 256, LGD |"]
     lines += ["|---|--:|--:|--:|--:|--:|--:|"]
     for name in DETECTORS:
@@ -124,7 +124,7 @@ def volume_table() -> str:
         row = [f"| {name} | {student / 1e6:.1f} M | {4 * student / 1e6:.0f}"]
         sizes = {}
         for method in METHODS:
-            if f"coco-{name}-{method}" not in recipe_names():  # the method cannot train this detector
+            if f"coco-{name}-{method}" not in recipe_names():  # not supported by the method
                 row.append("-")
                 continue
             own = trainable(get_recipe(f"coco-{name}-{method}"))[1]
@@ -136,7 +136,7 @@ def volume_table() -> str:
 
 
 def efficiency_table(seconds: tuple[float, ...]) -> str:
-    """Predicted efficiency of RetinaNet-R50 with LGD, for steps of so many seconds on one GPU."""
+    """Predicted efficiency of RetinaNet-R50 with LGD, for step times in seconds on one GPU."""
     lines = [f"| PROJECTED efficiency, RetinaNet-R50 with LGD | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |"]
     lines += ["|---|" + "--:|" * len(GPUS)]
     numbers = sum(trainable(get_recipe("coco-retinanet-lgd")))
@@ -148,18 +148,18 @@ def efficiency_table(seconds: tuple[float, ...]) -> str:
 
 
 def tables(seconds: tuple[float, ...] = SECONDS) -> str:
-    """Everything between the marks of the page."""
+    """The text between the marks of the page."""
     return f"{BEGIN}\n{volume_table()}\n\n{efficiency_table(seconds)}\n{END}"
 
 
 def write(page: Path) -> None:
-    """Puts the tables between the marks of a page."""
+    """Insert the tables between the marks of a page."""
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     page.write_text(before + tables() + rest.split(END)[1], encoding="utf-8")
 
 
 def main() -> None:
-    """Prints the tables, and writes them into the page if asked."""
+    """Print the tables; with --write also insert them into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step-seconds", type=float, nargs="+", help="of computing on one GPU, to be assumed")
     parser.add_argument("--write", action="store_true", help=f"put the tables of the page's own steps into {PAGE.name}")

@@ -1,7 +1,7 @@
-"""Does a wheel hold what it should? `python -m benchmarks.wheel dist/fastkd-*.whl`, at the end of `make wheel`.
+"""Checks the contents of a wheel: `python -m benchmarks.wheel dist/fastkd-*.whl`, at the end of `make wheel`.
 
-It must stay under 50 MB, hold machine code for 8.0, 9.0, 10.0 and PTX, and load both libraries in a process without a
-GPU. Needs no GPU.
+It must be smaller than 50 MB, contain machine code for 8.0, 9.0, 10.0 and PTX, and load both libraries in a process
+without a GPU. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ print(library.__file__, "|", library.cuda_build())
 
 
 def check(wheel: Path) -> tuple[list[str], list[str]]:
-    """What the wheel holds, and what is wrong with it; lines."""
+    """Lines on the contents of the wheel, and lines on its faults."""
     facts, wrong = [f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB"], []
     if wheel.stat().st_size >= LIMIT:
         wrong.append(f"the wheel must be under {LIMIT / 1e6:.0f} MB")
@@ -56,7 +56,7 @@ def check(wheel: Path) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints both; 1 if something is wrong."""
+    """Print both; 1 if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     facts, wrong = check(parser.parse_args(arguments).wheel)

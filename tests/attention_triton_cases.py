@@ -1,7 +1,7 @@
 """The Triton kernels of instance_attention and attention_mass under Triton's interpreter, on the CPU.
 
-tests/ops/test_attention_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1, which Triton reads
-when it is imported. It runs every case, the programs of a launch in shuffled order, and writes what went wrong in each.
+tests/ops/test_attention_triton.py runs this file in a separate process with TRITON_INTERPRET=1, which Triton reads at
+import. Every case runs with the programs of a launch in shuffled order; its error, if any, is written to a file.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ CASES = {}
 
 
 def small_blocks():
-    """Blocks and tiles so small that tiny shapes have several."""
+    """Small blocks and tiles, so that small shapes have several."""
     small = configurations.Configuration(16, 2, 8, 4, 1)
     for name in ("backward", "mass"):
         setattr(configurations, name, lambda shape, card: small)
@@ -46,7 +46,7 @@ def draw(images, heads, count, depth, channels, value_depth, sizes, *, dtype, pr
     levels = [layouts[0](torch.randn(images, channels, *size).to(dtype)) for size in sizes]
     values = [layouts[1](torch.randn(images, heads * value_depth, *size).to(dtype)) for size in sizes]
     tables = []
-    for axis in (0, 1):  # as the decoder makes them: views of one tensor
+    for axis in (0, 1):  # views of one tensor, as in the decoder
         sides = [size[axis] for size in sizes]
         whole = torch.randn(images, heads, count, sum(sides), dtype=wide) / 2
         tables.append(list(whole.split(sides, dim=3)))
@@ -56,7 +56,7 @@ def draw(images, heads, count, depth, channels, value_depth, sizes, *, dtype, pr
 
 
 def as_leaves(arguments, dtype=None):
-    """The same values as leaves that want gradients (not the levels), of another dtype where given."""
+    """The same values as leaves that require gradients (except levels), optionally in another dtype."""
 
     def leaf(value, wants=True):
         return (value.detach() if dtype is None else value.detach().to(dtype)).clone().requires_grad_(wants)
@@ -142,7 +142,7 @@ def close(actual, plain, exact):
 def check(*draws, card=None):
     """Forward, backward and mass against plain torch in the same types and float64.
 
-    Several draws count as one: of few numbers, all of plain torch's can be exact by luck.
+    Several draws are compared as one: a few results of plain torch can be exact by chance.
     """
     everything = []
     for arguments in draws:

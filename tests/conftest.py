@@ -20,7 +20,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN (largest value for integers), so that a cell nobody wrote cannot pass for a zero."""
+    """torch.empty gives NaN (largest value for integers), so that unwritten cells are not mistaken for zeros."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -45,11 +45,11 @@ def _use_capability(request, monkeypatch):
 
 @pytest.fixture(params=[name for name in CAPABILITIES if name != "avx512_bf16"])
 def capability(request, monkeypatch):
-    """Each instruction set this CPU has, in turn, but for bf16 dot products: most ops have no kernel of those."""
+    """Each instruction set of this CPU except bf16 dot products, which most ops do not use."""
     return _use_capability(request, monkeypatch)
 
 
 @pytest.fixture(params=CAPABILITIES)
 def capability_with_bf16(request, monkeypatch):
-    """Each instruction set this CPU has, in turn."""
+    """Each instruction set of this CPU."""
     return _use_capability(request, monkeypatch)

@@ -42,7 +42,7 @@ def small_config(kind: str, num_classes: int = 3, **changes) -> DetectorConfig:
 def rectangles(
     counts: list[int], *, size: tuple[int, int] = (64, 64), num_classes: int = 3, seed: int = 0, masks: bool = True
 ) -> Batch:
-    """Rectangles on black, their colour telling their class; counts[b] of them in image b."""
+    """Rectangles on black, coloured by class; counts[b] of them in image b."""
     generator = torch.Generator().manual_seed(seed)
     height, width = size
     images = torch.zeros(len(counts), 3, height, width)

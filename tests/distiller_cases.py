@@ -1,4 +1,4 @@
-"""The three distillers on one small batch, for tests of how they run rather than of what they compute."""
+"""The three distillers on one small batch, for tests of execution rather than of results."""
 
 import torch
 from ragged import LEVELS, priors, ragged_batch, ragged_pyramid
@@ -25,7 +25,7 @@ def losses(name, module, student, teacher, batch):
 
 
 def inputs(counts=(3, 0, 2), *, levels=LEVELS, **options):
-    """Student pyramid, teacher pyramid and batch of as many images as counts."""
+    """Student pyramid, teacher pyramid and batch with len(counts) images."""
     student, teacher = (
         ragged_pyramid(len(counts), CHANNELS, levels=levels, seed=seed, dtype=torch.float32) for seed in (0, 1)
     )

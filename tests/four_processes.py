@@ -1,4 +1,4 @@
-"""What the four processes of test_four_processes.py do, two on each of two machines: four_processes.py DATA OUT."""
+"""The four processes of test_four_processes.py, two on each of two simulated machines: four_processes.py DATA OUT."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def gradients(recipe, group, compression):
 
 
 def refusal(function):
-    """The message of the error with which it ends."""
+    """The message of the raised error."""
     try:
         function()
     except Exception as error:

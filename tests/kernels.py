@@ -1,4 +1,4 @@
-"""What the tests of all compiled ops share: layouts, capabilities, the comparison with the reference, fuzzing.
+"""Shared by the tests of compiled ops: layouts, capabilities, comparison with the reference, fuzzing.
 
 An op is called as op(*arguments); arguments are tensors, numbers, None and (nested) lists and tuples of them.
 """
@@ -47,22 +47,22 @@ def is_float(value) -> bool:
 
 
 def double(arguments):
-    """The same values as float64 leaves; what wants a gradient still does."""
+    """The same values as float64 leaves; requires_grad is kept."""
     return tree_map(lambda v: v.detach().double().requires_grad_(v.requires_grad) if is_float(v) else v, arguments)
 
 
 def convert(arguments, dtype):
-    """Floating-point tensors rounded to a dtype, as leaves; what wants a gradient still does."""
+    """Floating-point tensors rounded to a dtype, as leaves; requires_grad is kept."""
     return tree_map(lambda v: v.detach().to(dtype).requires_grad_(v.requires_grad) if is_float(v) else v, arguments)
 
 
 def leaves(arguments) -> list[Tensor]:
-    """The tensors that want a gradient, in order."""
+    """The tensors that require a gradient, in order."""
     return [value for value in tree_flatten(arguments)[0] if is_float(value) and value.requires_grad]
 
 
 def results_and_gradients(op, arguments, seed=0):
-    """Floating-point and other results of a call, and the gradients of everything that wants one.
+    """Floating-point and other results of a call, and all gradients.
 
     The cotangents are drawn from the seed, with values that every dtype holds exactly.
     """
@@ -167,7 +167,7 @@ def fuzz(op, reference, draw, count=1000, seed=0):
 
 
 def _corrupt(value, choose):
-    """Something else in the place of an argument."""
+    """A replacement for an argument."""
     if isinstance(value, Tensor):
         changes = [
             lambda: value.detach().to(choose.choice([torch.int32, torch.float64, torch.bool, torch.complex64])),
@@ -196,7 +196,7 @@ def _corrupt(value, choose):
 
 
 def corrupted(arguments, choose):
-    """The arguments with one place in them, at any depth, replaced."""
+    """The arguments with one value, at any depth, replaced."""
     arguments = list(arguments)
     place = choose.randrange(len(arguments))
     value = arguments[place]
@@ -224,7 +224,7 @@ def fuzz_hostile(name, op, draw, count=1000, seed=0):
         except (ValueError, TypeError) as error:
             refused += 1
             assert str(error).startswith(f"{name}: ") and "; " in str(error), f"call {index}: {error}"
-        except RuntimeError as error:  # what was asked for is fine but too large to be had
+        except RuntimeError as error:  # valid arguments that need too much memory
             assert "allocate" in str(error) or "overflow" in str(error), f"call {index}: {error}"
     return refused
 

@@ -43,7 +43,7 @@ def ragged_batch(counts, *, num_classes=3, size=SIZE, seed=0, masks=False):
 
 
 def ragged_pyramid(images, channels, *, levels=LEVELS, seed=0, dtype=torch.float64):
-    """Random levels that want gradients."""
+    """Random levels that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(images, channels, *size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()

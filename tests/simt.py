@@ -1,8 +1,8 @@
-"""The emulation of CUDA for tests: loads build/cmake/_simt.so and gives the .cu sources' ops as plain functions.
+"""The emulation of CUDA for tests: loads build/cmake/_simt.so, with the ops of the .cu sources as functions.
 
-FASTKD_SIMT names another build of it: `make sanitize` that with AddressSanitizer.
+FASTKD_SIMT selects another build, as `make sanitize` does with AddressSanitizer.
 
-Importing this module skips the tests that do so where `make cmake` found no Python.h to build the emulation with.
+Tests that import this module are skipped if `make cmake` found no Python.h to build the emulation.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ module = load()
 
 
 def run(name, *arguments, seed=0, poison=0xFF, shared_bytes=99 * 1024):
-    """A call of an op under the emulation; RuntimeError with what it finds."""
+    """Call an op in the emulation; findings raise RuntimeError."""
     module.configure(seed, poison, shared_bytes)
     try:
         return getattr(torch.ops.fastkd_simt, name)(*arguments)

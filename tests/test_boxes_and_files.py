@@ -1,4 +1,4 @@
-"""What all rooms share: the overlap of boxes, and files that are written whole or not at all."""
+"""Modules shared by all packages: the overlap of boxes, and atomic file writes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Imports between the rooms of the package: only downwards, in no circle, and of public names only."""
+"""Imports between sub-packages: only downwards, without cycles, and only of public names."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
-# Each room may import the rooms of the lines above its own, and nothing else.
+# Each sub-package may import only those of the lines above its own.
 FLOORS = (
     ("types", "boxes", "files", "signals", "codec", "tensor_files", "assets"),
     ("ops",),
@@ -78,7 +78,7 @@ def imports(texts: dict[str, str], module: str) -> Iterator[Import]:
 
 
 def all_imports(texts: dict[str, str]) -> list[Import]:
-    """Of all modules."""
+    """The imports of all modules."""
     return [one for module in texts for one in imports(texts, module)]
 
 
@@ -89,7 +89,7 @@ def room(module: str) -> str:
 
 
 def upwards(texts: dict[str, str]) -> list[Import]:
-    """Imports that do not point down the floors."""
+    """Imports of sub-packages that are not below the importing one."""
     floor = {name: level for level, names in enumerate(FLOORS) for name in names}
 
     def allowed(source: str, target: str) -> bool:

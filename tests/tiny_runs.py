@@ -86,7 +86,7 @@ def silent() -> Console:
 
 
 def everything(run_dir: Path) -> dict:
-    """All that two equal runs must share: weights, optimiser states, logs without their times, detections."""
+    """The data that two equal runs must share: weights, optimiser states, logs without their times, detections."""
     newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
     found = {"newest": newest.name}
     for name in ("model", "optimizer"):

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests of kernels need it: programs in a drawn order, bfloat16 as GPUs have it."""
+"""Triton's interpreter for kernel tests: programs in random order, bfloat16 as on GPUs."""
 
 import random
 
@@ -23,7 +23,7 @@ def shuffle_programs():
 
 
 def keep_bfloat16_as_gpus_do():
-    """The interpreter holds bfloat16 as integers, multiplies those in products, and rounds towards 0: mended here."""
+    """Fixes the interpreter, which stores bfloat16 as integers, multiplies those, and rounds towards 0."""
     create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widened(handle):

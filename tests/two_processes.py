@@ -1,4 +1,4 @@
-"""What the two processes of test_distributed.py do, started by torchrun: python two_processes.py DATA OUT."""
+"""The two processes of test_distributed.py, started by torchrun: python two_processes.py DATA OUT."""
 
 import dataclasses
 import json
@@ -132,7 +132,7 @@ def main():
 
 
 def refusal(recipe, run_dir):
-    """The message of the error with which a run ends."""
+    """The message of the error that ends a run."""
     try:
         train(recipe, run_dir, device="cpu", console=silent())
     except Exception as error:

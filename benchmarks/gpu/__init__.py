@@ -1,1 +1,1 @@
-"""The GPU code: resources, traffic, launches, predictions."""
+"""GPU kernels: resources, traffic, launches, predictions."""

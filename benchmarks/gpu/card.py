@@ -1,6 +1,6 @@
-"""Is there a GPU that the kernels run on? `python -m benchmarks.gpu.card`; ends with 1 and one line where not.
+"""Checks for a GPU that the kernels run on: `python -m benchmarks.gpu.card`; exit status 1 and one line if not.
 
---card asks for the GPU alone, before anything is built; --sanitizer for compute-sanitizer as well.
+--card checks only the GPU, before anything is built; --sanitizer also checks for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def why_no_card() -> str | None:
 
 
 def why_no_kernels() -> str | None:
-    """None if the GPU kernels are built and run on the GPU there is, else the reason."""
+    """None if the GPU kernels are built and run on this GPU, else the reason."""
     if library.why_no_cuda() is not None:
         return library.why_no_cuda()
     return library.why_unsupported(library.cuda_build() or "", torch.cuda.get_device_capability())
@@ -38,7 +38,7 @@ def sanitizer() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the GPU's name, or with --sanitizer the path of compute-sanitizer; the reason to stderr where not."""
+    """Print the GPU's name, or with --sanitizer the path of compute-sanitizer; else the reason, to stderr."""
     found, reason = "", why_no_card()
     if reason is None:
         found, reason = torch.cuda.get_device_name(), None if "--card" in arguments else why_no_kernels()

@@ -1,8 +1,8 @@
-"""A few minutes on a GPU, used well: `make gpu-check PYTHON=python3 VENV=none OUT=folder`.
+"""Builds, tests and benchmarks on a GPU in a few minutes: `make gpu-check PYTHON=python3 VENV=none OUT=folder`.
 
-Runs the stages of benchmarks/gpu/stages one after the other, the most telling first, each in a process of its own with
-a time limit. OUT/gpu.json is written anew after each stage; a stage that fails or runs out of time leaves what it has
-recorded and its log, and the next one begins. Needs no network and no virtual environment.
+Runs the stages of benchmarks/gpu/stages in order of importance, each in a separate process with a time limit.
+OUT/gpu.json is rewritten after each stage; if a stage fails or times out, its records and log are kept and the next one
+starts. Needs no network and no virtual environment.
 `python -m benchmarks.gpu.results OUT/gpu.json` turns the file into docs/results/gpu.md.
 """
 
@@ -54,15 +54,15 @@ LIMITS = {
 
 
 def stages(device: str, toy: bool) -> list[Stage]:
-    """The stages in their order."""
+    """The stages in order."""
     options = ("--device", device, *(("--toy",) if toy else ()))
     module = (sys.executable, "-m", "benchmarks.gpu.stages")
-    scale = 4 if toy else 1  # a rehearsal may share its processors with others
+    scale = 4 if toy else 1  # a rehearsal may run on a shared machine
     return [Stage(name, (*module, name, *options), scale * limit) for name, limit in LIMITS.items()]
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends a stage with all its children: its process group."""
+    """Kill a stage with all its children, its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -94,10 +94,10 @@ def _wait_for(stage: Stage, limit: float, environment: dict[str, str], log: Path
 
 
 def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
-    """{"status": "ok", "failed" or "timeout", "seconds", "limit", "result", "log" where it is not ok}.
+    """{"status": "ok", "failed" or "timeout", "seconds", "limit", "result"}, and "log" if the status is not ok.
 
     Args:
-        seconds: at most, beside the stage's own limit.
+        seconds: a second limit, beside that of the stage.
     """
     limit, file, log = min(stage.limit, seconds), out / f"{stage.name}.json", out / f"{stage.name}.log"
     file.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Any:
-    """What a stage has recorded, None where it has written nothing that is JSON."""
+    """The records of a stage; None if it wrote no valid JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -126,7 +126,7 @@ def _read(file: Path) -> Any:
 
 
 def run(chosen: Sequence[Stage], out: Path, minutes: float, **about: Any) -> dict[str, Any]:
-    """Runs the stages and writes OUT/gpu.json after each; one for which no time is left is "skipped"."""
+    """Run the stages and write OUT/gpu.json after each; stages without remaining time are "skipped"."""
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     found: dict[str, Any] = {**about, "minutes": minutes, "stages": {}}

@@ -1,8 +1,8 @@
-"""What torch.compile generates for a GPU, without a GPU: Inductor runs on fake CUDA tensors and writes its wrapper.
+"""Code generation of torch.compile for a GPU without a GPU: Inductor runs on fake CUDA tensors.
 
 Dynamo, autograd, the partition into forward and backward graph, all passes, the scheduler's fusion and the code
-generation are those that run on a card; only what would ask a driver is answered here, with an H100's numbers. Nothing
-is compiled or run. The text of each wrapper says what it launches, call by call.
+generation run as on a GPU; only driver queries are replaced, with the properties of an H100. Nothing is compiled or
+run. The text of each generated wrapper lists its launches, call by call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CARD = types.SimpleNamespace(
     L2_cache_size=50 * 2**20,
 )
 
-# Autograd asks the CUDA hooks whether a device has a context, and they the driver. These say no, as is true.
+# Autograd queries the CUDA hooks, and they the driver, whether a device has a context. These return false.
 HOOKS = """
 #include <ATen/detail/CUDAHooksInterface.h>
 struct Hooks : at::CUDAHooksInterface {
@@ -57,9 +57,9 @@ extern "C" void use_hooks() {
 
 @functools.cache
 def replace_hooks() -> None:
-    """For the rest of the process torch's CUDA hooks know of no context; afterwards CUDA cannot be used in it.
+    """Replace torch's CUDA hooks by hooks without a context; CUDA cannot be used in this process afterwards.
 
-    Raises: RuntimeError where there is a GPU, or torch is not built for CUDA; CalledProcessError without a compiler.
+    Raises: RuntimeError if there is a GPU, or torch is not built for CUDA; CalledProcessError without a compiler.
     """
     if torch.cuda.is_available() or torch.version.cuda is None:
         raise RuntimeError("gpu_inductor: torch must be a CUDA build and see no GPU; set CUDA_VISIBLE_DEVICES= before")
@@ -74,10 +74,10 @@ def replace_hooks() -> None:
 
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """scaled_dot_product_attention as torch takes it apart for its memory-efficient kernel; to choose, torch asks
-    the card."""
+    """scaled_dot_product_attention as torch decomposes it for the memory-efficient kernel; torch itself would query
+    the GPU to choose."""
     if attn_mask is not None:
-        padding = -attn_mask.shape[-1] % 8  # its rows must begin at multiples of 16 bytes
+        padding = -attn_mask.shape[-1] % 8  # rows must be aligned to 16 bytes
         padded = torch.nn.functional.pad(attn_mask, (0, padding))[..., : attn_mask.shape[-1]]
         attn_mask = padded.expand(*query.shape[:-1], key.shape[-2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -85,7 +85,7 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 
 class _OnHost(TorchDispatchMode):
-    """Makes tensors on the CPU that were asked for on a GPU."""
+    """Creates tensors on the CPU instead of on a GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -95,7 +95,7 @@ class _OnHost(TorchDispatchMode):
 
 
 class _Written(BaseException):
-    """The wrapper's text, thrown where Inductor would compile and load it."""
+    """Carries the wrapper's text; raised where Inductor would compile and load it."""
 
 
 def _write(lowered: graph.GraphLowering) -> None:
@@ -103,10 +103,10 @@ def _write(lowered: graph.GraphLowering) -> None:
 
 
 class Wrappers:
-    """A backend of torch.compile that keeps the wrappers Inductor writes, and runs the graphs on fake tensors.
+    """A backend of torch.compile that records Inductor's wrappers and runs the graphs on fake tensors.
 
     Attributes:
-        found: (is it the backward graph, text) of each graph.
+        found: (whether it is the backward graph, text) of each graph.
     """
 
     def __init__(self):
@@ -133,11 +133,11 @@ class Wrappers:
 
 @contextlib.contextmanager
 def fake_card() -> Iterator[FakeTensorMode]:
-    """Within the context tensors are fake and "cuda" is an H100 that code is generated for; with `Wrappers`."""
+    """Context with fake tensors in which "cuda" is an H100 for code generation; use with `Wrappers`."""
     replace_hooks()
     fold = joint_graph.UniformValueConstantFolder.run
 
-    def fold_on_host(*arguments, **options):  # the values of small constants are computed
+    def fold_on_host(*arguments, **options):  # values of small constants are folded on the CPU
         with _OnHost():
             return fold(*arguments, **options)
 

@@ -1,7 +1,7 @@
 """Writes docs/results/gpu-kernels.md: `python -m benchmarks.gpu.kernels_page` (minutes; needs `make cuda`, no GPU).
 
-Every GPU kernel with registers, shared memory, spills, access width and matrix instructions as read back from the
-binaries of each card, and the model of its traffic with the PREDICTED times.
+Registers, shared memory, spills, access width and matrix instructions of every GPU kernel, read from the binaries for
+each card, and the traffic model with PREDICTED times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _span(numbers: list[int]) -> str:
 
 
 def cuda_rows(kernels: list[Kernel]) -> list[str]:
-    """A row a kernel and card; numbers of the kernel's instantiations (dtypes, index types, memory orders) from-to."""
+    """One row per kernel and card; ranges over the instantiations (dtypes, index types, memory formats)."""
     groups: dict[tuple[str, str, str], list[Kernel]] = {}
     for kernel in kernels:
         name = re.match(r"\w+", kernel.name).group()
@@ -49,7 +49,7 @@ def cuda_rows(kernels: list[Kernel]) -> list[str]:
 
 
 def traffic_rows() -> list[str]:
-    """A row a launch, bfloat16."""
+    """One row per launch, bfloat16."""
     heads = " | ".join(f"{card.name} PREDICTED, ms" for card in CARDS)
     lines = [
         f"| op | memory order | launch | read MB | written MB | from L2 MB | GFLOP | {heads} |",

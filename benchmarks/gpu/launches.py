@@ -1,10 +1,9 @@
-"""How many kernels a compiled distiller launches: `python -m benchmarks.gpu.launches`, minutes; needs Triton, no GPU.
+"""Kernel launches of a compiled distiller: `python -m benchmarks.gpu.launches`, minutes; needs Triton, no GPU.
 
-Inductor writes the code it would run on an H100 (benchmarks/gpu/inductor.py) for the graphs of a training step: LGD or
-ICD, forward and backward, bfloat16 autocast, counts of boxes free. Counted are the calls in that code: kernels that
-Inductor generates one by one, torch's library calls and fastkd's ops by the launches each makes (CALLS, launches_of).
-Not part of it: the detector, the sums of gradients where the pyramid leaves the graph, what the host prepares, the
-optimiser.
+Inductor generates the code for an H100 (benchmarks/gpu/inductor.py) of the graphs of a training step: LGD or ICD,
+forward and backward, bfloat16 autocast, dynamic box counts. The calls in that code are counted: each kernel generated
+by Inductor is one launch; library calls of torch and fastkd's ops count by CALLS and launches_of. Not included: the
+detector, the gradient sums where the pyramid leaves the graph, inputs prepared on the host, the optimiser.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ OUT = Path("docs/results/launches.md")
 CLASSES = 80
 METHODS = {method.kind: method for method in (LGDConfig, ICDConfig)}
 
-# Launches of a library call: a convolution or product is one at least, their libraries may split them or add a copy.
+# Launches of a library call. Convolutions and products count as one; libraries may split them or add a copy.
 CALLS = {
     "extern_kernels.mm": 1,
     "extern_kernels.addmm": 1,
     "extern_kernels.bmm": 1,
     "extern_kernels.baddbmm": 1,
     "extern_kernels.convolution": 1,
-    "aten.convolution_backward": 1,  # for each gradient it is asked for
+    "aten.convolution_backward": 1,  # per required gradient
     "aten._scaled_dot_product_efficient_attention": 1,
-    "aten._scaled_dot_product_efficient_attention_backward": 2,  # and one that clears its workspace
-    "aten.index_add": 2,  # and one that copies
+    "aten._scaled_dot_product_efficient_attention_backward": 2,  # one clears the workspace
+    "aten.index_add": 2,  # one copies
 }
 KINDS = ("generated", "products", "convolutions", "fastkd", "other")
 
@@ -60,7 +59,7 @@ def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
     tests/benchmarks/test_launches.py counts the same.
 
     Args:
-        levels: L. last: levels are channels-last. casts: small tensors that the attention takes in the levels' dtype.
+        levels: L. last: levels are channels-last. casts: small tensors that the attention casts to the levels' dtype.
     """
     return {
         "instance_norm_mse": 5 if last else 2,
@@ -72,7 +71,7 @@ def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
         "value_mimic": 2,
         "value_mimic_backward": 1,
         "instance_attention": 2 + casts,
-        "instance_attention_backward": 2 + casts + 1,  # and the output's gradient cast
+        "instance_attention_backward": 2 + casts + 1,  # + 1: cast of the output's gradient
         "attention_mass": 1 + casts,
     }[op]
 
@@ -94,7 +93,7 @@ def count(text: str, levels: int, last: bool = True) -> collections.Counter[str]
             if library == "fastkd":
                 how = {}
                 if name.startswith("attention") or name.startswith("instance_attention"):
-                    how = {"casts": 1 if "], None, [" in line else 2}  # no key_weight: it is in the queries
+                    how = {"casts": 1 if "], None, [" in line else 2}  # no key_weight: absorbed in the queries
                 found["fastkd"] += launches_of(name, levels, last, **how)
             elif f"{library}.{name}" not in CALLS:
                 raise ValueError(f"launches: {library}.{name} must be in CALLS; add how many kernels it launches")
@@ -140,7 +139,7 @@ def _batch(shape: Shape) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Detector:
-    """What LGD and ICD ask of a student and of a teacher."""
+    """The attributes of student and teacher that LGD and ICD use."""
 
     channels: int
     num_classes: int = CLASSES
@@ -160,25 +159,25 @@ def _distiller(method: str, shape: Shape, last: bool) -> nn.Module:
 
 
 def _step(method: str, shape: Shape, last: bool, regions: Regions) -> None:
-    """Forward and backward of a distiller in a training step, its teacher's answer given."""
+    """Forward and backward of a distiller in a training step, with a given teacher pyramid."""
     module, batch, student = _distiller(method, shape, last), _batch(shape), _pyramid(shape, last, True)
     step = StepModule(nn.Module(), module, object(), None, regions)
     with torch.autocast("cuda", torch.bfloat16):
         made = step.distill_by(module, student, batch, Phase(), lambda: _pyramid(shape, last, False))
-    # the head's loss has a gradient for the instructive pyramid
+    # the head's loss gives a gradient to the instructive pyramid
     results = [torch.stack(list(made.losses.values())).sum(), *(made.instructive or [])]
     torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 
 
 @contextlib.contextmanager
 def _every_kernel() -> Iterator[None]:
-    """Within the context fastkd's ops are taken to have their GPU kernels, built here or not."""
+    """Context in which fastkd's ops are assumed to have GPU kernels, whether built or not."""
     with mock.patch.object(library, "why_not_on_card", lambda op, index: None):
         yield
 
 
 def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: bool = False) -> dict:
-    """Launches of a method's part of a step, {"forward": {kind: launches}, "backward": ...}.
+    """Launches of a method in a step, {"forward": {kind: launches}, "backward": ...}.
 
     Args:
         method: "lgd" or "icd".
@@ -203,7 +202,7 @@ def measure(method: str, shape: Shape = PUBLISHED, last: bool = True, combined: 
 
 
 def table(results: dict[str, dict]) -> list[str]:
-    """A row a method, setting and direction, and one for their sum."""
+    """One row per method, setting and direction, and a row for their sum."""
     lines = [
         f"| method | Inductor's settings | | {' | '.join(KINDS)} | launches |",
         "|" + "---|" * (len(KINDS) + 4),
@@ -220,7 +219,7 @@ def table(results: dict[str, dict]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table, and writes it."""
+    """Print the table and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, action="append", help="default: both")
     parser.add_argument("--settings", choices=["default", "combined"], action="append", help="default: both")

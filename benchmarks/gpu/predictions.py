@@ -1,7 +1,7 @@
 """Prints PREDICTED times of the ops on a GPU: `python -m benchmarks.gpu.predictions`. Needs no GPU.
 
-First the bounds of benchmarks/gpu/roofline.py, then how close the kernels' own traffic (benchmarks/gpu/traffic.py) lets
-them come on an H100.
+First the bounds of benchmarks/gpu/roofline.py, then the fraction of them that the kernels' traffic
+(benchmarks/gpu/traffic.py) allows on an H100.
 """
 
 from __future__ import annotations

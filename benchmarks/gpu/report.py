@@ -1,8 +1,8 @@
-"""What the compiler made of the GPU kernels: `python -m benchmarks.gpu.report`, or `make gpu-report`. Needs no GPU.
+"""Resources of the compiled GPU kernels: `python -m benchmarks.gpu.report`, or `make gpu-report`. Needs no GPU.
 
-Reads fastkd/_cuda.so back with cuobjdump (the one Triton ships, else the toolkit's): registers, shared memory, stack
-and spills of every kernel and card, 16-byte global accesses and matrix instructions. Triton's kernels follow, compiled
-for the same cards, where benchmarks/gpu/triton_report.py is there.
+Reads fastkd/_cuda.so with cuobjdump (Triton's, else the toolkit's): registers, shared memory, stack and spills of every
+kernel and card, 16-byte global accesses and matrix instructions. If benchmarks/gpu/triton_report.py is present, the
+Triton kernels follow, compiled for the same cards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from fastkd.files import write_json
 from fastkd.ops._support import library
 
-# Bytes of shared memory a block may ask for: CUDA C++ Programming Guide, table of technical specifications.
+# Maximum shared memory of a block in bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 Place = tuple[str, str]  # card, symbol
 
@@ -30,12 +30,12 @@ class Kernel:
 
     Args:
         source: stem of the .cu file; empty for a kernel outside an anonymous namespace.
-        name: without namespaces and parameters; with template arguments.
+        name: with template arguments, without namespaces and parameters.
         card: "sm_90" and the like.
-        registers: a thread.
-        shared: bytes a block, without what is asked for when it is launched.
-        stack: bytes of local memory a thread: spilled registers and arrays indexed at run time.
-        spills: stores to local memory; None where the instructions were not read.
+        registers: per thread.
+        shared: bytes per block, without dynamic shared memory.
+        stack: bytes of local memory per thread: spilled registers and dynamically indexed arrays.
+        spills: stores to local memory; None if the instructions were not read.
         wide: 16-byte global loads and stores, likewise.
         tensor_cores: matrix instructions, likewise.
     """
@@ -54,7 +54,7 @@ class Kernel:
 def cuobjdump() -> Path:
     """Triton's cuobjdump, else the one on PATH.
 
-    Raises: FileNotFoundError where there is none.
+    Raises: FileNotFoundError if there is none.
     """
     found = importlib.util.find_spec("triton")
     if found is not None and found.submodule_search_locations:
@@ -87,7 +87,7 @@ def parse_usage(text: str) -> dict[Place, tuple[int, int, int]]:
     return usage
 
 
-_CODE = {  # what is counted, and the letters that any such line has (there are millions of lines)
+_CODE = {  # pattern to count, and a substring of such lines as a fast filter (there are millions of lines)
     "spills": ("STL", re.compile(r"^\s*/\*[0-9a-f]+\*/.*\bSTL\b")),
     "wide": (".128", re.compile(r"^\s*/\*[0-9a-f]+\*/.*\b(LDG|STG|LDGSTS)\.\S*128")),
     "tensor_cores": ("MMA", re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@\S+\s+)?(HMMA|IMMA|DMMA|HGMMA|UTC\w*MMA)\b")),
@@ -131,7 +131,7 @@ def read_kernels(library: Path, cards: Iterable[str] | None = None) -> list[Kern
 
     Args:
         library: fastkd/_cuda.so.
-        cards: those whose instructions are read (seconds a card); None for all.
+        cards: whose instructions are read (seconds per card); None for all.
     """
     tool = cuobjdump()
     usage = parse_usage(run(tool, "-res-usage", library))
@@ -149,7 +149,7 @@ def read_kernels(library: Path, cards: Iterable[str] | None = None) -> list[Kern
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One line a kernel, under the name of its card."""
+    """One line per kernel, grouped by card."""
     heads = ("registers", "shared", "stack", "spills", "16-byte", "tensor cores")
     lines = [" ".join(heads) + "  kernel"]
     for card in dict.fromkeys(kernel.card for kernel in kernels):

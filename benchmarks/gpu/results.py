@@ -1,7 +1,7 @@
-"""Writes docs/results/gpu.md from what `make gpu-check` has measured: `python -m benchmarks.gpu.results OUT/gpu.json`.
+"""Writes docs/results/gpu.md from the output of `make gpu-check`: `python -m benchmarks.gpu.results OUT/gpu.json`.
 
-Measured times stand beside PREDICTED ones (benchmarks/gpu/roofline.py). A stage that failed or ran out of time is
-listed as such; of what it recorded before, nothing is left out.
+Measured times are shown beside PREDICTED ones (benchmarks/gpu/roofline.py). Stages that failed or timed out are listed
+as such, with all their records.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _time(side: dict[str, Any]) -> float | None:
-    """Milliseconds without the host where a CUDA graph was replayed, else by the wall clock."""
+    """Milliseconds of a replayed CUDA graph if measured, else wall time."""
     return side.get("graph_ms", side.get("wall_ms"))
 
 
 def stage_rows(saved: dict[str, Any]) -> str:
-    """A row a stage."""
+    """One row per stage."""
     rows = []
     for name, entry in saved["stages"].items():
         wrong = failures(entry["result"] or {})
@@ -47,7 +47,7 @@ def stage_rows(saved: dict[str, Any]) -> str:
 
 
 def check_lines(saved: dict[str, Any]) -> list[str]:
-    """What the checks of correctness found, each error with its reason."""
+    """Results of the correctness checks, each error with its reason."""
     windows, tests, sanitizer = (_result(saved, name) for name in CHECKS)
     good = sum(value == "ok" for value in windows.values())
     lines = [f"- Calls at the limits of a launch: {good} of {len(windows)} agree with the reference."]
@@ -63,7 +63,7 @@ def check_lines(saved: dict[str, Any]) -> list[str]:
 
 
 def op_rows(saved: dict[str, Any], card: Card | None) -> str:
-    """A row an op: measured times, the PREDICTED one, ratios."""
+    """One row per op: measured times, the PREDICTED time, ratios."""
     heads = ["op", "ours, ms", "PREDICTED, ms", "achieved", "plain, ms", "compiled plain, ms", "faster than plain"]
     heads += ["than compiled", "ours with the host, ms", "remark"]
     rows = []
@@ -93,7 +93,7 @@ def op_rows(saved: dict[str, Any], card: Card | None) -> str:
 
 
 def rate_lines(saved: dict[str, Any]) -> list[str]:
-    """What the card was measured to do at most."""
+    """Measured peak rates of the card."""
     found = _result(saved, "ops")
     lines = [f"- copy: {found['copy']['gb_per_s']:.0f} GB/s, read and written"] if "copy" in found else []
     for name, value in found.items():
@@ -103,7 +103,7 @@ def rate_lines(saved: dict[str, Any]) -> list[str]:
 
 
 def timed_rows(found: dict[str, Any]) -> str:
-    """A row a call of "parts" or "steps"."""
+    """One row per call of "parts" or "steps"."""
     rows = []
     for name, value in found.items():
         if "error" in value:
@@ -116,7 +116,7 @@ def timed_rows(found: dict[str, Any]) -> str:
 
 
 def scene_rows(saved: dict[str, Any]) -> str:
-    """A row a method."""
+    """One row per method."""
     rows = []
     for name, value in _result(saved, "scenes").items():
         if "held_out_loss" in value:
@@ -128,7 +128,7 @@ def scene_rows(saved: dict[str, Any]) -> str:
 
 
 def card_of(name: str) -> Card | None:
-    """The data sheet of a device, None where we have none."""
+    """The data sheet of a device; None if unknown."""
     return next((card for card in KNOWN if card.name in name), None)
 
 

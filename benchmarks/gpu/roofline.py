@@ -1,8 +1,8 @@
-"""Lower bounds of the ops' times on a GPU, PREDICTED from data sheets (`python -m benchmarks.gpu.predictions`).
+"""Lower bounds of op times on a GPU, PREDICTED from data sheets (`python -m benchmarks.gpu.predictions`).
 
-One function an op counts the bytes that must cross the card's memory and the operations, forward and backward; the
-time is the longest of bytes / bandwidth and operations / rate. It is a bound that no kernel beats, not a measurement:
-launches, tails and caches are left out. `python -m benchmarks.ops --device cuda` prints what is achieved of it.
+One function per op counts the necessary memory traffic and operations, forward and backward; the time is the maximum of
+bytes / bandwidth and operations / rate. This is a lower bound, not a measurement: launch overhead, tail effects and
+caches are not modelled. `python -m benchmarks.ops --device cuda` prints the achieved fraction.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PUBLISHED = Shape(images=16, height=800, width=1344)  # a training batch of the 
 
 @dataclass(frozen=True)
 class Card:
-    """What a data sheet says, dense (without sparsity).
+    """Data-sheet values, dense (without sparsity).
 
     Args:
-        name: as torch.cuda.get_device_name has it somewhere.
-        bandwidth: bytes a second of the card's memory.
-        tensor: operations a second of bfloat16 matrix instructions with float32 sums.
-        scalar: operations a second in float32, two a multiply-add.
+        name: a substring of torch.cuda.get_device_name.
+        bandwidth: memory bandwidth in bytes per second.
+        tensor: operations per second of bfloat16 matrix instructions with float32 accumulation.
+        scalar: float32 operations per second, two per multiply-add.
         source: the data sheet.
     """
 
@@ -42,18 +42,18 @@ CARDS = (
     Card("RTX 4090", 1.008e12, 165.2e12, 82.6e12, "NVIDIA Ada GPU Architecture white paper, appendix A"),
 )
 H200 = Card("H200", 4.8e12, 989.4e12, 66.9e12, "NVIDIA H200 data sheet, SXM")
-KNOWN = (*CARDS, H200)  # whose measurements are set beside predictions
-H100 = next(card for card in CARDS if card.name == "H100")  # whose times the aims are
+KNOWN = (*CARDS, H200)  # cards with predictions beside measurements
+H100 = next(card for card in CARDS if card.name == "H100")  # the card of the aims
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call, forward and backward.
+    """Work of one call, forward and backward.
 
     Args:
         bytes: read and written at least once.
-        matrix: operations that matrix instructions can do, two a multiply-add.
-        scalar: operations that they cannot.
+        matrix: operations of matrix instructions, two per multiply-add.
+        scalar: other operations.
     """
 
     bytes: int
@@ -64,17 +64,17 @@ class Work:
         return Work(self.bytes + other.bytes, self.matrix + other.matrix, self.scalar + other.scalar)
 
     def seconds(self, card: Card, half: bool) -> float:
-        """PREDICTED; float32 products take no matrix instructions, as they would round to TF32."""
+        """PREDICTED time; float32 products use no matrix instructions, which would round to TF32."""
         products = self.matrix / (card.tensor if half else card.scalar)
         return max(self.bytes / card.bandwidth, products, self.scalar / card.scalar)
 
     def limit(self, card: Card, half: bool) -> str:
-        """What the time is limited by."""
+        """The limiting resource."""
         return "bytes" if self.seconds(card, half) == self.bytes / card.bandwidth else "operations"
 
 
 def objects_of(shape: Shape) -> int:
-    """Numbers in embeddings [L, K, C]."""
+    """Elements of embeddings [L, K, C]."""
     return len(shape.strides) * shape.images * shape.boxes * shape.channels
 
 
@@ -84,7 +84,7 @@ def instance_norm_mse(shape: Shape, size: int) -> Work:
 
 
 def box_pool(shape: Shape, size: int) -> Work:
-    """Forward reads the cells that boxes cover, here all; backward writes every cell's gradient."""
+    """Forward reads the covered cells, here all; backward writes the gradient of every cell."""
     return Work((2 * shape.elements + 2 * objects_of(shape)) * size, scalar=2 * shape.elements)
 
 
@@ -94,7 +94,7 @@ def box_paint(shape: Shape, size: int) -> Work:
 
 
 def box_paint_conv3x3(shape: Shape, size: int) -> Work:
-    """As box_paint; and nine products of every embedding forward, twice that backward, in float32."""
+    """As box_paint, plus nine products per embedding forward and twice as many backward, in float32."""
     taps = 9 * objects_of(shape)
     weights = 9 * shape.channels**2
     moved = (2 * shape.elements + 2 * objects_of(shape) + 2 * weights) * size + 4 * 2 * 2 * taps  # written and read
@@ -102,12 +102,12 @@ def box_paint_conv3x3(shape: Shape, size: int) -> Work:
 
 
 def norm_relu_box_pool(shape: Shape, size: int) -> Work:
-    """Forward reads twice, for the moments and for the pool; backward reads and writes."""
+    """Forward reads twice, for moments and for pooling; backward reads and writes."""
     return Work((4 * shape.elements + 2 * objects_of(shape)) * size, scalar=16 * shape.elements)
 
 
 def mask_pool(shape: Shape, size: int) -> Work:
-    """As box_pool, and the masks, a byte a pixel, forward and backward."""
+    """As box_pool, plus the masks, one byte per pixel, forward and backward."""
     masks = shape.images * shape.boxes * shape.height * shape.width
     return box_pool(shape, size) + Work(2 * masks)
 
@@ -120,8 +120,8 @@ def mask_paint(shape: Shape, size: int) -> Work:
 def instance_attention(shape: Shape, size: int) -> Work:
     """Levels and values are read forward and backward, the gradient of values is written.
 
-    Multiply-adds a cell: logits and output forward; backward the gradients of probabilities, values and logits, without
-    the recomputation of the logits.
+    Multiply-adds per cell: logits and output forward; gradients of probabilities, values and logits backward, without
+    recomputation of the logits.
     """
     channels, count = shape.channels, shape.queries
     logits = min(shape.heads * count * channels, channels * (channels + count))
@@ -146,18 +146,18 @@ def value_mimic(shape: Shape, size: int) -> Work:
 
 
 def mass_and_mimic(shape: Shape, size: int) -> Work:
-    """Both, one after the other."""
+    """`attention_mass`, then `value_mimic`."""
     return attention_mass(shape, size) + value_mimic(shape, size)
 
 
 def imitation_mask(shape: Shape, size: int) -> Work:
-    """Writes a byte a cell; two IoUs of about 14 operations for every box and anchor of its image. No backward."""
+    """Writes one byte per cell; two IoUs of about 14 operations per box and anchor of its image. No backward."""
     overlaps = shape.images * shape.boxes * shape.cells * shape.anchors
     return Work(shape.images * shape.cells, scalar=2 * 14 * overlaps)
 
 
 def masked_mse(shape: Shape, size: int) -> Work:
-    """Writes the gradient everywhere; reads the masked cells of the levels, here one in six, and the mask twice."""
+    """Writes the full gradient; reads the masked cells of the levels, here one in six, and the mask twice."""
     moved = shape.elements * size + 4 * shape.elements * size // 6
     return Work(moved + 2 * shape.images * shape.cells, scalar=5 * shape.elements // 6)
 
@@ -199,10 +199,10 @@ def table(shape: Shape, half: bool) -> list[str]:
 
 
 def achieved(rows: dict[str, Any], device: str) -> list[str]:
-    """Measured times of benchmark rows beside the predicted ones; one line of why where there are none.
+    """Measured times of benchmark rows beside predicted ones; else one line with the reason.
 
     Args:
-        rows: "rows" of what benchmarks.ops saves, measured on a GPU.
+        rows: "rows" of the results of benchmarks.ops on a GPU.
         device: name of the GPU.
     """
     cards = [card for card in KNOWN if card.name in device]

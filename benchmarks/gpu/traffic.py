@@ -1,9 +1,10 @@
-"""What the GPU kernels really move, launch by launch, and what follows of it: PREDICTED shares of the ideal.
+"""Memory traffic of the GPU kernels, launch by launch, and the PREDICTED fraction of the roofline.
 
-benchmarks/gpu/roofline.py counts what an op must move; this file what its kernels do move: repeated passes, partial
-sums between two launches, the heads' reads of one tile from the L2 cache. A launch takes the longest of its bytes,
-cache bytes and operations, and launches follow each other. tests/benchmarks/test_gpu_traffic.py compares the bytes
-with those that the emulation counts. `python -m benchmarks.gpu.predictions` prints the table "aim | model | met".
+benchmarks/gpu/roofline.py counts the necessary traffic of an op; this file counts the actual traffic of its kernels:
+repeated passes, partial sums between launches, reads of a tile by several heads from the L2 cache. The time of a launch
+is the maximum over its memory bytes, cache bytes and operations; launches run in sequence.
+tests/benchmarks/test_gpu_traffic.py compares the bytes with those counted by the emulation. `python -m
+benchmarks.gpu.predictions` prints the table "aim | model | met".
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from benchmarks.ops import baselines
 from benchmarks.ops.draws import Draw, Shape
 from fastkd.ops.triton import configurations  # imports no Triton
 
-# Bytes a second of the L2 cache. A100: 5120 bytes a clock (NVIDIA A100 architecture white paper) at 1.41 GHz. NVIDIA
-# publishes none for the others: ASSUMED.
+# L2 bandwidth in bytes per second. A100: 5120 bytes per clock (NVIDIA A100 architecture white paper) at 1.41 GHz. The
+# others are not published by NVIDIA: ASSUMED.
 CACHE = {"A100": 7.2e12, "H100": 5.5e12, "RTX 4090": 5.0e12}
 BANDWIDTH_AIM, ATTENTION_AIM = 0.8, 2.0
 ATTENTION_QUERIES = 64
-OWN_AIMS = ("instance_attention", "imitation_mask")  # within twice its limits; none: bound by operations
+OWN_AIMS = ("instance_attention", "imitation_mask")  # aims: twice the limits; none, as it is bound by operations
 FORWARD, BACKWARD = configurations.forward, configurations.backward
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Of a kernel, or of torch's matrix products between them.
+    """A launch of a kernel, or of torch's matrix products between kernels.
 
     Args:
         name: of the kernel.
-        read, written: bytes, each once a launch.
-        cache: bytes that come from the L2 cache where they are more.
+        read, written: bytes, each counted once per launch.
+        cache: bytes read from the L2 cache, if more.
         matrix, scalar: operations as in roofline.Work.
     """
 
@@ -56,12 +57,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cover:
-    """What drawn boxes (or ellipses in them) cover, as shares of a pyramid's cells.
+    """Coverage of drawn boxes (or ellipses in them), as fractions of a pyramid's cells.
 
     Args:
-        once: of cells in some object, by the 32 bytes that memory moves.
-        each: the objects' cells, added up.
-        parts: (strip, object) pairs that touch, times channels: partial sums.
+        once: cells in some object, in memory sectors of 32 bytes.
+        each: sum of the cells of all objects.
+        parts: overlapping (strip, object) pairs times channels, the number of partial sums.
     """
 
     once: float
@@ -71,7 +72,7 @@ class Cover:
 
 @functools.cache
 def cover_of(shape: Shape, size: int, last: bool, strip: Callable[[int, int], int]) -> Cover:
-    """Args: strip(rows, columns): cells of a strip of a level."""
+    """Coverage of the drawn boxes. Args: strip: (rows, columns) of a level -> cells of a strip."""
     draw = Draw(shape, torch.bfloat16 if size == 2 else torch.float32, last, torch.device("cpu"))
     boxes, _ = draw.boxes()
     line, once, each, parts = 1 if last else 32 // size, 0, 0, 0
@@ -110,7 +111,7 @@ def instance_norm_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
     return [
         Launch("chunk_moments_kernel", 2 * moved, 28 * chunks, 4 * moved, scalar=16 * shape.elements),
         Launch("merge_moments_kernel", 28 * chunks, 48 * rows),
-        Launch("chunk_errors_kernel", 8 * rows, 0),  # no more, where the sides are not nearly equal
+        Launch("chunk_errors_kernel", 8 * rows, 0),  # no rows to recompute unless the sides are nearly equal
         Launch("merge_errors_kernel", 8 * rows, 0),
         Launch("sum_rows_kernel", 8 * rows, 4),
         Launch("backward_chunks_kernel", 2 * moved + 40 * rows, moved, scalar=16 * shape.elements),
@@ -118,7 +119,7 @@ def instance_norm_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def _pool(shape: Shape, size: int, last: bool, rows: int = 1) -> list[Launch]:
-    """Of rows sums an object."""
+    """Launches of pooling with `rows` sums per object."""
     cover = cover_of(shape, size, last, _strip)
     share, sums = (1.0 if rows > 1 else cover.once), 4 * rows * cover.parts
     moved, out = shape.elements * size, objects_of(shape) * rows * (size if rows == 1 else 4)
@@ -178,7 +179,7 @@ def value_mimic(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 def masked_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
     moved, flags = shape.elements * size, shape.images * shape.cells
-    share = 1 / 6 if last else 1 - (5 / 6) ** (32 // size)  # of the 32 bytes that hold a masked cell
+    share = 1 / 6 if last else 1 - (5 / 6) ** (32 // size)  # of sectors of 32 bytes with a masked cell
     return [
         Launch("forward_kernel", share * 2 * moved + flags, 0, scalar=3 * shape.elements / 6),
         Launch("backward_kernel", share * 2 * moved + flags, moved, scalar=3 * shape.elements / 6),
@@ -186,7 +187,7 @@ def masked_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def _pack(shape: Shape) -> list[Launch]:
-    """The masks' pixels: of one row in eight, and so on up the pyramid, all 32 bytes."""
+    """Reads of mask pixels: every eighth row for the first level and so on, in sectors of 32 bytes."""
     pixels = shape.images * shape.boxes * shape.height * shape.width
     words = shape.boxes * shape.images * shape.cells // 8
     return [Launch("pack_masks_kernel", sum(pixels / max(stride, 1) for stride in shape.strides), words)]
@@ -208,18 +209,18 @@ def _absorbed(shape: Shape, count: int) -> bool:
 
 
 def _tile(kernel: Callable, shape: Shape, size: int, last: bool, count: int) -> configurations.Configuration:
-    """The blocks that an H100 is given; those of the others differ little."""
+    """The configuration for an H100; those of other cards differ little."""
     form = configurations.Shape(count, shape.channels, size, not _absorbed(shape, count), last)
     return kernel(form, configurations.Card(9, 132))
 
 
 def _strips(shape: Shape, tile: configurations.Configuration) -> list[int]:
-    """Of each level; a part is a whole strip where heads and images alone fill the card, as here."""
+    """Strips of each level; a part is a whole strip, as heads and images alone fill the card here."""
     return [-(-columns // tile.columns) for _, columns in shape.level_sizes]
 
 
 def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
-    """A program a head, or two of them: each reads all channels of its tiles, all but once from the cache."""
+    """One program per head or pair of heads; each reads all channels of its tiles, from the cache after the first."""
     moved, channels, count = shape.elements * size, shape.channels, shape.queries
     cells, depth = shape.images * shape.cells, shape.channels // shape.heads
     queries = shape.images * shape.heads * count
@@ -235,7 +236,7 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
     tables = 4 * queries * sum(rows + columns for rows, columns in shape.level_sizes)
     partial = 4 * sum(_strips(shape, forward)) * queries * (depth + 2)
     strips = _strips(shape, backward)
-    # Of queries and key_weight for each strip, of the row tables where a level has several; the rest is complete.
+    # Partial sums: queries and key_weight per strip, row tables if a level has several strips; others are complete.
     rows_of = [(number, rows) for number, (rows, _) in zip(strips, shape.level_sizes, strict=True)]
     small = queries * (channels if absorbed else depth)
     parts = 4 * sum(strips) * (small + shape.images * keys)
@@ -253,7 +254,7 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def attention_mass(shape: Shape, size: int, last: bool) -> list[Launch]:
-    """A program a tile: it reads the queries of all heads (or key_weight too) for every tile, from the cache."""
+    """One program per tile, which reads the queries of all heads (and key_weight) from the cache."""
     moved, channels, count = shape.elements * size, shape.channels, shape.real
     tile, absorbed = _tile(configurations.mass, shape, size, last, count), _absorbed(shape, count)
     padded = -(-count // tile.queries) * tile.queries
@@ -268,7 +269,7 @@ def attention_mass(shape: Shape, size: int, last: bool) -> list[Launch]:
 
 
 def imitation_mask(shape: Shape, size: int, last: bool) -> list[Launch]:
-    """As if every anchor of every cell were asked about; the kernels ask where box and anchor can touch."""
+    """Upper bound with every anchor of every cell; the kernels test only where box and anchor can overlap."""
     boxes, pairs = shape.images * shape.boxes, shape.anchors * len(shape.strides)
     overlaps = boxes * shape.cells * shape.anchors
     sides, best = 16 * (boxes + pairs), 4 * boxes * pairs
@@ -289,9 +290,9 @@ MODELS = {
 
 
 def least(name: str, shape: Shape, size: int, last: bool) -> float:
-    """Bytes that an op must move: each tensor read once and written once, of covered or masked cells what covers them.
+    """Necessary bytes of an op: each tensor read and written once; only covered or masked cells where applicable.
 
-    The launches of MODELS without what comes again and without partial sums.
+    The launches of MODELS without repeated reads and partial sums.
     """
     moved, mass = shape.elements * size, 4 * shape.images * shape.heads * shape.cells
     if name in ("instance_norm_mse", "value_mimic"):

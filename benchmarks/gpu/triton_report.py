@@ -1,7 +1,7 @@
 """The Triton kernels as compiled for sm_80, sm_90 and sm_100, without a GPU: `python -m benchmarks.gpu.triton_report`.
 
-Registers, spilled bytes, shared memory, tensor-core instructions and the widest global access are read back from the
-binaries with the cuobjdump that comes with Triton. Nothing is run.
+Registers, spilled bytes, shared memory, tensor-core instructions and the widest global access are read from the
+binaries with Triton's cuobjdump. Nothing is run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastkd.ops.triton.configurations import FEW, Card
 from fastkd.ops.triton.plan import Launch
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-RESERVED_SHARED = {80: 0, 90: 1024, 100: 1024}  # bytes of it that the system takes
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
+RESERVED_SHARED = {80: 0, 90: 1024, 100: 1024}  # bytes of it reserved by the system
 SIZES = ((100, 152), (50, 76), (25, 38), (13, 19), (7, 10))  # strides 8..128 of 800 x 1216
 
 
@@ -38,7 +38,7 @@ class Case:
         projected: keys are key_weight times the cells.
         last: the pyramids are channels-last.
         dtype: of the pyramids.
-        count: queries of an image.
+        count: queries per image.
         precision: torch's setting for float32 products, "ieee" or "tf32".
     """
 
@@ -59,11 +59,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What a compiled kernel is made of.
+    """Resources of a compiled kernel.
 
     Args:
-        spilled: bytes of a thread's stack, which holds nothing but spilled registers.
-        shared: bytes of shared memory a program takes, the system's part included.
+        spilled: bytes of a thread's stack, which contains only spilled registers.
+        shared: bytes of shared memory per program, including the reserved part.
         tensor_core: instructions by name.
         access: bits of the widest global read.
     """
@@ -79,7 +79,7 @@ class Row:
 
 def _table() -> list[Case]:
     """Every configuration of fastkd/ops/triton/configurations.py at the published channels and heads."""
-    # absorbed keys come with few queries, projected ones with more: one block, or several after each other
+    # absorbed keys for few queries, projected keys for more: one block or a loop over several
     counts = {"forward": (32, 42), "backward": (32, 42, 300), "mass": (32, 42)}
     types = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float64, "ieee")]
     cases = [
@@ -116,7 +116,7 @@ def _arguments(case: Case, channels: int = 256, heads: int = 8, images: int = 2)
 
 
 def launch_of(case: Case, card: int) -> Launch:
-    """The launch that a card would be given."""
+    """The launch for a card."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = case.precision
     try:
@@ -137,7 +137,7 @@ def _launch(case: Case, arguments: list, card: Card) -> Launch:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The kernel with the types of a launch's arguments; pointers are to multiples of 16 bytes, as torch allocates."""
+    """The kernel with the types of a launch's arguments; pointers are 16-byte aligned, as torch allocates."""
 
     def type_of(value):
         return tuple(map(type_of, value)) if isinstance(value, tuple) else mangle_type(value)
@@ -183,7 +183,7 @@ def read_kernel(case: Case, card: int) -> Row:
 
 
 def read_kernels(cases: list[Case] | None = None, cards: tuple[int, ...] = (80, 90, 100)) -> list[Row]:
-    """A row for each case and card; some two seconds each."""
+    """One row per case and card; about two seconds each."""
     return [read_kernel(case, card) for case in (TABLE if cases is None else cases) for card in cards]
 
 

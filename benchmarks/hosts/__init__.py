@@ -1,1 +1,1 @@
-"""Does distillation help inside of other people's training code? See __main__.py."""
+"""Distillation in other training frameworks; see __main__.py."""

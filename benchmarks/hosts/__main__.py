@@ -1,9 +1,10 @@
-"""Does distillation help inside of other people's training code? `python -m benchmarks.hosts` (hours, resumable).
+"""Effect of distillation in other training frameworks: `python -m benchmarks.hosts` (hours, resumable).
 
-Scenes in each host's own data format, the host's own training entry point, a larger teacher trained there, and three
-seeds of: host alone, with ICD, with LGD, and Ultralytics' own distillation. Equal steps; AP by pycocotools from the
-host's predictions; seconds a step and memory, once more with the reference backend in a short run of the same process.
-Writes docs/results/hosts.md and .json. Try it at toy size with --steps 4 --train 32 --val 8 --seeds 0 --out /tmp/hosts.
+Scenes in each host's data format, the host's training entry point, a larger teacher trained in the host, and three
+seeds each of: the host alone, with ICD, with LGD, and with Ultralytics' built-in distillation. Equal numbers of steps;
+AP by pycocotools from the host's predictions; seconds per step and memory, also with the reference backend in a short
+run. Writes docs/results/hosts.md and .json. Try it at toy size with --steps 4 --train 32 --val 8 --seeds 0 --out
+/tmp/hosts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ REFERENCE_STEPS = 30
 
 
 def run(host: str, job: Job) -> dict[str, float]:
-    """Trains and evaluates in this process."""
+    """Train and evaluate in this process."""
     from fastkd.ops import use_backend
 
     torch.manual_seed(job.seed)
@@ -50,12 +51,12 @@ def run(host: str, job: Job) -> dict[str, float]:
 
 
 def folder_of(out: Path, host: str, method: str, seed: int) -> Path:
-    """Where a run is."""
+    """Folder of a run."""
     return out / f"{host}-{method}-seed{seed}"
 
 
 def one(arguments: argparse.Namespace, host: str, method: str, seed: int) -> dict[str, float]:
-    """A run as a process of its own, unless it is finished."""
+    """Execute a run in a separate process, unless it is finished."""
     folder = folder_of(arguments.out, host, method, seed)
     if not (folder / "result.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def table(results: dict[str, dict[str, list[dict[str, float]]]], teachers: dict[
 
 
 def main() -> None:
-    """Runs what is missing and writes the tables."""
+    """Execute missing runs and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=list(HOSTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

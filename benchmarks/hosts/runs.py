@@ -1,4 +1,4 @@
-"""One training run in a host's own entry point: the host alone, with a method, or the teacher."""
+"""One training run with a host's entry point: the host alone, with a method, or the teacher."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Found = list[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass
 class Job:
-    """What to train.
+    """Specification of a run.
 
     Args:
         data: folder of the scenes.
-        folder: of this run, for the host's own files.
-        method: "teacher", "alone", "icd", "lgd", or "own" for the host's own distillation.
+        folder: folder of this run, for the host's files.
+        method: "teacher", "alone", "icd", "lgd", or "own" for the host's built-in distillation.
         steps: optimiser steps.
-        seed: of everything.
+        seed: seed of all random numbers.
         teacher: file of the trained teacher, None for "teacher".
         device: "cpu" or "cuda".
     """
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def distils(self) -> bool:
-        """Whether fastkd takes part."""
+        """Whether the run uses fastkd."""
         return self.method in ("icd", "lgd")
 
 
@@ -56,19 +56,19 @@ class Clock:
         self.device, self.ticks = device, []
 
     def tick(self, *args: Any, **kwargs: Any) -> None:
-        """After a step."""
+        """Call after each step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.ticks.append(time.perf_counter())
 
     def median(self) -> float:
-        """Median seconds a step, without the first few."""
+        """Median seconds per step, without the first few."""
         steps = [after - before for before, after in itertools.pairwise(self.ticks)]
         return statistics.median(steps[WARM_UP:] or steps)
 
 
 def retinanet(width: str) -> nn.Module:
-    """torchvision's RetinaNet on a ResNet of random weights."""
+    """torchvision's RetinaNet with a randomly initialised ResNet."""
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -101,7 +101,7 @@ def learning_rate(job: Job) -> Callable[[int], float]:
 
 
 def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -> Any:
-    """The attachment of a run, None of runs without."""
+    """The attachment of a run; None for runs without distillation."""
     if not job.distils:
         return None
     teacher = None
@@ -180,7 +180,7 @@ def lightning(job: Job, clock: Clock) -> Found:
 
 
 def rt_detr(job: Job) -> nn.Module:
-    """RT-DETR of random weights; a wider one for teachers."""
+    """Randomly initialised RT-DETR; wider for teachers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     big = job.method == "teacher"
@@ -199,7 +199,7 @@ def rt_detr(job: Job) -> nn.Module:
 
 
 def collate_transformers(items: list) -> dict[str, Any]:
-    """Centres and sizes divided by the image's."""
+    """Box centres and sizes normalised by the image size."""
     labels = []
     for _, target in items:
         low, high = (target["boxes"] / SIDE).split(2, 1)
@@ -244,7 +244,7 @@ def transformers(job: Job, clock: Clock) -> Found:
 
 
 def ultralytics(job: Job, clock: Clock) -> Found:
-    """YOLO.train; "own" is Ultralytics' own distillation."""
+    """YOLO.train; "own" is Ultralytics' built-in distillation."""
     os.environ.setdefault("YOLO_OFFLINE", "true")
     from ultralytics import YOLO
 

@@ -1,6 +1,6 @@
-"""How fast and how small are the ops? `python -m benchmarks.ops`, or `make bench` (ten minutes on two idle cores).
+"""Time and memory of the ops: `python -m benchmarks.ops`, or `make bench` (ten minutes on two idle cores).
 
-Measures every op against plain torch and torch.compile of it in one run, together with what the machine can do at most,
+Measures every op against plain torch and torch.compile of it in one run, together with the peak rates of the machine,
 and writes docs/results/ops.json, ops.md and plots. pytest-benchmark is the timer; every call is checked against plain
 torch before it is timed.
 """
@@ -44,7 +44,7 @@ LOG = Path("build/ops.log")
 
 
 def point(row: Row, shape: Shape, kind: str, threads: int, **changes: Any) -> dict[str, Any]:
-    """One measurement, as benchmarks/ops/timings.py takes it."""
+    """Settings of one measurement for benchmarks/ops/timings.py."""
     found = {
         "row": row.name,
         "kind": kind,
@@ -59,7 +59,7 @@ def point(row: Row, shape: Shape, kind: str, threads: int, **changes: Any) -> di
 
 
 def plan(rows: list[Row], parts: set[str], quick: bool, threads: int, device: str) -> list[dict[str, Any]]:
-    """The measurements of these rows; parts: of main, compiled, variants, growth."""
+    """The measurements of these rows. Args: parts: subset of main, compiled, variants, growth."""
     base, points = QUICK if quick else Shape(), []
     for row in rows:
         shape = base if quick else row.shape(base)
@@ -83,9 +83,9 @@ def plan(rows: list[Row], parts: set[str], quick: bool, threads: int, device: st
 
 
 def measure(settings: dict[str, Any]) -> tuple[list[dict], bool]:
-    """Run the points in a process of its own, whose allocator keeps its memory (environment variables override).
+    """Run the points in a separate process whose allocator keeps its memory (environment variables override this).
 
-    Its output goes to LOG.
+    Its output is written to LOG.
 
     Returns: pytest-benchmark's list, and whether every check passed.
     """
@@ -97,7 +97,7 @@ def measure(settings: dict[str, Any]) -> tuple[list[dict], bool]:
         command.append(str(Path(__file__).with_name("timings.py")))
         environment = {**KEEP_MEMORY, **os.environ, "FASTKD_BENCH_PLAN": str(plan_file)}
         for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
-            del environment[name]  # pytest-benchmark measures nothing in a worker of xdist
+            del environment[name]  # pytest-benchmark is disabled in xdist workers
         LOG.parent.mkdir(exist_ok=True)
         with open(LOG, "w", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -107,7 +107,7 @@ def measure(settings: dict[str, Any]) -> tuple[list[dict], bool]:
 
 
 def collect(chosen: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Measure what was asked for."""
+    """Measure the chosen rows."""
     device = torch.device(chosen.device)
     rows = [BY_NAME[name] for name in chosen.rows] if chosen.rows else list(ROWS)
     base = QUICK if chosen.quick else Shape()
@@ -118,7 +118,7 @@ def collect(chosen: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         "quick": chosen.quick,
         "seconds": 0.0 if chosen.quick else chosen.seconds,
         "rounds": 1 if chosen.quick else 5,
-        "backend": "aot_eager" if chosen.quick else "inductor",  # the graph without half a minute of C++ compiler
+        "backend": "aot_eager" if chosen.quick else "inductor",  # avoids half a minute of C++ compilation
         "limits": [name for name in LIMITS if device.type == "cpu" or name not in CPU_ONLY],
         "points": plan(rows, set(chosen.parts), chosen.quick, chosen.threads, device.type),
     }

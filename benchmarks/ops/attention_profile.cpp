@@ -1,5 +1,5 @@
-// The products of instance_attention on one tile, each alone and hot: its name, its multiply-adds a cell over all heads
-// and its GFLOP/s on a line. Compiled and run by benchmarks/ops/attention_profile.py: products QUERIES.
+// Times each product of instance_attention on one tile in the cache. Prints per line: name, multiply-adds per cell over
+// all heads, GFLOP/s. Compiled and run by benchmarks/ops/attention_profile.py: products QUERIES.
 #include "attention/attention.h"
 
 #include <chrono>
@@ -21,7 +21,7 @@ struct Matrix {
   }
 };
 
-// C [rows, columns] = A [rows, k] B, done `times` a head.
+// C [rows, columns] = A [rows, k] B, repeated `times` per head.
 template <class A>
 void time_product(const char* name, int64_t rows, int64_t k, int64_t columns, double times, int64_t most = kDepth) {
   using V = FloatVector;

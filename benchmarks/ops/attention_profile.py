@@ -1,7 +1,7 @@
-"""Where instance_attention's time goes: its products alone on hot tiles, against the most multiply-adds of the machine.
+"""Time profile of instance_attention: its products on cached tiles, relative to the machine's peak multiply-add rate.
 
 Compiles attention_profile.cpp, the products of one tile in the shapes that csrc/ multiplies them in, and times the op
-at the shapes of benchmarks.ops; what the products do not account for is loads, softmax, biases and stores. One thread:
+at the shapes of benchmarks.ops; the remaining time is loads, softmax, biases and stores. One thread:
 
     python -m benchmarks.ops.attention_profile
 """
@@ -26,7 +26,7 @@ CAPABILITY = {"AVX512": 2, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(
 
 
 def hot_products(queries: int) -> dict[str, tuple[float, float]]:
-    """name -> multiply-adds of a cell, GFLOP/s, for each product of a tile at so many queries, fastest of nine."""
+    """name -> (multiply-adds per cell, GFLOP/s) of each product of a tile for `queries` queries, fastest of nine."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "products"
         flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
@@ -40,7 +40,7 @@ def hot_products(queries: int) -> dict[str, tuple[float, float]]:
 
 
 def fastest(call, rounds: int) -> float:
-    """Seconds of processor time."""
+    """Minimum processor time in seconds."""
     times = []
     for _ in range(rounds):
         begin = time.process_time()
@@ -50,7 +50,7 @@ def fastest(call, rounds: int) -> float:
 
 
 def profile(queries: int, rounds: int = 5) -> str:
-    """Lines of the table for so many queries."""
+    """Lines of the table for `queries` queries."""
     row = BY_NAME[f"instance_attention, N = {queries}"]
     shape = row.shape(Shape())
     case = row.build(Draw(shape, torch.float32, False, torch.device("cpu")))

@@ -1,5 +1,5 @@
-// What memory allows at most: some arrays read and one written, by several threads, nothing computed. Compiled by
-// benchmarks/ops/limits.py for the machine at hand (-O3 -march=native).
+// Peak memory rate: several threads read some arrays and write one, without computation. Compiled by
+// benchmarks/ops/limits.py for the host CPU (-O3 -march=native).
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -35,14 +35,14 @@ long read_lines(const char* in, long bytes) {
   return sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7];
 }
 
-// The share of one of so many threads, in pieces that are read and written in turn, as an op does it.
+// The work of one thread, in pieces that are read and written alternately, as in an op.
 long share(const char* const* in, const long* bytes, long inputs, char* out, long written, bool past_caches, long thread,
            long threads) {
   long most = written, sum = 0;
   for (long i = 0; i < inputs; ++i) most = std::max(most, bytes[i]);
   const long pieces = (most + kPiece - 1) / kPiece;
   for (long piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
-    const auto part = [&](long total) {  // of an array of so many bytes: where it begins and ends
+    const auto part = [&](long total) {  // begin and end in an array of `total` bytes
       const long first = total / kLine * piece / pieces * kLine, last = total / kLine * (piece + 1) / pieces * kLine;
       return std::pair<long, long>(first, last - first);
     };
@@ -53,7 +53,7 @@ long share(const char* const* in, const long* bytes, long inputs, char* out, lon
 }
 }  // namespace
 
-// Reads `inputs` arrays of so many bytes and writes one; the result keeps the compiler from removing the reads.
+// Reads `inputs` arrays of `bytes` bytes and writes one; the result prevents the compiler from removing the reads.
 extern "C" long move_bytes(const char* const* in, const long* bytes, long inputs, char* out, long written,
                            int past_caches, long threads) {
   std::vector<long> sums(threads);

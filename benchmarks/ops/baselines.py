@@ -1,7 +1,7 @@
-"""The ops in plain torch as a good engineer writes them without kernels: what `benchmarks.ops` compares with.
+"""Baselines of `benchmarks.ops`: the ops in efficient plain torch, without custom kernels.
 
-Every image has the same number of boxes here, so nothing is padded. Where two forms are obvious both are here, and the
-faster one is the peer. tests/benchmarks/test_benchmarks.py holds them against the references.
+All images have the same number of boxes, so nothing is padded. Some ops have two forms; the faster one is the baseline.
+tests/benchmarks/test_benchmarks.py compares them with the references.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mask_cover(masks: Tensor, level_size: Size) -> Tensor:
 
 
 def pool(levels: Sequence[Tensor], covers: Sequence[Tensor]) -> Tensor:
-    """One product of covers and cells a level: L x [B, C, H_l, W_l], L x [B * K, H_l, W_l] -> [L, B * K, C]."""
+    """One product of covers and cells per level: L x [B, C, H_l, W_l], L x [B * K, H_l, W_l] -> [L, B * K, C]."""
     pooled = []
     for level, cover in zip(levels, covers):
         cover = cover.flatten(1).to(level.dtype).unflatten(0, (level.shape[0], -1))  # [B, K, S_l]
@@ -50,7 +50,7 @@ def pool(levels: Sequence[Tensor], covers: Sequence[Tensor]) -> Tensor:
 
 
 def paint(embeddings: Tensor, covers: Sequence[Tensor], images: int) -> list[Tensor]:
-    """One product of embeddings and covers a level: [L, B * K, C] -> L x [B, C, H_l, W_l]."""
+    """One product of embeddings and covers per level: [L, B * K, C] -> L x [B, C, H_l, W_l]."""
     painted = []
     for embedding, cover in zip(embeddings, covers):
         rows = cover.flatten(1).to(embedding.dtype).unflatten(0, (images, -1))  # [B, K, S_l]
@@ -65,7 +65,7 @@ def box_pool_masks(levels: Sequence[Tensor], boxes: Tensor, image_size: Size) ->
 
 
 def cell_ranges(boxes: Tensor, image_size: Size, level_size: Size) -> list[tuple[int, int, int, int]]:
-    """First and one past the last covered row and column of each box, as Python ints (waits for the device)."""
+    """Covered (row begin, row end, column begin, column end) of each box, as Python ints (synchronises)."""
     cover = box_cover(boxes, image_size, level_size)
     rows, columns = cover.any(2).int(), cover.any(1).int()
     first, last = ([side.argmax(1) for side in (rows, columns)], [side.sum(1) for side in (rows, columns)])
@@ -73,7 +73,7 @@ def cell_ranges(boxes: Tensor, image_size: Size, level_size: Size) -> list[tuple
 
 
 def box_pool_slices(levels: Sequence[Tensor], boxes: Tensor, image_size: Size) -> Tensor:
-    """Means over boxes by one slice for each box and level."""
+    """Means over boxes by one slice per box and level."""
     pooled, share = [], boxes.shape[0] // levels[0].shape[0]
     for level in levels:
         ranges = cell_ranges(boxes, image_size, level.shape[2:])
@@ -93,7 +93,7 @@ def box_paint_masks(
 def box_paint_slices(
     embeddings: Tensor, boxes: Tensor, image_size: Size, images: int, level_sizes: Sequence[Size]
 ) -> list[Tensor]:
-    """Painting by adding to one slice for each box and level."""
+    """Painting by adding to one slice per box and level."""
     painted, share = [], boxes.shape[0] // images
     for embedding, size in zip(embeddings, level_sizes):
         level = embedding.new_zeros(images, embedding.shape[1], *size)
@@ -133,7 +133,7 @@ def mask_paint(embeddings: Tensor, masks: Tensor, images: int, level_sizes: Sequ
 
 
 def cells_of(levels: Sequence[Tensor]) -> Tensor:
-    """The cells of all levels in a row, channels last: [B, S, C]."""
+    """The cells of all levels concatenated, channels last: [B, S, C]."""
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
 
@@ -231,7 +231,7 @@ def masked_mse_product(
 def masked_mse_selected(
     student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Squared errors of the selected cells (waits for the device)."""
+    """Squared errors of the selected cells (synchronises)."""
     errors = []
     for ours, theirs, mask in zip(student, teacher, masks):
         ours, theirs = (level.permute(0, 2, 3, 1)[mask] for level in (ours, theirs))

@@ -1,4 +1,4 @@
-"""What the ops are measured on: the shape of a batch and random tensors of it."""
+"""Inputs of the op benchmarks: the shape of a batch and random tensors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.ops import baselines
 
 @dataclass(frozen=True)
 class Shape:
-    """What a call is measured on: a padded batch and the pyramid of it.
+    """The shape of a call: a padded batch and its pyramid.
 
     Args:
         images, height, width: of the padded batch.
         channels, heads: of the pyramid and its attention.
         strides: of the levels.
-        boxes: of each image.
-        queries: of each image; real: those with a box.
-        anchors: of each cell.
+        boxes: per image.
+        queries: per image; real: queries with a box.
+        anchors: per cell.
     """
 
     images: int = 2
@@ -47,12 +47,12 @@ class Shape:
 
     @property
     def cells(self) -> int:
-        """S, of one image."""
+        """S, cells of one image."""
         return sum(rows * columns for rows, columns in self.level_sizes)
 
     @property
     def elements(self) -> int:
-        """Numbers in a pyramid of the whole batch."""
+        """Elements of a pyramid of the whole batch."""
         return self.images * self.channels * self.cells
 
 
@@ -81,9 +81,9 @@ class Draw:
         return levels
 
     def in_lines(self, masks: Sequence[Tensor]) -> int:
-        """Numbers of a pyramid that lie in the cache lines of the cells set in masks, L tensors [B, H_l, W_l] bool.
+        """Elements of a pyramid in the cache lines of masked cells; masks: L tensors [B, H_l, W_l] bool.
 
-        Contiguous levels are read by lines of cells, channels-last ones cell by cell.
+        In contiguous levels a cache line contains several cells, in channels-last levels channels of one cell.
         """
         cells = 0
         for mask in masks:
@@ -93,16 +93,16 @@ class Draw:
         return min(cells, self.shape.images * self.shape.cells) * self.shape.channels
 
     def in_objects(self, covers: Sequence[Tensor]) -> int:
-        """The same of the cells of objects, L tensors [B * K, H_l, W_l] bool."""
+        """`in_lines` for the cells of objects, L tensors [B * K, H_l, W_l] bool."""
         return self.in_lines([cover.unflatten(0, (self.shape.images, -1)).any(1) for cover in covers])
 
     def in_boxes(self, boxes: Tensor) -> int:
-        """The same of boxes [B * K, 4]."""
+        """`in_lines` for boxes [B * K, 4]."""
         size = self.shape.image_size
         return self.in_objects([baselines.box_cover(boxes, size, level) for level in self.shape.level_sizes])
 
     def in_masks(self, masks: Tensor) -> int:
-        """The same of masks [B * K, H, W]."""
+        """`in_lines` for masks [B * K, H, W]."""
         return self.in_objects([baselines.mask_cover(masks, level) for level in self.shape.level_sizes])
 
     def boxes(self) -> tuple[Tensor, Tensor]:

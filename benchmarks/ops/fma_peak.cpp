@@ -1,5 +1,5 @@
-// The most multiply-adds a core can do: chains of fused multiply-adds in registers, enough of them to hide the latency.
-// Compiled by benchmarks/ops/limits.py for the machine at hand (-O3 -march=native); one call a thread.
+// Peak multiply-add rate of a core: enough independent chains of fused multiply-adds in registers to hide the latency.
+// Compiled by benchmarks/ops/limits.py for the host CPU (-O3 -march=native); one call per thread.
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
 #elif defined(__AVX2__)
@@ -11,11 +11,11 @@ typedef float Vector __attribute__((vector_size(kBytes)));
 constexpr int kChains = 12;
 constexpr long kLanes = kBytes / sizeof(float);
 
-// Does `rounds` rounds and returns how many multiply-adds that was; result keeps the compiler from removing them.
+// Runs `rounds` rounds and returns the number of multiply-adds; result prevents the compiler from removing them.
 extern "C" long multiply_adds(long rounds, float* result) {
   Vector sums[kChains];
   float start = 0;
-  for (Vector& sum : sums) sum = Vector{} + start++;  // of equal chains the compiler would keep one
+  for (Vector& sum : sums) sum = Vector{} + start++;  // the compiler would merge equal chains
   Vector factor = Vector{} + 0.9999f, term = Vector{} + 1e-4f;
   for (long round = 0; round < rounds; ++round) {
     for (int chain = 0; chain < kChains; ++chain) sums[chain] = sums[chain] * factor + term;

@@ -1,9 +1,9 @@
-"""What the machine can do at most, measured in the same run as the ops: bytes moved and multiply-adds a second.
+"""Peak rates of the machine, measured in the same run as the ops: bytes moved and multiply-adds per second.
 
-Bytes: arrays read and one written by all threads (bandwidth.cpp), nothing computed, in memory that is there already
-unless said otherwise. A pyramid of the benchmark is smaller than the last cache of a server's CPU, and what the ops
-read and write stays there in part between calls; so does what `copy`, `fill` and the floors of the rows move, as they
-move as much. `large copy` goes to memory. Each is the faster of two forms: writing into the caches, past them.
+Bytes: all threads read arrays and write one (bandwidth.cpp), without computation, in already allocated memory unless
+stated otherwise. A pyramid of the benchmark is smaller than the last-level cache of a server CPU, so inputs and outputs
+of the ops partly stay in the cache between calls; the same holds for `copy`, `fill` and the floors of the rows, which
+move as many bytes. `large copy` goes to memory. Each is the faster of normal and streaming stores.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PYRAMID = 40 * 2**20  # bytes, about; that of the base shape has 39.6 MiB
+PYRAMID = 40 * 2**20  # bytes; a pyramid of the base shape has 39.6 MiB
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a part of a call must move at least: numbers read from each of its tensors, and numbers written to one."""
+    """Necessary traffic of a part of a call: elements read from each tensor, and elements written to one."""
 
     reads: tuple[int, ...] = ()
     writes: int = 0
@@ -65,7 +65,7 @@ def move(sources: Sequence[Tensor], target: Tensor | None, past_caches: bool, th
 
 
 def faster(form: Callable[[bool], object]) -> Callable[[], object]:
-    """The faster of form(past_caches) for either value."""
+    """The faster of form(False) and form(True)."""
     best = {}
     for past_caches in (False, True):
         form(past_caches)
@@ -80,7 +80,7 @@ def _seconds(form: Callable[[bool], object], past_caches: bool) -> float:
 
 
 def floor(passes: Sequence[Pass], dtype: torch.dtype) -> Callable[[], object]:
-    """A call that moves what these passes must, one after another; what is written is allocated, as the ops do."""
+    """A call with the memory traffic of these passes; outputs are allocated, as in the ops."""
     most = [max((p.reads[i] for p in passes if len(p.reads) > i), default=0) for i in range(8)]
     sources = [torch.ones(count, dtype=dtype) for count in most]
     threads = torch.get_num_threads()
@@ -98,7 +98,7 @@ def floor(passes: Sequence[Pass], dtype: torch.dtype) -> Callable[[], object]:
 
 
 def copy(quick: bool, device: torch.device, size: int = PYRAMID) -> tuple[Callable[[], object], int]:
-    """A copy of as much as a pyramid; bytes read and written."""
+    """A copy of the size of a pyramid; bytes read and written."""
     source = torch.ones(2**20 if quick else size // 4, device=device)
     target = torch.zeros_like(source)
     work = 2 * source.nbytes
@@ -108,24 +108,24 @@ def copy(quick: bool, device: torch.device, size: int = PYRAMID) -> tuple[Callab
 
 
 def large_copy(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
-    """A copy of a gibibyte: from memory to memory."""
+    """A copy of one gibibyte, from memory to memory."""
     return copy(quick, device, 2**30)
 
 
 def fill(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
-    """As much as a pyramid written again and again; bytes."""
+    """Repeated writes to one buffer of the size of a pyramid; bytes."""
     target = torch.zeros(2**20 if quick else PYRAMID // 4)
     return faster(lambda past_caches: move([], target, past_caches, torch.get_num_threads())), target.nbytes
 
 
 def fresh_fill(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
-    """The same, allocated by torch each time, which is what an op's output costs; bytes."""
+    """The same with allocation by torch each time, as for an op's output; bytes."""
     count = 2**20 if quick else PYRAMID // 4
     return faster(lambda past_caches: move([], torch.empty(count), past_caches, torch.get_num_threads())), 4 * count
 
 
 def faulted_fill(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
-    """The same in memory that the system gives and gets back each time; bytes."""
+    """The same in memory mapped and unmapped by the system each time; bytes."""
     size = 2**20 if quick else PYRAMID
 
     def run(past_caches: bool) -> None:
@@ -153,7 +153,7 @@ def convolution(quick: bool, device: torch.device) -> tuple[Callable[[], object]
 
 
 def registers(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
-    """Multiply-adds on registers in every thread, compiled from fma_peak.cpp for this CPU."""
+    """Multiply-adds in registers in all threads, compiled from fma_peak.cpp for this CPU."""
     function = compiled("fma_peak").multiply_adds
     function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
     threads, rounds = torch.get_num_threads(), 10_000 if quick else 10_000_000
@@ -183,10 +183,10 @@ CPU_ONLY = ("multiply-adds", "large copy", "fill", "fresh fill", "faulted fill")
 
 
 def rate(name: str, work: int, seconds: float) -> float:
-    """GB/s, or GFLOP/s with two operations a multiply-add."""
+    """GB/s, or GFLOP/s with two operations per multiply-add."""
     return work * (1 if LIMITS[name][1] == "GB/s" else 2) / seconds / 1e9
 
 
 def arithmetic_limit(device: torch.device) -> str:
-    """The name of the limit that an op's multiply-adds are held against."""
+    """The name of the limit for an op's multiply-adds."""
     return "multiply-adds" if device.type == "cpu" else "matmul"

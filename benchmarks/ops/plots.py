@@ -20,7 +20,7 @@ AXES = {
 
 
 def times(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Milliseconds of every row: plain, compiled, ours."""
+    """Plot milliseconds of every row: plain, compiled, ours."""
     figure, axis = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows.values()):
         sides = {**row["sides"], "plain": row["sides"].get(f"plain: {row.get('plain_form')}")}
@@ -40,11 +40,13 @@ def times(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def growth(axes: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
-    """Time over images, cells, boxes and queries, on logarithmic axes; grey lines are linear growth."""
+    """Plot time over images, cells, boxes and queries on logarithmic axes; grey lines are linear growth."""
     size = (4.6 * len(axes), 5.2)
     figure, grid = plt.subplots(1, len(axes), figsize=size, layout="constrained", squeeze=False)
     names = list(dict.fromkeys(row for rows in axes.values() for row in rows))
-    colours = {row: plt.get_cmap("tab20")(index % 20) for index, row in enumerate(names)}  # a row has one everywhere
+    colours = {
+        row: plt.get_cmap("tab20")(index % 20) for index, row in enumerate(names)
+    }  # the same colour for a row in all panels
     lines = {}
     for axis, (name, rows) in zip(grid[0], axes.items()):
         for row, points in rows.items():

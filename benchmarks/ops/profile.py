@@ -1,8 +1,8 @@
-"""Which part of an op's call takes its time, in float32 and bfloat16, beside the bytes that it must move.
+"""Time of the parts of an op's call in float32 and bfloat16, with the time of its necessary memory traffic.
 
-One thread and processor time, which other programs of a shared machine disturb least; the shapes of benchmarks.ops.
-Forward, backward and the floor (what the step must read and write at least, nothing computed) take turns. Where a step
-consists of several operators, torch's profiler tells how much is each one's:
+One thread and processor time, to reduce the influence of other programs; the shapes of benchmarks.ops. Forward,
+backward and the floor (the necessary reads and writes, without computation) are timed alternately. If a step consists
+of several operators, torch's profiler gives the time of each:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python -m benchmarks.ops.profile
 """
@@ -51,7 +51,7 @@ def halves(step: Step) -> dict[str, float]:
 
 
 def owner(event) -> str:
-    """The compiled op that an event is a part of, else the operator of torch itself, else OTHERS."""
+    """The compiled op that contains an event, else the torch operator, else OTHERS."""
     name = event.name if event.name.startswith("aten::") else OTHERS
     while event is not None:
         name = event.name if event.name.startswith(OURS) else name
@@ -60,7 +60,7 @@ def owner(event) -> str:
 
 
 def operators(step: Step) -> dict[str, float]:
-    """Operator -> milliseconds (of the clock) of a step in it and not in another one."""
+    """Operator -> milliseconds (wall time) of a step, excluding nested operators."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     found: dict[str, float] = defaultdict(float)
@@ -76,7 +76,7 @@ def least(measurements: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure(name: str, dtype: torch.dtype, base: Shape, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of the passes and the floor, and of the operators that take 2 % of them."""
+    """Milliseconds of the passes and the floor, and of operators with at least 2 % of them."""
     row = BY_NAME[name]
     case = row.build(Draw(base if base is QUICK else row.shape(base), dtype, False, torch.device("cpu")))
     step = Step(case.ours, case.arguments)

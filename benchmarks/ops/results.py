@@ -1,4 +1,4 @@
-"""From the timings of `benchmarks.ops` to what is kept: docs/results/ops.json, the tables in ops.md, comparisons."""
+"""Converts the timings of `benchmarks.ops` to docs/results/ops.json, the tables in ops.md, and comparisons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gather(benchmarks: list[dict], arithmetic: str) -> dict[str, Any]:
 
     Args:
         benchmarks: "benchmarks" of the JSON that pytest-benchmark writes.
-        arithmetic: name of the limit that multiply-adds are held against.
+        arithmetic: name of the limit for multiply-adds.
     Returns: {"limits": {name: rate}, "rows": {name: {...}}, "growth": {axis: {row: [[x, ms], ..]}}}; times are minima.
     """
     limits, rows, growth = {}, {}, {}
@@ -42,7 +42,7 @@ def gather(benchmarks: list[dict], arithmetic: str) -> dict[str, Any]:
 
 
 def conclusions(sides: dict[str, dict], targets: Targets, limits: dict[str, float], arithmetic: str) -> dict[str, Any]:
-    """Ratios, share of the limit, memory, and whether each target is met, as far as they were measured."""
+    """Ratios, share of the limit, memory, and whether each target is met, as far as measured."""
     found: dict[str, Any] = {"targets": {}, "met": {}}
     ours = sides.get("ours")
     plain = {side: entry for side, entry in sides.items() if side.startswith("plain: ")}
@@ -68,13 +68,13 @@ def conclusions(sides: dict[str, dict], targets: Targets, limits: dict[str, floa
 
 
 def memory_of(side: dict) -> tuple[int, int]:
-    """Extra memory of a call, and how much of it the caller does not get to keep as results and gradients."""
+    """Additional memory of a call, and the part that is not returned as results and gradients."""
     peak = side["memory"]["peak"]
     return peak, max(peak - side["returned"], 0)
 
 
 def share(ours: dict, limits: dict[str, float], arithmetic: str) -> dict[str, Any]:
-    """How much of the machine's limit the call reaches."""
+    """The fraction of the machine's limit that the call reaches."""
     work, seconds = ours["work"], ours["ms"] / 1e3
     if work["multiply_adds"] and arithmetic in limits:
         return {"limit": arithmetic, "share": rate(arithmetic, work["multiply_adds"], seconds) / limits[arithmetic]}
@@ -94,7 +94,7 @@ def judge(found: dict[str, Any], targets: Targets) -> None:
             found["targets"][name], found["met"][name] = target, found[name] >= target
     if targets.memory is None:
         return
-    if not targets.of_plain:  # at most what the caller keeps, up to small change
+    if not targets.of_plain:  # at most the returned bytes, with a small tolerance
         kept = found["extra"] - found["scratch"]
         found["targets"]["memory"], found["met"]["memory"] = kept, found["scratch"] <= 0.02 * targets.memory * kept
     elif "plain_scratch" in found:
@@ -119,7 +119,7 @@ def _number(value: float | None, form: str, target: float | None = None, met: bo
 
 
 def main_table(rows: dict[str, dict]) -> list[str]:
-    """The table of times, ratios, limits and memory; a target in brackets, bold where it is met."""
+    """The table of times, ratios, limits and memory; targets in brackets, bold if met."""
     heads = ["op", "ours, ms", "plain", "compiled", "x plain", "x compiled", "share of limit"]
     heads += ["extra MiB", "plain's", "at most"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -196,7 +196,7 @@ be.""".splitlines()
 
 
 def bounds_table(rows: dict[str, dict]) -> list[str]:
-    """What moving the bytes alone takes, and the ratios that a call of that time would reach."""
+    """Time of the memory traffic alone, and the ratios that a call of that duration would reach."""
     lines = ["| op | reads, MiB | writes, MiB | floor, ms | ours / floor | x plain at the floor | x compiled |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
@@ -220,23 +220,23 @@ def _bound(row: dict, key: str) -> str:
 
 
 def out_of_reach(row: dict, key: str) -> bool:
-    """Whether even a call that only moves its bytes would miss this target."""
+    """Whether a call that only moves its bytes would miss this target."""
     best, target = row.get("at_floor", {}).get(key), row["targets"].get(key)
     return best is not None and target is not None and best < target
 
 
 def missed_table(rows: dict[str, dict], limits: dict[str, float]) -> list[str]:
-    """For each ratio that was missed: the time that it asks for, and how fast the machine had to be for that."""
+    """For each missed ratio: the required time, and the machine rate it would need."""
     lines = ["| op | target | asks for, ms | ours, ms | work in that time | of what this run measured |"]
     lines.append("|---|---|---|---|---|---|")
     for name, row in rows.items():
         sides, work = row["sides"], row["sides"].get("ours", {}).get("work") or {}
         baselines = {"times_plain": f"plain: {row.get('plain_form')}", "times_compiled": "compiled"}
-        for key, peer in baselines.items():
+        for key, baseline in baselines.items():
             if row["met"].get(key, True):
                 continue
-            asked = sides[peer]["ms"] / row["targets"][key]
-            title = f"{row['targets'][key]:g} x {peer.split(':')[0]}"
+            asked = sides[baseline]["ms"] / row["targets"][key]
+            title = f"{row['targets'][key]:g} x {baseline.split(':')[0]}"
             limit = row.get("limit")
             speed = share = "-"
             if limit:
@@ -309,7 +309,7 @@ def report(saved: dict[str, Any]) -> str:
 
 
 def quote(saved: dict[str, Any]) -> str:
-    """The lines for the README: the rows with targets, and how they were made."""
+    """The lines for the README: rows with targets, and the command."""
     rows = {name: row for name, row in saved["rows"].items() if BY_NAME[name].targets != Targets()}
     lines = ["| op | ours, ms | plain | compiled | times faster than plain | than compiled |"]
     lines.append("|---|---|---|---|---|---|")
@@ -346,8 +346,8 @@ def compare(saved: dict[str, Any], now: dict[str, Any], threshold: float) -> tup
     """Our times against a saved run's, row by row.
 
     Args:
-        threshold: the largest ratio new / saved that passes.
-    Returns: Markdown lines, and whether every row that both have passes.
+        threshold: largest accepted ratio new / saved.
+    Returns: Markdown lines, and whether all common rows pass.
     Raises: ValueError if the runs have no row in common or differ in shape.
     """
     common = [name for name in now["rows"] if "ours" in saved["rows"].get(name, {}).get("sides", {})]

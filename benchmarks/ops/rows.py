@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.ops`: each op's arguments, our call, the plain forms, the work counted and the targets."""
+"""The rows of `benchmarks.ops`: arguments, our call, the plain forms, counted work and targets of each op."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastkd.distillers.decoder import DecoderLayer, Positions, position_embeddin
 
 @dataclass(frozen=True)
 class Targets:
-    """What the row must reach, None where nothing is asked.
+    """The targets of a row; None: no target.
 
     Args:
-        plain, compiled: times faster than those baselines.
-        share: of the machine's limit.
-        memory: extra memory in bytes handed to the caller ("returned": 1.0), or as a fraction of plain's scratch.
-        of_plain: memory is such a fraction.
+        plain, compiled: speed-up over these baselines.
+        share: fraction of the machine's limit.
+        memory: additional memory relative to the returned bytes (1.0), or as a fraction of plain's scratch.
+        of_plain: whether memory is a fraction of plain's scratch.
     """
 
     plain: float | None = None
@@ -39,11 +39,11 @@ class Case:
     """One call, ready to run.
 
     Args:
-        arguments: tensors and lists of them; gradients are taken for those that require one.
-        ours: takes them.
-        plain: name of a form -> function that takes them and gives the same.
-        compiled: the form that torch.compile gets.
-        passes: what must be read and written at least, for a row limited by memory.
+        arguments: tensors and lists of them; gradients are computed for those that require one.
+        ours: function of these arguments.
+        plain: name of a form -> equivalent function.
+        compiled: the form compiled by torch.compile.
+        passes: necessary reads and writes, for a row limited by memory.
         multiply_adds: for a row limited by arithmetic.
     """
 
@@ -131,9 +131,9 @@ def mask_paint(draw: Draw) -> Case:
 
 
 def _tables(queries, key_weight, rows, columns):
-    """What `instance_attention` takes in the place of a position embedding: row and column biases of the queries."""
+    """Row and column biases of the queries, which replace a position embedding in `instance_attention`."""
     absorbed = torch.einsum("bgnd,gdc->bgnc", queries, key_weight.unflatten(0, (queries.shape[1], -1)))
-    absorbed = absorbed.contiguous()  # else each product below copies it and keeps the copy for its backward pass
+    absorbed = absorbed.contiguous()  # otherwise each product below saves a copy for its backward pass
     return [absorbed @ row.t() for row in rows], [absorbed @ column.t() for column in columns]
 
 
@@ -149,7 +149,7 @@ def _attention_arguments(draw: Draw, count: int, grad: bool) -> tuple:
 
 
 def instance_attention(draw: Draw) -> Case:
-    """Counted: logits and output forward; the gradients of probabilities, values and logits backward."""
+    """Counts logits and output forward, and the gradients of probabilities, values and logits backward."""
     shape = draw.shape
     arguments = (*_attention_arguments(draw, shape.queries, True), draw.pyramid(grad=True))
 
@@ -177,7 +177,7 @@ def _position_embedding(positions: Positions) -> Tensor:
 
 
 class Attend(nn.Module):
-    """A decoder layer's attention as a module of its own, for functional_call."""
+    """The attention of a decoder layer as a module, for functional_call."""
 
     def __init__(self, layer: DecoderLayer):
         super().__init__()
@@ -192,7 +192,7 @@ def decoder_attention(draw: Draw) -> Case:
     torch.manual_seed(0)
     layer = Attend(DecoderLayer(shape.channels, shape.channels, shape.heads)).to(device, draw.dtype)
     names = [f"layer.{part}.{kind}" for part in ("query", "key", "value", "position") for kind in ("weight", "bias")]
-    # the biases of keys and positions move all logits of a query alike: their gradient is rounding, nothing to compare
+    # biases of keys and positions shift all logits of a query: their gradients are rounding errors, not compared
     frozen = ("layer.key.bias", "layer.position.bias")
     weights = [layer.get_parameter(name).detach().requires_grad_(name not in frozen) for name in names]
     sizes = torch.tensor([shape.image_size] * shape.images, device=device)
@@ -266,7 +266,7 @@ def masked_mse(draw: Draw) -> Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     build: Callable[[Draw], Case]

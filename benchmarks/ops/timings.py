@@ -1,7 +1,7 @@
 """The measurements of `benchmarks.ops`, one pytest-benchmark timing each.
 
-benchmarks/ops/__main__.py writes the list of points to a file, names it in FASTKD_BENCH_PLAN and runs pytest on this
-module; what is measured beside the time goes into the benchmark's extra_info.
+benchmarks/ops/__main__.py writes the list of points to a file, sets FASTKD_BENCH_PLAN to its path and runs pytest on
+this module; other measurements than the time are stored in the benchmark's extra_info.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def function_of(case: Case, side: str):
 
 
 def check(case: Case, step: Step, dtype: torch.dtype) -> None:
-    """The call that is about to be timed, against the first plain form in float32."""
+    """Compare the call to be timed with the first plain form in float32."""
     wide = tree_map(
         lambda leaf: (
             leaf.detach().float().requires_grad_(leaf.requires_grad)
@@ -57,7 +57,7 @@ def check(case: Case, step: Step, dtype: torch.dtype) -> None:
 
 
 def work_of(case: Case, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that must move, and multiply-adds."""
+    """Necessary bytes, and multiply-adds."""
     read, written = (
         sum(sum(one.reads) for one in case.passes) * dtype.itemsize,
         sum(one.writes for one in case.passes) * dtype.itemsize,
@@ -66,7 +66,7 @@ def work_of(case: Case, dtype: torch.dtype) -> dict[str, int]:
 
 
 def run(benchmark, call, seconds: float = PLAN["seconds"]) -> None:
-    """Rounds for about so many seconds, after a warm-up."""
+    """Time rounds for about `seconds`, after a warm-up."""
     begin = time.perf_counter()
     call()
     taken = max(time.perf_counter() - begin, 1e-6)
@@ -110,4 +110,6 @@ def test_point(benchmark, point):
     del kept
     if point["kind"] == "main":
         benchmark.extra_info["memory"] = dataclasses.asdict(memory.measure(step, DEVICE))
-    run(benchmark, step, PLAN["seconds"] * (0.4 if point["kind"] == "growth" else 1))  # half of the points
+    run(
+        benchmark, step, PLAN["seconds"] * (0.4 if point["kind"] == "growth" else 1)
+    )  # growth points are half of all points

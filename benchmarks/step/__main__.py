@@ -1,9 +1,10 @@
-"""What does a training step cost? `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
+"""Cost of a training step: `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
 
 Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD in plain torch, ours in
 float32 and in bfloat16 with channels-last; on the first problem also --runtime.recompute and --runtime.compile, FGFI
-and a teacher's own training for the cost ledger. One process, turn and turn about, minima. The first turn of a problem
-also counts operators, bytes, products and allocations. Writes docs/results/step.json, step.md and step.png.
+and the training of a teacher for the cost ledger. The candidates are interleaved in one process; times are minima. The
+first round of a problem also counts operators, bytes, products and allocations. Writes docs/results/step.json, step.md
+and step.png.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from benchmarks.step.dispatch_ledger import DispatchLedger, count
 from fastkd.files import write_json
 
 CPU = torch.device("cpu")
-LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: in one form, on a detector's first problem
+LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: one form each, on a detector's first problem
 TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
 
 
 def candidates(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
-    """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
+    """(method, form) pairs of a problem. Args: lone, tried: include those of LONE and of TRIED."""
     of_each = [(method, form) for method in methods for form in forms if method not in LONE]
     found = [pair for pair in of_each if pair[1] in FORMS]
     more = sorted(LONE.items()) * lone + sorted(TRIED) * tried
@@ -43,7 +44,7 @@ def candidates(methods: list[str], forms: list[str], *, lone: bool, tried: bool)
 
 
 def problems(chosen: argparse.Namespace) -> list[Problem]:
-    """In the order of their worth, as the time may run out: few boxes before many, one image before two."""
+    """The problems by importance, as time may run out: few boxes before many, one image before two."""
     return [
         Problem(detector, images, boxes, chosen.height, chosen.width)
         for boxes in chosen.boxes
@@ -58,8 +59,8 @@ def resident(candidate: Candidate) -> int:
 
 
 def first_turn(candidate: Candidate) -> dict[str, Any]:
-    """A step, counted: ledger, memory and seconds (counting costs it a hundredth)."""
-    if candidate.compiled:  # a mode would see the graphs' operators, not the kernels they became
+    """Ledger, memory and seconds of one step (counting adds about one per cent)."""
+    if candidate.compiled:  # a dispatch mode would see the operators of graphs, not their kernels
         return {
             "seconds": [],
             "transient_bytes": memory.measure(candidate.step, CPU).peak,
@@ -84,21 +85,21 @@ def first_turn(candidate: Candidate) -> dict[str, Any]:
 def measure(
     problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool, tried: bool = False
 ) -> dict[str, Any]:
-    """All candidates of a problem, turn and turn about.
+    """Measure all candidates of a problem, interleaved.
 
     Args:
-        first: the first problem of its detector: more repetitions, and what the cost ledger needs.
-        tried: the trainer's options take part.
-        counted: the first turn is counted; else it is a step on small images, not timed.
+        first: whether it is the first problem of its detector: more repetitions, and the runs of the cost ledger.
+        tried: include the trainer's options.
+        counted: count the first round; else the first round is an untimed step on small images.
     """
     entries, runners = {}, {}
     small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
     for method, form in candidates(chosen.methods, chosen.forms, lone=first, tried=tried):
         runners[method, form] = runner = build(problem, method, form)
         if runner.compiled:
-            runner.step()  # the first size has the static graphs
+            runner.step()  # static graphs are compiled for the first size
         else:
-            runner.on(small.batch(), runner.step)  # optimiser states are there now
+            runner.on(small.batch(), runner.step)  # creates the optimiser states
         entries[f"{method}/{form}"] = first_turn(runner) if counted else {"seconds": []}
     turns = chosen.repetitions if first else chosen.repetitions - counted - 1
     for turn in range(max(turns, 1 - counted)):
@@ -110,14 +111,14 @@ def measure(
 
 
 def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A saved run and what was measured since; a problem measured again replaces its row."""
+    """Merge a saved run with new measurements; a problem measured again replaces its row."""
 
     def problem(row: dict[str, Any]) -> tuple:
         return tuple(row[field.name] for field in dataclasses.fields(Problem))
 
     again = {problem(row) for row in new["rows"]}
     rows = [row for row in kept["rows"] if problem(row) not in again] + new["rows"]
-    rows.sort(key=lambda row: (row["boxes"], row["images"], row["detector"] != "retinanet"))  # as `problems` has them
+    rows.sort(key=lambda row: (row["boxes"], row["images"], row["detector"] != "retinanet"))  # the order of `problems`
     done = {problem(row) for row in rows}
     skipped = {problem(row): row for run in (kept, new) for row in run["skipped"] if problem(row) not in done}
     commits = dict.fromkeys(commit for run in (kept, new) for commit in run["commit"].split(" and "))
@@ -133,7 +134,7 @@ def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Measure what was asked for, as far as the time goes; kept: a run whose detectors' first problems are done."""
+    """Measure the chosen problems within the time limit. Args: kept: a run with the first problems already done."""
     torch.set_num_threads(chosen.threads)
     begin, rows, skipped, own = time.monotonic(), [], [], None
     seen = {row["detector"] for row in kept["rows"]} if kept else set()
@@ -192,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and write; 0."""
+    """Measure and write the results; return 0."""
     chosen = parse(arguments)
     if chosen.quote:
         print(step_results.quote(json.loads(chosen.quote.read_text(encoding="utf-8"))))
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if any(name not in os.environ for name in KEEP_MEMORY):  # the allocator reads them when the process starts
+    if any(name not in os.environ for name in KEEP_MEMORY):  # read by the allocator at process start
         environment = {**KEEP_MEMORY, **os.environ}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]], environment)
     sys.exit(main())

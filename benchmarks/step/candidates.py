@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.step`: student, methods and teacher, in plain torch and ours, each with whole steps."""
+"""The candidates of `benchmarks.step`: whole steps of student, methods and teacher, in plain torch and with fastkd."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.types import Batch, ClassPriors
 
 FORMS = ("plain", "float32", "bfloat16")
-OPTIONS = ("recompute", "compile")  # of the trainer's, on top of bfloat16
+OPTIONS = ("recompute", "compile")  # options of the trainer, in addition to bfloat16
 METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
 NUM_CLASSES = 80
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the steps are taken on.
+    """The detector and batch of a step.
 
     Args:
         detector: as in recipe names, "retinanet" or "faster-rcnn".
-        images: B. boxes: of each image. height, width: pixels.
+        images: B. boxes: per image. height, width: pixels.
     """
 
     detector: str = "retinanet"
@@ -45,7 +45,7 @@ class Problem:
     width: int = 1216
 
     def batch(self, seed: int = 0) -> Batch:
-        """Noise with boxes of a tenth to a half of the image's sides."""
+        """Noise images with boxes of 0.1 to 0.5 of the image size."""
         generator = torch.Generator().manual_seed(seed)
         total, sides = self.images * self.boxes, torch.tensor([self.width, self.height])
         size = (0.1 + 0.4 * torch.rand(total, 2, generator=generator)) * sides
@@ -62,14 +62,14 @@ class Problem:
 
 
 class Candidate:
-    """Something that takes training steps.
+    """A candidate that executes training steps.
 
     Args:
         forward: batch -> losses by name.
-        optimizers: torch's; update: takes their steps and drops the gradients.
+        optimizers: torch optimisers; update: steps them and clears the gradients.
         module: student and method; frozen: the teacher, or None; ask: the teacher's forward, or None.
-        batch: of every step.
-        compiled: whether torch.compile has a part in it.
+        batch: the batch of every step.
+        compiled: whether it uses torch.compile.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class Candidate:
         self.teacher = None if ask is None else lambda: ask(self.batch)
 
     def on(self, batch: Batch, work: Callable[[], object]) -> None:
-        """Does some work on another batch."""
+        """Run work() on another batch."""
         own, self.batch = self.batch, batch.to("cpu", memory_format=memory_format_of(self.batch.images))
         work()
         self.batch = own
 
     def resident(self) -> list[Tensor]:
-        """Tensors that stay from step to step."""
+        """Tensors that persist between steps."""
         held = {id(t): t for m in (self.module, self.frozen) if m for t in (*m.parameters(), *m.buffers())}
         states = [
             value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()
@@ -107,7 +107,7 @@ class Candidate:
         self.update()
 
     def timed(self) -> float:
-        """Seconds of a step."""
+        """Seconds of one step."""
         begin = time.perf_counter()
         self.step()
         return time.perf_counter() - begin
@@ -119,13 +119,13 @@ def memory_format_of(images: Tensor) -> torch.memory_format:
 
 
 def priors() -> ClassPriors:
-    """Of objects a quarter of an image wide."""
+    """Class priors of objects a quarter of an image wide."""
     side = torch.full((NUM_CLASSES, 2), 0.25, dtype=torch.float64)
     return ClassPriors(torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, dtype=torch.float64), side, side / 2)
 
 
 def recipe_of(detector: str, method: str, form: str) -> Recipe:
-    """Our COCO recipe of a candidate in a precision."""
+    """The COCO recipe of a candidate in a precision."""
     recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
     low = form in ("bfloat16", *OPTIONS)
     runtime = dataclasses.replace(
@@ -139,7 +139,7 @@ def recipe_of(detector: str, method: str, form: str) -> Recipe:
 
 
 def ours(problem: Problem, method: str, form: str) -> Candidate:
-    """A candidate as the trainer builds it, after the first phases of its schedule."""
+    """A candidate as built by the trainer, after the first phases of its schedule."""
     torch.manual_seed(0)
     recipe = recipe_of(problem.detector, method, form)
     layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
@@ -179,7 +179,7 @@ def ours(problem: Problem, method: str, form: str) -> Candidate:
 class PlainStep(nn.Module):
     """Student and method in plain torch; the frozen teacher is a plain torchvision backbone.
 
-    LGD is the module itself, its ops taking their references.
+    LGD is fastkd's module with the reference ops.
     """
 
     def __init__(self, detector: PlainDetector, distiller: nn.Module | None, teacher: PlainDetector | None):
@@ -208,7 +208,7 @@ class PlainStep(nn.Module):
 
 
 def plain(problem: Problem, method: str) -> Candidate:
-    """A candidate in plain torch, with torch's optimisers as they come."""
+    """A candidate in plain torch, with torch's default optimisers."""
     torch.manual_seed(0)
     kind = problem.detector.replace("-", "_")
     recipe = recipe_of(problem.detector, method, "float32")
@@ -239,15 +239,15 @@ def plain(problem: Problem, method: str) -> Candidate:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What LGD and ICD ask of a student and of a teacher."""
+    """The attributes of student and teacher that LGD and ICD use."""
 
     num_classes: int
     channels: int
 
 
 def build(problem: Problem, method: str, form: str) -> Candidate:
-    """A candidate; method of METHODS, form of FORMS or OPTIONS.
+    """Build a candidate; method from METHODS, form from FORMS or OPTIONS.
 
-    A method's plain form is its distiller on the reference ops.
+    The plain form of a method is its distiller with the reference ops.
     """
     return plain(problem, method) if form == "plain" else ours(problem, method, form)

@@ -1,8 +1,8 @@
-"""What a piece of work asks of the machine, whatever the machine: operators, bytes, products, allocations, waits.
+"""Machine-independent cost of a computation: operators, bytes, products, allocations, synchronisations.
 
-A dispatch mode sees every operator that reaches a kernel, forward, backward and optimiser. What is counted is nominal:
-each operand is read once and each result written once, however a kernel goes about it; a compiled op of fastkd is one
-operator with its own formulas. Scratch memory inside an operator is not seen (benchmarks/memory.py sees it).
+A dispatch mode sees every operator that reaches a kernel, forward, backward and optimiser. Counts are nominal: each
+operand is read once and each result written once, independent of the kernel; a compiled op of fastkd is one operator
+with its own formulas. Scratch memory inside an operator is not counted (benchmarks/memory.py counts it).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.step.fastkd_costs import FLOPS, READ_TWICE
 from fastkd.training.cost.memory import StorageMeter
 
-# their results depend on values, which on a GPU the host has to wait for
+# results depend on values, so that the host synchronises with a GPU
 WAITS = {
     "_local_scalar_dense",
     "nonzero",
@@ -35,25 +35,25 @@ WAITS = {
     "repeat_interleave.Tensor",
     "nms",
 }
-HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}  # of a tensor on the CPU they dispatch nothing
-ALIASES = {"_unsafe_view", "lift_fresh"}  # views that do not say so
+HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}  # on CPU tensors they dispatch no operator
+ALIASES = {"_unsafe_view", "lift_fresh"}  # views without alias annotation
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 WRITE_ONLY = {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_"}
-SELECTIONS = {"index", "index_select", "gather", "embedding", "take"}  # they read what they return
+SELECTIONS = {"index", "index_select", "gather", "embedding", "take"}  # they read as many bytes as they return
 
 
 @dataclass
 class Counts:
-    """Totals of a piece of work.
+    """Totals of a computation.
 
     Args:
-        ops: operators dispatched, views included; views: those of them that only make a new view.
+        ops: dispatched operators, including views; views: those that only create a view.
         bytes_read, bytes_written: by all operators, each operand and result once.
-        flops: of matrix products and convolutions as torch.utils.flop_counter counts them, and of fastkd's ops
-            (whose elementwise arithmetic counts, too).
-        largest: bytes of the largest tensor made.
-        peak: bytes made and alive at the worst moment, beside what was there before.
-        syncs: times the host would wait for a GPU to read a value or a size.
+        flops: of matrix products and convolutions by torch.utils.flop_counter, and of fastkd's ops (including their
+            elementwise arithmetic).
+        largest: bytes of the largest new tensor.
+        peak: maximum bytes of new tensors alive at the same time.
+        syncs: number of synchronisations with a GPU to read a value or a size.
         by_op: operators by name.
     """
 
@@ -73,7 +73,7 @@ class Counts:
         return self.bytes_read + self.bytes_written
 
     def minus(self, other: Counts) -> Counts:
-        """The difference, number by number."""
+        """The difference of all counts."""
         names = {*self.by_op, *other.by_op}
         by_op = {name: self.by_op.get(name, 0) - other.by_op.get(name, 0) for name in sorted(names)}
         numbers = {
@@ -85,7 +85,7 @@ class Counts:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes a kernel touches: expanded dimensions once."""
+    """Bytes that a kernel accesses; expanded dimensions count once."""
     if tensor.layout != torch.strided:
         return 0
     count = tensor.element_size()
@@ -105,7 +105,7 @@ def _bound(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dict[s
 
 
 class _HostReads(TorchFunctionMode):
-    """Counts what leaves for the host without an operator."""
+    """Counts reads by the host that dispatch no operator."""
 
     def __init__(self, counts: Counts):
         super().__init__()
@@ -117,9 +117,9 @@ class _HostReads(TorchFunctionMode):
 
 
 class DispatchLedger(StorageMeter):
-    """Counts the operators of what runs inside `with DispatchLedger() as ledger`; see `Counts`, in ledger.counts.
+    """Counts the operators inside `with DispatchLedger() as ledger`; see `Counts`, in ledger.counts.
 
-    Tensors that exist before are recognised when they are first used; only new storages count as memory.
+    Existing tensors are recognised at their first use; only new storages count as memory.
     Raises: ValueError for an op of fastkd without formulas in benchmarks/step/fastkd_costs.py.
     """
 
@@ -194,11 +194,11 @@ def _to_host(args: tuple, result: Any) -> bool:
 
 
 def traffic(function: torch._ops.OpOverload, bound: dict[str, Any], result: Any) -> tuple[int, int]:
-    """Bytes that one operator, no view, reads and writes.
+    """Bytes that one operator (not a view) reads and writes.
 
     Args:
         bound: arguments by name.
-        result: what it returned.
+        result: its result.
     """
     name = function._schema.name.split("::")[1]
     if name in EMPTY:
@@ -215,7 +215,7 @@ def traffic(function: torch._ops.OpOverload, bound: dict[str, Any], result: Any)
     made = 0 if changed else sum(size_of(tensor) for tensor in _tensors(result))
     if name in ("index_put_", "index_copy_", "index_add_", "scatter_", "scatter_add_", "index_fill_"):
         value = next((bound[key] for key in ("values", "source", "src") if isinstance(bound.get(key), Tensor)), None)
-        share = size_of(value) if value is not None else 0  # only these places of self are touched
+        share = size_of(value) if value is not None else 0  # only these elements of self are accessed
         size = size_of(bound["self"])
         read, written = read - size + share, written - size + share
     if name in SELECTIONS:
@@ -225,7 +225,7 @@ def traffic(function: torch._ops.OpOverload, bound: dict[str, Any], result: Any)
 
 
 def count(work: Callable[[], object]) -> Counts:
-    """Counts of one call; its results are dropped."""
+    """Counts of one call; its results are discarded."""
     with DispatchLedger() as ledger:
         work()
     return ledger.counts

@@ -1,8 +1,7 @@
-"""What fastkd's compiled ops compute, for the dispatch ledger: floating-point operations, two for a multiply-add.
+"""Floating-point operations of fastkd's compiled ops for the dispatch ledger, two per multiply-add.
 
-Products are counted exactly, elementwise arithmetic as so many operations for each number looked at (torch counts none
-for its own elementwise operators, so this counts against the compiled ops). Formulas take an op's arguments by name and
-its result.
+Products are counted exactly, elementwise arithmetic as a number of operations per element (torch counts none for its
+elementwise operators, to the disadvantage of the compiled ops). Formulas take an op's arguments by name and its result.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 Formula = Callable[[dict[str, Any], Any], int]
 
-# arguments that a kernel reads a second time from memory: the statistics come first
+# arguments read a second time from memory, after a pass for statistics
 READ_TWICE = {"norm_relu_box_pool": ("levels",)}
 
 
@@ -29,7 +28,7 @@ def _cells(levels: list[Tensor]) -> int:
 
 
 def _each(argument: str, operations: int) -> Formula:
-    """So many operations for each number of a list of tensors."""
+    """A formula with `operations` operations per element of a list of tensors."""
     return lambda bound, result: operations * _elements(bound[argument])
 
 
@@ -38,7 +37,7 @@ def _each_made(operations: int) -> Formula:
 
 
 def _logits(bound: dict[str, Any]) -> tuple[int, int]:
-    """Multiply-adds a cell of the logits: of the key projection (0 where the queries have absorbed it), of q k."""
+    """Multiply-adds per cell of the logits: key projection (0 if absorbed in the queries), and q k."""
     _, heads, count, depth = bound["queries"].shape
     weight = bound["key_weight"]
     return 0 if weight is None else weight.numel(), heads * count * depth
@@ -53,11 +52,11 @@ def _attention(bound: dict[str, Any], result: Any) -> int:
 def _attention_backward(bound: dict[str, Any], result: Any) -> int:
     projection, product = _logits(bound)
     values = bound["values"][0].shape[1] * bound["queries"].shape[2]
-    total = projection + product + values  # the logits once more, dP
+    total = projection + product + values  # recomputed logits, dP
     if bound["for_values"]:
         total += values
     if bound["for_keys"]:
-        total += product + (product + projection if projection else 0)  # dQ; dK and from it the weight's
+        total += product + (product + projection if projection else 0)  # dQ; dK and the weight gradient
     return 2 * _cells(bound["levels"]) * total
 
 
@@ -67,20 +66,20 @@ def _mass(bound: dict[str, Any], result: Any) -> int:
 
 
 def _imitation(bound: dict[str, Any], result: Any) -> int:
-    """At most: every box against every anchor."""
+    """Upper bound: every box with every anchor."""
     sizes = bound["level_sizes"]
     pairs = zip(bound["anchors"], sizes[::2], sizes[1::2])
     return 14 * len(bound["boxes"]) * sum(len(anchors) * rows * columns for anchors, rows, columns in pairs)
 
 
 def _pyramid_of(bound: dict[str, Any], result: Any) -> int:
-    """Two operations a number of the larger side: a pooled or painted pyramid."""
+    """Two operations per element of the pyramid that is pooled or painted."""
     sides = [side for side in (bound, result) for side in torch.utils._pytree.tree_leaves(side)]
     return 2 * sum(tensor.numel() for tensor in sides if isinstance(tensor, Tensor) and tensor.dim() == 4)
 
 
 def _taps(bound: dict[str, Any], result: Any) -> int:
-    """The product of rows and weight, forward, and as often backward as gradients are asked for."""
+    """The product of rows and weight forward, and one product per required gradient backward."""
     rows, weight = bound["embeddings"].shape[0], bound["weight"].numel()
     return 2 * rows * weight * (bound.get("for_embeddings", True) + bound.get("for_weight", False))
 

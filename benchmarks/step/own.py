@@ -1,4 +1,4 @@
-"""ICD's own part alone, on given pyramids: too small beside a whole step for a difference of two of them to tell."""
+"""ICD without a detector, on given pyramids: too small to measure as the difference of two whole steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pyramid(problem: Problem, channels: int, low: bool, seed: int) -> list[Tenso
 
 
 def call(problem: Problem, form: str, channels: int) -> Callable[[], None]:
-    """Forward and backward of a form of ICD, between a student's and a teacher's pyramid."""
+    """Forward and backward of a form of ICD on a student's and a teacher's pyramid."""
     torch.manual_seed(0)
     icd, batch, low = ICD(NUM_CLASSES, priors(), channels), problem.batch(), form == "bfloat16"
     student, teacher = (pyramid(problem, channels, low, seed) for seed in (0, 1))
@@ -48,7 +48,7 @@ def call(problem: Problem, form: str, channels: int) -> Callable[[], None]:
 
 
 def measure(problem: Problem, forms: list[str], repetitions: int, channels: int = 256) -> dict[str, Any]:
-    """{"problem", "entries": {form: seconds, ledger, transient_bytes}}, turn and turn about."""
+    """{"problem", "entries": {form: seconds, ledger, transient_bytes}}; the forms are interleaved."""
     calls = {form: call(problem, form, channels) for form in FORMS if form in forms}
     entries = {}
     for form, work in calls.items():

@@ -1,4 +1,4 @@
-"""Torchvision's own RetinaNet and Faster R-CNN, which `benchmarks.step` compares with: eager float32."""
+"""Baselines of `benchmarks.step`: torchvision's RetinaNet and Faster R-CNN in eager float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def backbone(name: str, fine: bool) -> nn.Module:
 
 
 class PlainDetector(nn.Module):
-    """A torchvision detector with the two methods that a distiller's training step needs.
+    """A torchvision detector with the two methods needed for a distillation step.
 
     Args:
         kind: "retinanet" or "faster_rcnn".

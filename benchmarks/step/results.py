@@ -1,4 +1,4 @@
-"""From the measurements of `benchmarks.step` to tables: docs/results/step.md and step.png."""
+"""Tables and plots of `benchmarks.step`: docs/results/step.md and step.png."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LABELS = {
 FORMS = {"plain": "plain float32", "float32": "ours float32", "bfloat16": "ours bfloat16"}
 OPTIONS = {"bfloat16": "ours bfloat16", "recompute": "and --runtime.recompute", "compile": "and --runtime.compile"}
 SPEED_TARGETS = {("lgd", "float32"): 1.4, ("lgd", "bfloat16"): 2.5, ("icd", "float32"): 1.25, ("icd", "bfloat16"): 2.3}
-LGD_SHARES = (1 / 2, 1 / 2)  # of plain's bytes, of plain's peak memory
-ICD_TARGETS = {"float32": 5, "bfloat16": 8}  # times faster
+LGD_SHARES = (1 / 2, 1 / 2)  # targets relative to plain: bytes, peak memory
+ICD_TARGETS = {"float32": 5, "bfloat16": 8}  # speed-up
 ICD_SHARES = (1 / 8, 1 / 10)  # as LGD_SHARES
 
 
@@ -29,7 +29,7 @@ def seconds(entry: dict[str, Any]) -> float:
 
 
 def peak(entry: dict[str, Any]) -> int:
-    """Bytes in use at the worst moment."""
+    """Peak memory in bytes."""
     return entry["transient_bytes"] + entry["resident_bytes"]
 
 
@@ -40,13 +40,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """A problem in words."""
+    """Description of a problem."""
     name = {"retinanet": "RetinaNet-R50", "faster-rcnn": "Faster R-CNN-R50"}[row["detector"]]
     return f"{name}, B = {row['images']}, {row['boxes']} boxes an image, {row['height']} x {row['width']}"
 
 
 def row_table(row: dict[str, Any]) -> str:
-    """Seconds and peak memory of a problem's steps; in brackets how many times faster than the plain form."""
+    """Seconds and peak memory of a problem's steps; in brackets the speed-up over the plain form."""
     lines = []
     for method, label in LABELS.items():
         found = {form: row["entries"].get(f"{method}/{form}") for form in FORMS}
@@ -67,12 +67,12 @@ def row_table(row: dict[str, Any]) -> str:
 
 
 def peak_cell(entry: dict[str, Any]) -> str:
-    """Peak memory where it was measured."""
+    """Peak memory, if measured."""
     return f"{peak(entry) / MIB:,.0f} MiB" if "transient_bytes" in entry else ""
 
 
 def options_table(row: dict[str, Any]) -> str:
-    """What the trainer's options do to a step in bfloat16: seconds and peak memory."""
+    """Effect of the trainer's options on a bfloat16 step: seconds and peak memory."""
     lines = []
     for method, label in LABELS.items():
         found = [row["entries"].get(f"{method}/{form}") for form in OPTIONS]
@@ -84,19 +84,19 @@ def options_table(row: dict[str, Any]) -> str:
 
 
 def counts(values: dict[str, Any]) -> Counts:
-    """A stored ledger."""
+    """`Counts` from a stored ledger."""
     return Counts(**values)
 
 
 def own_part(row: dict[str, Any], method: str, form: str) -> Counts | None:
-    """The ledger of a method beyond student and teacher; None where something was not counted."""
+    """The ledger of a method without student and teacher; None if some part was not counted."""
     whole, alone = row["entries"].get(f"{method}/{form}"), row["entries"].get(f"student/{form}")
     if whole is None or alone is None or "ledger" not in whole or "ledger" not in alone:
         return None
     own = counts(whole["ledger"]).minus(counts(alone["ledger"]))
     if "teacher_ledger" in whole:
         asked = counts(whole["teacher_ledger"])
-        peak_bytes = own.peak  # the teacher's own temporaries are gone when the student's peak comes
+        peak_bytes = own.peak  # the teacher's temporaries are freed before the student's peak
         own = own.minus(asked)
         own.peak = peak_bytes
     return own
@@ -110,7 +110,7 @@ def ledger_lines(label: str, found: Counts) -> list[str]:
 
 
 def ledger_table(row: dict[str, Any]) -> str:
-    """Student, method and difference, as counted."""
+    """Counts of student, method and their difference."""
     lines = []
     for method, label in LABELS.items():
         for form, form_label in (FORMS | OPTIONS).items():
@@ -126,7 +126,7 @@ def ledger_table(row: dict[str, Any]) -> str:
 
 
 def targets(row: dict[str, Any]) -> str:
-    """The targets beside their figures."""
+    """The targets with measured values."""
     lines, entries = [], row["entries"]
     for (method, form), wanted in SPEED_TARGETS.items():
         plain, own = entries.get(f"{method}/plain"), entries.get(f"{method}/{form}")
@@ -144,7 +144,7 @@ def targets(row: dict[str, Any]) -> str:
 
 
 def share_lines(label: str, own: Counts, plain: Counts, share: float, memory: float) -> list[list[str]]:
-    """Bytes and peak memory of an own part beside their targets."""
+    """Bytes and peak memory of a method's part, with targets."""
     lines = []
     for what, wanted, mine, theirs in (
         ("bytes", share, own.bytes, plain.bytes),
@@ -157,7 +157,7 @@ def share_lines(label: str, own: Counts, plain: Counts, share: float, memory: fl
 
 
 def own_table(own: dict[str, Any]) -> str:
-    """ICD's own part alone: its ledger, and its targets."""
+    """ICD without a detector: its ledger and targets."""
     entries, problem, head = own["entries"], own["problem"], ["", "seconds", "kernels", "GB", "GFLOP", "peak, MiB"]
     rows, lines = [], []
     for form, entry in entries.items():
@@ -180,10 +180,10 @@ def _met(good: bool) -> str:
 
 
 def fgfi_ledger(row: dict[str, Any], ratio: float = 1.0) -> str:
-    """Extra cost of LGD beside that of FGFI with its teacher's training (methods.md 4).
+    """Additional cost of LGD compared with FGFI including its teacher's training (methods.md 4).
 
     Args:
-        ratio: steps of the teacher's training for each of the student's.
+        ratio: teacher training steps per student step.
     """
     names = [f"{method}/float32" for method in ("student", "lgd", "fgfi", "teacher")]
     if not all(name in row["entries"] for name in names):
@@ -203,7 +203,7 @@ def fgfi_ledger(row: dict[str, Any], ratio: float = 1.0) -> str:
 
 
 def report(saved: dict[str, Any]) -> str:
-    """The whole of step.md."""
+    """The text of step.md."""
     cpu, torch_version = saved["machine"]["cpu"], saved["machine"]["torch"]
     parts = [
         "# A training step\n",
@@ -227,7 +227,7 @@ def report(saved: dict[str, Any]) -> str:
 
 
 def quote(saved: dict[str, Any]) -> str:
-    """The README's lines: the first problem of each detector, each method's step beside its plain form."""
+    """The lines for the README: the first problem of each detector, each method's step and its plain form."""
     lines, seen = [], set()
     for row in saved["rows"]:
         if row["detector"] in seen:
@@ -245,7 +245,7 @@ def quote(saved: dict[str, Any]) -> str:
 
 
 def plot(saved: dict[str, Any], path: Path) -> None:
-    """Seconds of every step, one panel for each problem."""
+    """Plot seconds of every step, one panel per problem."""
     import matplotlib
 
     matplotlib.use("Agg")

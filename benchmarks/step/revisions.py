@@ -1,11 +1,11 @@
-"""Whole training steps of two checkouts of fastkd, turn about in one run.
+"""Compares whole training steps of two checkouts of fastkd, interleaved in one run.
 
     git worktree add ../before COMMIT && cp fastkd/_cpu*.so ../before/fastkd/
     python -m benchmarks.step.revisions --before ../before        # half an hour on two idle cores
 
-Each checkout works in a process of its own on the same problems and waits while the other takes its step. Times are
-minima over the turns, memory is the peak of one step beyond what was held before it. The table is
-docs/results/step-revisions.md, its numbers lie beside it as JSON.
+Each checkout runs the same problems in a separate process; the processes step alternately. Times are minima over the
+rounds, memory is the additional peak memory of one step. The table is docs/results/step-revisions.md, with the numbers
+beside it as JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ for line in sys.stdin:
 
 
 class Checkout:
-    """A process that takes steps with the code of a folder."""
+    """A process that executes steps with the code of a folder."""
 
     def __init__(self, folder: Path, threads: int):
         environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
@@ -65,7 +65,7 @@ class Checkout:
         )
 
     def ask(self, do: str, **order: Any) -> Any:
-        """The answer to an order: None to "build", seconds to "time", bytes to "memory"."""
+        """Send a command and return its result: None for "build", seconds for "time", bytes for "memory"."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **order}) + "\n")
         self.process.stdin.flush()
@@ -76,7 +76,7 @@ class Checkout:
 
 
 def cases(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The steps to compare, cheap ones first."""
+    """The steps to compare, in order of cost."""
     for form in ("bfloat16", "float32"):
         for images in chosen.images:
             for detector in chosen.detectors:
@@ -90,7 +90,7 @@ def cases(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compare(before: Checkout, after: Checkout, case: dict[str, Any], turns: int) -> dict[str, Any]:
-    """Seconds of every turn and peak bytes of both sides in one case."""
+    """Seconds of every round and peak bytes of both checkouts for one case."""
     sides = {"before": before, "after": after}
     for side in sides.values():
         side.ask("build", **case)
@@ -126,7 +126,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures and writes the page."""
+    """Measure and write the page."""
     parser = argparse.ArgumentParser(prog="benchmarks.step.revisions", description=__doc__.split("\n\n")[0])
     parser.add_argument("--before", type=Path, required=True, help="checkout with the older code and its _cpu.so")
     parser.add_argument("--after", type=Path, default=Path.cwd(), help="checkout with the newer code")

@@ -1,4 +1,4 @@
-"""What `benchmarks.ops` times: forward and backward of a call; and when two such calls are the same."""
+"""Forward and backward of a call, as timed by `benchmarks.ops`, and the comparison of two such calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-# largest allowed norm of a difference, relative to the norm of plain torch's float32 result; flags: share of flags
+# maximum norm of the difference relative to the norm of plain torch's float32 result; for flags, fraction of flags
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -17,9 +17,9 @@ def tensors(value) -> list[Tensor]:
 
 
 class Step:
-    """Forward and, where something requires a gradient, backward of a call: what is timed.
+    """Forward and, if any argument requires a gradient, backward of a call.
 
-    The gradients of the results are random, of each result's own memory format, and made beforehand.
+    Output gradients are random, in the memory format of each output, and drawn beforehand.
     """
 
     def __init__(self, function: Callable, arguments: tuple, seed: int = 0):

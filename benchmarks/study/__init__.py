@@ -1,1 +1,1 @@
-"""Seeds x methods on generated data."""
+"""Training study on generated data: seeds x methods."""

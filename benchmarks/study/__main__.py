@@ -1,8 +1,8 @@
-"""Does distillation teach? `python -m benchmarks.study`, or `make study` (about two hours on two cores, resumable).
+"""Gains of distillation: `python -m benchmarks.study`, or `make study` (about two hours on two cores, resumable).
 
-Trains every row of a study (benchmarks/study/rows.py) with every seed, each as a process of its own, and writes
+Trains every row of a study (benchmarks/study/rows.py) with every seed, each in a separate process, and writes
 docs/results/<study>.md, .json and .png: AP as mean, spread and per seed, gains seed by seed, cost, command and commit.
-Rows of one detector and seed differ in the method alone: same data, steps, batch order, initial backbone.
+Rows of one detector and seed differ only in the method: same data, steps, batch order, initial backbone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fastkd.files import write_json
 from fastkd.training.recipes.named import METHODS
 from fastkd.training.recipes.pairs import PAIRS
 
-PLAIN_COLOUR = "#9aa5b1"  # of students without a method
-COLOURS = ("#3b7dd8", "#d8743b", "#59a14f", "#c44e52", "#937860", "#17a2b8", "#8a5fb0")  # of methods, in their order
+PLAIN_COLOUR = "#9aa5b1"  # students without a method
+COLOURS = ("#3b7dd8", "#d8743b", "#59a14f", "#c44e52", "#937860", "#17a2b8", "#8a5fb0")  # methods, in order
 TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
 
 
 def run_directory(out: Path, run: str, seed: int) -> Path:
-    """Where a run of the study is."""
+    """Folder of a run of the study."""
     return out / f"{run.replace('@', '-')}-seed{seed}"
 
 
 def train(out: Path, name: str, seed: int, threads: int, overrides: list[str]) -> None:
-    """Train one run unless it is finished; its output goes to a file beside it."""
+    """Train one run unless it is finished; its output is written to a file beside it."""
     run_dir = run_directory(out, name, seed)
     if (run_dir / "metrics.json").is_file():
         return
@@ -75,9 +75,9 @@ def read(study: Study, out: Path, seeds: list[int]) -> dict[str, dict[int, dict]
 
 
 def add_recorded(found: dict[str, dict[int, dict]], study: Study, seeds: list[int], path: Path) -> int:
-    """Fill in what `found` lacks from a results file of this program; the runs added keep their commit.
+    """Add runs missing in `found` from a results file; they keep their commit.
 
-    Returns: how many runs were added.
+    Returns: the number of added runs.
     """
     added = 0
     for name, runs in json.loads(path.read_text(encoding="utf-8")).items():
@@ -91,7 +91,7 @@ def add_recorded(found: dict[str, dict[int, dict]], study: Study, seeds: list[in
 
 
 def gains(found: dict[str, dict[int, dict]], row: Row) -> dict[int, float]:
-    """AP, or what the row's metric is, over the control's, seed by seed."""
+    """Gain in the row's metric over the control, per seed."""
     control, metric = found.get(row.control, {}), row.metric
     return {seed: run[metric] - control[seed][metric] for seed, run in found[row.run].items() if seed in control}
 
@@ -101,7 +101,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _cost(runs: list[dict]) -> list[str]:
-    """Time of a step against the student's alone (median of the runs' own ratios), memory, time with the teacher's."""
+    """Step time relative to the student alone (median over runs), memory, time including the teacher's training."""
     ratio = statistics.median(run["method_step"] / run["student_step"] for run in runs)
     memory = statistics.median(run["extra_bytes"] for run in runs) / 2**20
     whole = [run["with_teacher"] / run["student_step"] for run in runs if run["with_teacher"] is not None]
@@ -140,7 +140,7 @@ def table(study: Study, found: dict[str, dict[int, dict]], seeds: list[int]) -> 
 
 
 def teacher_lines() -> list[str]:
-    """What the shipped teachers reach, from the JSON beside their weights."""
+    """AP of the shipped teachers, from the JSON beside their weights."""
     from fastkd.assets import FOLDER
 
     lines = []
@@ -154,7 +154,7 @@ def teacher_lines() -> list[str]:
 
 
 def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
-    """AP of every run as points, means as bars."""
+    """Plot AP of every run as points, means as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,14 +180,14 @@ def plot(study: Study, found: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def _short(commit: str | None) -> str:
-    """A commit's first digits, with "+" where the tree differed from it."""
+    """Abbreviated commit, with "+" if the tree differed from it."""
     return (commit or "unknown")[:12] + ("+" if (commit or "").endswith("+") else "")
 
 
 def write_results(
     name: str, out: Path, seeds: list[int], target: Path, arguments: str, recorded: Path | None = None
 ) -> None:
-    """<name>.md, .json and .png of a study from whatever runs are finished.
+    """Write <name>.md, .json and .png of a study from the finished runs.
 
     Args:
         name: of STUDIES.
@@ -195,7 +195,7 @@ def write_results(
         seeds: of every row.
         target: folder of the results.
         arguments: of the command, for the page.
-        recorded: a results file whose runs stand in for those that `out` lacks.
+        recorded: a results file with runs to use where `out` has none.
     """
     study = STUDIES[name]
     found = read(study, out, seeds)
@@ -239,7 +239,7 @@ def write_results(
 
 
 def main() -> None:
-    """Train what is missing and write the results."""
+    """Train missing runs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=list(STUDIES), default="scenes", help="which table (default: scenes)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row (default: 0 1 2)")

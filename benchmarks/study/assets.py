@@ -1,9 +1,9 @@
-"""Makes the weight files of fastkd/assets: `python -m benchmarks.study.assets` (an hour or more on two cores).
+"""Trains the weight files of fastkd/assets: `python -m benchmarks.study.assets` (an hour or more on two cores).
 
-Trains, resumably, into runs/assets: the students' backbone on other scenes than the study's (seed 1); on the study's
-training images the teachers' backbone and from it the RetinaNet and the Faster R-CNN teacher; then stores them in half
-precision, with a JSON file each (steps, seconds, AP, command, commit) and SHA256SUMS. The same commit, seed, thread
-count and machine type give the same files.
+Trains, resumably, in runs/assets: the students' backbone on scenes not used by the study (seed 1); on the study's
+training images the teachers' backbone, and from it the RetinaNet and the Faster R-CNN teacher. Then stores them in half
+precision, each with a JSON file (steps, seconds, AP, command, commit), and writes SHA256SUMS. The same commit, seed,
+thread count and machine type give the same files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastkd.assets import FOLDER
 from fastkd.detectors import load_detector, save_detector
 from fastkd.files import write_json
 
-# In this order; each is also a recipe's name. The teachers' backbone is not shipped: it is part of the teachers.
+# In order; each is also the name of a recipe. The teachers' backbone is not shipped, as it is part of the teachers.
 RUNS = (
     "scenes-resnet18-backbone",
     "scenes-resnet34-backbone",
@@ -34,7 +34,7 @@ DATA = {"data/scenes": (8000, 500, 0), "data/scenes-pretrain": (8000, 300, 1)}  
 
 
 def fastkd(*args: str) -> None:
-    """One command of the command line, in a process of its own."""
+    """Run a fastkd command in a separate process."""
     print("fastkd", *args, flush=True)
     subprocess.run([sys.executable, "-m", "fastkd.cli", *args], check=True)
 
@@ -64,7 +64,7 @@ def write_checksums() -> None:
 
 
 def main() -> None:
-    """Train what is not trained yet, pack everything."""
+    """Train missing runs and pack all assets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="assets to make")
     chosen = parser.parse_args().only

@@ -1,10 +1,10 @@
-"""The studies: which recipes are trained, and what each is compared with."""
+"""The studies: the trained recipes and their controls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# name in the tables -> where metrics.json has it; of MR a smaller value is the better one
+# name in the tables -> key in metrics.json; for MR lower is better
 METRICS = {
     "AP": ("bbox", "AP"),
     "AP50": ("bbox", "AP50"),
@@ -15,7 +15,7 @@ METRICS = {
 }
 
 
-# ways to carry out the same recipe -> arguments of `fastkd train`; a run of "recipe@path" has them
+# execution path of a recipe -> arguments of `fastkd train`, used by a run "recipe@path"
 PATHS = {
     "reference": ("--runtime.ops", "reference", "--runtime.precision", "float32", "--runtime.no-channels-last"),
     "float32": ("--runtime.precision", "float32", "--runtime.no-channels-last"),
@@ -26,13 +26,13 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a run, and the row its gain is measured against.
+    """One row of a table: a run and its control.
 
     Args:
-        run: name of a recipe; or "recipe@path", with a path of PATHS.
-        label: what the table calls it.
-        control: the run of the row to compare with, by the same metric; None for a baseline.
-        metric: one of METRICS. A run has a row for each metric that is wanted; it is trained once.
+        run: name of a recipe, or "recipe@path" with a path of PATHS.
+        label: name in the table.
+        control: run to compare with, by the same metric; None for a baseline.
+        metric: one of METRICS. A run may have rows for several metrics; it is trained once.
     """
 
     run: str
@@ -42,7 +42,7 @@ class Row:
 
 
 def arguments_of(run: str) -> list[str]:
-    """What follows `fastkd train` for a run: its recipe, and what its path changes."""
+    """Arguments of `fastkd train` for a run: its recipe and the options of its path."""
     recipe, _, path = run.partition("@")
     return [recipe, *(PATHS[path] if path else ())]
 
@@ -53,9 +53,9 @@ class Study:
 
     Args:
         title: of the page.
-        about: what the runs have in common, in one sentence.
+        about: common properties of the runs, in one sentence.
         rows: in the table's order.
-        data: arguments of `fastkd data` that make what the runs train on.
+        data: arguments of `fastkd data` that generate the training data.
     """
 
     title: str
@@ -65,12 +65,12 @@ class Study:
 
     @property
     def runs(self) -> list[str]:
-        """Those of the rows, each once."""
+        """The runs of all rows, without duplicates."""
         return list(dict.fromkeys(row.run for row in self.rows))
 
 
 def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
-    """A detector alone and with LGD, by each metric. Args: names: metric -> what follows the label."""
+    """A detector alone and with LGD, for each metric. Args: names: metric -> suffix of the label."""
     baseline = f"{family}-baseline"
     return tuple(
         row
@@ -83,7 +83,7 @@ def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
 
 
 def _by_every_path(recipe: str, label: str) -> tuple[Row, ...]:
-    """A recipe by plain torch in float32, and by each faster path against it."""
+    """A recipe in plain torch and float32, and each faster path compared with it."""
     control = f"{recipe}@reference"
     return (
         Row(control, f"{label}, plain torch ops, float32", None),

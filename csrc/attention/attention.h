@@ -1,9 +1,9 @@
-// What instance_attention and attention_mass share: a call as plain numbers and pointers (`Call`), the cut of a pyramid
-// into tiles of cells, and the tile's copies of keys and values.
+// Shared by instance_attention and attention_mass: a call as plain numbers and pointers (`Call`), the partition of a
+// pyramid into tiles of cells, and the copies of keys and values of a tile.
 //
-// Work is cut into splits: runs of whole rows of one image, by the shape and the masked rows alone, never by the
-// number of threads; a split keeps its own sums, which are then added in a fixed order. Rows and columns that no query
-// may attend to (bias -inf) are left out of the tiles. A tile holds at most kTile cells, of any rows and levels.
+// Work is partitioned into splits, runs of whole rows of one image. Splits depend on the shape and the masked rows
+// only, not on the number of threads; their partial sums are added in a fixed order. Rows and columns that are masked
+// for all queries (bias -inf) are left out of the tiles. A tile has at most kTile cells, from any rows and levels.
 #pragma once
 
 #include "common/tile.h"
@@ -11,10 +11,10 @@
 namespace fastkd {
 namespace attention {
 
-// Queries of a head at a time, where keys are projected: their logits and slopes stay near the core.
+// Queries of a head per step if keys are projected, so that their logits and slopes stay in the L1 cache.
 constexpr int64_t kChunk = 48;
 
-// Rows of logits worked on together: what one step has stored is far enough from the next that reads it shifted.
+// Rows of logits per step: enough distance between a store and the next load of shifted data.
 constexpr int64_t kRowsTogether = 8;
 
 // One level [images, channels, rows, columns], dense in either memory order.
@@ -25,39 +25,39 @@ struct Map {
 
 struct Level {
   Map cells, values;                                // values.data is null in attention_mass
-  void* out;                                        // gradient of the values, or the mass; null: not wanted
+  void* out;                                        // gradient of the values, or the mass; null: not computed
   const void *row_bias, *column_bias, *column_end;  // [images, heads, queries, rows] or columns; end of the latter
   void *grad_row, *grad_column;
   int64_t rows, columns;
-  int64_t first_row, first_column;  // rows and columns of the levels before
+  int64_t first_row, first_column;  // rows and columns of the preceding levels
 };
 
 struct Split {
-  int64_t image, first_row, end_row;  // rows of all levels in a row
+  int64_t image, first_row, end_row;  // row indices over all levels
   int64_t first_level, end_level, first_column, columns;
-  int64_t partial;  // where its sums begin
+  int64_t partial;  // offset of its sums
 };
 
-// Pointers without a type are to acc: float, or double of double.
+// void pointers are to acc: float, or double for double.
 struct Call {
   const Level* levels;
   const Split* splits;
   const int64_t* image_splits;   // [images + 1]: first split of each image
-  const uint8_t* row_open;       // [images, all rows]: some query may attend to the row
-  const int64_t* open_columns;   // [images, levels, 2]: first and end of the columns that may be attended to
+  const uint8_t* row_open;       // [images, all rows]: whether some query may attend to the row
+  const int64_t* open_columns;   // [images, levels, 2]: first and end of the unmasked columns
   const int64_t* chosen;         // [images, heads * queries]: rows head * queries + query in use; null: all
-  const int64_t* chosen_count;   // [images]: of queries
+  const int64_t* chosen_count;   // [images]: number of chosen queries
   int64_t level_count, split_count, images, heads, queries, depth, channels, value_depth, all_rows, all_columns;
-  bool projected;                // keys are key_weight x, else the cells themselves, for all heads
+  bool projected;                // keys are key_weight x, else the cells, the same for all heads
   bool for_keys, for_values;     // backward: gradients of queries, weight and biases; of values
   int cells_type, values_type;   // common/call.h, type_index
-  double scale;                  // of the logits
+  double scale;                  // factor on the logits
   const void *query_data, *weight_data, *grad_data, *output_data;
   void *query_panels, *query_columns, *weight_panels, *grad_panels, *grad_columns;  // operands of the products
   void* partial;
   void *output, *logsumexp, *normal, *delta, *grad_queries, *grad_weight;
 
-  int64_t group() const { return projected ? 1 : heads; }  // heads that share keys, and so one product
+  int64_t group() const { return projected ? 1 : heads; }  // heads that share keys and one product
   int64_t most_at_a_time() const { return projected ? kChunk : queries; }
   int64_t count(int64_t image) const { return chosen == nullptr ? queries : chosen_count[image]; }
   // Row of the tables [images * heads * queries, ...] of the n-th query in use.
@@ -76,13 +76,13 @@ FASTKD_KERNELS_BEGIN
 namespace fastkd {
 namespace {
 
-// Part of a row in a tile.
+// Part of a row of a level in a tile.
 struct Segment {
   const attention::Level* level;
   int64_t y, x, length, offset;
 };
 
-// Cells that follow each other in memory.
+// Consecutive cells in memory.
 struct Run {
   const attention::Level* level;
   int64_t cell, length, offset;
@@ -136,7 +136,7 @@ FASTKD_INLINE void each_tile(const attention::Call& call, const attention::Split
   if (tile.cells > 0) visit(tile);
 }
 
-// f(scalar_t{}) of the type with this index (common/call.h).
+// Calls f(scalar_t{}) for the type with this index (common/call.h).
 template <class acc, class F>
 FASTKD_INLINE void with_type(int type, const F& f) {
   if constexpr (std::is_same_v<acc, double>) {
@@ -164,8 +164,8 @@ FASTKD_INLINE void narrow_row(const acc* in, int64_t length, scalar_t* out) {
   for (; i < length; ++i) store(out + i, in[i]);
 }
 
-// Channels first .. first + count of a tile, of a pyramid with `channels`: by_channel [count, kTile] with zeros behind
-// the cells, by_cell [cells, stride]; each where wanted, but both are written on the way.
+// Copies channels first .. first + count of a tile, from a pyramid with `channels`, to by_channel [count, kTile],
+// padded with zeros, and by_cell [cells, stride]. Both are always written; callers use one or both.
 template <class acc, class scalar_t>
 void load_tile(const Tile& tile, attention::Map attention::Level::* side, int64_t image, int64_t channels,
                int64_t first, int64_t count, acc* by_channel, bool want_channel, acc* by_cell, int64_t stride,
@@ -192,7 +192,7 @@ void load_tile(const Tile& tile, attention::Map attention::Level::* side, int64_
     for (int64_t i = tile.cells; i < padded; ++i) by_channel[c * kTile + i] = 0;
 }
 
-// by_channel [count, kTile] into channels first .. of `out`; spare [kTile, stride].
+// Writes by_channel [count, kTile] to channels first .. of `out`; spare: scratch [kTile, stride].
 template <class acc, class scalar_t>
 void store_tile(const Tile& tile, int64_t image, int64_t channels, int64_t first, int64_t count, const acc* by_channel,
                 acc* spare, int64_t stride) {
@@ -212,7 +212,7 @@ void store_tile(const Tile& tile, int64_t image, int64_t channels, int64_t first
   }
 }
 
-// Zeros in `out` at cells of a level that no query attends to, of all channels.
+// Writes zeros to `out`, all channels, at cells of a level that no query attends to.
 template <class scalar_t>
 void store_zeros(const attention::Level& level, int64_t image, int64_t channels, int64_t cell, int64_t length) {
   const int64_t cells = level.rows * level.columns;
@@ -225,11 +225,11 @@ void store_zeros(const attention::Level& level, int64_t image, int64_t channels,
   }
 }
 
-// Queries whose rows of the tables are asked for ahead of their use: each begins in a place of its own in memory.
+// Number of queries whose table rows are prefetched: rows of different queries are not contiguous.
 constexpr int64_t kAhead = 4;
 
-// Row bias + column bias of one query at the tile's cells, -inf behind them up to a whole vector. Writes up to a vector
-// past that, and reads the column bias so far where the table goes on.
+// Row bias + column bias of one query at the cells of the tile, padded with -inf to a whole vector. May write up to one
+// vector past that, and read as far past the column bias as the table extends.
 template <class acc>
 FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   using V = Vector<acc>;
@@ -252,13 +252,14 @@ FASTKD_INLINE void bias_row(const Tile& tile, int64_t table_row, acc* out) {
   for (int64_t i = tile.cells; i < padded; i += kLanes<V>) store(out + i, splat<V>(-__builtin_inf()));
 }
 
-// Lines of memory to ask for, a few with each block of the products. The hardware foresees neither the step to the next
-// channel of a contiguous map nor the place of a gradient; many at once would keep all other loads waiting.
+// Cache lines to prefetch, a few with each block of the products. The hardware prefetcher predicts neither the stride
+// to the next channel of a contiguous map nor the address of a gradient; many prefetches at once would delay other
+// loads.
 class Lines {
  public:
   void clear() { part_ = count_ = row_ = byte_ = 0; }
 
-  // Channels `first` .. of a contiguous map with `cells` cells, of an element size; `length` cells from `cell` on.
+  // Adds `length` cells from `cell` on, of channels `first` .. of a contiguous map with `cells` cells.
   void add(const attention::Map& map, int64_t size, int64_t channel, int64_t count, int64_t cells, int64_t cell,
            int64_t length) {
     if (map.channels_last || length <= 0) return;
@@ -266,7 +267,7 @@ class Lines {
                         length * size};
   }
 
-  // Asks for the next few.
+  // Prefetches the next few lines.
   FASTKD_INLINE void operator()() {
     for (int64_t left = kLines; left > 0 && part_ < count_; --left) {
       const Rows& rows = parts_[part_];
@@ -281,7 +282,7 @@ class Lines {
   }
 
  private:
-  static constexpr int64_t kLines = 9;  // fewer than a core can wait for; a head's products get through its share
+  static constexpr int64_t kLines = 9;  // below a core's outstanding loads; a head's products cover its share
   struct Rows {
     const char* data;
     int64_t stride, count, bytes;
@@ -290,7 +291,7 @@ class Lines {
   int64_t part_ = 0, count_ = 0, row_ = 0, byte_ = 0;
 };
 
-// A thread's buffers for a tile.
+// Buffers of a thread for a tile.
 template <class acc>
 struct Buffers {
   static constexpr int64_t kLine = 64 / sizeof(acc), kSlack = kLine;
@@ -320,7 +321,7 @@ struct Buffers {
   }
 };
 
-// Projected keys [depth, kTile] of a head; the tile's cells are in the buffers.
+// Projected keys [depth, kTile] of a head, from the cells in the buffers.
 template <class acc>
 void tile_keys(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t head, Lines& next) {
   using V = Vector<acc>;
@@ -329,8 +330,9 @@ void tile_keys(const attention::Call& call, const Buffers<acc>& buffers, const T
                       round_up(tile.cells, kLanes<V>) / kLanes<V>, buffers.keys, kTile, false, kDepth, next);
 }
 
-// Logits without their bias, [rows, kTile]: of `rows` queries of a head from `first` on where keys are projected, else
-// of all heads. The bias is added to the finished product: a sum that began with it would round it at every step.
+// Logits without bias, [rows, kTile]: of `rows` queries of a head from `first` on if keys are projected, else of all
+// heads. The bias is added to the finished product: a sum starting at the bias would be rounded to its size at each
+// step.
 template <class acc>
 void tile_logits(const attention::Call& call, const Buffers<acc>& buffers, const Tile& tile, int64_t image,
                  int64_t head, int64_t first, int64_t rows, Lines& next) {

@@ -1,5 +1,5 @@
-// From tensors to attention::Call: checks of everything that could corrupt memory, dense copies where a layout needs
-// one, the cut into splits, and the threads.
+// Builds an attention::Call from tensors: checks for memory safety, dense copies of unsupported layouts, the partition
+// into splits, and the threads.
 #pragma once
 
 #include "attention/attention.h"
@@ -12,10 +12,10 @@
 namespace fastkd {
 namespace attention {
 
-constexpr int64_t kSplitCells = 2048;  // of an image, at least: enough splits for many threads, few sums to keep
-constexpr int64_t kMostSplits = 6;     // of an image: the sums of the splits must not grow with its cells
+constexpr int64_t kSplitCells = 2048;  // per split, at least: enough splits for many threads, few partial sums
+constexpr int64_t kMostSplits = 6;     // per image: the memory of partial sums must not grow with the cells
 
-// Arguments of an op, held while its kernels run.
+// Arguments of an op, kept alive while its kernels run.
 struct Arguments {
   Call call{};
   std::vector<Level> levels;
@@ -65,7 +65,7 @@ struct Arguments {
 
   int64_t element_size() const { return type == ScalarType::Double ? 8 : 4; }
   int64_t line() const { return 64 / element_size(); }
-  // Elements of a row of sums, whole vectors of every capability.
+  // Elements of a row of sums, a multiple of the vector length of every capability.
   int64_t padded(int64_t length) const { return (length + line() - 1) / line() * line(); }
 
   // The data of a contiguous tensor of the queries' dtype and this shape.
@@ -79,7 +79,7 @@ struct Arguments {
 
   Tensor make(const std::vector<int64_t>& shape) const { return new_tensor(held[0], shape, type); }
 
-  // Memory for this many elements, held.
+  // Allocates memory for this many elements, kept alive with the call.
   void* allocate(int64_t elements) {
     held.push_back(make({elements}));
     return held.back().mutable_data_ptr();
@@ -113,7 +113,7 @@ struct Arguments {
     levels.push_back(level);
   }
 
-  // Which of `length` places some query may attend to: not -inf in all tables [count, length].
+  // Which of `length` rows or columns some query may attend to: not -inf in all tables [count, length].
   template <class acc>
   static void find_open(const void* table, int64_t count, int64_t length, uint8_t* open) {
     std::fill(open, open + length, 0);
@@ -175,14 +175,14 @@ struct Arguments {
 
   int64_t groups() const { return call.images * call.heads / std::max<int64_t>(call.group(), 1); }
 
-  // The operands of the logits, by Forward::prepare.
+  // The operands of the logits, filled by Forward::prepare.
   void prepare(Step step) {
     call.query_panels = allocate(call.images * call.heads * call.queries * call.depth);
     if (call.projected) call.weight_panels = allocate(call.heads * call.depth * call.channels);
     run(step, groups(), call.group(), 0);
   }
 
-  // Sums of this many elements, and as many for each column, for each split.
+  // Allocates sums of this many elements, and as many per column, for each split.
   void allocate_sums(int64_t elements, int64_t elements_a_column) {
     int64_t size = 0;
     for (Split& split : splits) {
@@ -192,7 +192,7 @@ struct Arguments {
     call.partial = allocate(size);
   }
 
-  // step(call, index, scratch) for all indices, shared by the threads as they come; each has its own scratch.
+  // Calls step(call, index, scratch) for all indices, scheduled dynamically over threads; one scratch per thread.
   void run(Step step, int64_t count, int64_t stride, int64_t scratch_elements) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
     if (count == 0) return;

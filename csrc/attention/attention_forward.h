@@ -1,5 +1,5 @@
 // The forward pass over the tiles of a split: running maximum m, sum l and output O of every query, and their merging.
-// attention_mass runs it without values where it has no logsumexp yet.
+// attention_mass runs it without values if no logsumexp is given.
 #pragma once
 
 #include "attention/attention.h"
@@ -22,7 +22,7 @@ struct Forward {
 
   static int64_t vectors(int64_t length) { return round_up(length, lanes) / lanes; }
 
-  // The operands of a group of heads that the tiles multiply with, a chunk of queries after the other.
+  // The operands of a group of heads for the products with tiles, chunk by chunk of queries.
   static void prepare(const Call& call, int64_t index, void*) {
     const int64_t image = index / call.heads, head = index % call.heads, d = call.depth;
     const acc* queries = static_cast<const acc*>(call.query_data);
@@ -40,7 +40,7 @@ struct Forward {
     }
   }
 
-  // use(first query, number of queries)
+  // Calls use(first query, number of queries) for each chunk.
   template <class Use>
   FASTKD_INLINE static void each_chunk(const Call& call, int64_t count, const Use& use) {
     const Parts chunks(count, call.most_at_a_time());
@@ -48,7 +48,7 @@ struct Forward {
       use(chunks.first(chunk), chunks.first(chunk + 1) - chunks.first(chunk));
   }
 
-  // Panels of `rows` queries in use from `first` of a head on; they may run on into the next heads.
+  // Panels of `rows` queries in use from `first` of a head on; they may extend into the next heads.
   static void pack(const Call& call, const acc* queries, int64_t image, int64_t head, int64_t first, int64_t rows,
                    acc* out) {
     const Parts panels(rows, Panels::kRows);
@@ -61,8 +61,8 @@ struct Forward {
     }
   }
 
-  // What the next tile will read, and where this one's gradient of the values will be written: a head's share, or all
-  // of it with the first head where one product serves all.
+  // Prefetches the next tile and the lines of this tile's value gradient: the part of one head, or all of it with the
+  // first head if all heads share one product.
   static void foresee(const Call& call, const Tile& tile, int64_t image, int64_t head, Lines& lines) {
     lines.clear();
     if (!call.projected && head > 0) return;
@@ -80,7 +80,7 @@ struct Forward {
     if constexpr (with_values) add(run.level->values, call.values_type, value_channels, next, length);
   }
 
-  // Running maximum and sum of a head's queries, and their output, `stride` apart.
+  // Running maximum and sum of a head's queries, and their output with row stride `stride`.
   struct State {
     acc *maximum, *sum, *output;
     int64_t stride;
@@ -116,7 +116,7 @@ struct Forward {
     each_tile(call, split, tile, visit, [](const attention::Level&, int64_t, int64_t) {});
   }
 
-  // Logits of `count` queries of a head from `first` on; where all heads share the keys the first does it for all.
+  // Logits of `count` queries of a head from `first` on; if all heads share keys, the first head computes all logits.
   FASTKD_INLINE static acc* logits_of(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
                                       int64_t first, int64_t count, Lines& next) {
     if (call.projected || head == 0)
@@ -141,7 +141,7 @@ struct Forward {
     });
   }
 
-  // use(first row, number of rows), kRowsTogether at a time with their biases in the buffer.
+  // Calls use(first row, number of rows) for kRowsTogether rows at a time, with their biases in the buffer.
   template <class Table, class Use>
   FASTKD_INLINE static void each_rows(const Tile& tile, const B& buffers, int64_t count, const Table& table_row,
                                       const Use& use) {
@@ -152,7 +152,7 @@ struct Forward {
     }
   }
 
-  // Logits -> exp(logits * scale - new maximum); what was summed before is rescaled to that maximum.
+  // Logits -> exp(logits * scale - new maximum); previous sums are rescaled to the new maximum.
   static void soften(const Call& call, const B& buffers, const Tile& tile, int64_t image, int64_t head,
                      int64_t first, int64_t count, acc* logits, const State& state) {
     const int64_t length = round_up(tile.cells, lanes);
@@ -171,7 +171,7 @@ struct Forward {
         raise_maximum(state, begin + n, largest_lane(high));
       }
       for (int64_t n = begin; n < begin + rows; ++n) {
-        // All masked so far: exp(-inf - 0) = 0.
+        // If all cells were masked so far: exp(-inf - 0) = 0.
         const V base = splat<V>(state.maximum[n] == -__builtin_inf() ? 0 : state.maximum[n]);
         acc* row = logits + n * kTile;
         V total{};
@@ -196,7 +196,7 @@ struct Forward {
 
   static acc lane_exponential(acc value) { return exponential(splat<V>(value))[0]; }
 
-  // The splits' sums of a head as one: output and logsumexp.
+  // Merges the splits' sums of a head: output and logsumexp.
   static void merge(const Call& call, int64_t index, void*) {
     const int64_t image = index / call.heads, dv = call.value_depth, rows = call.heads * call.queries;
     const int64_t stride = round_up(dv, lanes);
@@ -216,7 +216,7 @@ struct Forward {
         total += part[rows + row] * factor;
         for (int64_t c = 0; c < dv; ++c) output[c] += part[2 * rows + row * stride + c] * factor;
       });
-      bool cells = false;  // without any there is nothing to attend to: 0
+      bool cells = false;  // without cells the output is 0
       for (int64_t level = 0; level < call.level_count; ++level)
         cells |= call.levels[level].rows * call.levels[level].columns > 0;
       for (int64_t c = 0; cells && c < dv; ++c) output[c] /= total;

@@ -1,14 +1,14 @@
 // attention_mass: sum over the chosen queries of exp(logits / T - logsumexp), per head and cell.
 //
-// Only the chosen queries enter a product. Where logsumexp is not given one more pass over the tiles finds it
-// (attention_forward.h without values). Cells that no query attends to are 0 and not looked at.
+// Only the chosen queries enter the products. If logsumexp is not given, an additional pass over the tiles computes it
+// (attention_forward.h without values). Cells that no query attends to are set to 0 and not read.
 #include "attention/attention_call.h"
 #include "attention/attention_forward.h"
 
 namespace fastkd {
 namespace attention_mass {
 
-struct Table {  // of float, double
+struct Table {  // for float, double
   attention::Step prepare, forward, merge;  // attention_forward.h
   attention::Step mass;                     // index: split
   int64_t (*scratch)(const attention::Call&);
@@ -93,7 +93,7 @@ namespace fastkd {
 namespace {
 using attention::Arguments;
 
-// Attention's table rows of the chosen queries, and how many an image has.
+// The table rows of the chosen queries, and their number per image.
 struct Chosen {
   std::vector<int64_t> rows, count;
   Chosen(const attention::Call& call, const Tensor& chosen)
@@ -130,7 +130,7 @@ std::vector<Tensor> mass(Tensor queries, std::vector<Tensor> levels, std::option
   }
   arguments.prepare(table.prepare);
   if (logsumexp.has_value()) {
-    // Written where it is not given, else only read.
+    // Written if not given, else only read.
     call.logsumexp =
         const_cast<void*>(arguments.small(*logsumexp, {call.images, call.heads, call.queries}, "logsumexp"));
   } else {

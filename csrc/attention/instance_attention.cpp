@@ -1,9 +1,9 @@
-// instance_attention: N queries attend to all cells of a pyramid, in tiles; nothing of size N x S is ever held.
+// instance_attention: N queries attend to all cells of a pyramid, tile by tile; no buffer has size N x S.
 //
 //   logits = Q K + row bias + column bias, K = key_weight x or x itself; O = softmax(logits) V
-// forward   per split: tiles with a running maximum m, sum l and output O, rescaled where m grows; the splits'
-//           (m, l, O) are then merged
-// backward  per tile: P = exp(logits - m) / l (not from logsumexp, whose rounding all of a query's P would share),
+// forward   per split: tiles with a running maximum m, sum l and output O, rescaled when m grows; the (m, l, O) of
+//           the splits are then merged
+// backward  per tile: P = exp(logits - m) / l (not from logsumexp, whose rounding error is common to all P of a query),
 //           dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
 //           sums over the tiles: dQ = dS K^T, row and column biases' gradients = dS over columns and rows,
 //           dK = dS^T Q of the tile, d key_weight = dK x^T
@@ -19,7 +19,7 @@ namespace instance_attention {
 
 using attention::Step;
 
-struct Table {  // of float, double
+struct Table {  // for float, double
   Step prepare, forward, merge;  // attention_forward.h
   Step prepare_backward;         // index: image * heads + head, a multiple of group()
   Step backward;                 // index: split
@@ -46,7 +46,8 @@ struct Backward {
 
   static int64_t vectors(int64_t length) { return round_up(length, lanes) / lanes; }
 
-  // What the products with the output's gradient read, and D, of a group of heads; a chunk of queries after the other.
+  // The operands of the products with the gradient of the output, and D, of a group of heads, chunk by chunk of
+  // queries.
   static void prepare(const Call& call, int64_t index, void*) {
     const int64_t n = call.queries, d = call.depth, dv = call.value_depth;
     for (int64_t head = index; head < index + call.group(); ++head) {
@@ -61,7 +62,7 @@ struct Backward {
         pack_panels(grad + first * dv, 1, dv, dv, count, static_cast<acc*>(call.grad_columns) + row * dv);
       });
       for (int64_t row = 0; row < n; ++row) {
-        // Rounded as the tile's product of grad and values is: where one cell takes all, the two cancel exactly.
+        // Rounded like the tile's product of grad and values: if one cell has probability 1, the two cancel exactly.
         V sum{};
         for (int64_t c = 0; c < dv; ++c)
           sum = multiply_add(splat<V>(grad[row * dv + c]), splat<V>(output[row * dv + c]), sum);
@@ -70,7 +71,7 @@ struct Backward {
     }
   }
 
-  // A split's sums of gradients.
+  // The partial sums of gradients of a split.
   struct Sums {
     acc *queries, *weight, *columns;
     int64_t query_stride, weight_stride, column_count;
@@ -137,7 +138,7 @@ struct Backward {
     }
   }
 
-  // What `count` queries of a head from `first` on add to the gradients.
+  // Adds the contribution of `count` queries of a head from `first` on to the gradients.
   static void chunk(const Call& call, const Split& split, const B& buffers, const Sums& sums, const Tile& tile,
                     int64_t head, int64_t first, int64_t count, Lines& next) {
     const int64_t d = call.depth, dv = call.value_depth, row = (split.image * call.heads + head) * call.queries + first;
@@ -207,7 +208,7 @@ struct Backward {
         V total{};
         for (int64_t i = 0; i < part.length; i += lanes) {
           V value = load<V>(slope + i);
-          // Zeros added to what is behind the segment, columns of a later query perhaps, change nothing.
+          // Adding zeros past the segment, possibly to columns of a later query, changes nothing.
           if (i + lanes > part.length) value = first_lanes(value, part.length - i);
           __builtin_prefetch(column + kAhead * sums.column_count + i, 1);
           total += value;
@@ -217,7 +218,7 @@ struct Backward {
       }
   }
 
-  // The splits' sums of a head: gradients of queries and column biases.
+  // Merges the splits' sums of a head: gradients of queries and column biases.
   static void merge_gradients(const Call& call, int64_t index, void*) {
     const int64_t image = index / call.heads, first = index % call.heads * call.queries;
     for (int64_t n = 0; n < call.queries; ++n) {
@@ -301,8 +302,7 @@ void make_key_gradients(Arguments& arguments, std::vector<Tensor>& gradients) {
     level.grad_column = make({call.images, call.heads, call.queries, level.columns});
 }
 
-// Gradients of queries, key_weight where given, row and column biases where for_keys; then of the values where
-// for_values.
+// Gradients of queries, key_weight (if given), row and column biases if for_keys; then of the values if for_values.
 std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor queries,
                              std::vector<Tensor> levels, std::optional<Tensor> key_weight,
                              std::vector<Tensor> row_bias, std::vector<Tensor> column_bias,
@@ -314,7 +314,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor q
   call.for_keys = for_keys, call.for_values = for_values;
   call.grad_data = arguments.small(grad, {call.images, call.heads, call.queries, call.value_depth}, "grad");
   call.output_data = arguments.small(output, {call.images, call.heads, call.queries, call.value_depth}, "output");
-  // The forward pass writes it, the backward pass only reads it.
+  // Written by the forward pass, only read by the backward pass.
   call.normal = const_cast<void*>(arguments.small(normal, {call.images, call.heads, call.queries, 2}, "normal"));
   call.query_columns = arguments.allocate(rows * call.depth);
   call.grad_panels = arguments.allocate(rows * call.value_depth);
@@ -331,7 +331,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor output, Tensor normal, Tensor q
   arguments.run(table.prepare_backward, arguments.groups(), call.group(), 0);
   const int64_t heads = call.heads;
   const int64_t weight_rows = call.projected ? heads * call.depth : 0;
-  // Behind the columns' sums a line to which zeros are added.
+  // One more line after the column sums, to which zeros are added.
   const int64_t sums = heads * call.queries * arguments.padded(call.depth) +
                        weight_rows * arguments.padded(call.channels) + arguments.line();
   arguments.allocate_sums(for_keys ? sums : 0, for_keys ? heads * call.queries : 0);

@@ -1,4 +1,4 @@
-// What the host's side of every CPU op shares: the kernels of a call's dtype, checks, tensors, numbers, registration.
+// Shared by the host side of all CPU ops: kernel selection by dtype, checks, tensors, scalars, registration.
 #pragma once
 
 #include "common/pyramid.h"
@@ -40,14 +40,14 @@ const Table& kernels_for(const Tensor& tensor) {
   return active_kernels<ByType<Table>>().of[type_index(tensor)];
 }
 
-// Those of a pyramid's dtype.
+// The kernels of a pyramid's dtype.
 template <class Table>
 const Table& kernels_for(const char* op, const std::vector<Tensor>& levels) {
   STD_TORCH_CHECK(!levels.empty(), op, ": levels must be at least one");
   return kernels_for<Table>(levels[0]);
 }
 
-// Student and teacher of a level, beside the student's first one.
+// Checks student and teacher of a level against the student's first level.
 inline void check_level(const char* op, const Tensor& s, const Tensor& t, const Tensor& first) {
   STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4, op, ": levels must be [B, C, H, W]");
   for (int64_t dim = 0; dim < 4; ++dim)
@@ -57,7 +57,7 @@ inline void check_level(const char* op, const Tensor& s, const Tensor& t, const 
   STD_TORCH_CHECK(s.is_cpu() && t.is_cpu(), op, ": levels must be on the CPU");
 }
 
-// True of a dense tensor on the CPU with this shape and dtype.
+// True for a dense CPU tensor with this shape and dtype.
 inline bool is_dense(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType type) {
   bool same = tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() &&
       tensor.dim() == static_cast<int64_t>(shape.size());
@@ -72,7 +72,7 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) 
   return new_tensor(like, shape, like.scalar_type());
 }
 
-// New gradients of tensors, in their memory order; levels[i].*place points to the i-th.
+// Allocates gradients of tensors in their memory format; levels[i].*place is set to the i-th.
 template <class Level>
 std::vector<Tensor> new_gradients(const std::vector<Tensor>& tensors, std::vector<Level>& levels, void* Level::*place) {
   std::vector<Tensor> gradients;
@@ -83,14 +83,14 @@ std::vector<Tensor> new_gradients(const std::vector<Tensor>& tensors, std::vecto
   return gradients;
 }
 
-// The one number of a gradient, which must have the dtype of the result that it is of.
+// The value of a scalar gradient, which must have the dtype of the op's result.
 inline double number_of(const char* op, const Tensor& grad, ScalarType type) {
   STD_TORCH_CHECK(grad.numel() == 1 && grad.is_cpu() && grad.scalar_type() == type, op,
                   ": grad must be one number of the result's dtype");
   return type == ScalarType::Double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
 }
 
-// A new float32 or float64 tensor with these numbers.
+// A new float32 or float64 tensor with these values.
 inline Tensor tensor_of(const std::vector<double>& numbers, const Tensor& like, const std::vector<int64_t>& shape,
                         ScalarType type) {
   Tensor tensor = new_tensor(like, shape, type);

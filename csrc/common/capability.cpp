@@ -1,4 +1,4 @@
-// Which instruction set runs, and the ops that tell Python: fastkd::cpu_capability() and fastkd::cpu_build() -> str.
+// Selects the instruction set; the ops fastkd::cpu_capability() and fastkd::cpu_build() -> str report it to Python.
 #include "common/capability.h"
 
 #if FASTKD_GENERIC_PASS
@@ -10,7 +10,7 @@
 #include <string>
 
 #ifdef __clang__
-#define FASTKD_COMPILER ""  // its __VERSION__ says who it is
+#define FASTKD_COMPILER ""  // its __VERSION__ includes the name
 #else
 #define FASTKD_COMPILER "GCC "
 #endif
@@ -50,7 +50,7 @@ std::string cpu_build() {
 
 Capability cpu_capability() {
   static const Capability best = detect();
-  const char* wanted = std::getenv("FASTKD_CPU_CAPABILITY");  // read at every call, so that a test can run every path
+  const char* wanted = std::getenv("FASTKD_CPU_CAPABILITY");  // read at every call, so that tests can run every path
   if (wanted == nullptr || *wanted == '\0') return best;
   for (int number = 0; number < 4; ++number) {
     if (std::string(wanted) != kNames[number]) continue;

@@ -1,11 +1,11 @@
-// The instruction sets a kernel is compiled for, and which one runs.
+// The instruction sets that kernels are compiled for, and their selection.
 //
 // The build compiles every source once per value of FASTKD_CAPABILITY (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 with
-// bf16 dot products: only for sources that define FASTKD_BF16_KERNELS before they include anything). A source keeps
-// its kernels between FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes:
-// only they may use the instruction set, and no inline function of the standard library compiled for AVX-512 can
-// replace a generic one at link time. It hands them out as a table (FASTKD_KERNEL_TABLE), which the host's side asks
-// for the instruction set in use; that side is compiled in the generic pass alone (common/call.h).
+// bf16 dot products: only for sources that define FASTKD_BF16_KERNELS before all includes). Kernels are placed between
+// FASTKD_KERNELS_BEGIN and FASTKD_KERNELS_END in an anonymous namespace, after all includes: only this region is
+// compiled for the instruction set, so that no inline function of the standard library compiled for AVX-512 can replace
+// a generic one at link time. Kernels are exported as a table (FASTKD_KERNEL_TABLE), which the host side looks up for
+// the instruction set in use; the host side is compiled in the generic pass only (common/call.h).
 #pragma once
 
 #ifndef FASTKD_CAPABILITY
@@ -47,22 +47,22 @@ namespace fastkd {
 
 enum class Capability : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The capability in use: FASTKD_CPU_CAPABILITY (generic, avx2, avx512, avx512_bf16) where it is set, else the best this
-// CPU has.
-// Throws where the variable names none, or one that this CPU or this build lacks.
+// The capability in use: FASTKD_CPU_CAPABILITY (generic, avx2, avx512, avx512_bf16) if set, else the best one that this
+// CPU supports.
+// Throws if the variable has another value, or one that this CPU or build does not support.
 Capability cpu_capability();
 
 // Specialised by an op's source in each pass, by FASTKD_KERNEL_TABLE.
 template <class Table, int capability>
 const Table& kernels();
 
-// A table for each dtype: of float, double, BFloat16, Half, or of the first two.
+// A table for each dtype: float, double, BFloat16, Half, or only the first two.
 template <class Table>
 struct ByType {
   Table of[4];
 };
 
-// Behind an op's kernels: its tables are Kernels<T>::table() of each of these dtypes.
+// Placed after the kernels of an op; its tables are Kernels<T>::table() for each of these dtypes.
 #define FASTKD_KERNEL_TABLES(Table, Kernels, ...)                          \
   namespace fastkd {                                                       \
   template <>                                                              \

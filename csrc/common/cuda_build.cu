@@ -1,7 +1,7 @@
-// How fastkd/_cuda.so was built: op cuda_build, for `fastkd info` and to tell cards that it has no code for.
+// Op cuda_build: how fastkd/_cuda.so was built, for `fastkd info` and to detect cards without code in it.
 #include "common/device.h"
 
-#ifdef __CUDACC__  // the emulation is not installed and is asked nothing
+#ifdef __CUDACC__  // not needed in the emulation
 
 #include <algorithm>
 #include <string>

@@ -1,4 +1,4 @@
-// What .cu sources are written in: CUDA under nvcc, the emulation of csrc/simt under the host compiler. Kernels use
+// The language of the .cu sources: CUDA under nvcc, the emulation of csrc/simt under the host compiler. Kernels use
 // Global<T> and Shared<T> for pointers, FASTKD_SHARED for arrays, load/store and packs of 16 bytes for memory, an index
 // type as a template parameter (narrow_index or int64_t), and CUDA's own names for the rest.
 #pragma once
@@ -39,16 +39,16 @@ struct alignas(kPackBytes) Pack {
   T value[kPack<T>];
 };
 
-// Shared memory of a block: static arrays (FASTKD_SHARED) and what a launch asks for (FASTKD_DYNAMIC_SHARED) count
-// together. 48 KB need no permission; with it a block gets what the card has (99 KB on sm_86, sm_89 and sm_120, 163 KB
-// on sm_80, 227 KB on sm_90 and sm_100). Static arrays of a kernel with dynamic memory fit in kStaticShared bytes: the
-// emulation refuses others.
+// Shared memory of a block is the sum of static arrays (FASTKD_SHARED) and dynamic memory (FASTKD_DYNAMIC_SHARED).
+// Above 48 KB a kernel needs cudaFuncSetAttribute, up to the limit of the card (99 KB on sm_86, sm_89 and sm_120, 163
+// KB on sm_80, 227 KB on sm_90 and sm_100). Static arrays of a kernel with dynamic memory must fit in kStaticShared
+// bytes; the emulation rejects others.
 constexpr int64_t kStaticShared = 1280;
 constexpr int64_t kSharedWithoutPermission = 48 * 1024;
 
 inline bool needs_permission(int64_t dynamic_bytes) { return kStaticShared + dynamic_bytes > kSharedWithoutPermission; }
 
-// Memory is read and written as what the tensor holds: a kernel that takes float for double would reach beyond it.
+// Memory is accessed by the dtype of the tensor: a kernel that reads floats as doubles would exceed its bounds.
 inline void check_elements(size_t bytes, const Tensor& tensor) {
   STD_TORCH_CHECK(bytes == tensor.element_size(), "fastkd: a kernel takes elements of ", bytes,
                   " bytes, the tensor holds ", tensor.element_size(), "; pass tensors of the op's dtypes");
@@ -59,7 +59,7 @@ inline void check_grid(int64_t x, int64_t y, int64_t z) {
                   " blocks is more than a GPU takes; pass fewer images or objects at a time");
 }
 
-// Raises what a launch failed with. Args: has_code: the library has machine code or PTX that this card runs.
+// Raises the error of a failed launch. Args: has_code: the library has machine code or PTX for this card.
 [[noreturn]] inline void fail_launch(bool has_code, const char* reason) {
   STD_TORCH_CHECK(has_code, "fastkd: this GPU or its driver cannot run the compiled GPU kernels (", reason,
                   "); `fastkd info` names the cards they are built for: rebuild with TORCH_CUDA_ARCH_LIST, or update "
@@ -72,7 +72,7 @@ inline void check_grid(int64_t x, int64_t y, int64_t z) {
 #ifdef __CUDACC__
 
 #define FASTKD_KERNEL __global__
-#define FASTKD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)  // blocks of a multiprocessor
+#define FASTKD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)  // blocks per multiprocessor
 #define FASTKD_DEVICE __device__ __forceinline__
 #define FASTKD_SHARED(T, name, count) __shared__ T name[count]
 #define FASTKD_DYNAMIC_SHARED(T, name)                            \
@@ -91,7 +91,7 @@ struct Grid {
   explicit Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
 };
 
-// The memory of a tensor: const for inputs. `output` is memory that nothing has been written to yet.
+// The memory of a tensor: const for inputs; `output` is uninitialised memory.
 template <class T>
 Global<T> global(const Tensor& tensor) {
   check_elements(sizeof(T), tensor);
@@ -123,7 +123,7 @@ FASTKD_DEVICE Pack<T> load_shared_pack(const T* pointer) {  // or memory that th
 template <class T>
 FASTKD_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
   const uint4 bits = *reinterpret_cast<const uint4*>(&pack);
-  // written out: of an assignment the compiler sometimes makes four stores; shared memory is welcome too
+  // explicit: the compiler sometimes splits an assignment into four stores; also for shared memory
   asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                : "memory");
 }
@@ -134,7 +134,7 @@ struct DeviceScope {
   explicit DeviceScope(const Tensor& on) : guard(on.get_device()) {}
 };
 
-// Dynamic shared memory that a launch on the current device may ask for.
+// Maximum dynamic shared memory of a launch on the current device.
 inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
@@ -142,7 +142,7 @@ inline int64_t shared_limit() {
   return bytes - kStaticShared;
 }
 
-// Raises what the CUDA runtime reports; a card that the library has no code for in words.
+// Raises the error of the CUDA runtime, with a clear message for a card without code in the library.
 inline void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
   const bool has_code = error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion &&
@@ -161,7 +161,7 @@ void launch(const Tensor& on, Grid grid, Grid block, int64_t shared_bytes, void 
   const dim3 threads(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y), static_cast<unsigned>(block.z));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
-  if (needs_permission(shared_bytes))  // for all there is: another thread that needs less does not take it back
+  if (needs_permission(shared_bytes))  // the maximum, so that another thread with a smaller launch does not lower it
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_limit())));
   kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
@@ -260,12 +260,12 @@ inline int64_t narrow_limit() {
 #endif
 }
 
-// The type sums are kept in: half types widen to float.
+// The accumulation type: half types widen to float.
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// a * b rounded, which the compiler must not make one operation with the sum that it goes into: where equal inputs have
-// to give exactly 0, both sides must be rounded alike.
+// a * b, rounded; not contracted with a following addition: where equal inputs must give exactly 0, both sides must be
+// rounded alike.
 FASTKD_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 FASTKD_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
@@ -274,7 +274,7 @@ FASTKD_DEVICE sum_t<T> widened(T value) {
   return static_cast<sum_t<T>>(value);
 }
 
-// visit(i, value) for the elements of a short dense row, by the lanes of one warp: 16 bytes at a time between an
+// Calls visit(i, value) for the elements of a short dense row, by the lanes of one warp: 16-byte loads between an
 // unaligned head and a tail.
 template <class T, class Visit>
 FASTKD_DEVICE void load_row(Global<const T> row, int count, Visit visit) {
@@ -306,8 +306,8 @@ FASTKD_DEVICE void store_row(Global<T> row, int count, Value value) {
   for (int i = head + packs * kPack<T> + lane; i < count; i += kWarpSize) row[i] = static_cast<T>(value(i));
 }
 
-// The elements of a short dense row, by the lanes of one warp: whole(first) for 16 bytes that begin at a multiple of
-// 16, single(i) for the elements before and behind them, or for all where the row's other arrays are aligned otherwise.
+// Visits the elements of a short dense row by the lanes of one warp: whole(first) for aligned packs of 16 bytes,
+// single(i) for the elements before and after them, or for all elements if the other arrays have another alignment.
 template <class T, class Whole, class Single>
 FASTKD_DEVICE void over_row(Global<const T> row, bool aligned_alike, int count, Whole whole, Single single) {
   const int lane = threadIdx.x % kWarpSize;
@@ -323,7 +323,7 @@ template <class Sum>
 FASTKD_DEVICE Sum block_sum(Sum value, Shared<Sum> scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  __syncthreads();  // the scratch of an earlier sum has been read
+  __syncthreads();  // until the scratch of an earlier sum has been read
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
   value = lane < warps ? Sum(scratch[lane]) : Sum(0);
@@ -331,12 +331,12 @@ FASTKD_DEVICE Sum block_sum(Sum value, Shared<Sum> scratch) {
   return value;
 }
 
-// The threads of a block that raise a flag, in ascending order in `list`; returns how many, `before` is the number of
-// those before this one. `counts` holds kWarpSize numbers.
+// Writes the threads of a block with a flag to `list` in ascending order and returns their number; `before` is the
+// number of flagged threads before this one. `counts` has kWarpSize elements.
 FASTKD_DEVICE int list_threads(bool flag, Shared<int> list, Shared<int> counts, int& before) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   const unsigned word = __ballot_sync(kAllLanes, flag);
-  __syncthreads();  // an earlier list has been read
+  __syncthreads();  // until an earlier list has been read
   if (lane == 0) counts[warp] = __popc(word);
   __syncthreads();
   before = __popc(word & ((1u << lane) - 1));

@@ -1,4 +1,4 @@
-// What the host side of every .cu source needs: memory orders, dtypes, scratch tensors.
+// Host-side helpers of all .cu sources: memory formats, dtypes, scratch tensors.
 #pragma once
 
 #include "common/device.h"
@@ -8,9 +8,9 @@
 
 namespace fastkd {
 
-constexpr int kMaxLevels = 16;  // of a pyramid in one launch: their table is a kernel argument
+constexpr int kMaxLevels = 16;  // per launch: the table of levels is a kernel argument
 
-// Cells of a level are counted in int, and beyond the last one by as many as a block has threads.
+// Cell indices are int and may exceed the last cell by the number of threads of a block.
 inline void check_cells(const char* op, int64_t rows, int64_t columns) {
   constexpr int64_t kEnd = int64_t{1} << 30;
   STD_TORCH_CHECK(rows >= 0 && columns >= 0 && rows < kEnd && columns < kEnd && rows * columns < kEnd, op,
@@ -28,28 +28,28 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// The tensor itself where it is dense in the wanted order, else a copy that is.
+// The tensor if it is dense in the given memory format, else a dense copy.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// True if narrow_index reaches every element of every tensor.
+// True if narrow_index can address every element of every tensor.
 inline bool is_narrow(const std::vector<Tensor>& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& one) { return one.numel() <= narrow_limit(); });
 }
 
-// True if every tensor begins at a multiple of a pack.
+// True if every tensor is aligned to a pack.
 inline bool is_aligned(const std::vector<Tensor>& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kPackBytes == 0;
   });
 }
 
-// True if a kernel of the device of `on` may read the tensor.
+// True if a kernel on the device of `on` may read the tensor.
 inline bool is_beside(const Tensor& tensor, const Tensor& on) { return tensor.device() == on.device(); }
 
-// A new tensor of this shape and type beside another one.
+// A new tensor of this shape and type on the device of another one.
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, torch::headeronly::ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
 }
@@ -59,7 +59,7 @@ template <class T>
 constexpr auto kSumType = std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double
                                                     : torch::headeronly::ScalarType::Float;
 
-// run(T{}) with the element type of a tensor.
+// Calls run(T{}) with the element type of a tensor.
 template <class Run>
 auto by_type(const char* op, const Tensor& tensor, const Run& run) {
   using torch::headeronly::ScalarType;

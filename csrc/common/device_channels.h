@@ -1,4 +1,4 @@
-// Channels-last levels: a thread has `width` neighbouring channels, one or a whole pack of 16 bytes.
+// Channels-last levels: a thread processes `width` neighbouring channels, one or a pack of 16 bytes.
 #pragma once
 
 #include "common/device.h"
@@ -26,7 +26,7 @@ FASTKD_DEVICE void store_channels(Global<T> pointer, const sum_t<T> (&values)[wi
   }
 }
 
-// sum + lost += value, compensated (Kahan): hundreds of terms are as exact as a few.
+// sum + lost += value, compensated (Kahan), so that the error does not grow with the number of terms.
 template <class Sum>
 FASTKD_DEVICE void add_exactly(Sum value, Sum& sum, Sum& lost) {
   const Sum corrected = value + lost, total = sum + corrected;
@@ -49,7 +49,7 @@ FASTKD_DEVICE void add_channels(Global<const Sum> pointer, Sum (&sums)[width], S
   }
 }
 
-// sums[j] over the warps, in every thread; the order is fixed. `scratch` holds width values a thread.
+// Sums sums[j] over the warps, in a fixed order; every thread gets the result. `scratch` has width values per thread.
 template <class Sum, int width>
 FASTKD_DEVICE void sum_over_warps(Sum (&sums)[width], Shared<Sum> scratch, int warp, int warps) {
   const int lane = threadIdx.x % kWarpSize;

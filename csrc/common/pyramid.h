@@ -1,4 +1,4 @@
-// A pyramid cut into tasks of whole rows, shared evenly by the threads. A row is one channel of one image of one level.
+// A pyramid partitioned into tasks of whole rows, balanced over threads. A row is one channel of one image of a level.
 #pragma once
 
 #include "common/capability.h"
@@ -28,18 +28,17 @@ inline bool is_channels_last(const torch::stable::Tensor& tensor) {
   return true;
 }
 
-// The tensor itself where it is dense in the wanted order, else a copy that is.
+// The tensor if it is dense in the given memory format, else a dense copy.
 inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// Calls run(first task, end) on contiguous runs of tasks, one run a thread, each of about the same number of
-// elements: the tasks of a large level cost more, so counting tasks would leave the other threads waiting. Which
-// thread runs a task does not change its result.
+// Calls run(first task, end) on contiguous ranges of tasks, one per thread, with about equal numbers of elements: tasks
+// of large levels cost more, so equal numbers of tasks would be unbalanced. Results do not depend on the thread.
 template <class Work, class Cost, class Run>
 void run_balanced(const std::vector<Work>& tasks, const Cost& cost, const Run& run) {
-  constexpr int64_t kElementsPerThread = 16384;  // fewer do not pay for waking a thread
+  constexpr int64_t kElementsPerThread = 16384;  // fewer are not worth waking a thread
   int64_t total = 0;
   for (const Work& task : tasks) total += cost(task);
   const int64_t threads = torch::stable::get_num_threads();

@@ -1,8 +1,8 @@
-// Sums over strips. A strip is `steps` groups of U vectors, `stride` elements apart: a contiguous row (stride = its
-// U vectors; all lanes belong to one row), or a block of channels of a channels-last image (stride = C; every lane
-// is a row of its own).
+// Sums over strips. A strip is `steps` groups of U vectors with stride `stride`: a contiguous row (stride = length of U
+// vectors; all lanes belong to one row), or a block of channels of a channels-last image (stride = C; each lane is a
+// row).
 //
-// Sums are kept in float for kFlush steps, then in double, in an order that depends on the shape alone:
+// Sums are kept in float for kFlush steps, then in double, in an order that depends only on the shape:
 // deterministic, and the error does not grow with the length of a row.
 #pragma once
 
@@ -22,7 +22,7 @@ FASTKD_INLINE void flush(const V (&sum)[U], double* total) {
   for (int lane = 0; lane < U * kLanes<V>; ++lane) total[lane] += lanes[lane];
 }
 
-// total[0] = sum over the lanes, pair by pair; total[1] .. total[width - 1] are lost
+// total[0] = pairwise sum over the lanes; total[1] .. total[width - 1] are overwritten
 template <int width>
 FASTKD_INLINE void gather(double* total) {
   static_assert((width & (width - 1)) == 0);
@@ -30,7 +30,7 @@ FASTKD_INLINE void gather(double* total) {
     for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
 }
 
-// The values of the rows as vectors: one for all lanes of a contiguous row, else one a lane.
+// The values of the rows as vectors: the same for all lanes of a contiguous row, else one per lane.
 template <class V, int U, bool one_row>
 FASTKD_INLINE void spread(const Element<V>* values, V (&out)[U]) {
   for (int u = 0; u < U; ++u) out[u] = one_row ? broadcast<V>(values[0]) : load<V>(values + u * kLanes<V>);

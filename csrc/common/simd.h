@@ -32,7 +32,7 @@ typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t BitsVector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfBitsVector __attribute__((vector_size(kVectorBytes / 2)));
 
-// The type sums are kept in: half types widen to float.
+// The accumulation type: half types widen to float.
 template <class scalar_t>
 using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -51,7 +51,7 @@ FASTKD_INLINE V broadcast(Element<V> value) {
 }
 
 // a * b + c in one rounding where the CPU can. The build switches off the compiler's own contraction
-// (-ffp-contract=off): the kernel decides where a product is rounded, and x * y - x * y is 0.
+// (-ffp-contract=off), so that kernels control rounding and x * y - x * y is 0.
 template <class V>
 FASTKD_INLINE V multiply_add(V a, V b, V c) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
@@ -64,7 +64,7 @@ FASTKD_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 
-// Of each 16 bits, and the low 16 of 32. What the compiler makes of __builtin_convertvector takes a dozen instructions.
+// Widens 16 bits to 32, and takes the low 16 of 32 bits. __builtin_convertvector compiles to a dozen instructions.
 FASTKD_INLINE BitsVector extend(HalfBitsVector bits) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
   return (BitsVector)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
@@ -149,19 +149,19 @@ FASTKD_INLINE void store(scalar_t* pointer, V value) {
   }
 }
 
-constexpr int64_t kLineBytes = 64;  // of a cache line
+constexpr int64_t kLineBytes = 64;  // size of a cache line
 
-// Whether a tensor lies beyond the caches near a core: it is then written past them (stream), as fetching a line only
-// to overwrite it costs as much as writing it.
+// Whether a tensor exceeds the caches of a core: it is then written with streaming stores, as fetching a line only to
+// overwrite it costs as much as writing it.
 constexpr bool is_large(int64_t bytes) { return bytes >= (1 << 20); }
 
-// How many elements lie before the next cache line.
+// Number of elements before the next cache line.
 template <class scalar_t>
 FASTKD_INLINE int64_t elements_to_line(const scalar_t* pointer) {
   return (kLineBytes - reinterpret_cast<uintptr_t>(pointer) % kLineBytes) % kLineBytes / sizeof(scalar_t);
 }
 
-// As store, past the caches: pointer is a multiple of the bytes it writes, which whole lines follow one another in.
+// Streaming store: pointer is aligned to the size of the store, and stores fill whole consecutive cache lines.
 template <class V, class scalar_t>
 FASTKD_INLINE void stream(scalar_t* pointer, V value) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 1
@@ -193,15 +193,15 @@ FASTKD_INLINE void put(scalar_t* pointer, V value) {
   }
 }
 
-// Between a thread's streams and what others do with them.
+// Fence between streaming stores of a thread and accesses of other threads.
 FASTKD_INLINE void end_stream() {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 1
   _mm_sfence();
 #endif
 }
 
-// Asks for [begin, end), which may lie outside any memory, to be brought near: for pieces too short or too many for the
-// CPU to foresee.
+// Prefetches [begin, end), which need not be valid memory: for ranges too short or too many for the hardware
+// prefetcher.
 template <class scalar_t>
 FASTKD_INLINE void fetch(const scalar_t* begin, const scalar_t* end) {
   for (; begin < end; begin += kLineBytes / sizeof(scalar_t)) __builtin_prefetch(begin, 0, 2);
@@ -216,7 +216,7 @@ FASTKD_INLINE void copy(scalar_t* out, const scalar_t* in, int64_t count) {
   for (; at < count; ++at) out[at] = in[at];
 }
 
-// The same, whole cache lines past the caches.
+// The same, with streaming stores for whole cache lines.
 template <class scalar_t>
 FASTKD_INLINE void stream_copy(scalar_t* out, const scalar_t* in, int64_t count) {
   constexpr int64_t step = kVectorBytes / sizeof(scalar_t), line = kLineBytes / sizeof(scalar_t);
@@ -262,7 +262,7 @@ FASTKD_INLINE V select(V value, const unsigned char* bytes) {
 #endif
 }
 
-// Lane i of the result is lane at[i] of value, at[i] in [0, lanes).
+// Permutation: lane i of the result is lane at[i] of value, at[i] in [0, lanes).
 template <class V>
 using Places = std::conditional_t<sizeof(Element<V>) == 8, int64_t, int32_t>;
 

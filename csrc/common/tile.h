@@ -1,5 +1,5 @@
 // Small matrix products on tiles of cells that stay in the cache: C (+)= A B with a block of C in registers, the
-// columns of B and C in vectors and the rows of A broadcast. Also what tiles need besides: transpose, exp.
+// columns of B and C in vectors and the rows of A broadcast. Also transpose and exp for tiles.
 #pragma once
 
 #include "common/simd.h"
@@ -10,11 +10,11 @@ FASTKD_KERNELS_BEGIN
 namespace fastkd {
 namespace {
 
-// Cells of a tile, and elements from one row of it to the next: three vectors of every kind divide it, and rows of
-// floats are an odd number of cache lines, so that a column of them does not fall into few sets of the cache.
+// Cells of a tile and its row stride: a multiple of three vectors of every kind. Rows of floats span an odd number of
+// cache lines, so that a column does not map to few cache sets.
 constexpr int64_t kTile = 144;
-constexpr int64_t kDepth = 144;  // products added in registers before C is stored: that much of B stays in L1
-constexpr int64_t kShortDepth = 24;  // for sums that one term may dominate: those after it are rounded to its size
+constexpr int64_t kDepth = 144;  // products accumulated in registers before C is stored, so that B stays in L1
+constexpr int64_t kShortDepth = 24;  // for sums that one term may dominate: later terms are rounded to its size
 constexpr bool kWide = FASTKD_CAPABILITY >= 2;  // 32 vector registers
 
 template <class F, int... I>
@@ -22,7 +22,7 @@ FASTKD_INLINE void unroll_indices(const F& f, std::integer_sequence<int, I...>) 
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-// f(0) .. f(count - 1) with constants: arrays indexed with them live in registers.
+// Calls f(0) .. f(count - 1) with constants, so that arrays indexed with them stay in registers.
 template <int count, class F>
 FASTKD_INLINE void unroll(const F& f) {
   unroll_indices(f, std::make_integer_sequence<int, count>{});
@@ -30,7 +30,7 @@ FASTKD_INLINE void unroll(const F& f) {
 
 template <class V>
 FASTKD_INLINE V splat(Element<V> value) {
-  return value - V{};  // not V{} + value, which is an addition as it turns -0 into 0
+  return value - V{};  // not V{} + value, which is not optimised away as it turns -0 into 0
 }
 
 // As many integers as V has lanes, of their size.
@@ -43,21 +43,21 @@ using Indices = std::conditional_t<sizeof(Element<V>) == 4, Integers, LongIntege
 
 FASTKD_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// n cut into the fewest parts of at most `most`, of nearly the same size.
+// Divides n into the smallest number of nearly equal parts of at most `most`.
 struct Parts {
   int64_t n, count;
   FASTKD_INLINE Parts(int64_t n, int64_t most) : n(n), count(n > most ? (n + most - 1) / most : 1) {}
   FASTKD_INLINE int64_t first(int64_t part) const { return part * n / count; }
 };
 
-// A in panels of at most kRows rows (Parts), each k-major: its rows side by side. For A that serves many products.
+// A in panels of at most kRows rows (Parts), each stored k-major. For an A that is used in many products.
 struct Panels {
   static constexpr int kRows = kWide ? 8 : 6, kVectors = kWide ? 3 : 2;
   static constexpr int64_t row(int) { return 1; }
   static constexpr int64_t step(int rows) { return rows; }
 };
 
-// A as rows of a tile, kTile apart. For A that a kernel has just computed.
+// A as rows of a tile with stride kTile. For an A that a kernel has just computed.
 struct TileRows {
   static constexpr int kRows = kWide ? 12 : 6, kVectors = 2;
   static constexpr int64_t row(int) { return kTile; }
@@ -89,7 +89,7 @@ __attribute__((noinline)) void multiply_block(const Element<V>* a, int64_t k, co
   unroll<M>([&](auto m) __attribute__((always_inline)) {
     unroll<U>([&](auto u) __attribute__((always_inline)) {
       acc* out = c + m * ldc + u * lanes;
-      // C is added last: a sum that began with it would be rounded to its size at every step.
+      // C is added last: a sum starting at C would be rounded to its size at each step.
       store(out, accumulate ? load<V>(out) + sum[m][u] : sum[m][u]);
     });
   });
@@ -110,12 +110,12 @@ FASTKD_INLINE Block<Element<V>> block_of(int64_t rows, int64_t vectors) {
   return block_of_rows<V, A, 1>(rows, Rows{});
 }
 
-// What a product does before each of its blocks.
+// Called by a product before each of its blocks.
 struct Nothing {
   FASTKD_INLINE void operator()() const {}
 };
 
-// C [rows, vectors * lanes] = A [rows, k] B [k, ...], added to C where accumulate; at most `most` products in a row.
+// C [rows, vectors * lanes] (+)= A [rows, k] B [k, ...]; at most `most` consecutive products in registers.
 template <class V, class A, class acc = Element<V>, class Between = Nothing>
 void multiply(const acc* a, int64_t rows, int64_t k, const acc* b, int64_t ldb, int64_t vectors, acc* c, int64_t ldc,
               bool accumulate, int64_t most = kDepth, Between&& between = {}) {
@@ -146,7 +146,7 @@ void pack_panels(const acc* a, int64_t row_stride, int64_t step_stride, int64_t 
         *out++ = a[m * row_stride + step * step_stride];
 }
 
-// Lane i is lane indices[i] of a and b side by side. Clang's own takes constants only.
+// Lane i is lane indices[i] of the concatenation of a and b. Clang's builtin takes only constants.
 template <class V>
 FASTKD_INLINE V shuffle(V a, V b, Indices<V> indices) {
 #if defined(__clang__)
@@ -159,7 +159,7 @@ FASTKD_INLINE V shuffle(V a, V b, Indices<V> indices) {
 #endif
 }
 
-// The lanes x lanes block of a matrix, mirrored in log2(lanes) exchanges of ever larger sub-blocks.
+// Transposes a lanes x lanes block in log2(lanes) exchanges of increasing sub-blocks.
 template <class V>
 FASTKD_INLINE void transpose_block(const Element<V>* in, int64_t ld_in, Element<V>* out, int64_t ld_out) {
   constexpr int lanes = kLanes<V>;
@@ -196,17 +196,17 @@ void transpose(const acc* in, int64_t ld_in, int64_t rows, int64_t columns, acc*
       out[column * ld_out + row] = in[row * ld_in + column];
 }
 
-// Zeros; `out` may be null where there are none.
+// Writes zeros; `out` may be null if the count is 0.
 template <class T>
 FASTKD_INLINE void set_zero(T* out, int64_t count) {
   if (count > 0) std::memset(static_cast<void*>(out), 0, count * sizeof(T));
 }
 
-// e^x to 1.5 ulp, to a few bits where the result is no normal number; e^-inf = 0, NaN stays NaN.
+// e^x to 1.5 ulp, less precise for subnormal results; e^-inf = 0, NaN stays NaN.
 FASTKD_INLINE FloatVector exponential(FloatVector given) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
-  // Beyond these bounds the result is 0 or infinite, which scaling by a power of 2 gives by itself.
-  const __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-110.0f), (__m512)given);  // of NaN: the second
+  // Beyond these bounds the result is 0 or infinite by the scaling with a power of 2.
+  const __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-110.0f), (__m512)given);  // NaN: second operand
   const FloatVector x = (FloatVector)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), above);
 #else
   const FloatVector x = given < -87.0f ? given + 16.6355324f : given;  // e^16.6355... = 2^24
@@ -222,9 +222,9 @@ FASTKD_INLINE FloatVector exponential(FloatVector given) {
 #if FASTKD_X86_CAPABILITIES && FASTKD_CAPABILITY >= 2
   return (FloatVector)_mm512_maskz_scalef_ps(0xffff, (__m512)series, (__m512)power);
 #else
-  // Of unsigned numbers, which wrap where x is out of bounds and the result is not used.
+  // Unsigned integers wrap if x is out of bounds; the result is then not used.
   const FloatVector scaled = (FloatVector)((BitsVector)series + (((BitsVector)shifted - (BitsVector)magic) << 23));
-  const FloatVector infinite = x * __builtin_inff();  // NaN of NaN
+  const FloatVector infinite = x * __builtin_inff();  // NaN stays NaN
   const FloatVector normal = x < -87.0f ? FloatVector{} : x <= 88.0f ? scaled : infinite;
   return given < -87.0f ? normal * 5.9604645e-8f : normal;
 #endif
@@ -240,7 +240,7 @@ FASTKD_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// All lanes as one, the upper half of them joined to the lower in each step.
+// Reduces all lanes, combining the upper with the lower half in each step.
 template <class V, class F>
 FASTKD_INLINE Element<V> join_lanes(V value, const F& join) {
   constexpr int lanes = kLanes<V>;

@@ -1,4 +1,4 @@
-// Square transposes in registers, for channels-last images in kernels whose lanes are cells.
+// Square transposes in registers, for channels-last images in kernels with cells in lanes.
 #pragma once
 
 #include "common/simd.h"

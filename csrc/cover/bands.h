@@ -1,13 +1,13 @@
 // Which cells objects cover, arranged for sums over them (pool) and for writing sums of objects (paint).
 //
-// The rows of an image of a level fall into bands: consecutive rows, at most kBandRows, in which every object covers
-// the same cells. The columns of a band fall into n segments: consecutive cells, at most kSegmentCells, covered by the
-// same objects. Where an object covers the segments [first, last), that is a span of the object; a box has one span a
-// band, a mask as many as it has runs of cells.
+// The rows of an image of a level are divided into bands: at most kBandRows consecutive rows in which every object
+// covers the same cells. The columns of a band are divided into n segments: at most kSegmentCells consecutive cells
+// covered by the same objects. A maximal range of segments [first, last) that an object covers is a span of the object;
+// a box has one span per band, a mask one per run of cells.
 //
 // The segments are the leaves of a binary tree (leaf s is node n + s, node i has the children 2 i and 2 i + 1), and a
-// span is the sum of at most 2 log2(n) nodes: so a hundred boxes that overlap heavily cost little more than the cells,
-// nothing is ever subtracted, and the order of every sum depends on the geometry alone.
+// span is the sum of at most 2 log2(n) nodes: a hundred heavily overlapping boxes cost little more than the cells,
+// there are no subtractions, and the order of every sum depends only on the geometry.
 #pragma once
 
 #include "common/capability.h"
@@ -16,40 +16,40 @@
 
 namespace fastkd {
 
-constexpr int32_t kBandRows = 16, kSegmentCells = 16;  // what a kernel sums one by one in float
+constexpr int32_t kBandRows = 16, kSegmentCells = 16;  // cells that a kernel sums sequentially in float
 
 struct Segment {
   int32_t x0, x1;  // cells x0 <= x < x1
-  int32_t covered;  // 0: no object lies there
+  int32_t covered;  // 0: no object covers it
 };
 
 struct Span {
-  int32_t object;  // place among the objects of the image
-  int32_t nodes;  // number of its nodes, the next ones in Bands::node
+  int32_t object;  // index among the objects of the image
+  int32_t nodes;  // number of its nodes, consecutive in Bands::node
   int32_t x0, x1;  // cells x0 <= x < x1
 };
 
 struct Band {
   int32_t y0, y1;  // rows y0 <= y < y1
-  int32_t segments, spans;  // how many; no spans: no object lies there, one segment is the whole row
-  int64_t segment, span, node;  // the first ones in Bands
+  int32_t segments, spans;  // counts; without spans no object covers the band and one segment is the whole row
+  int64_t segment, span, node;  // first indices in Bands
 };
 
-// Spans that are painted one by one into the same sums; more are added up pile by pile, as the error of a sum grows
+// Spans painted sequentially into the same sums; more are summed in piles of this size, as the error of a sum grows
 // with its length.
 constexpr int64_t kPile = 64;
 
-// Nodes that painting a band takes room for: two trees, the second one of a pile.
+// Number of nodes in the buffer for painting a band: two trees, the second one for a pile.
 constexpr int64_t painted_nodes(int64_t segments) { return 4 * segments; }
 
-// The bands of one image of one level, which together hold all its rows.
+// The bands of one image of one level, covering all its rows.
 struct Bands {
   const Band* band;
   const Segment* segment;
   const Span* span;
   const int32_t* node;
   int64_t count;
-  bool piled;  // the spans hold many times as many cells as the rows of the bands that have some
+  bool piled;  // spans have many times as many cells as the rows of the bands with spans
 };
 
 }  // namespace fastkd
@@ -97,16 +97,16 @@ class BandList {
   std::vector<Segment> segments_;
   std::vector<Span> spans_;
   std::vector<int32_t> nodes_;
-  int64_t span_pieces_ = 0, row_pieces_ = 0;  // of a vector each: of all spans, of a row of each band that has some
+  int64_t span_pieces_ = 0, row_pieces_ = 0;  // numbers of vectors: of all spans, of one row of each band with spans
   std::vector<int32_t> change_;  // [columns + 1]: objects that begin at a column minus those that end there
-  std::vector<int32_t> at_;  // [columns + 1]: -1, or the segment that begins at a column where an object begins or ends
+  std::vector<int32_t> at_;  // [columns + 1]: the segment that begins at a column, or -1
 
   void add_band(int32_t y0, int32_t y1, int32_t columns, const std::vector<Run>& runs) {
     Band band{y0, y1, 0, static_cast<int32_t>(runs.size()), size(segments_), size(spans_), size(nodes_)};
     band.segments = add_segments(columns, runs);
     if (!runs.empty()) row_pieces_ += 1 + columns / kSegmentCells;
     for (const Run& run : runs) {
-      int32_t nodes[64], count = 0;  // written without branches: whether a node belongs to a span is not predictable
+      int32_t nodes[64], count = 0;  // branchless: whether a node belongs to a span is not predictable
       int32_t low = at_[run.x0] + band.segments, high = at_[run.x1] + band.segments;
       for (; low < high; low = (low + 1) / 2, high /= 2) {
         nodes[count] = low;
@@ -151,25 +151,25 @@ class BandList {
   }
 };
 
-// What the objects cover of every level of every image.
+// The cells that the objects cover, for every level of every image.
 struct Cover {
   int64_t images, objects;
   std::vector<std::pair<int64_t, int64_t>> sizes;  // (H_l, W_l) of the levels
   ObjectsByImage by_image;
-  std::vector<int64_t> cells;  // [L, K] how many each object covers
-  std::vector<BandList> lists;  // of each level without objects, then of each level of each image that has some
-  std::vector<int64_t> place;  // [L, B] in lists
+  std::vector<int64_t> cells;  // [L, K] number of cells that each object covers
+  std::vector<BandList> lists;  // one per level without objects, then one per level of each image with objects
+  std::vector<int64_t> place;  // [L, B] index in lists
 
   int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
   const BandList& list(int64_t level, int64_t image) const { return lists[place[level * images + image]]; }
 };
 
-// Calls add_runs(level, object, slot, y, runs) for the objects of each image, in ascending order; slot counts them.
+// Calls add_runs(level, object, slot, y, runs) for the objects of each image, in ascending order; slot is their index.
 template <class AddRuns>
 void fill_lists(Cover& cover, const AddRuns& add_runs) {
   const int64_t levels = cover.levels();
   const std::vector<int64_t>& first = cover.by_image.first;
-  std::vector<int64_t> images;  // those that have objects
+  std::vector<int64_t> images;  // images with objects
   cover.place.resize(levels * cover.images);
   for (int64_t image = 0; image < cover.images; ++image) {
     const bool empty = first[image] == first[image + 1];
@@ -219,7 +219,7 @@ inline Cover cover_by_boxes(const torch::stable::Tensor& boxes, const torch::sta
   return cover;
 }
 
-// The cells whose nearest pixel of a mask [K, H, W] is set: cell (y, x) of a level of H_l x W_l looks at the pixel
+// The cells whose nearest pixel of a mask [K, H, W] is set: cell (y, x) of a level of H_l x W_l reads the pixel
 // (floor(y H / H_l), floor(x W / W_l)).
 inline Cover cover_by_masks(const torch::stable::Tensor& masks, const torch::stable::Tensor& image_index,
                             int64_t images, const std::vector<std::pair<int64_t, int64_t>>& sizes) {
@@ -241,7 +241,7 @@ inline Cover cover_by_masks(const torch::stable::Tensor& masks, const torch::sta
   fill_lists(cover, [&](int64_t level, int64_t object, int32_t slot, int32_t y, std::vector<Run>& runs) {
     const auto [rows, columns] = sizes[level];
     const unsigned char* row = mask + (object * height + y * height / rows) * width;
-    // Most rows of most masks are empty: quickly seen where the cells are not far fewer than the pixels.
+    // Most rows of most masks are empty: a fast test, useful unless the level is much coarser than the mask.
     if (columns * 16 >= width && row[0] == 0 && std::memcmp(row, row + 1, width - 1) == 0) return;
     const int64_t* at = pixel[level].data();
     int64_t cells = 0;

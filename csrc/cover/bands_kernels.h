@@ -1,6 +1,6 @@
-// The two sums over bands (bands.h): pool_bands adds cells up for each object, paint_nodes adds objects up for each
-// segment. A lane is a channel in both; a channel's row of a contiguous level is turned into lanes and back by
-// `transpose`. An op that transforms the cells it sums hands its own leaves to pool_bands.
+// The two sums over bands (bands.h): pool_bands sums cells for each object, paint_nodes sums objects for each segment.
+// Lanes are channels in both; rows of contiguous levels are converted by `transpose`. An op that transforms the cells
+// before summing passes its own leaves to pool_bands.
 #pragma once
 
 #include "cover/bands.h"
@@ -33,7 +33,7 @@ FASTKD_INLINE void transpose(V (&rows)[kLanes<V>]) {
   }
 }
 
-// Leaves of a channels-last image: U vectors of channels, read where they lie.
+// Leaves of a channels-last image: U vectors of channels, read in place.
 template <class V, int U, class scalar_t>
 struct ChannelsLastLeaves {
   const scalar_t* cells;  // the first channel of cell (0, 0)
@@ -58,19 +58,19 @@ struct ChannelsLastLeaves {
   }
 };
 
-// Length of a buffer for a row that whole vectors are read from and written to at any place.
+// Length of a buffer for a row with whole-vector loads and stores at any index.
 template <class V>
 FASTKD_INLINE int64_t padded(int64_t columns) {
   return (columns + 2 * kLanes<V>) / kLanes<V> * kLanes<V>;
 }
 
-// Leaves of a contiguous image: U vectors of channels. `sums` [channels, padded] holds the rows of a band added up, a
-// channel each, `cells` [padded, channels] the same with a channel a lane.
+// Leaves of a contiguous image: U vectors of channels. `sums` [channels, padded] holds the sum of the rows of a
+// band, `cells` [padded, channels] the same with channels in lanes.
 template <class V, int U, class scalar_t>
 struct ContiguousLeaves {
   using acc = Element<V>;
   const scalar_t* planes;  // the first of the channels
-  int64_t channels, rows, columns;  // those that exist, at most U * kLanes<V>; sums of others must be 0
+  int64_t channels, rows, columns;  // actual numbers, channels at most U * kLanes<V>; missing channels sum to 0
   acc *sums, *cells;
 
   FASTKD_INLINE void operator()(const Band& band, const Segment* segment, acc* leaf) const {
@@ -103,7 +103,7 @@ struct ContiguousLeaves {
     for (int64_t y = band.y0; y < band.y1; ++y) {
       const scalar_t* row = plane + y * columns;
       const int64_t ahead = (band.y1 - band.y0) * columns;
-      if (band.y1 - band.y0 < 4) fetch(row + x0 + ahead, row + x1 + ahead);  // of the next band
+      if (band.y1 - band.y0 < 4) fetch(row + x0 + ahead, row + x1 + ahead);  // next band
       int64_t x = x0;
       for (; x + lanes <= x1; x += lanes) {
         const V value = load<V>(row + x);
@@ -174,8 +174,8 @@ FASTKD_INLINE void paint_nodes(const Bands& bands, const Band& band, const Eleme
     for (int64_t child = 2 * i; child < 2 * i + 2; ++child) add_row<V>(nodes + child * width, nodes + i * width, width);
 }
 
-// Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` has
-// room for as many of half types. past_caches: see is_large.
+// Writes the rows of a band of a channels-last image: leaf [n, width] are the values of its segments, `narrowed` a
+// buffer of the same shape for half types. past_caches: streaming stores, see is_large.
 template <class V, class scalar_t>
 FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment, const Element<V>* leaf, int64_t width,
                                        int64_t channels, int64_t columns, bool past_caches, scalar_t* narrowed,
@@ -196,7 +196,7 @@ FASTKD_INLINE void write_channels_last(const Band& band, const Segment* segment,
   if (lines) end_stream();
 }
 
-// A piece of scratch of so many elements, and whole cache lines.
+// Takes a part of scratch for this many elements, rounded up to whole cache lines.
 template <class T>
 FASTKD_INLINE T* take(char*& scratch, int64_t count) {
   T* piece = reinterpret_cast<T*>(scratch);
@@ -204,7 +204,8 @@ FASTKD_INLINE T* take(char*& scratch, int64_t count) {
   return piece;
 }
 
-// Writes a row again and again, total elements, whole cache lines past the caches. Behind the row is room for a line.
+// Writes a row repeatedly, `total` elements, with streaming stores for whole cache lines. The row is padded by one
+// line.
 template <class scalar_t>
 FASTKD_INLINE void stream_rows(scalar_t* out, scalar_t* row, int64_t columns, int64_t total) {
   constexpr int64_t line = kLineBytes / sizeof(scalar_t), step = kVectorBytes / sizeof(scalar_t);
@@ -228,10 +229,9 @@ FASTKD_INLINE void stream_rows(scalar_t* out, scalar_t* row, int64_t columns, in
   write_to(total);
 }
 
-// Paints the planes of contiguous channels. What some bands give all channels is laid out first, then the rows of one
-// channel after the other are painted in the first cache, a stretch of them that lies together in memory, and written.
-// Written row by row, every piece would share its cache lines with others; painted for all channels at once, the rows
-// would leave the first cache before they are written.
+// Paints the planes of contiguous channels. The segment values of several bands are computed for all channels first;
+// then a stretch of consecutive rows is painted in L1 and written, channel by channel. Row-wise writes would share
+// cache lines with other writes; painting all channels at once would evict the rows from L1 before they are written.
 template <class V, class T>
 struct Stretch {
   static constexpr int lanes = kLanes<V>, kBytes = 8192;  // of the rows
@@ -241,10 +241,10 @@ struct Stretch {
   T* rows;            // [most_rows, columns] of a channel, and what whole vectors write beyond
   Element<V>* nodes;  // of a band
   Element<V>* leaf;   // [bands, width, padded segments]: the values of the segments
-  Places<V>* places;  // [bands, padded columns]: the segment of a cell, less that of the first cell of its vector
+  Places<V>* places;  // [bands, padded columns]: the segment of a cell relative to that of the first cell of its vector
   Places<V>* starts;  // [bands, padded columns]: the segment of the first cell of each vector
 
-  // take: gives room for so many elements of the type of its first argument, beginning a cache line
+  // take: allocates elements of the type of its first argument, aligned to a cache line
   template <class Take>
   FASTKD_INLINE Stretch(int64_t width, int64_t columns, int64_t most_segments, const Take& take)
       : width(width), columns(columns), most_segments(most_segments) {
@@ -252,7 +252,7 @@ struct Stretch {
     most_rows = cells / columns > kBandRows ? cells / columns : kBandRows;
     const int64_t fitting = leaves / leaf_length();
     most_bands = fitting < 1 ? 1 : fitting < kMostBands ? fitting : kMostBands;
-    // What is taken never shrinks where an argument grows, so that what is enough for the largest is enough for all.
+    // The size is monotonic in the arguments, so that the size for the largest level suffices for all.
     rows = take(T{}, (cells > kBandRows * columns ? cells : kBandRows * columns) + 2 * lanes);
     nodes = take(Element<V>{}, (painted_nodes(most_segments) + lanes) * width);
     leaf = take(Element<V>{}, leaves > leaf_length() ? leaves : leaf_length());
@@ -260,7 +260,7 @@ struct Stretch {
     starts = take(Places<V>{}, kMostBands * padded<V>(columns));
   }
 
-  // Bytes that it takes; see the constructor.
+  // Required bytes; see the constructor.
   static FASTKD_INLINE int64_t bytes(int64_t width, int64_t columns, int64_t most_segments) {
     int64_t total = 0;
     const auto count = [&](auto element, int64_t elements) {
@@ -272,7 +272,7 @@ struct Stretch {
   }
 
   // Calls write(channel, first, count, false) when `count` rows of a channel from `first` on are painted, for the first
-  // `channels` of them, stretch by stretch.
+  // `channels` channels, stretch by stretch.
   // one_row: of bands that are long in memory only one row is painted, then write(channel, first, count, true).
   template <bool one_row, class Write>
   FASTKD_INLINE void paint(const Bands& bands, const Element<V>* values, int64_t stride, int64_t channels,
@@ -298,7 +298,7 @@ struct Stretch {
  private:
   FASTKD_INLINE int64_t leaf_length() const { return padded<V>(most_segments) * width; }
 
-  FASTKD_INLINE int64_t first_cell(int64_t x) const {  // of a vector; the last one lies within the row where it can
+  FASTKD_INLINE int64_t first_cell(int64_t x) const {  // of a vector; the last is shifted into the row
     if (x + lanes <= columns) return x;
     return columns > lanes ? columns - lanes : 0;
   }
@@ -307,7 +307,7 @@ struct Stretch {
     return (band.y1 - band.y0) * columns * static_cast<int64_t>(sizeof(T)) >= kBytes / 2;
   }
 
-  // Of a band, the slot-th of the stretch.
+  // Segment indices of a band, the slot-th of the stretch.
   FASTKD_INLINE void lay_out(const Bands& bands, const Band& band, const Element<V>* values, int64_t stride,
                              int64_t slot) {
     paint_nodes<V>(bands, band, values, stride, width, nodes);
@@ -326,8 +326,8 @@ struct Stretch {
   FASTKD_INLINE void find_places(const Band& band, const Segment* segment, int64_t slot) {
     typedef Places<V> PlaceVector __attribute__((vector_size(kVectorBytes)));
     Places<V>*at = places + slot * padded<V>(columns), *start = starts + slot * padded<V>(columns);
-    Places<V>* all = start;  // of every cell at first; a vector's start is written behind what is read later
-    for (int64_t s = 0; s < band.segments; ++s) {  // what is written beyond a segment is the next's
+    Places<V>* all = start;  // first per cell; starts of vectors overwrite only entries already read
+    for (int64_t s = 0; s < band.segments; ++s) {  // overwritten by the next segment
       const PlaceVector place = PlaceVector{} + static_cast<Places<V>>(s);
       for (int64_t x = segment[s].x0; x < segment[s].x1; x += lanes) std::memcpy(all + x, &place, sizeof(place));
     }

@@ -1,10 +1,10 @@
 // box_paint_conv3x3: the 3x3 convolution of painted boxes, painted from the nine products of each embedding with the
-// weight (taps): a cell of the output sums, over the boxes, the taps that reach the box from it.
+// weight (taps): a cell of the output is the sum, over the boxes, of the taps that reach the box from this cell.
 //
-// Tap (i, j) reaches the box of rows [y0, y1) from the cells y0 + 1 - i <= y < y1 + 1 - i, x alike. So rows fall into
-// at most five classes by the set of i that reach: {2}, {1, 2}, {0, 1, 2}, {0, 1}, {0}; a side of two cells lacks the
-// middle one, and a side of one cell has {2}, {1}, {0}. Columns alike: at most 25 regions of constant value, which
-// bands.h takes as objects of their own. The bias is one more object that covers every cell.
+// Tap (i, j) reaches the box of rows [y0, y1) from the cells y0 + 1 - i <= y < y1 + 1 - i, x likewise. So rows fall
+// into at most five classes by the set of reaching i: {2}, {1, 2}, {0, 1, 2}, {0, 1}, {0}; for two rows the middle
+// class is empty, and one row has {2}, {1}, {0}. Columns likewise: at most 25 regions of constant value, which are the
+// objects of bands.h. The bias is one more object that covers every cell.
 //
 // forward   sums taps to regions, paints them: every cell of the output is written once, channels-last
 // backward  reads the gradient once, pools it over the regions; a tap's gradient is the sum of the regions it reaches
@@ -18,7 +18,7 @@ namespace box_paint_conv3x3 {
 
 constexpr int64_t kTaps = 9, kClasses = 5, kRegions = kClasses * kClasses;
 
-// Whether tap i of three reaches the cells of a class; thin: of a side of one cell.
+// Whether tap i of three reaches the cells of a class; thin: for a side of one cell.
 constexpr bool reaches(int64_t position, int64_t tap, bool thin) {
   if (position == 2) return !thin || tap == 1;
   return position < 2 ? tap >= 2 - position : tap <= 4 - position;
@@ -30,12 +30,12 @@ struct Level {
   bool channels_last;
 };
 
-// Objects count image by image: those of image b are first[b] .. first[b + 1] - 1.
+// Objects are ordered by image: those of image b are first[b] .. first[b + 1] - 1.
 struct Arguments {
   const Level* levels;
   const Bands* bands;     // [levels, images]
   const int64_t* first;   // [images + 1]
-  const int64_t* object;  // [objects] their places in the call's arguments
+  const int64_t* object;  // [objects] indices in the arguments of the call
   const uint8_t* thin;    // [levels, objects] bit 0: one row, bit 1: one column
   const void* taps;       // [levels, objects, 9, channels] of acc_t
   const void* bias;       // [channels] of acc_t, null: none
@@ -45,7 +45,7 @@ struct Arguments {
   int64_t images, objects, channels, stride;
 };
 
-// One thread's memory.
+// Scratch memory of one thread.
 struct Workspace {
   void *nodes, *narrowed, *sums, *cells;
   double* totals;  // [regions of an image, block]
@@ -53,7 +53,7 @@ struct Workspace {
 
 using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, const Task* end);
 
-struct Table {  // of a dtype
+struct Table {  // per dtype
   Kernel regions, forward, backward;
   int64_t block, lanes;
 };
@@ -67,7 +67,7 @@ namespace fastkd {
 namespace {
 using namespace box_paint_conv3x3;
 
-// Where an image's regions begin in the table of a level.
+// Offset of an image's regions in the table of a level.
 FASTKD_INLINE int64_t region_row(const Arguments& arguments, int64_t image) {
   return arguments.first[image] * kRegions + image;
 }
@@ -87,7 +87,7 @@ struct Paint {
   using V = Vector<acc>;
   static constexpr int kBlockVectors = 4, kBlock = kBlockVectors * kLanes<V>, kWidth = kLanes<V>;
 
-  // A task is an object (channel counts those of the image) or, behind the last one, the bias.
+  // A task is an object (`channel` is its index in the image) or, after the last one, the bias.
   static void regions(const Arguments& arguments, const Workspace&, const Task* task, const Task* end) {
     for (; task != end; ++task) {
       const int64_t channels = arguments.channels;
@@ -290,7 +290,7 @@ struct Call {
       const auto room = [](int64_t numbers) { return std::unique_ptr<double[]>(new double[numbers]); };
       const auto nodes = room(painted_nodes(segments) * node_width), narrowed = room(segments * node_width);
       const auto totals = room((objects * kRegions + 1) * total_width);
-      std::vector<double> sums(row), cells(row);  // zeros stand for channels that do not exist
+      std::vector<double> sums(row), cells(row);  // zeros for missing channels
       kernel(arguments, {nodes.get(), narrowed.get(), sums.data(), cells.data(), totals.get()}, begin, end);
     });
   }
@@ -310,7 +310,7 @@ void check_taps(const Tensor& taps, const Tensor& boxes, int64_t levels) {
   STD_TORCH_CHECK(widened(taps) == taps.scalar_type(), "box_paint_conv3x3: taps must be float32 or float64");
 }
 
-// L tensors [B, H_l, W_l, C]; dtype: of `like`, whose sums are of the dtype of the taps.
+// L tensors [B, H_l, W_l, C] with the dtype of `like`; taps have the accumulation type of that dtype.
 std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxes, Tensor image_index, int64_t height,
                             int64_t width, int64_t batch_size, std::vector<int64_t> sides, Tensor like) {
   const auto sizes = pairs(sides);

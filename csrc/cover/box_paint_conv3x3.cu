@@ -1,11 +1,11 @@
 // box_paint_conv3x3 on the GPU: the 3x3 convolution of painted boxes from the nine products of each embedding with the
-// weight (taps), as csrc/cover/box_paint_conv3x3.cpp (there the algebra), all levels of a pyramid in one launch.
+// weight (taps); derivation in csrc/cover/box_paint_conv3x3.cpp. All levels of a pyramid in one launch.
 //
 // S cells of all levels and images, K boxes, C channels, e bytes an element:
 //   forward   paints with taps (device_paint.h): writes S C e once; reads 9 L K C sums' bytes from the caches
-//   backward  pools with taps (device_pool.h): reads S C e once (once more for every group of boxes beyond those whose
-//             sums fit in shared memory), writes 9 L K C and C sums, and in between at most S C of them
-// Deterministic: no atomics, sums in an order that depends on the geometry alone.
+//   backward  pools with taps (device_pool.h): reads S C e once for every group of boxes whose sums fit in shared
+//             memory, writes 9 L K C and C sums and at most S C partial sums
+// Deterministic: no atomics, sums in an order that depends only on the geometry.
 #include "cover/device_paint.h"
 #include "cover/device_pool.h"
 
@@ -15,8 +15,8 @@
 namespace fastkd {
 namespace {
 
-// grad_bias = the sums of all cells, strip by strip in order. A warp takes every kWarps-th strip of a channel, with
-// sixteen loads under way: there are few blocks, and hundreds of strips.
+// grad_bias = the sums of all cells, strip by strip in order. A warp processes every kWarps-th strip of a channel, with
+// sixteen loads in flight: there are few blocks and hundreds of strips.
 template <class Sum>
 FASTKD_KERNEL void bias_kernel(Global<const Sum> whole, int64_t strips, int64_t channels, Global<Sum> grad_bias) {
   FASTKD_SHARED(double, sums, kBlock);
@@ -33,7 +33,7 @@ FASTKD_KERNEL void bias_kernel(Global<const Sum> whole, int64_t strips, int64_t 
   grad_bias[channel] = static_cast<Sum>(sum);
 }
 
-// L tensors [B, H_l, W_l, C]; dtype: of `like`, whose sums are of the dtype of the taps.
+// L tensors [B, H_l, W_l, C] with the dtype of `like`; taps have the accumulation type of that dtype.
 std::vector<Tensor> forward(Tensor taps, std::optional<Tensor> bias, Tensor boxes, Tensor image_index, int64_t height,
                             int64_t width, int64_t batch_size, std::vector<int64_t> sides, Tensor like) {
   const char* op = "box_paint_conv3x3";

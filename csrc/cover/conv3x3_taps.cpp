@@ -14,13 +14,13 @@ namespace fastkd {
 namespace {
 using namespace conv3x3_taps;
 
-constexpr int64_t kMostEmbeddings = 512;  // with more the library's product is faster, although the weight is copied
+constexpr int64_t kMostEmbeddings = 512;  // above this, the library product is faster in spite of its copy
 
 Tensor shaped(const Tensor& tensor, std::vector<int64_t> shape) {
   return torch::stable::view(tensor, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
 }
 
-// out = first second. Not matmul, which autocast, where a backward pass runs under it, would round.
+// out = first second. Not matmul, which would be cast by autocast if the backward pass runs under it.
 void multiply_into(const Tensor& first, const Tensor& second, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(first), from(second), from(out)};
@@ -75,7 +75,7 @@ struct Call {
     arguments.columns = columns;
   }
 
-  void pack_rows() {  // which are what they must be where they are whole vectors
+  void pack_rows() {  // not needed if rows are whole vectors
     const int64_t lanes = table.lanes, width = (arguments.inputs + lanes - 1) / lanes * lanes;
     arguments.rows = embeddings.const_data_ptr();
     if (width == arguments.inputs) return;
@@ -109,7 +109,7 @@ struct Call {
 
   bool by_library() const { return arguments.count > kMostEmbeddings; }
 
-  // The weight turned, the matrix of a library's product: [C, 9 * O].
+  // The weight as a matrix for the library's product: [C, 9 * O].
   Tensor matrix() const {
     const Tensor rows = shaped(weight, {arguments.outputs, arguments.inputs * kTaps});
     const Tensor turned = torch::stable::contiguous(torch::stable::transpose(rows, 0, 1));
@@ -131,7 +131,7 @@ Tensor forward(Tensor embeddings, Tensor weight) {
   return taps;
 }
 
-// The gradients of embeddings and weight, empty where not wanted.
+// The gradients of embeddings and weight, empty if not required.
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weight, bool for_embeddings,
                                     bool for_weight) {
   Call call(embeddings, weight);

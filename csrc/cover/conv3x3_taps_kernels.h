@@ -1,13 +1,13 @@
 // conv3x3_taps: the nine products of every embedding e [N, C] with a weight w [O, C, 3, 3], taps [N, 9, O]:
-// taps[n, t, o] = sum_c e[n, c] w[o, c, t]. The matrix of a library's product would be the weight turned, a copy that
-// costs more than the product: here the weight is read as it lies, its numbers broadcast, and a lane is an embedding.
+// taps[n, t, o] = sum_c e[n, c] w[o, c, t]. A library's matrix product needs a permuted copy of the weight, which costs
+// more than the product. Here the weight is read in place, its elements are broadcast, and lanes are embeddings.
 //
-// forward    of each output o the nine rows w[o, :, t] times e^T, a tile [9, embeddings], then turned
-// backward   g^T [O, 9, N] is turned as it is needed; for w: the rows g^T[o, t, :] of a task times e; for e: the rows
-//            w[o, c, :] of all inputs of a thread times a few outputs of g^T, which stay in the first cache meanwhile
-// e^T and g^T lie in blocks of as many embeddings as a product takes at a time, one row of a block after the other.
-// Sums in registers over at most kDepth products (backward for e: kChain), then in memory, in an order that depends on
-// the shape alone.
+// forward    for each output o: the nine rows w[o, :, t] times e^T, a tile [9, embeddings], then transposed
+// backward   g^T [O, 9, N] is transposed on demand; for w: the rows g^T[o, t, :] of a task times e; for e: the rows
+//            w[o, c, :] of all inputs of a thread times a few outputs of g^T, which stay in L1
+// e^T and g^T are stored in blocks of as many embeddings as a product processes at a time, row by row of a block.
+// Sums are in registers over at most kDepth products (backward for e: kChain), then in memory, in an order that depends
+// only on the shape.
 #pragma once
 
 #include "common/tile.h"
@@ -26,7 +26,7 @@ struct Arguments {
   void *for_rows, *for_weight;     // gradients
 };
 
-// A task: at most lanes outputs, or (inputs) lanes inputs, from `first` on. Those of inputs follow each other.
+// A task: at most `lanes` outputs, or `lanes` inputs, from `first` on. Tasks of inputs are consecutive.
 struct Part {
   int64_t first, count;
   bool inputs;
@@ -35,7 +35,7 @@ struct Part {
 // scratch: of backward, as much as scratch_length says
 using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end, void* scratch);
 
-struct Table {  // of a dtype
+struct Table {  // per dtype
   Kernel forward, backward;
   void (*pack)(const Arguments&, const void* embeddings, void* rows, void* columns);
   int64_t (*scratch_length)(const Arguments&);
@@ -55,7 +55,7 @@ constexpr int64_t kChain = 36;  // for e: longer sums in a row are less exact th
 constexpr int kMostVectors = kWide ? 3 : 1;  // with nine rows they fill the registers
 
 // c [M, U vectors] (+)= the sum over groups and steps of a[m * row + group * group_stride + step * step_stride] times
-// the rows of b, U vectors each, ldb apart; at most `chain` products in a row.
+// the rows of b, U vectors each with stride ldb; at most `chain` consecutive products in registers.
 template <class V, int M, int U, int row, int step_stride, int64_t chain = kDepth>
 __attribute__((noinline)) void multiply_strided(const Element<V>* a, int64_t group_stride, int64_t groups,
                                                 int64_t steps, const Element<V>* b, int64_t ldb, Element<V>* c,
@@ -111,10 +111,10 @@ struct Taps {
   static constexpr int lanes = kLanes<V>;
   static constexpr int64_t kWidth = kMostVectors * lanes;  // of a tile
   static constexpr int kRows = lanes < 8 ? lanes : 8;      // inputs at a time
-  static constexpr int64_t kOutputs = kDepth / kTaps;      // whose gradients stay in the first cache for all inputs
+  static constexpr int64_t kOutputs = kDepth / kTaps;      // outputs per step: gradients stay in L1 for all inputs
   static_assert(kOutputs % lanes == 0);
 
-  // f(first, constant number of vectors) for the blocks of n numbers, from a multiple of kWidth on
+  // Calls f(first, constant number of vectors) for the blocks of n elements, starting at multiples of kWidth.
   template <class F>
   static FASTKD_INLINE void for_blocks(int64_t n, const F& f, int64_t first = 0) {
     for (; first + (kMostVectors - 1) * lanes < n; first += kWidth) f(first, std::integral_constant<int, kMostVectors>{});
@@ -155,7 +155,7 @@ struct Taps {
   static void forward(const Arguments& arguments, const Part* part, const Part* end, void*) {
     const int64_t inputs = arguments.inputs, outputs = arguments.outputs;
     const acc* columns = static_cast<const acc*>(arguments.columns);
-    acc tile[lanes * kTaps * kWidth];  // of each output and tap a row of embeddings
+    acc tile[lanes * kTaps * kWidth];  // a row of embeddings per output and tap
     for (; part != end; ++part)
       for_blocks(arguments.count, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
         for (int64_t at = 0; at < part->count; ++at) {
@@ -213,7 +213,7 @@ struct Taps {
         for_blocks(arguments.count, add_rest, blocks * kWidth);
         for (int64_t u = 0; u < vectors; ++u) {
           acc* out = row + (first + u * lanes) * kTaps;
-          if constexpr (lanes > kTaps)  // what is written beyond the nine is the next input's
+          if constexpr (lanes > kTaps)  // elements past the nine are overwritten by the next input
             transpose_block<V>(tile + u * lanes, kWidth, out, kTaps);
           else
             for (int lane = 0; lane < lanes; ++lane)

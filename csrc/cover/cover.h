@@ -1,5 +1,5 @@
-// The family of box_pool, box_paint, mask_pool, mask_paint, box_paint_conv3x3 and norm_relu_box_pool, on the CPU: which
-// cells of a level a box covers (box_cover in fastkd/ops/_support/coverage.py), and which objects an image has.
+// Shared by box_pool, box_paint, mask_pool, mask_paint, box_paint_conv3x3 and norm_relu_box_pool on the CPU: the cells
+// of a level that a box covers (box_cover in fastkd/ops/_support/coverage.py), and the objects of an image.
 #pragma once
 
 #include "common/capability.h"
@@ -24,7 +24,7 @@ struct Rectangle {
   int64_t cells() const { return empty() ? 0 : (y1 - y0) * (x1 - x0); }
 };
 
-// The rectangles of all boxes [K, 4] xyxy on all levels of sizes (H_l, W_l): level by level, K each.
+// The rectangles of all boxes [K, 4] xyxy on all levels of sizes (H_l, W_l), K per level.
 inline std::vector<Rectangle> cover_boxes(const torch::stable::Tensor& boxes, int64_t height, int64_t width,
                                           const std::vector<std::pair<int64_t, int64_t>>& sizes) {
   using torch::headeronly::ScalarType;
@@ -49,7 +49,7 @@ struct ObjectsByImage {
   std::vector<int64_t> object, first;
 };
 
-// Throws where an index lies outside [0, images): nothing reads or writes another image's memory.
+// Throws if an index is outside [0, images), so that no access leaves the memory of an image.
 inline ObjectsByImage objects_by_image(const torch::stable::Tensor& image_index, int64_t objects, int64_t images) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(image_index.dim() == 1 && image_index.size(0) == objects && image_index.is_cpu() &&

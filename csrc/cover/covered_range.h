@@ -1,5 +1,5 @@
-// Which cells of a side of a level a box covers: the rule of box_cover in fastkd/ops/_support/coverage.py, for the CPU and the
-// GPU.
+// The cells of one side of a level that a box covers, as box_cover in fastkd/ops/_support/coverage.py, for the CPU and
+// the GPU.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ struct CellRange {  // first <= cell < end
 };
 
 // The integers i in [0, cells) with low * cells / side <= i <= high * cells / side, low and high clamped to
-// [0, side - 1] first; all in float, operation by operation as the reference does it. NaN covers nothing.
+// [0, side - 1] first; all in float, with the same operations as the reference. NaN covers nothing.
 FASTKD_HOST_DEVICE inline CellRange covered_range(float low, float high, int64_t side, int64_t cells) {
   const auto scaled = [&](float value) {
     const float last = static_cast<float>(side - 1);

@@ -1,6 +1,6 @@
-// box_pool, box_paint, mask_pool, mask_paint and box_paint_conv3x3 on the GPU share: a pyramid cut into blocks, and which
-// cells the objects (boxes, masks) of an image cover, found on the device. An image_index out of range matches no image,
-// NaN covers nothing.
+// Shared by box_pool, box_paint, mask_pool, mask_paint and box_paint_conv3x3 on the GPU: the partition of a pyramid
+// into blocks, and the cells that the objects (boxes, masks) of an image cover, computed on the device. An image_index
+// out of range matches no image, NaN covers nothing.
 #pragma once
 
 #include "cover/covered_range.h"
@@ -9,7 +9,7 @@
 namespace fastkd {
 
 constexpr int kBlock = 256;                   // threads
-constexpr int kTile = 256;                    // consecutive cells of a level, row by row
+constexpr int kTile = 256;                    // consecutive cells of a level in row-major order
 constexpr int kWords = kTile / kWarpSize;     // of a tile's cells as bits
 constexpr int kWarps = kBlock / kWarpSize;
 
@@ -35,23 +35,23 @@ struct Level {
   Global<P> data;
   int rows, columns, cells;
   int strips, words;         // of an image, of an object's packed mask
-  int64_t first_block;       // blocks of the levels before
-  int64_t first_strip;       // strips of one image of the levels before
-  int64_t first_word;        // words of one object of the levels before
+  int64_t first_block;       // blocks of the preceding levels
+  int64_t first_strip;       // strips of one image of the preceding levels
+  int64_t first_word;        // words of one object of the preceding levels
   bool channels_last;
-  bool packed;  // channels-last where every group of channels of every cell is whole packs
+  bool packed;  // channels-last, and every group of channels of every cell is whole packs
 };
 
 template <class P>
 struct Levels {
   Level<P> level[kMaxLevels];
   int count, strip;    // strip: cells
-  int group, groups;   // channels of a block, groups of them
+  int group, groups;   // channels per block, number of groups
   int64_t images, channels, strips;  // strips: of one image of all levels
 };
 
-// The share of a block: the cells [begin, end) of a strip of one image, and a group of channels. Blocks that differ in
-// the group alone are neighbours: together they touch whole cells.
+// The work of a block: the cells [begin, end) of a strip of one image, and a group of channels. Blocks that differ only
+// in the group are consecutive: together they access whole cells.
 template <class P, class index_t>
 struct Place {
   Level<P> level;
@@ -72,7 +72,7 @@ struct Place {
     channels = static_cast<int>(levels.channels - channel < levels.group ? levels.channels - channel : levels.group);
   }
 
-  // The place of the group's first channel in a cell of this image; from a channel or a cell to the next.
+  // Offset of the group's first channel in a cell of this image; strides of channels and cells.
   FASTKD_DEVICE index_t offset(const Levels<P>& levels, int cell) const {
     if (level.channels_last) return static_cast<index_t>((image * level.cells + cell) * levels.channels + channel);
     return static_cast<index_t>((image * levels.channels + channel) * level.cells + cell);
@@ -92,12 +92,12 @@ struct Objects {
   Global<const int64_t> image;  // [K]
   Global<const float> box;      // [K, 4] xyxy, pixels of the padded batch
   Global<const uint32_t> word;  // of masks: level by level [K, words], a bit a cell
-  Global<const int> cells;      // of masks: [L, K] how many each covers
+  Global<const int> cells;      // of masks: [L, K] number of covered cells
   int count;
   int height, width;  // of the padded batch
   bool masks;
 
-  // What box k covers of a level; of masks all of it.
+  // The cells of a level that box k covers; for masks the whole level.
   template <class P>
   FASTKD_DEVICE Area area(const Level<P>& level, int k) const {
     if (masks) return {0, level.rows, 0, level.columns};
@@ -114,7 +114,7 @@ struct Objects {
   }
 };
 
-// The area and the cells around it, as far as they exist.
+// The area grown by one cell on each side, clipped to the level.
 template <class P>
 FASTKD_DEVICE Area grown(const Area& area, int by, const Level<P>& level) {
   if (area.empty()) return area;
@@ -137,7 +137,8 @@ FASTKD_DEVICE uint32_t area_word(const Area& area, int columns, int first) {
   return bits;
 }
 
-// True if some of the cells [begin, end) may lie in an area: they lie between its first and its last cell.
+// True if some of the cells [begin, end) may lie in an area, as the range overlaps that from its first to its last
+// cell.
 FASTKD_DEVICE bool may_touch(const Area& area, int columns, int begin, int end) {
   return !area.empty() && area.y0 * columns + area.x0 < end && (area.y1 - 1) * columns + area.x1 > begin;
 }
@@ -150,8 +151,9 @@ FASTKD_DEVICE uint32_t reaching(int y, int first, int end) {
   return bits;
 }
 
-// Writes the first objects from `from` on, in ascending order and at most `capacity`, whose area grown by `grow` may
-// touch the place to `list`, by all threads of the block. Returns how many; `next` is the object to go on from.
+// Writes to `list`, in ascending order, the first objects from `from` on (at most `capacity`) whose area, grown by
+// `grow`, may overlap the cells of the block. Called by all threads. Returns their number; `next` is the object to
+// continue with.
 template <class P, class index_t>
 FASTKD_DEVICE int list_objects(const Objects& objects, const Place<P, index_t>& place, int grow, int from, int capacity,
                                Shared<int> list, int& next) {
@@ -160,7 +162,7 @@ FASTKD_DEVICE int list_objects(const Objects& objects, const Place<P, index_t>& 
   const int thread = threadIdx.x, lane = thread % kWarpSize, left = objects.count - from;
   const int window = left < kWarpSize * kBlock ? left : kWarpSize * kBlock;
   const int chunks = (window + kWarpSize - 1) / kWarpSize;
-  __syncthreads();  // an earlier list has been read
+  __syncthreads();  // until an earlier list has been read
   for (int chunk = thread / kWarpSize; chunk < chunks; chunk += kWarps) {
     const int k = from + chunk * kWarpSize + lane;
     const bool mine = k < objects.count && objects.image[k] == place.image &&
@@ -246,7 +248,7 @@ Levels<P> levels_of(const Sizes& sizes, int64_t images, int64_t channels, int st
   return result;
 }
 
-// The data of the levels; packs of channels are possible where `aligned` says so of everything beside them.
+// Sets the data of the levels; packs of channels are possible if `aligned` is true for all other arrays.
 template <class P>
 void add_data(Levels<P>& levels, const std::vector<Plane>& planes, bool aligned) {
   using Value = std::remove_const_t<P>;
@@ -266,14 +268,14 @@ inline std::vector<Tensor> data_of(const std::vector<Plane>& planes) {
   return data;
 }
 
-// Objects of a call, and the tensors they point into.
+// Objects of a call, and the tensors that own their data.
 struct Cover {
   Objects objects{};
   std::vector<Tensor> kept;
   int64_t count() const { return objects.count; }
 };
 
-// Checks image_index [K] beside K objects on the device of `on` and keeps it.
+// Checks image_index [K] of the K objects, on the device of `on`, and keeps it alive.
 inline Cover new_cover(const char* op, const Tensor& objects, const Tensor& image_index, const Tensor& on) {
   STD_TORCH_CHECK(image_index.dim() == 1 && image_index.size(0) == objects.size(0) &&
                       image_index.scalar_type() == torch::headeronly::ScalarType::Long &&

@@ -1,14 +1,14 @@
 // Cells as sums of the values of the objects that cover them, on the GPU.
 //
-// A block takes a tile of 256 cells of one image and 64 channels. For every cell it keeps the covering objects as bits;
-// neighbours with the same bits have the same sum, which a thread makes once.
-//   reads   [L, K, C] values: from the caches, once per run of such cells in a tile
-//   writes  every cell once, in 16 bytes where the layout allows; nothing else
-// Sums are in float (double for float64), objects in the order of a list that depends on the geometry alone:
+// A block processes a tile of 256 cells of one image and 64 channels. The covering objects of each cell are kept as
+// bits; a run of neighbouring cells with the same bits has the same sum, which is computed once.
+//   reads   [L, K, C] values: from the caches, once per run in a tile
+//   writes  every cell once, in 16-byte stores if the layout allows; nothing else
+// Sums are in float (double for float64), with objects in the order of a list that depends only on the geometry:
 // deterministic.
 //
-// With taps, values are [L, K, 9, C]: an object has one for each of the nine shifts of device_pool.h, and a bias is
-// added to every cell.
+// With taps, values are [L, K, 9, C]: an object has one value for each of the nine shifts of device_pool.h, and a bias
+// is added to every cell.
 #pragma once
 
 #include "cover/device_cover.h"
@@ -16,7 +16,7 @@
 namespace fastkd {
 
 constexpr int kPaintChannels = 64;  // of a block
-constexpr int kMostListed = 512;    // objects a block keeps as bits; more are looked up again for every cell
+constexpr int kMostListed = 512;    // objects kept as bits by a block; further ones are tested again for every cell
 
 // A block's shared memory.
 template <class V, bool taps>
@@ -27,7 +27,7 @@ struct PaintMemory {
   static constexpr int kChunkBytes = kWarpSize * (static_cast<int>(sizeof(Sum)) + 20) + kRows * kTile * 4;
   Shared<Sum> scale;          // [object]
   Shared<uint32_t> bits;      // [chunk of 32 objects][row][cell]
-  Shared<uint32_t> changed;   // [cell] 0: the same bits as the cell before
+  Shared<uint32_t> changed;   // [cell] 0: same bits as the previous cell
   Shared<int> area, list;     // [object][4], [object]
 
   static constexpr int bytes(int chunks) { return kFixedBytes + chunks * kChunkBytes; }
@@ -47,7 +47,7 @@ struct PaintMemory {
   }
 };
 
-// The rows of values by which object k reaches a cell, as bits.
+// The rows of values of object k that contribute to a cell, as bits.
 template <bool taps, class P>
 FASTKD_DEVICE uint32_t rows_at(const Objects& objects, [[maybe_unused]] const Level<P>& level, int k, const Area& area,
                                int cell, int y, int x) {
@@ -68,17 +68,17 @@ FASTKD_DEVICE Sum scale_of(const Objects& objects, int index, int k, const Area&
   return Sum(1) / static_cast<Sum>(cells > 1 ? cells : 1);
 }
 
-// What a block paints with.
+// The values that a block paints.
 template <class V, bool taps>
 struct Palette {
   Objects objects;
   Global<const V> values;  // [L, K, rows, C]
   Global<const V> bias;    // [C], null: none
-  int capacity;            // objects that are listed; a multiple of 32
+  int capacity;            // maximum number of listed objects; a multiple of 32
   bool mean;
 };
 
-// Everything about the listed objects and the tile's cells.
+// Computes the data of the listed objects and the tile's cells.
 template <class T, class V, bool taps, class index_t>
 FASTKD_DEVICE void find_bits(const Palette<V, taps>& palette, const Place<T, index_t>& place, int count,
                              const PaintMemory<V, taps>& memory) {
@@ -134,7 +134,7 @@ FASTKD_DEVICE void add_values(Global<const V> values, sum_t<V> scale, sum_t<V> (
   }
 }
 
-// The sum of `width` channels from `channel` on in a cell of the tile, 32 objects by 32; `rest` is the first object
+// The sum of `width` channels from `channel` on in a cell of the tile, 32 objects at a time; `rest` is the first object
 // that is not listed.
 template <int width, class T, class V, bool taps, class index_t>
 FASTKD_DEVICE void sum_cell(const Levels<T>& levels, const Palette<V, taps>& palette, const Place<T, index_t>& place,
@@ -174,7 +174,7 @@ FASTKD_DEVICE void sum_cell(const Levels<T>& levels, const Palette<V, taps>& pal
   }
 }
 
-// A thread has `width` channels of a run of cells.
+// A thread processes `width` channels of a run of cells.
 template <int width, class T, class V, bool taps, class index_t>
 FASTKD_DEVICE void paint_channels_last(const Levels<T>& levels, const Palette<V, taps>& palette,
                                        const Place<T, index_t>& place, int count, int rest,
@@ -201,7 +201,7 @@ FASTKD_DEVICE void paint_channels_last(const Levels<T>& levels, const Palette<V,
   }
 }
 
-// A warp has the tile's cells of one channel at a time.
+// A warp processes one channel of the tile's cells at a time.
 template <class T, class V, bool taps, class index_t>
 FASTKD_DEVICE void paint_contiguous(const Levels<T>& levels, const Palette<V, taps>& palette,
                                     const Place<T, index_t>& place, int count, int rest,
@@ -228,7 +228,7 @@ FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kBlock, sizeof(index_t) == 8 ? 2 : 3) void pa
   int rest = 0;
   const int count = list_objects(palette.objects, place, taps, 0, palette.capacity, memory.list, rest);
   find_bits(palette, place, count, memory);
-  if (rest < palette.objects.count && threadIdx.x < kTile) memory.changed[threadIdx.x] = 1;  // by objects not listed
+  if (rest < palette.objects.count && threadIdx.x < kTile) memory.changed[threadIdx.x] = 1;  // unlisted objects
   __syncthreads();
   if (!taps && !place.level.channels_last) paint_contiguous(levels, palette, place, count, rest, memory);
   else if (place.level.packed) paint_channels_last<kPack<T>>(levels, palette, place, count, rest, memory);

@@ -1,18 +1,19 @@
 // Sums of a pyramid over the cells that objects cover, on the GPU.
 //
-// A block takes a strip of cells of one image and 32 channels, tile by tile: what some object covers of a tile comes
-// into shared memory once, whatever the memory order, and every object that may touch the strip adds the cells it
-// covers; 32 cells covered together are added up once for all objects. A second kernel adds the strips of each object.
+// A block processes a strip of cells of one image and 32 channels, tile by tile: the cells of a tile that some object
+// covers are loaded to shared memory once, in either memory format, and every object that may overlap the strip adds
+// its cells; 32 cells that are covered together are summed once for all objects. A second kernel adds the strips per
+// object.
 //   pool    reads   every 16 bytes with a cell that some object covers (with taps: everything), once for as many
 //                   objects as shared memory holds
-//           writes  per strip, object that may touch it and channel one partial sum; no more of them than cells
+//           writes  one partial sum per strip, overlapping object and channel; at most as many as cells
 //   merge   reads   these partial sums; writes [L, K, C] once
-// Sums are in float (double for float64) over a strip and in double over strips, in an order that depends on the
-// geometry alone: deterministic.
+// Sums are in float (double for float64) over a strip and in double over strips, in an order that depends only on the
+// geometry: deterministic.
 //
 // With taps, an object is summed nine times, shifted by one cell in every direction: tap (i, j) covers the cells
 // (y, x) where (y + i - 1, x + j - 1) lies in the object. Rows fall into five classes by the taps that reach them,
-// columns alike: 25 disjoint regions are summed, and a region's sum added to the taps that reach it.
+// columns likewise: 25 disjoint regions are summed, and the sum of a region is added to the taps that reach it.
 #pragma once
 
 #include "cover/device_cover.h"
@@ -22,7 +23,7 @@ namespace fastkd {
 constexpr int kPoolChannels = kWarpSize;  // of a block
 constexpr int kMostStrip = 1 << 20, kLeastStrip = 512;  // cells
 
-// Class c of five of a side [first, end): its begin is edge(c), its end edge(c + 1).
+// Class c of five of a side [first, end) is [edge(c), edge(c + 1)).
 FASTKD_DEVICE int edge(int c, int first, int end, int cells) {
   const bool thin = end - first == 1;
   const int middle = c == 2 ? (thin ? first : first + 1) : (thin ? end : end - 1);
@@ -83,7 +84,7 @@ struct PoolMemory {
   }
 };
 
-// The tile's cells that some object covers, as bits; all with `whole`. A warp makes one word.
+// The tile's cells that some object covers, as bits; all cells with `whole`. One word per warp.
 template <class T, bool taps>
 FASTKD_DEVICE void find_covered(bool whole, int count, const PoolMemory<T, taps>& memory, Shared<uint32_t> covered) {
   const int word = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -93,7 +94,7 @@ FASTKD_DEVICE void find_covered(bool whole, int count, const PoolMemory<T, taps>
   if (lane == 0) covered[word] = bits;
 }
 
-// True if one of the `count` cells from `first` on is among them.
+// True if one of the `count` cells from `first` on is covered.
 FASTKD_DEVICE bool is_covered(Shared<uint32_t> covered, int first, int count) {
   const int word = first / kWarpSize, shift = first % kWarpSize;
   uint32_t bits = covered[word] >> shift;
@@ -101,7 +102,7 @@ FASTKD_DEVICE bool is_covered(Shared<uint32_t> covered, int first, int count) {
   return (bits & ((1u << count) - 1)) != 0;
 }
 
-// The covered ones of the cells [first, first + cells) of the place's channels, to the tile.
+// Loads the covered cells of [first, first + cells), for the channels of the block, to the tile.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void load_tile(const Levels<const T>& levels, const Place<const T, index_t>& place, int first, int cells,
                              const PoolMemory<T, taps>& memory, Shared<uint32_t> covered) {
@@ -148,7 +149,7 @@ FASTKD_DEVICE void load_tile(const Levels<const T>& levels, const Place<const T,
   }
 }
 
-// What the listed objects cover of the tile that begins at cell `first`. True if a thread of the warp found something.
+// The cells of the tile at `first` that the listed objects cover. True if a thread of the warp found any.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE bool find_words(const Objects& objects, const Place<const T, index_t>& place, int first, int count,
                               const PoolMemory<T, taps>& memory) {
@@ -157,7 +158,7 @@ FASTKD_DEVICE bool find_words(const Objects& objects, const Place<const T, index
     const int object = at / memory.kRegions;
     const Area area = region_of<taps>(memory.area_of(object), at % memory.kRegions, place.level);
     uint32_t live = 0;
-#pragma unroll 1  // keeps registers for what lives as long as the kernel
+#pragma unroll 1  // saves registers
     for (int word = 0; word < kWords; ++word) {
       const int cell = first + word * kWarpSize;
       uint32_t bits = 0;
@@ -173,7 +174,7 @@ FASTKD_DEVICE bool find_words(const Objects& objects, const Place<const T, index
   return __ballot_sync(kAllLanes, found != 0) != 0;
 }
 
-// The sum of the cells whose bits are set, of 32 from `cell` on.
+// The sum of the cells with set bits, among 32 from `cell` on.
 template <int step, class T>
 FASTKD_DEVICE sum_t<T> sum_bits(Shared<T> cell, uint32_t bits) {
   sum_t<T> sums[4] = {};
@@ -195,7 +196,7 @@ FASTKD_DEVICE sum_t<T> sum_word(const PoolMemory<T, taps>& memory, bool channels
   return sum_bits<1, T>(memory.tile + (lane * memory.kStride + first), bits);
 }
 
-// Adds the tile to the sums of the objects; a warp takes every kWarps-th one, a lane its channel.
+// Adds the tile to the sums of the objects; a warp processes every kWarps-th object, a lane one channel.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, const PoolMemory<T, taps>& memory) {
   using Sum = sum_t<T>;
@@ -228,7 +229,7 @@ FASTKD_DEVICE void add_tile(const Place<const T, index_t>& place, int count, con
   }
 }
 
-// The areas of the listed objects, and zeros for their sums.
+// Computes the areas of the listed objects and zeroes their sums.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void begin_sums(const Objects& objects, const Place<const T, index_t>& place, int count,
                               const PoolMemory<T, taps>& memory) {
@@ -242,7 +243,7 @@ FASTKD_DEVICE void begin_sums(const Objects& objects, const Place<const T, index
   }
 }
 
-// The sum of the tile's cells, 32 by 32 where all of them are covered.
+// The sum of the tile's cells, using the sums of 32 cells where all are covered.
 template <class T, bool taps, class index_t>
 FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, const PoolMemory<T, taps>& memory,
                             Shared<uint32_t> covered) {
@@ -252,8 +253,8 @@ FASTKD_DEVICE void sum_tile(const Place<const T, index_t>& place, int cells, con
   memory.total[threadIdx.x] = sum_word(memory, place.level.channels_last, word, bits);
 }
 
-// partial is [strips of all levels, K, rows, C], where only objects that may touch a strip are written; whole is, with
-// taps, [images, strips of all levels, C]: the sums of all cells.
+// partial [strips of all levels, K, rows, C] is written only for objects that may overlap a strip; with taps, whole
+// [images, strips of all levels, C] are the sums of all cells.
 template <class T, class index_t, bool taps>
 FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kBlock, sizeof(T) + sizeof(index_t) == 16 ? 1 : 2) void pool_kernel(
     Levels<const T> levels, Objects objects, int capacity, Global<sum_t<T>> partial, Global<sum_t<T>> whole) {
@@ -306,7 +307,7 @@ FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kBlock, sizeof(T) + sizeof(index_t) == 16 ? 1
   } while (from < objects.count);
 }
 
-// One block a level and object: its strips' sums in order, divided by its cells if mean. out is [L, K, rows, C].
+// One block per level and object: adds its strips' sums in order, divides by its cells if mean. out is [L, K, rows, C].
 template <class T, class Out, bool taps>
 FASTKD_KERNEL void merge_kernel(Levels<const T> levels, Objects objects, bool mean, Global<const sum_t<T>> partial,
                                 Global<Out> out) {
@@ -329,7 +330,7 @@ FASTKD_KERNEL void merge_kernel(Levels<const T> levels, Objects objects, bool me
 
 // The host's side.
 
-// Cells of a strip: enough strips to fill a GPU, but no more partial sums than elements.
+// Cells per strip: enough strips to fill a GPU, but no more partial sums than elements.
 inline int strip_of(const Sizes& sizes, int64_t images, int64_t values_per_strip) {
   int64_t cells = 0;
   for (const auto& [rows, columns] : sizes) cells += rows * columns;
@@ -342,8 +343,8 @@ inline int strip_of(const Sizes& sizes, int64_t images, int64_t values_per_strip
   return static_cast<int>(strip);
 }
 
-// Objects whose sums a block keeps at once: all of them, or what fits beside a tile in the shared memory of the card,
-// at most in 96 KB: two blocks of an H100's multiprocessor.
+// Objects whose sums a block keeps at once: all, or as many as fit beside a tile in shared memory of at most 96 KB, so
+// that an H100 multiprocessor holds two blocks.
 template <class T, bool taps>
 int pool_capacity(const char* op, int objects) {
   using Memory = PoolMemory<T, taps>;

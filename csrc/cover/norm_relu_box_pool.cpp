@@ -1,13 +1,13 @@
 // norm_relu_box_pool: mean of relu(xhat) over the cells of boxes, xhat = (x - mean) * rstd over all elements of an
 // image of a level (GroupNorm with one group).
 //
-// moments   reads every level once: chunks that fit the first cache, each summed and then centred, merged in double
-// forward   reads the cells in boxes once more; relu(xhat) = rstd * max(x - mean, 0), so nothing normalised is stored.
-//           Kept for backward: of each box and channel the mean of relu(xhat) and the share of cells with xhat > 0
+// moments   reads every level once: chunks that fit in L1, each summed and then centred, merged in double
+// forward   reads the cells in boxes once more; relu(xhat) = rstd * max(x - mean, 0), so xhat is not stored.
+//           Saved for backward: the mean of relu(xhat) and the fraction of cells with xhat > 0 per box and channel
 // backward  reads every level once, writes its gradient once:
 //             dx = rstd * (dy' - mean(dy') - xhat * mean(dy' xhat)),  dy' = [xhat > 0] * sum over boxes of grad / cells
-//           both means are over the elements of the image, sums over boxes of grad times what forward kept
-// The mean is kept to twice the precision: where it is large and the variance tiny, its rounding would show.
+//           both means, over the elements of the image, are sums over boxes of grad times the values saved by forward
+// The mean has twice the precision: if it is large and the variance small, its rounding error would dominate.
 #include "cover/norm_relu_box_pool_kernels.h"
 #include "common/call.h"
 
@@ -23,7 +23,7 @@ FASTKD_KERNEL_TABLES(norm_relu_box_pool::Table, Pool, float, double, BFloat16, H
 namespace fastkd {
 namespace {
 
-// The levels of a call, dense, and what the boxes cover of them.
+// The levels of a call, dense, and the cover of the boxes.
 struct Call {
   std::vector<Tensor> dense_levels;
   std::vector<Level> levels;
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> levels, Tensor bo
     numbers[call.normals.size() + map] = call.normals[map].rstd;
   }
 
-  std::vector<int64_t> covered(call.normals.size());  // cells to read, about
+  std::vector<int64_t> covered(call.normals.size());  // approximate number of cells to read
   std::vector<Task> tasks;
   call.for_maps([&](int64_t level, int64_t image) {
     int64_t& cells = covered[level * call.images + image];
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor> levels, Tensor bo
 template <class acc>
 std::vector<double> weigh(Call& call, const Tensor& grad, const Tensor& kept, int64_t stride) {
   const int64_t levels = call.arguments.levels_count, objects = call.arguments.objects, channels = call.channels;
-  std::vector<double> memory(levels * objects * stride);  // room for acc, aligned
+  std::vector<double> memory(levels * objects * stride);  // storage for acc, aligned
   acc* values = reinterpret_cast<acc*>(memory.data());
   const acc *grads = grad.const_data_ptr<acc>(), *means = kept.const_data_ptr<acc>();
   const acc* shares = means + levels * objects * channels;

@@ -1,14 +1,16 @@
-// norm_relu_box_pool on the GPU: the formulas of csrc/cover/norm_relu_box_pool.cpp, all levels of a pyramid in one launch.
+// norm_relu_box_pool on the GPU: the formulas of csrc/cover/norm_relu_box_pool.cpp, all levels of a pyramid in one
+// launch.
 //
-// forward   moments: every level once, in chunks that stay in registers while they are centred on their own mean,
-//           merged in double; nothing normalised is stored. Sums: what each box covers, once a box, a strip of rows a
-//           block: cells in several boxes are read again, mostly from L2. Strips are added in double, in their order
-//           traffic: n + sum over boxes of cells * C reads; sums 2 strips K C written and read, about 50 strips a call
-// backward  the objects are sorted by image and their gradients weighed (L K C numbers); then every level is read once
+// forward   moments: every level once, in chunks that stay in registers while they are centred on their mean, merged in
+//           double; xhat is not stored. Sums: one block per box and strip of rows; cells in several boxes are read
+//           again, mostly from L2. Strips are added in double, in order
+//           traffic: n + sum over boxes of cells * C reads; sums 2 strips K C written and read, about 50 strips per
+//           call
+// backward  the objects are sorted by image and their gradients scaled (L K C values); then every level is read once
 //           and its gradient written once: n reads, n writes
-// Contiguous and channels-last levels have kernels of their own, one launch each where both occur. No atomics, every
-// sum in an order that shapes and boxes alone decide: deterministic. An image_index out of range belongs to no image,
-// NaN in boxes covers nothing.
+// Contiguous and channels-last levels have separate kernels, with one launch each if both occur. No atomics; the order
+// of every sum depends only on shapes and boxes: deterministic. An image_index out of range matches no image, NaN in
+// boxes covers nothing.
 #include "cover/norm_relu_box_pool_backward.h"
 #include "cover/norm_relu_box_pool_forward.h"
 
@@ -82,7 +84,7 @@ struct Call {
   }
 };
 
-// Gives the levels of one memory order their blocks, `of_level` of them for a group of `group` channels; returns all.
+// Assigns blocks to the levels of one memory format, `of_level` per group of `group` channels; returns their number.
 template <class T, class Blocks>
 int64_t arrange(Levels<T>& levels, bool channels_last, int64_t group, const Blocks& of_level) {
   int64_t blocks = 0;

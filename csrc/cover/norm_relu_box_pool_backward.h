@@ -1,5 +1,5 @@
-// The gradient of norm_relu_box_pool.cu. A block takes a tile of consecutive cells of an image of a level; the cells of
-// a tile fall into runs that the same boxes cover, and what the boxes give a cell is added up once a run.
+// The gradient of norm_relu_box_pool.cu. A block processes a tile of consecutive cells of an image of a level. A run is
+// a range of cells in the tile covered by the same boxes; the contribution of the boxes is summed once per run.
 #pragma once
 
 #include "common/device_channels.h"
@@ -9,11 +9,11 @@ namespace fastkd {
 namespace {
 
 constexpr int kWeighThreads = 512;
-constexpr int kTableChannels = 16;  // of a contiguous tile at a time
+constexpr int kTableChannels = 16;  // channels of a contiguous tile at a time
 constexpr int kTileChannels = 64;   // of a contiguous block
 constexpr int kCellsOfWarp = kTile / kWarps, kCellsAtOnce = 4;
 
-// The objects of the images, image by image in ascending order; objects of no image are left out.
+// The objects ordered by image; objects with an image_index out of range are left out.
 template <class Sum>
 struct Painted {
   Global<Sum> value;      // [L, K, C] rstd * grad / cells
@@ -27,7 +27,7 @@ struct Painted {
   }
 };
 
-// A block an image of a level; a warp takes an object at a time.
+// One block per image of a level; a warp processes an object at a time.
 template <class T>
 FASTKD_KERNEL void weigh_kernel(Levels<T> levels, Objects objects, Global<const T> grad, Global<const sum_t<T>> kept,
                                 Global<const double> normal, Painted<sum_t<T>> painted) {
@@ -74,7 +74,7 @@ FASTKD_KERNEL void weigh_kernel(Levels<T> levels, Objects objects, Global<const 
   if (index == 0 && image == levels.images - 1) painted.first[levels.images] = end;
 }
 
-// dx of an element, `value` what the boxes give it.
+// dx of an element; `value` is the contribution of the boxes.
 template <class Sum>
 struct Gradient {
   Centre<Sum> centre;
@@ -94,7 +94,7 @@ template <class T>
 struct Tile {
   int index, group, begin, cells;
   int64_t image, first, objects;  // of the image, in Painted
-  int near_count;                 // of the list; negative: too many for it, all objects of the image count as near
+  int near_count;                 // of the list; negative: too many, all objects of the image are treated as near
   FASTKD_DEVICE explicit Tile(const Levels<T>& levels) : index(level_of_block(levels)) {
     const Level<T>& level = levels.level[index];
     const int64_t inner = (blockIdx.x - level.first_block) / levels.groups, tiles = (level.cells + kTile - 1) / kTile;
@@ -105,7 +105,7 @@ struct Tile {
   }
 };
 
-// For the near objects in ascending order: visit(area, place in Painted).
+// Calls visit(area, index in Painted) for the near objects in ascending order.
 template <class T, class Sum, class Visit>
 FASTKD_DEVICE void over_near(const Tile<T>& tile, Shared<int> near, const Painted<Sum>& painted, int64_t count,
                              Visit visit) {
@@ -116,7 +116,7 @@ FASTKD_DEVICE void over_near(const Tile<T>& tile, Shared<int> near, const Painte
   }
 }
 
-// Lists the near objects (of kTile), then the runs: run_of[cell], run_begin[run], both from the tile's first cell on.
+// Lists the near objects (at most kTile), then the runs: run_of[cell] and run_begin[run], relative to the tile.
 template <class T, class Sum>
 FASTKD_DEVICE int find_runs(Tile<T>& tile, const Level<T>& level, const Painted<Sum>& painted, int64_t count,
                             Shared<int> near, Shared<int> run_begin, Shared<unsigned char> run_of) {
@@ -155,7 +155,7 @@ FASTKD_DEVICE int find_runs(Tile<T>& tile, const Level<T>& level, const Painted<
   return runs;
 }
 
-// A warp takes kCellsOfWarp consecutive cells, a thread `width` channels.
+// A warp processes kCellsOfWarp consecutive cells, a thread `width` channels.
 template <class T, class index_t, int width>
 FASTKD_KERNEL void backward_channels_last_kernel(Levels<T> levels, int64_t count, Global<const double> normal,
                                                  Painted<sum_t<T>> painted) {
@@ -202,7 +202,8 @@ FASTKD_KERNEL void backward_channels_last_kernel(Levels<T> levels, int64_t count
   }
 }
 
-// Of kTableChannels channels at a time, what the boxes give each run goes to a table; then a warp takes a channel.
+// For kTableChannels channels at a time, the contributions to each run are written to a table; then warps process
+// channels.
 template <class T, class index_t>
 FASTKD_KERNEL void backward_contiguous_kernel(Levels<T> levels, int64_t count, Global<const double> normal,
                                               Painted<sum_t<T>> painted) {
@@ -210,7 +211,7 @@ FASTKD_KERNEL void backward_contiguous_kernel(Levels<T> levels, int64_t count, G
   FASTKD_SHARED(int, near, kTile);
   FASTKD_SHARED(int, run_begin, kTile);
   FASTKD_SHARED(unsigned char, run_of, kTile);
-  FASTKD_SHARED(Sum, table, kTile * (kTableChannels + 1));  // one more: the runs of a channel lie in different banks
+  FASTKD_SHARED(Sum, table, kTile * (kTableChannels + 1));  // + 1: the runs of a channel are in different banks
   Tile<T> tile(levels);
   const Level<T>& level = levels.level[tile.index];
   const int runs = find_runs<T, Sum>(tile, level, painted, count, near, run_begin, run_of);

@@ -1,4 +1,4 @@
-// What the kernels of norm_relu_box_pool.cu share: the levels and objects of a call, and the moments of an image.
+// Shared by the kernels of norm_relu_box_pool.cu: the levels and objects of a call, and the moments of an image.
 #pragma once
 
 #include "cover/covered_range.h"
@@ -20,8 +20,8 @@ struct Level {
   int rows, columns, cells;
   int strip_rows, strips;              // of an image, for sums
   int64_t chunks;                      // of an image, for moments
-  int64_t first_chunk, first_strip;    // of the levels before
-  int64_t first_block;                 // of the levels before, in this launch
+  int64_t first_chunk, first_strip;    // of the preceding levels
+  int64_t first_block;                 // of the preceding levels in this launch
   bool channels_last;
 };
 
@@ -42,10 +42,10 @@ struct Area {
 
 struct Objects {
   Global<const float> box;      // [count, 4] xyxy
-  Global<const int64_t> image;  // [count]: any value, as data has it
+  Global<const int64_t> image;  // [count]: any value
   int64_t count, height, width;
 
-  // What object k covers of a level of one of `images` images; nothing if it belongs to none of them.
+  // The cells of a level that object k covers; empty if its image is not in [0, images).
   template <class T>
   FASTKD_DEVICE Area area(const Level<T>& level, int64_t images, int64_t k) const {
     const int64_t own = image[k];
@@ -65,7 +65,7 @@ FASTKD_DEVICE int level_of_block(const Levels<T>& levels) {
   return level;
 }
 
-// x - mean, the mean as a sum of two numbers: where it is large and the variance tiny, its rounding would show.
+// x - mean, with the mean as a sum of two numbers: if it is large and the variance small, rounding would dominate.
 template <class Sum>
 struct Centre {
   Sum high, low;
@@ -74,7 +74,7 @@ struct Centre {
 };
 
 // Count, mean and centred squares of each chunk of an image: partial [3, chunks]. The chunk stays in registers. The
-// elements before the first pack belong to the first chunk, those after the last pack to the last one.
+// elements before the first pack belong to the first chunk, those after the last pack to the last chunk.
 template <class T, class index_t>
 FASTKD_KERNEL void moments_kernel(Levels<T> levels, Global<double> partial) {
   using Sum = sum_t<T>;
@@ -98,7 +98,7 @@ FASTKD_KERNEL void moments_kernel(Levels<T> levels, Global<double> partial) {
     has[u] = pack < packs;
     if (has[u]) values[u] = load_pack(x + static_cast<index_t>(head + pack * kPack<T>));
   }
-  int64_t single = elements;  // at most one more for a thread
+  int64_t single = elements;  // at most one more per thread
   if (chunk == 0 && threadIdx.x < head) single = threadIdx.x;
   if (last && threadIdx.x >= kWarpSize) single = tail + threadIdx.x - kWarpSize;
   const bool has_single = single < elements;
@@ -132,7 +132,7 @@ FASTKD_KERNEL void moments_kernel(Levels<T> levels, Global<double> partial) {
   partial[2 * levels.chunks + blockIdx.x] = square - mean * apart;
 }
 
-// A block an image of a level: its chunks in a fixed order (Chan et al.) to mean and rstd: normal [2, L, B].
+// One block per image of a level: merges its chunks in a fixed order (Chan et al.) to mean and rstd: normal [2, L, B].
 template <class T>
 FASTKD_KERNEL void normal_kernel(Levels<T> levels, Global<const double> partial, double eps, Global<double> normal) {
   FASTKD_SHARED(double, scratch, kWarpSize);

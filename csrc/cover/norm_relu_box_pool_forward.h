@@ -1,5 +1,5 @@
-// The sums of norm_relu_box_pool.cu over boxes. A block takes what one object covers of a strip of a level, and a group
-// of channels; the strips' sums are added in their order.
+// The sums of norm_relu_box_pool.cu over boxes. A block processes the cells of a strip of a level that one object
+// covers, for a group of channels; the sums of the strips are added in order.
 #pragma once
 
 #include "common/device_channels.h"
@@ -8,11 +8,11 @@
 namespace fastkd {
 namespace {
 
-constexpr int kStripCells = 512;       // of a strip, about: whole rows
-constexpr int kUnroll = 4;             // loads of a thread under way
+constexpr int kStripCells = 512;       // approximate cells per strip of whole rows
+constexpr int kUnroll = 4;             // loads of a thread in flight
 constexpr int kChannelsOfWarp = kUnroll;  // of a contiguous level
 
-// A block's part: what object k covers of a strip.
+// The work of a block: the cells of a strip that object k covers.
 template <class T>
 struct Part {
   int index, group;
@@ -39,8 +39,7 @@ FASTKD_DEVICE void add_above(Sum centred, Sum& sum, Sum& count) {
   count += centred > 0 ? Sum(1) : Sum(0);
 }
 
-// partial [2, strips, K, C]: of the parts that are not empty. A warp takes every kWarps-th cell, a thread `width`
-// channels.
+// partial [2, strips, K, C], for non-empty parts. A warp processes every kWarps-th cell, a thread `width` channels.
 template <class T, class index_t, int width>
 FASTKD_KERNEL void pool_channels_last_kernel(Levels<T> levels, Objects objects, Global<const double> normal,
                                              Global<sum_t<T>> partial) {
@@ -85,8 +84,8 @@ FASTKD_KERNEL void pool_channels_last_kernel(Levels<T> levels, Objects objects, 
   }
 }
 
-// The same of contiguous levels: a warp takes kChannelsOfWarp channels, a thread every 32nd pack of the part's rows.
-// Rows begin anywhere: packs that lie in the part only partly are read element by element.
+// The same for contiguous levels: a warp processes kChannelsOfWarp channels, a thread every 32nd pack of the part's
+// rows. Rows are unaligned: packs that are only partly in the part are read element by element.
 template <class T, class index_t>
 FASTKD_KERNEL void pool_contiguous_kernel(Levels<T> levels, Objects objects, Global<const double> normal,
                                           Global<sum_t<T>> partial) {
@@ -98,13 +97,13 @@ FASTKD_KERNEL void pool_contiguous_kernel(Levels<T> levels, Objects objects, Glo
   const int64_t channel = (static_cast<int64_t>(part.group) * kWarps + warp) * kChannelsOfWarp;
   if (channel >= levels.channels) return;
   const Centre<Sum> centre(normal[part.index * levels.images + part.image]);
-  const int width = part.area.x1 - part.area.x0, packs = width / kPack<T> + 2;  // of a row, wherever it begins
+  const int width = part.area.x1 - part.area.x0, packs = width / kPack<T> + 2;  // of a row at any alignment
   const int items = (part.area.y1 - part.area.y0) * packs;
   Sum sum[kChannelsOfWarp] = {}, count[kChannelsOfWarp] = {};
   for (int item = lane; item < items; item += kWarpSize) {
     const int64_t corner = (part.area.y0 + item / packs) * static_cast<int64_t>(level.columns) + part.area.x0;
     Pack<T> values[kChannelsOfWarp];
-    int first[kChannelsOfWarp];  // of the pack, counted from the row's beginning
+    int first[kChannelsOfWarp];  // of the pack, relative to the row
 #pragma unroll
     for (int c = 0; c < kChannelsOfWarp; ++c) {
       first[c] = width;
@@ -141,7 +140,7 @@ FASTKD_KERNEL void pool_contiguous_kernel(Levels<T> levels, Objects objects, Glo
   }
 }
 
-// A block an object on a level: out [L, K, C], kept [2, L, K, C] = mean of relu(xhat), share of cells with xhat > 0.
+// One block per level and object: out [L, K, C], kept [2, L, K, C] = mean of relu(xhat), fraction of xhat > 0.
 template <class T>
 FASTKD_KERNEL void pooled_kernel(Levels<T> levels, Objects objects, Global<const double> normal,
                                  Global<const sum_t<T>> partial, Global<T> out, Global<sum_t<T>> kept) {

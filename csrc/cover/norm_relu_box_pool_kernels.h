@@ -1,4 +1,4 @@
-// The kernels of norm_relu_box_pool.cpp, which says what they compute, and what it hands them.
+// The kernels of norm_relu_box_pool.cpp (formulas there) and their arguments.
 #pragma once
 
 #include "cover/bands_kernels.h"
@@ -24,13 +24,13 @@ struct Moments {
   double count, mean, square;  // square: sum of (x - mean)^2
 };
 
-// Objects count image by image: those of image b are first[b] .. first[b + 1] - 1.
+// Objects are ordered by image: those of image b are first[b] .. first[b + 1] - 1.
 struct Arguments {
   const Level* levels;
   const Bands* bands;      // [levels, images]
   const int64_t* first;    // [images + 1]
-  const int64_t* object;   // [objects] their places in the call's arguments
-  const int64_t* cells;    // [levels, objects] how many each covers, in the order of the arguments
+  const int64_t* object;   // [objects] indices in the arguments of the call
+  const int64_t* cells;    // [levels, objects] number of covered cells, in the order of the arguments
   Moments* chunks;
   const Normal* normals;   // [levels, images]
   void* out;               // [levels, objects, channels]
@@ -39,7 +39,7 @@ struct Arguments {
   int64_t levels_count, images, objects, value_stride, most_segments;  // the latter of a band
 };
 
-// One thread's memory.
+// Scratch memory of one thread.
 struct Workspace {
   void* nodes;    // of acc_t: [2, segments, lanes of two blocks, or channels]
   void* columns;  // of acc_t: [2, columns, lanes]
@@ -49,7 +49,7 @@ struct Workspace {
 
 using Kernel = void (*)(const Arguments&, const Workspace&, const Task* begin, const Task* end);
 
-struct Table {  // of a dtype
+struct Table {  // per dtype
   Kernel moments, forward, backward;
   int64_t block, lanes;  // channels of a task of a channels-last and of a contiguous image
   int64_t (*stretch_bytes)(int64_t width, int64_t columns, int64_t most_segments);
@@ -65,7 +65,7 @@ namespace fastkd {
 namespace {
 using namespace norm_relu_box_pool;
 
-// The sum over the lanes of all vectors, which may first be added pair by pair.
+// The sum over the lanes of all vectors, which may be overwritten by pairwise sums.
 template <class V, int U>
 FASTKD_INLINE double sum_lanes(const V (&values)[U]) {
   static_assert(U == 4);
@@ -77,7 +77,7 @@ FASTKD_INLINE double sum_lanes(const V (&values)[U]) {
   return lanes[0];
 }
 
-// The chunk is short enough for sums in float: the first only finds where to centre, the others are small.
+// The chunk is short enough for float sums: the first sum only determines the centre, the others are small.
 template <class scalar_t>
 Moments moments_of(const scalar_t* x, int64_t count) {
   using acc = acc_t<scalar_t>;
@@ -110,7 +110,7 @@ void moments_kernel(const Arguments& arguments, const Workspace&, const Task* ta
   }
 }
 
-// x - mean, the mean as a sum of two numbers of the vector's type.
+// x - mean, with the mean as a sum of two numbers of the vector's type.
 template <class V>
 struct Centre {
   V high, low;
@@ -176,15 +176,15 @@ FASTKD_INLINE void store_some(scalar_t* pointer, V value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) pointer[lane] = elements[lane];
 }
 
-// Where a vector of a row begins that should begin at x: further to the left where it would not fit. Some cells are
-// then worked on twice, with the same result.
+// The start of the vector at x, shifted to the left if it would exceed the row. Some cells are then processed twice,
+// with the same result.
 template <class V>
 FASTKD_INLINE int64_t fitted(int64_t x, int64_t columns) {
   if (x + kLanes<V> <= columns) return x;
   return columns > kLanes<V> ? columns - kLanes<V> : 0;
 }
 
-// The same leaves of a contiguous image, for one vector of channels.
+// The same leaves for a contiguous image and one vector of channels.
 template <class V, class scalar_t>
 struct ContiguousAbove {
   using acc = Element<V>;
@@ -235,7 +235,7 @@ struct ContiguousAbove {
   }
 };
 
-// What pool_bands summed of `channels` channels, as means.
+// Converts the sums of pool_bands over `channels` channels to means.
 template <class scalar_t>
 void write_means(const Arguments& arguments, const double* totals, const Task& task, int64_t channel,
                  int64_t channels, int64_t block) {
@@ -303,7 +303,7 @@ struct Pool {
     write_means<scalar_t>(arguments, work.totals, task, channel, channels, block);
   }
 
-  // From the last task to the first: what moments_kernel read last is still in the caches.
+  // In reverse order: the data that moments_kernel read last is still in the caches.
   static void forward(const Arguments& arguments, const Workspace& work, const Task* begin, const Task* end) {
     for (const Task* task = end; task != begin;) {
       --task;
@@ -347,8 +347,8 @@ struct Pool {
       }
   }
 
-  // Of `count` elements that lie together; values has room for whole vectors. past_caches: their whole lines; what lies
-  // before and behind is written by vectors that also write some of the same values again.
+  // The gradient of `count` consecutive elements; values is padded to whole vectors. past_caches: streaming stores for
+  // whole cache lines; elements before and after are written by overlapping vectors.
   template <bool past_caches>
   static FASTKD_INLINE void write_gradients(const Level& level, const Gradient<V>& gradient, int64_t position,
                                             int64_t count, const acc* values) {

@@ -35,7 +35,7 @@ Sizes sizes_of(const std::vector<int64_t>& sides) {
 namespace {
 using namespace pool_paint;
 
-// A call: what the kernels are told, the tasks, and the memory both live in.
+// A call: the arguments of the kernels, the tasks, and their memory.
 class Call {
  public:
   Arguments arguments{};
@@ -53,7 +53,7 @@ class Call {
     for (const int64_t place : cover.place) bands_.push_back(cover.lists[place].view());
   }
 
-  // in or out is a level in the given order. A level without elements, or one that is read for no object, has no tasks.
+  // in or out is a level in the given memory format. A level without elements, or read without objects, has no tasks.
   void add_level(const void* in, void* out, bool channels_last, int64_t bytes) {
     const int64_t index = static_cast<int64_t>(levels_.size()), channels = arguments.channels;
     const auto [rows, columns] = cover_.sizes[index];
@@ -101,7 +101,7 @@ class Call {
   std::vector<Level> levels_;
   std::vector<Task> tasks_;
 
-  // For the largest task (no block is less than two vectors): what its kernel takes.
+  // Scratch of the largest task (blocks have at least two vectors).
   int64_t scratch_bytes() const {
     constexpr int64_t wide = sizeof(double);
     const int64_t block = table.block;
@@ -121,7 +121,7 @@ class Call {
         bytes = std::max(bytes, rows + (level.channels_last ? painted : stretch));
       }
     }
-    return bytes + 8 * 64;  // each of the pieces begins on a cache line
+    return bytes + 8 * 64;  // each part is aligned to a cache line
   }
 };
 

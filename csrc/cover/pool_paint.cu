@@ -2,11 +2,11 @@
 // cover, each the other's backward (device_pool.h, device_paint.h), all levels of a pyramid in one launch.
 //
 // S cells of all levels and images, K objects, C channels, e bytes an element:
-//   pool    reads what the objects cover of S C e once, in packs of 16 bytes, writes L K C e, and in between at most
-//           S / 512 x (objects of an image) C partial sums, written and read once
+//   pool    reads the covered part of S C e once, in packs of 16 bytes, writes L K C e; at most S / 512 x (objects of
+//           an image) C partial sums are written and read once
 //   paint   writes S C e once; reads L K C e from the caches
-//   masks   a bit for each object and cell first: reads the pixels of K H W that are looked at, writes K S / 8 bytes
-// Deterministic: no atomics, sums in an order that depends on the geometry alone.
+//   masks   are first converted to one bit per object and cell: reads the sampled pixels of K H W, writes K S / 8 bytes
+// Deterministic: no atomics, sums in an order that depends only on the geometry.
 #include "cover/device_paint.h"
 #include "cover/device_pool.h"
 
@@ -15,8 +15,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// word = a bit for each cell of each level and each mask [H, W], that of the pixel (y H / H_l, x W / W_l). A thread
-// takes one cell and 32 masks.
+// word = one bit per cell of each level and mask [H, W], that of the pixel (y H / H_l, x W / W_l). A thread processes
+// one cell of 32 masks.
 FASTKD_KERNEL void pack_masks_kernel(Levels<const unsigned char> levels, Global<const unsigned char> masks, int count,
                                      int height, int width, Global<uint32_t> word) {
   const Place<const unsigned char, int64_t> place(levels);
@@ -34,7 +34,7 @@ FASTKD_KERNEL void pack_masks_kernel(Levels<const unsigned char> levels, Global<
   }
 }
 
-// cells = how many bits are set of each level and mask [L, K]. A warp takes one of them.
+// cells = number of set bits of each level and mask [L, K]. One per warp.
 FASTKD_KERNEL void count_cells_kernel(Levels<const unsigned char> levels, Global<const uint32_t> word, int count,
                                       Global<int> cells) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
@@ -77,7 +77,7 @@ Cover cover_by_masks(const char* op, const Tensor& masks, const Tensor& image_in
   return cover;
 }
 
-// Levels [B, C, H_l, W_l] in place where they are dense in either order, else a copy.
+// Levels [B, C, H_l, W_l], without copy if they are dense in either memory format.
 std::vector<Plane> planes_of(const char* op, const std::vector<Tensor>& levels) {
   STD_TORCH_CHECK(!levels.empty(), op, ": levels must be at least one");
   std::vector<Plane> planes;

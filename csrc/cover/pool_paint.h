@@ -1,5 +1,5 @@
-// What box_pool, box_paint, mask_pool and mask_paint share: two sums over the cells that objects cover, each the
-// other's backward.
+// Shared by box_pool, box_paint, mask_pool and mask_paint: two sums over the cells that objects cover, each the
+// backward of the other.
 #pragma once
 
 #include "cover/bands.h"
@@ -10,16 +10,16 @@ namespace fastkd {
 
 using Sizes = std::vector<std::pair<int64_t, int64_t>>;  // (H_l, W_l) of the levels
 
-// Of levels [B, C, H_l, W_l] on the CPU that agree in B, C and dtype, at least one; throws where they are none.
+// Sizes of levels [B, C, H_l, W_l]; throws unless there is at least one, on the CPU, and they agree in B, C and dtype.
 Sizes sizes_of(const std::vector<Tensor>& levels);
 
-// Of a list H_0, W_0, H_1, W_1, ...
+// Sizes from a list H_0, W_0, H_1, W_1, ...
 Sizes sizes_of(const std::vector<int64_t>& sides);
 
 // [L, K, C]: out[l, k] = sum, or mean, of levels[l] over the cells that object k covers; 0 where there are none.
 Tensor pool_levels(const std::vector<Tensor>& levels, const Cover& cover, bool mean);
 
-// L tensors [B, C, H_l, W_l] for paint_levels to fill: so that sizes beyond the memory fail before a cover is made.
+// Allocates L tensors [B, C, H_l, W_l] for paint_levels, so that excessive sizes fail before the cover is computed.
 std::vector<Tensor> new_levels(const Tensor& values, int64_t images, const Sizes& sizes,
                                               const std::vector<bool>& channels_last);
 

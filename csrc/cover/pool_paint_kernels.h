@@ -3,9 +3,9 @@
 // pool    reads the covered cells once; writes [L, K, C]. Sums in float over at most kBandRows x kSegmentCells cells,
 //         then pairwise over the segments of a band, then in double over bands; contiguous levels: see pool_planes.h.
 //         a task: a block of channels of one image of one level
-// paint   writes every cell once; reads [L, K, C], widens and divides it first, for each block or image (`widen`).
+// paint   writes every cell once; reads [L, K, C], which is first widened and divided per block or image (`widen`).
 //         a task: a block of channels of an image (contiguous) or one band, all channels (channels-last)
-// Results do not depend on the number of threads: a task's do not depend on who runs it.
+// Results do not depend on the number of threads, as those of a task do not depend on the thread.
 #pragma once
 
 #include "cover/pool_planes.h"
@@ -19,7 +19,7 @@ struct Level {
   void* out;  // paint: the level
   const Bands* bands;  // of each image
   int64_t channels, rows, columns, elements, most_segments;
-  bool channels_last, large;  // large: beyond the caches near a core
+  bool channels_last, large;  // large: exceeds the caches of a core
 };
 
 struct Arguments {
@@ -28,18 +28,18 @@ struct Arguments {
   const int64_t* cells;  // [L, K], the divisors; null: none
   int64_t objects, most_objects, channels, width;  // K, of an image, C, C rounded up to whole vectors
   void* pooled;  // [L, K, C]
-  const void* values;  // [L, K, C]: what is painted
+  const void* values;  // [L, K, C]: painted values
 };
 
 // scratch: 64-byte aligned, scratch_bytes long
 using Kernel = void (*)(const Arguments&, const Task* begin, const Task* end, char* scratch);
 
-struct Table {  // of a dtype
+struct Table {  // per dtype
   Kernel pool, paint;
   int64_t (*stretch_bytes)(int64_t width, int64_t columns, int64_t most_segments);
-  // channels of a vector, and of a task that pools a channels-last level or a piled image of a contiguous one
+  // channels of a vector; channels of a task that pools a channels-last level or a piled image of a contiguous level
   int64_t lanes, block, piled;
-  int64_t most_objects;  // of an image whose contiguous levels are pooled by columns
+  int64_t most_objects;  // limit per image for pooling contiguous levels by columns
 };
 
 }  // namespace pool_paint
@@ -56,12 +56,12 @@ struct PoolPaint {
   using acc = acc_t<scalar_t>;
   using V = Vector<acc>;
   static constexpr int kWidth = kLanes<V>;
-  static constexpr int64_t kMostObjects = 1024;  // of an image whose objects each have lanes of their own
+  static constexpr int64_t kMostObjects = 1024;  // limit per image for separate lanes per object
   static constexpr int kVectors = 64 / kWidth > 4 ? 64 / kWidth : 4;
   static constexpr int kBlock = kVectors * kWidth;  // channels
   static constexpr int kPiledVectors = 2, kPiled = kPiledVectors * kWidth;
 
-  // The results of `width` channels, the first `channels` of which exist.
+  // The results of `width` channels, of which the first `channels` exist.
   static void write_pooled(const Arguments& arguments, const Task& task, int64_t channel, int64_t width,
                            int64_t channels, const double* totals) {
     const int64_t first = arguments.first[task.image], count = arguments.first[task.image + 1] - first;
@@ -102,7 +102,7 @@ struct PoolPaint {
     for (; channel < end; ++channel) pool_block<acc, 1>(arguments, task, channel, scratch);
   }
 
-  // A task is a vector of channels, of a piled image kPiledVectors of them.
+  // A task is a vector of channels; for a piled image, kPiledVectors vectors.
   static void pool_contiguous(const Arguments& arguments, const Task& task, char* scratch) {
     const Level& level = arguments.levels[task.level];
     const Bands& bands = level.bands[task.image];
@@ -125,7 +125,7 @@ struct PoolPaint {
     const Level& level = arguments.levels[task.level];
     double* totals = new_totals(arguments, task, width, scratch);
     acc* sums = take<acc>(scratch, width * padded<V>(level.columns));
-    for (int64_t at = 0; at < width * padded<V>(level.columns); ++at) sums[at] = 0;  // of channels that do not exist
+    for (int64_t at = 0; at < width * padded<V>(level.columns); ++at) sums[at] = 0;  // missing channels
     acc* cells = take<acc>(scratch, width * padded<V>(level.columns));
     const ContiguousLeaves<V, U, scalar_t> leaves{planes_of(level, task), task.channels, level.rows,
                                                   level.columns,          sums,          cells};
@@ -197,7 +197,7 @@ struct PoolPaint {
   }
 
   static void paint(const Arguments& arguments, const Task* task, const Task* end, char* scratch) {
-    const Task* widened = nullptr;  // a task of the image whose rows are there
+    const Task* widened = nullptr;  // a task of the image whose rows are widened
     const int64_t width = arguments.width > 2 * kWidth ? arguments.width : 2 * kWidth;
     acc* rows = take<acc>(scratch, arguments.most_objects * width);
     for (; task != end; ++task) {

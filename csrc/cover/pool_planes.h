@@ -1,7 +1,7 @@
-// The sums of a contiguous level's cells over the objects that cover them (bands.h), without turning rows into lanes:
-// a lane is a column here. The rows of a band are added up, and of these an object takes its spans by whole vectors,
-// the last one masked; what lies in the lanes of an object is added up when all bands are done. That takes as many
-// vectors as the spans hold: where objects overlap heavily, pool_bands is faster (bands_kernels.h).
+// The sums of a contiguous level's cells over the objects that cover them (bands.h), without transposing: lanes are
+// columns. The rows of a band are summed; each object adds its spans of that sum by whole vectors, the last one masked;
+// the lanes of an object are reduced after all bands. The cost is the number of vectors in all spans: if objects
+// overlap heavily, pool_bands is faster (bands_kernels.h).
 #pragma once
 
 #include "cover/bands_kernels.h"
@@ -10,7 +10,7 @@ FASTKD_KERNELS_BEGIN
 namespace fastkd {
 namespace {
 
-// All bits in the first lanes, then none: what is read from at + kLanes<V> - n masks all but n lanes.
+// All bits in the first lanes, then none: a load at + kLanes<V> - n gives a mask of the first n lanes.
 template <class V>
 struct LaneBits {
   Places<V> at[2 * kLanes<V>];
@@ -19,7 +19,7 @@ struct LaneBits {
   }
 };
 
-// Of a vector of channels. A sum is kept in float over the rows of a band, the vectors of a span and kFlushBands bands.
+// For a vector of channels. Sums are in float over the rows of a band, the vectors of a span and kFlushBands bands.
 template <class V, class scalar_t>
 struct PlanesPool {
   using acc = Element<V>;
@@ -28,8 +28,8 @@ struct PlanesPool {
   static constexpr LaneBits<V> kBits{};
 
   const scalar_t* planes;           // the first of the channels
-  const scalar_t* end;              // of the level: nothing behind is read
-  int64_t channels, rows, columns;  // those that exist, at most `lanes`
+  const scalar_t* end;              // end of the level; nothing past it is read
+  int64_t channels, rows, columns;  // actual numbers, channels at most `lanes`
   int64_t objects;                  // of the image
   acc* sums;      // [channels, padded]: of a band's rows
   acc* partial;   // [objects, lanes of channels, lanes of columns]
@@ -58,8 +58,8 @@ struct PlanesPool {
     for (int64_t channel = 0; channel < channels; ++channel) {
       const scalar_t* from = planes + (channel * rows + band.y0) * columns;
       acc* out = sums + channel * padded<V>(columns);
-      if (count < 4) fetch(from + x0 + count * columns, from + x1 + count * columns);  // of the next band
-      // A vector may reach into what follows the row: those lanes are in no span.
+      if (count < 4) fetch(from + x0 + count * columns, from + x1 + count * columns);  // next band
+      // A vector may extend past the row; those lanes are in no span.
       int64_t whole = x1;
       if (from + (count - 1) * columns + x1 + lanes > end) whole = x1 - lanes + 1;
       int64_t x = x0;

@@ -1,8 +1,9 @@
 // focal_loss: the sigmoid focal loss (alpha 0.25, gamma 2) of the class entries of all anchors, each anchor weighted.
 //
-// forward   reads the logits once: every entry as a negative, 0.75 w p^2 softplus(x), then the positive ones corrected
-// backward  reads them again and writes the gradient once: 1.5 w p^2 ((1 - p) softplus(x) + p / 2) of a negative
-// Nothing of the size of the logits is kept. Sums are kept in double, in an order that depends on the shape alone.
+// forward   reads the logits once: sum of all entries as negatives, 0.75 w p^2 softplus(x), corrected at positive
+//           entries
+// backward  reads them again and writes the gradient once: 1.5 w p^2 ((1 - p) softplus(x) + p / 2) for a negative
+// No buffer has the size of the logits. Sums are in double, in an order that depends only on the shape.
 #include "common/call.h"
 #include "common/reduce.h"
 #include "common/tile.h"
@@ -10,7 +11,7 @@
 namespace fastkd {
 namespace focal_loss {
 
-// Entries [begin, end) of a pyramid's.
+// Entries [begin, end) of a pyramid.
 struct Part {
   int64_t pyramid, begin, end, slot;
 };
@@ -18,9 +19,9 @@ struct Part {
 struct Arguments {
   const void *logits, *weight, *grad;  // [R, B, A, C], [B, A], backward: [R]
   void* gradient;                      // backward: as logits
-  double* sums;                        // forward: one a part
+  double* sums;                        // forward: one per part
   int64_t pyramids, anchors, classes;  // R, B * A, C
-  const int64_t* places;               // of the positive entries among a pyramid's
+  const int64_t* places;               // indices of the positive entries in a pyramid
   int64_t positives;
   bool large;  // see is_large
 };
@@ -28,7 +29,7 @@ struct Arguments {
 struct Table {  // of a dtype
   using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end);
   Kernel forward, backward;
-  double (*corrected)(const Arguments&, int64_t pyramid);  // what the positive entries change of the sum
+  double (*corrected)(const Arguments&, int64_t pyramid);  // correction of the sum at positive entries
   void (*write_positives)(const Arguments&, int64_t pyramid);
 };
 
@@ -41,7 +42,7 @@ namespace fastkd {
 namespace {
 using namespace focal_loss;
 
-// log(1 + e) of e in [0, 1]: 2 artanh(e / (2 + e)), whose argument is at most 1/3.
+// log(1 + e) for e in [0, 1]: 2 artanh(e / (2 + e)), with an argument of at most 1/3.
 template <class V>
 FASTKD_INLINE V log_one_plus(V e) {
   constexpr int terms = sizeof(Element<V>) == 4 ? 8 : 17;
@@ -65,7 +66,7 @@ struct Terms {
   }
 };
 
-struct Exact {  // the same of one entry, in double
+struct Exact {  // the same for one entry, in double
   double p, other, softplus, softplus_negative;
 
   explicit Exact(double x) {
@@ -82,9 +83,9 @@ struct Entries {
   using acc = acc_t<scalar_t>;
   using V = Vector<acc>;
   static constexpr int kLane = kLanes<V>;
-  static constexpr int64_t kBlock = kFlush * kLane;  // entries whose weights are laid out, and summed in acc, at a time
+  static constexpr int64_t kBlock = kFlush * kLane;  // entries per block: weights are expanded, sums kept in acc
 
-  // Calls block(entries of the pyramid, their weights, how many) on stretches of a part; kLane may be read of each.
+  // Calls block(entries, weights, count) on consecutive blocks of a part; kLane elements of each may be read.
   template <class Block>
   static FASTKD_INLINE void stretches(const Arguments& a, const Part& part, const Block& block) {
     const acc* weight = static_cast<const acc*>(a.weight);
@@ -102,7 +103,7 @@ struct Entries {
     }
   }
 
-  // The last entries of a stretch, fewer than a vector, behind which zeros are.
+  // The last entries of a block, fewer than a vector, padded with zeros.
   static FASTKD_INLINE V load_some(const scalar_t* x, int64_t count) {
     scalar_t padded[kLane] = {};
     for (int64_t at = 0; at < count; ++at) padded[at] = x[at];
@@ -208,7 +209,7 @@ FASTKD_KERNEL_TABLES(focal_loss::Table, Entries, float, double, BFloat16, Half)
 namespace fastkd {
 namespace {
 
-constexpr int64_t kPartEntries = 1 << 14;  // a multiple of a cache line's of any dtype
+constexpr int64_t kPartEntries = 1 << 14;  // a multiple of the cache line size for every dtype
 
 struct Call {
   Tensor logits, weight;

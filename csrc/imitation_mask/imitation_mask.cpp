@@ -1,8 +1,10 @@
-// imitation_mask: the cells with an anchor whose IoU with some box exceeds psi times that box's best IoU with any anchor.
+// imitation_mask: the cells with an anchor whose IoU with some box exceeds psi times that box's best IoU with any
+// anchor.
 //
-// Two passes over the cells where an anchor can touch a box: the best IoU of every (box, anchor), then the cells above
-// the threshold, for the anchors whose best exceeds it. No matrix of boxes by anchors: K * sum A numbers between them.
-// The IoU is the reference's float32 operation for operation, so that the same cells exceed the same threshold.
+// Two passes over the cells where an anchor can overlap a box: the best IoU of every (box, anchor), then the cells
+// above the threshold, for anchors whose best IoU exceeds it. No matrix of boxes by anchors; K * sum A values are kept
+// between the passes. The IoU repeats the reference's float32 operations exactly, so that the same cells exceed the
+// threshold.
 #include "common/call.h"
 #include "common/simd.h"
 
@@ -20,12 +22,12 @@ struct Level {
   float stride_y, stride_x;
 };
 
-// A rectangle of cells: the anchor may touch the box there and nowhere else.
+// A rectangle of cells outside of which the anchor cannot overlap the box.
 struct Window {
   int64_t y0, y1, x0, x1;
 };
 
-// One box against one anchor on the cells of a window.
+// One box and one anchor on the cells of a window.
 struct Pair {
   const float* box;     // xyxy
   const float* anchor;  // xyxy
@@ -64,7 +66,7 @@ FASTKD_INLINE FloatVector count_up() {
   return load<FloatVector>(lanes);
 }
 
-// What of the IoU depends on the row.
+// The terms of the IoU that depend only on the row.
 struct Row {
   float height, anchor_height;
 
@@ -87,7 +89,7 @@ FASTKD_INLINE FloatVector overlap(const Pair& pair, const Row& row, int64_t x) {
   return inter / larger<V>(box_area + area - inter, none + 1e-12f);
 }
 
-// run(IoU of some cells, 0 past the window, y, x, how many) for all cells of the window.
+// Calls run(IoU of some cells, 0 past the window, y, x, count) for all cells of the window.
 template <class Run>
 FASTKD_INLINE void over_window(const Pair& pair, const Run& run) {
   for (int64_t y = pair.window.y0; y < pair.window.y1; ++y) {
@@ -136,7 +138,7 @@ const imitation_mask::Table& kernels<imitation_mask::Table, FASTKD_CAPABILITY>()
 namespace fastkd {
 namespace {
 
-// The cells i in [0, cells) where i * stride lies between the bounds, and one more on either side for rounding.
+// The cells i in [0, cells) with i * stride between the bounds, and one more on each side because of rounding.
 std::pair<int64_t, int64_t> touched(float low, float high, float stride, int64_t cells) {
   const double first = std::floor(static_cast<double>(low) / stride) - 1;
   const double last = std::ceil(static_cast<double>(high) / stride) + 2, end = static_cast<double>(cells);
@@ -151,11 +153,11 @@ Pair pair_of(const float* box, const Level& level, int64_t anchor) {
   return {box, sides, level.stride_y, level.stride_x, {y0, y1, x0, x1}};
 }
 
-constexpr int64_t kBoxesPerThread = 8;  // fewer do not pay for waking a thread
+constexpr int64_t kBoxesPerThread = 8;  // fewer are not worth waking a thread
 
 struct Call {
   Tensor boxes;
-  std::vector<Tensor> anchors;  // keep what levels point to
+  std::vector<Tensor> anchors;  // owners of the data that levels point to
   std::vector<Level> levels;
   int64_t pairs = 0;  // anchors of all levels
   const Table& table = active_kernels<Table>();

@@ -1,14 +1,14 @@
-// imitation_mask on the GPU: the cells of csrc/imitation_mask/imitation_mask.cpp, anchors generated in the kernel, no matrix of boxes
-// by anchors.
+// imitation_mask on the GPU: the cells of csrc/imitation_mask/imitation_mask.cpp, with anchors
+// generated in the kernel and no matrix of boxes by anchors.
 //
-//   best       a block for each (box, anchor of a level): its largest IoU over the cells where the two can touch
-//   threshold  a warp a box: psi times the largest of these
-//   mark       a block a tile of 8 x 32 cells of all levels and images: the boxes near it are listed, in their order,
-//              and a thread asks for its cell whether an anchor exceeds the threshold of one of them; every flag is
-//              written once
-//   traffic    boxes and anchors, K sum A numbers between the kernels, one byte a cell: bound by arithmetic, not bytes
-// The IoU is the reference's float32 operation for operation, none of them fused, so that the same cells exceed the
-// same threshold. Boxes of images that do not exist are never near: any image_index is safe. Deterministic.
+//   best       one block per (box, anchor of a level): its largest IoU over the cells where they can overlap
+//   threshold  one warp per box: psi times the largest of these
+//   mark       one block per tile of 8 x 32 cells of all levels and images: lists the boxes near the tile in order; a
+//              thread tests whether an anchor of its cell exceeds the threshold of one of them; every flag is written
+//              once
+//   traffic    boxes and anchors, K sum A values between the kernels, one byte per cell: bound by arithmetic
+// The IoU repeats the reference's float32 operations without fusing, so that the same cells exceed the threshold. Boxes
+// with an image_index out of range are never listed: any image_index is safe. Deterministic.
 #include "common/device_call.h"
 
 namespace fastkd {
@@ -51,7 +51,7 @@ FASTKD_DEVICE float iou(const Box& box, const Box& anchor, const Level& level, i
   return __fdiv_rn(inter, larger(box_area + area - inter, 1e-12f));
 }
 
-// The cells i in [0, cells) where i * stride lies between the bounds, and one more on either side for rounding.
+// The cells i in [0, cells) with i * stride between the bounds, and one more on each side because of rounding.
 struct Range {
   int first, last;
   FASTKD_DEVICE Range(float low, float high, float stride, int cells) : first(0), last(0) {
@@ -95,7 +95,7 @@ FASTKD_KERNEL void threshold_kernel(Levels levels, Global<const float> best, flo
   if (threadIdx.x % kWarpSize == 0) threshold[k] = __fmul_rn(psi, most);
 }
 
-// A tile of cells and the reach of the level's anchors.
+// A tile of cells and the extent of the level's anchors.
 struct Tile {
   int y, x;  // first cell
   float low_y = 0, high_y = 0, low_x = 0, high_x = 0;
@@ -108,7 +108,7 @@ struct Tile {
       high_x = a == 0 ? anchor.x1 : larger(high_x, anchor.x1);
     }
   }
-  // False only where no anchor of no cell touches the box.
+  // False only if no anchor of any cell of the tile overlaps the box.
   FASTKD_DEVICE bool is_near(const Level& level, const Box& box) const {
     const Range down(box.y0 - high_y, box.y1 - low_y, level.stride_y, level.rows);
     const Range across(box.x0 - high_x, box.x1 - low_x, level.stride_x, level.columns);
@@ -161,7 +161,7 @@ Tensor floats(const Tensor& tensor, const Tensor& on) {
   return torch::stable::contiguous(torch::stable::to(tensor, torch::headeronly::ScalarType::Float));
 }
 
-// The table of a call; `anchors` keep what it points to, `masks` are the results.
+// The table of a call; `anchors` own the data it points to, `masks` are the results.
 Levels make_levels(const std::vector<Tensor>& anchors, const std::vector<int64_t>& strides,
                    const std::vector<int64_t>& sizes, const std::vector<Tensor>& masks, int64_t& blocks) {
   Levels levels{};

@@ -1,9 +1,9 @@
 // masked_mse: sum of (student - teacher)^2 over the masked cells and all channels, and the number of masked cells.
 //
-// forward   reads the masked cells (contiguous: vectors of cells with a masked one among them)
+// forward   reads the masked cells (contiguous: vectors with at least one masked cell)
 // backward  reads them again, writes the student's gradient once: 2 grad (student - teacher), 0 outside the mask
-// What is outside the mask is never computed with: infinities there do not matter. Sums are kept in double, in an order
-// that depends on shapes and mask alone.
+// Values outside the mask are not used, so infinities there do not matter. Sums are in double, in an order that depends
+// only on shapes and mask.
 #include "common/call.h"
 #include "common/reduce.h"
 
@@ -21,8 +21,8 @@ struct Level {
   bool channels_last, large;  // large: see is_large
 };
 
-// Contiguous: channels [first, first + count) of an image, with the image's vectors that hold a masked cell, by their
-// first cell. Channels-last: cells [first, first + count) with the masked ones among them.
+// Contiguous: channels [first, first + count) of an image, and the first cells of the image's vectors with a masked
+// cell. Channels-last: cells [first, first + count), and the masked ones among them.
 struct Part {
   int64_t level, image, first, count, slot;
   const int64_t *active, *active_end;
@@ -30,7 +30,7 @@ struct Part {
 
 struct Arguments {
   const Level* levels;
-  double* errors;  // forward: one a part
+  double* errors;  // forward: one per part
   double factor;   // backward: 2 grad
 };
 
@@ -126,7 +126,7 @@ struct Cells {
       store(gradient + at, mask[at] != 0 ? (load<acc>(s + at) - load<acc>(t + at)) * factor : acc(0));
   }
 
-  // Lines past the caches begin with the first one of the row.
+  // Streaming stores begin with the first cache line of the row.
   template <bool past_caches>
   static FASTKD_INLINE void write_row(const scalar_t* s, const scalar_t* t, scalar_t* gradient, const Level& level,
                                       const unsigned char* mask, acc factor) {
@@ -143,7 +143,7 @@ struct Cells {
     write_cells(s, t, gradient, mask, tail, level.cells, factor);
   }
 
-  // All channels of a cell whose mask is set or not. past_caches: they are whole lines.
+  // All channels of a cell, masked or not. past_caches: streaming stores; the channels are whole cache lines.
   template <bool past_caches>
   static FASTKD_INLINE void write_cell(const scalar_t* s, const scalar_t* t, scalar_t* gradient, int64_t channels,
                                        bool masked, acc factor) {
@@ -174,7 +174,7 @@ struct Cells {
     }
   }
 
-  // From the last part to the first: what forward read last is still in the caches.
+  // In reverse order: the data that forward read last is still in the caches.
   static void backward(const Arguments& arguments, const Part* begin, const Part* end) {
     const acc factor = static_cast<acc>(arguments.factor);
     for (const Part* part = end; part != begin;) {
@@ -208,7 +208,7 @@ struct Call {
   std::vector<Tensor> student, teacher, masks;
   std::vector<Level> levels;
   std::vector<Part> parts;
-  std::vector<std::vector<int64_t>> active;  // of a level and image: vectors or cells with something to do
+  std::vector<std::vector<int64_t>> active;  // by level and image: vectors or cells to process
   Arguments arguments{};
   const Table& table;
   int64_t count = 0;
@@ -246,7 +246,7 @@ struct Call {
     for (int64_t cell = 0; cell + group <= level.cells; cell += group)
       if (std::any_of(mask + cell, mask + cell + group, [](unsigned char one) { return one != 0; }))
         found.push_back(cell);
-    active.push_back(std::move(found));  // its elements stay where they are
+    active.push_back(std::move(found));  // moving keeps the addresses of its elements
     const int64_t *begin = active.back().data(), *end = begin + active.back().size();
     const int64_t all = level.channels_last ? level.cells : level.channels;
     const int64_t step = std::max<int64_t>(1, kPartElements * all / (level.channels * level.cells));

@@ -1,13 +1,14 @@
-// masked_mse on the GPU: the numbers of csrc/imitation_mask/masked_mse.cpp, all levels of a pyramid in one launch, both memory orders.
+// masked_mse on the GPU, as csrc/imitation_mask/masked_mse.cpp: all levels in one launch, both memory formats.
 //
-// An image of a level is a matrix of dense rows, [C, cells] or, channels-last, [cells, C]. A block takes a tile of it;
-// its flags come into shared memory as bits, once for all its rows (or columns), and a warp takes a row at a time.
-//   forward   reads the 16-byte packs of student and teacher that hold a masked element, and no others
+// An image of a level is a matrix of dense rows, [C, cells] or, channels-last, [cells, C]. A block processes a tile of
+// it: flags are loaded to shared memory as bits, once for all rows (or columns), and each warp processes a row at a
+// time.
+//   forward   reads the 16-byte packs of student and teacher that contain a masked element, and no others
 //   backward  reads those again, writes the gradient once: 2 grad (student - teacher), 0 outside the mask
-//   traffic   2 n times the share of packs with a masked element, backward n more; a flag is read once for 32 channels
-//             (channels-last: 512)
-// What is outside the mask is never computed with: infinities there do not matter. A thread sums at most 128 squares in
-// float, everything else is summed in double in a fixed order, without atomics: deterministic.
+//   traffic   2 n times the fraction of packs with a masked element, backward n more; a flag is read once per 32
+//             channels (channels-last: 512)
+// Values outside the mask are not used, so infinities there do not matter. A thread sums at most 128 squares in float;
+// all other sums are in double, in a fixed order, without atomics: deterministic.
 #include "common/device_call.h"
 
 #include <tuple>
@@ -39,10 +40,10 @@ template <class T, class index_t>
 struct Tile {
   Level<T> level;
   int rows, columns;
-  bool counts;  // of the tiles with these flags the one that counts them
+  bool counts;  // whether this block counts the flags (one block per set of flags)
   int64_t first_flag;
   int flags;
-  index_t offset;  // of the first element
+  index_t offset;  // offset of the first element
   FASTKD_DEVICE explicit Tile(const Levels<T>& levels) {
     int index = 0;
     while (index + 1 < levels.count && blockIdx.x >= levels.level[index + 1].first_block) ++index;
@@ -226,7 +227,7 @@ struct Call {
       level.cells = cells;
       level.rows = level.channels_last ? cells : channels;
       level.columns = level.channels_last ? channels : cells;
-      level.row_tiles = std::max<int64_t>(1, (level.rows + kTileRows - 1) / kTileRows);  // no channels: flags to count
+      level.row_tiles = std::max<int64_t>(1, (level.rows + kTileRows - 1) / kTileRows);  // flags are counted without channels too
       level.column_tiles = (level.columns + kTileColumns - 1) / kTileColumns;
       level.first_block = blocks;
       blocks += images * level.row_tiles * level.column_tiles;

@@ -1,8 +1,8 @@
 // instance_norm_mse: mean over all elements of all levels of (IN(student) - IN(teacher))^2,
 // IN(x) = (x - mean) / sqrt(var + eps) over a row: the cells of one channel of one image.
 //
-// forward   reads student and teacher once from memory; writes 10 numbers a row: moments [10, rows], see Moment
-// backward  reads student and teacher once, writes one gradient for each side that wants one:
+// forward   reads student and teacher once from memory; writes 10 values per row: moments [10, rows], see Moment
+// backward  reads student and teacher once, writes the gradient of each side that requires one:
 //             d loss / d student = 2 grad / N * scale_s * (e - mean(e IN(s)) IN(s))
 //             d loss / d teacher = 2 grad / N * scale_t * (mean(e IN(t)) IN(t) - e)
 #include "normalised/instance_norm_mse_kernels.h"
@@ -19,7 +19,7 @@ FASTKD_KERNEL_TABLES(instance_norm_mse::Table, Kernels, float, double, BFloat16,
 namespace fastkd {
 namespace {
 
-constexpr int64_t kPartElements = 1 << 18;  // of a channels-last task: enough to hide what a task costs beside them
+constexpr int64_t kPartElements = 1 << 18;  // of a channels-last task: enough to hide the overhead of a task
 
 // The tensors of a call, dense in the student's memory order, and the work on them.
 struct Call {
@@ -49,7 +49,7 @@ struct Call {
     levels.push_back({student.back().const_data_ptr(), teacher.back().const_data_ptr(), nullptr, nullptr, channels,
                       cells, nullptr, 0, is_large(s.numel() * s.element_size())});
     elements += s.size(0) * channels * cells;
-    if (cells == 0 || channels == 0) return;  // nothing to normalise, no rows
+    if (cells == 0 || channels == 0) return;  // no rows
     for (int64_t image = 0; image < s.size(0); ++image) channels_last ? add_parts(image) : add_rows(image);
   }
 

@@ -1,13 +1,13 @@
-// instance_norm_mse on the GPU: the same numbers a row as csrc/normalised/instance_norm_mse.cpp (there the formulas), all levels
-// of a pyramid in one launch.
+// instance_norm_mse on the GPU: the formulas of csrc/normalised/instance_norm_mse.cpp, all levels of a pyramid in one
+// launch.
 //
-// contiguous     one block a row; the row of both sides is read once and stays in shared memory for the two later
-//                sweeps where it fits, else it is read again (from L2)
-//                traffic forward: 2 n reads, 10 numbers and an error a row; backward: 2 n reads, n writes a gradient
-// channels-last  a block takes kChunk cells of up to 32 packs of channels, a thread one pack; means, centred squares
-//                and products of a chunk are merged in double (Chan et al.) to the row's numbers; rows where the error
-//                would be what cancellation leaves of them are read a second time, the errors themselves summed
-//                traffic forward: 2 n reads, seven numbers a chunk's channel written and read; backward as above
+// contiguous     one block per row; both rows are read once and, if they fit, stay in shared memory for the two later
+//                passes, else they are read again (from L2)
+//                traffic forward: 2 n reads, 10 values and an error per row; backward: 2 n reads, n writes per gradient
+// channels-last  a block processes kChunk cells of up to 32 packs of channels, a thread one pack; means, centred
+//                squares and products of chunks are merged in double (Chan et al.) to the row's moments; rows whose
+//                error suffers from cancellation are read a second time to sum the errors directly
+//                traffic forward: 2 n reads, seven values per chunk and channel written and read; backward as above
 // Sums are in a fixed order, without atomics: deterministic.
 #include "normalised/instance_norm_mse_channels_last.h"
 
@@ -16,8 +16,8 @@
 namespace fastkd {
 namespace {
 
-// visit(s, t) for the thread's share of a row: single elements before and behind packs of 16 bytes, which
-// read(number, first element, left, right) brings; all single where the two sides are not aligned alike.
+// Calls visit(s, t) for the thread's elements of a row: single elements before and after the 16-byte packs, which
+// read(number, first element, left, right) loads; only single elements if the alignments of the two sides differ.
 template <class T, class Read, class Visit>
 FASTKD_DEVICE void sweep(Global<const T> s, Global<const T> t, int cells, Read read, Visit visit) {
   const int threads = blockDim.x, thread = threadIdx.x;
@@ -37,7 +37,7 @@ FASTKD_DEVICE void sweep(Global<const T> s, Global<const T> t, int cells, Read r
   for (int i = head + packs * kPack<T> + thread; i < cells; i += threads) visit(widened<T>(s[i]), widened<T>(t[i]));
 }
 
-// staged: the packs of the row stay in shared memory, where a thread finds its own again.
+// staged: the packs of the row are kept in shared memory; each thread re-reads the packs it wrote.
 template <class T, class index_t, bool staged>
 FASTKD_KERNEL void forward_rows_kernel(Levels<T> levels, Global<sum_t<T>> moments, Global<double> row_errors,
                                        double eps) {
@@ -110,7 +110,7 @@ FASTKD_KERNEL void forward_rows_kernel(Levels<T> levels, Global<sum_t<T>> moment
   }
 }
 
-// The loss: one block, rows in a fixed order. Its time is that of its loads: a thread has eight under way.
+// The loss: one block, rows in a fixed order. Bound by load latency: each thread has eight loads in flight.
 template <class Sum>
 FASTKD_KERNEL void sum_rows_kernel(Global<const double> row_errors, int64_t rows, double elements, Global<Sum> loss) {
   FASTKD_SHARED(double, scratch, kWarpSize);
@@ -193,7 +193,7 @@ struct Call {
     }
   }
 
-  // The levels of one memory order, for one launch; `width` is the channels of a channels-last thread.
+  // The levels of one memory format, for one launch; `width`: channels per thread for channels-last.
   template <class T>
   Levels<T> levels(bool channels_last, int width, int64_t& blocks, int64_t& chunk_rows) const {
     Levels<T> result{};

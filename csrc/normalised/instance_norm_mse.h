@@ -1,4 +1,4 @@
-// instance_norm_mse and its kernels share this; value_mimic, the family's other op, shares common/ alone.
+// Shared by instance_norm_mse and its kernels.
 #pragma once
 
 #include "common/pyramid.h"
@@ -6,7 +6,7 @@
 namespace fastkd {
 namespace instance_norm_mse {
 
-// Of each side mean, scale, scale_low, offset (Normal); then mean(e IN(s)) and mean(e IN(t)).
+// For each side mean, scale, scale_low, offset (Normal); then mean(e IN(s)) and mean(e IN(t)).
 enum Moment { kStudent = 0, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };
 
 enum Sum { kX = 0, kY, kXX, kYY, kXY, kSums };
@@ -14,7 +14,7 @@ enum Sum { kX = 0, kY, kXX, kYY, kXY, kSums };
 struct Level {
   const void* student;
   const void* teacher;
-  void* grad_student;  // null: not wanted
+  void* grad_student;  // null: not computed
   void* grad_teacher;
   int64_t channels, cells;
   double* sums;  // channels-last forward: [images, parts, kSums, channels]
@@ -30,7 +30,7 @@ struct Part {
 struct Arguments {
   const Level* levels;
   void* moments;       // [kMoments, rows] of acc_t
-  double* row_errors;  // [rows]; of rows to be done again: -1
+  double* row_errors;  // [rows]; -1 marks rows to recompute
   int64_t rows;
   double eps;
   double factor;  // 2 grad / N

@@ -7,8 +7,8 @@
 namespace fastkd {
 namespace {
 
-// The place of a channels-last block: a thread has `width` channels of one image from `channel` on, and every
-// (threads / kWarpSize)-th cell of the chunk from its warp's number on.
+// The position of a channels-last block: a thread processes `width` channels of one image from `channel` on, and every
+// (threads / kWarpSize)-th cell of the chunk, starting at its warp index.
 template <class T, int width>
 struct Place {
   int level, chunk, cells, first_cell, warp, warps;
@@ -35,10 +35,10 @@ struct Place {
   }
 };
 
-// What chunk_moments_kernel leaves of a chunk's channel: the student's mean, what rounding left out of it and centred
-// squares, the same of the teacher, and the centred products of the two.
+// The results of chunk_moments_kernel per chunk and channel: the student's mean, its rounding error and the centred
+// squares; the same for the teacher; and the centred products of both.
 enum Part { kMean, kRest, kSquares, kProducts = 6, kParts };
-constexpr double kMostCancelled = 32;  // how much larger terms may be than what is left of them
+constexpr double kMostCancelled = 32;  // maximum ratio of the terms to their remainder after cancellation
 
 // partial [kParts, chunk rows]. The chunk is read twice, the second time from a cache.
 template <class T, class index_t, int width>
@@ -98,7 +98,7 @@ FASTKD_KERNEL void chunk_moments_kernel(Levels<T> levels, Global<sum_t<T>> parti
   }
 }
 
-// The row of a merging block's lane, and the chunks of it that its warp takes: every kWarps-th.
+// The row of a lane of a merging block, and the chunks of its warp: every kWarps-th.
 template <class T>
 struct MergedRow {
   Level<T> level;
@@ -118,8 +118,8 @@ struct MergedRow {
   FASTKD_DEVICE int64_t chunks() const { return inside ? level.chunks : 0; }
 };
 
-// A lane a row: chunk moments to the row's normals, slopes and error. Where the error is what little is left of large
-// terms, row_errors becomes -1, and the two kernels below sum it anew; they do nothing elsewhere.
+// One lane per row: merges chunk moments to the row's normals, slopes and error. If the error suffers from
+// cancellation, row_errors is set to -1 and the two kernels below recompute it; they skip all other rows.
 template <class T>
 FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
                                         Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
@@ -169,7 +169,7 @@ FASTKD_KERNEL void merge_moments_kernel(Levels<T> levels, Global<const sum_t<T>>
   row_errors[row] = exact ? error * level.cells : -1.0;
 }
 
-// e^2, e a and e b of each channel over a chunk: partial [3, chunk rows]. Where a row of the block wants them.
+// e^2, e a and e b of each channel over a chunk: partial [3, chunk rows], if a row of the block needs recomputation.
 template <class T, class index_t, int width>
 FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> moments,
                                        Global<const double> row_errors, Global<sum_t<T>> partial, int64_t chunk_rows) {
@@ -210,7 +210,7 @@ FASTKD_KERNEL void chunk_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
   }
 }
 
-// A lane a row: chunk errors to the row's slopes and error, where they are wanted.
+// One lane per row: merges chunk errors to slopes and error of the rows to recompute.
 template <class T>
 FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> partial, int64_t chunk_rows,
                                        Global<sum_t<T>> moments, Global<double> row_errors) {
@@ -222,15 +222,15 @@ FASTKD_KERNEL void merge_errors_kernel(Levels<T> levels, Global<const sum_t<T>> 
   for (int64_t chunk = mine.warp; wanted && chunk < mine.chunks(); chunk += kWarps)
     for (int error = 0; error < kErrors; ++error)
       total[error] += partial[error * chunk_rows + mine.first_chunk_row + chunk * levels.channels];
-  sum_over_warps<double, kErrors>(total, scratch, mine.warp, kWarps);  // behind its barriers row_errors may change
+  sum_over_warps<double, kErrors>(total, scratch, mine.warp, kWarps);  // row_errors may change after its barriers
   if (mine.warp != 0 || !wanted) return;
   moments[kSlopeS * levels.rows + mine.row] = static_cast<sum_t<T>>(total[kWithS] / mine.level.cells);
   moments[kSlopeT * levels.rows + mine.row] = static_cast<sum_t<T>>(total[kWithT] / mine.level.cells);
   row_errors[mine.row] = total[kSquare];
 }
 
-// A thread keeps ten numbers of each of its channels: without a bound the compiler takes so many registers that a
-// multiprocessor has one block. Beyond 2^31 elements it has: the wider index would be spilled.
+// A thread keeps ten values per channel: without launch bounds the compiler uses so many registers that only one block
+// fits a multiprocessor. With 64-bit indices one block is accepted, as the index would be spilled.
 template <class T, class index_t, int width>
 FASTKD_KERNEL FASTKD_LAUNCH_BOUNDS(kThreads, sizeof(index_t) == 8 ? 1 : 2) void backward_chunks_kernel(
     Levels<T> levels, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad, double elements) {

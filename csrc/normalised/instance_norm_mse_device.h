@@ -1,4 +1,4 @@
-// What the kernels of instance_norm_mse.cu share: the levels of a launch, a row's numbers, its gradient.
+// Shared by the kernels of instance_norm_mse.cu: the levels of a launch, the moments of a row, its gradient.
 #pragma once
 
 #include "common/device_call.h"
@@ -7,7 +7,7 @@ namespace fastkd {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int kSumThreads = 1024;  // of the one block that sums the rows
+constexpr int kSumThreads = 1024;  // threads of the block that sums the rows
 constexpr int kChunk = 128;  // cells of a channels-last block
 // as in instance_norm_mse.cpp
 enum Moment { kStudent = 0, kTeacher = 4, kSlopeS = 8, kSlopeT, kMoments };
@@ -16,10 +16,10 @@ enum Error { kSquare, kWithS, kWithT, kErrors };
 template <class T>
 struct Level {
   Global<const T> student, teacher;
-  Global<T> grad_student, grad_teacher;  // null: not wanted
+  Global<T> grad_student, grad_teacher;  // null: not computed
   int64_t cells, chunks;
-  int64_t first_row;        // rows of all levels of the pyramid before
-  int64_t first_own;        // rows, blocks and rows x chunks of the levels before in this launch
+  int64_t first_row;        // rows of the preceding levels of the pyramid
+  int64_t first_own;        // rows, blocks and rows x chunks of the preceding levels of this launch
   int64_t first_block, first_chunk_row;
 };
 
@@ -30,8 +30,8 @@ struct Levels {
   int64_t rows, own_rows, channels;  // of the pyramid, of the levels of this launch
 };
 
-// a = IN(s), b = IN(t) and e = a - b, subtracted so that equal sides give exactly 0: a and b are rounded before, or the
-// compiler would subtract one rounded product from the other unrounded one.
+// a = IN(s), b = IN(t) and e = a - b. Equal sides must give exactly 0, so a and b are rounded before the subtraction;
+// otherwise the compiler would contract it with one of the products.
 template <class Sum>
 struct Normal {
   Sum mean, scale, scale_low, offset;
@@ -50,7 +50,7 @@ FASTKD_DEVICE Normal<Sum> read_normal(Global<const Sum> moments, int64_t rows, i
 template <class Sum>
 FASTKD_DEVICE Normal<Sum> make_normal(double mean, double left, double square, double eps) {
   const Sum rounded = static_cast<Sum>(mean);
-  const double residual = left + (mean - rounded);  // what rounding left out of the mean
+  const double residual = left + (mean - rounded);  // rounding error of the mean
   const double variance = square > 0 ? square : 0;
   const double scale = 1.0 / sqrt(variance + eps);
   const Sum high = static_cast<Sum>(scale);

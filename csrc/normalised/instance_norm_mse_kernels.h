@@ -1,13 +1,13 @@
-// The kernels of instance_norm_mse (instance_norm_mse.cpp says what they compute), compiled once per capability.
+// The kernels of instance_norm_mse (formulas in instance_norm_mse.cpp), compiled once per capability.
 //
-// forward   one sweep over student and teacher gives five sums of x = s - guess, y = t - guess: x, y, x^2, y^2, xy, and
-//           with them everything. Where they cancel - the guess far from the mean, or student and teacher nearly equal
-//           - a row is done again in three sweeps over the cache (`normalise`, `add_errors`): the mean, the variance
-//           about it, and e = IN(s) - IN(t) itself. Rows choose by their own values: deterministic.
-// backward  one sweep.
+// forward   one pass over student and teacher computes five sums of x = s - guess, y = t - guess: x, y, x^2, y^2, xy,
+//           from which all results follow. If they cancel (the guess is far from the mean, or student and teacher are
+//           nearly equal), the row is recomputed in three passes over the cache (`normalise`, `add_errors`): the mean,
+//           the variance about it, and e = IN(s) - IN(t). The choice depends only on the row's values: deterministic.
+// backward  one pass.
 // Layouts   contiguous: a task is some rows; whole vectors of a row, then single elements.
-//           channels-last: a lane is a row; a task is some cells with all their channels, worked on in tiles of a few
-//           cells, so that memory is read in order; the sums of the tasks are added up afterwards.
+//           channels-last: a lane is a row; a task is some cells with all channels, processed in tiles of a few cells,
+//           so that memory is read in order; the sums of the tasks are added afterwards.
 #pragma once
 
 #include "normalised/instance_norm_mse_strips.h"
@@ -34,7 +34,7 @@ struct Kernels {
     return strip;
   }
 
-  // run(block, channel) for all channels: kVectors vectors, single vectors, single channels at a time.
+  // Calls run(block, channel) for all channels: kVectors vectors, single vectors, then single channels.
   template <int vectors, class Run>
   static FASTKD_INLINE void channel_blocks(int64_t channels, const Run& run) {
     int64_t channel = 0;
@@ -59,7 +59,7 @@ struct Kernels {
     }
   }
 
-  // Lines of the gradients past the caches: single elements up to the first one.
+  // Streaming stores of the gradients: single elements up to the first cache line.
   template <bool past_caches>
   static FASTKD_INLINE void write_row(const Arguments& arguments, Strip<scalar_t> row, int64_t head) {
     const int64_t cells = row.tail;
@@ -71,7 +71,7 @@ struct Kernels {
     backward_strip<acc, 1, true, false>(arguments, vectors.rest(1));
   }
 
-  // From the last row to the first: what forward read last is still in the caches.
+  // In reverse order: the data that forward read last is still in the caches.
   static void backward(const Arguments& arguments, const Task* begin, const Task* end) {
     for (const Task* task = end; task != begin;) {
       --task;
@@ -89,7 +89,7 @@ struct Kernels {
     end_stream();
   }
 
-  // run(block, strip, channel) for the tiles of a part.
+  // Calls run(block, strip, channel) for the tiles of a part.
   template <class Run>
   static FASTKD_INLINE void tiles(const Level& level, const Part& part, const Run& run) {
     for (int64_t cell = 0; cell < part.cells; cell += kTile) {
@@ -105,7 +105,7 @@ struct Kernels {
     }
   }
 
-  // Before sum_parts: the guesses, where the means will be. A task is an image of a channels-last level.
+  // Before sum_parts: writes the guesses to the memory of the means. A task is an image of a channels-last level.
   static void guess_rows(const Arguments& arguments, const Task* task, const Task* end) {
     for (; task != end; ++task) {
       const Level& level = arguments.levels[task->level];
@@ -134,7 +134,7 @@ struct Kernels {
     }
   }
 
-  // After sum_parts: a task is an image of a channels-last level.
+  // After sum_parts. A task is an image of a channels-last level.
   static void finish_rows(const Arguments& arguments, const Task* task, const Task* end) {
     for (; task != end; ++task) {
       const Level& level = arguments.levels[task->level];
@@ -176,7 +176,7 @@ struct Kernels {
     });
   }
 
-  // From the last part to the first, as `backward`.
+  // In reverse order, as `backward`.
   static void backward_parts(const Arguments& arguments, const Part* begin, const Part* end) {
     for (const Part* part = end; part != begin;) {
       --part;

@@ -1,5 +1,5 @@
 // Strips of instance_norm_mse: its sums and gradients on one row, or on some channels of a channels-last image.
-// instance_norm_mse_kernels.h says which of them run when.
+// instance_norm_mse_kernels.h selects among them.
 #pragma once
 
 #include "normalised/instance_norm_mse.h"
@@ -14,13 +14,13 @@ namespace {
 using namespace instance_norm_mse;
 
 constexpr int64_t kTile = 64;           // cells of a channels-last tile
-constexpr double kMostCancelled = 32;  // how much larger terms may be than what is left of them
+constexpr double kMostCancelled = 32;  // maximum ratio of the terms to their remainder after cancellation
 
-// A strip of both pyramids (reduce.h) and `tail` elements behind it where it is one row.
+// A strip of both pyramids (reduce.h), followed by `tail` elements if it is one row.
 template <class scalar_t>
 struct Strip {
   const scalar_t *s, *t;
-  scalar_t *grad_s, *grad_t;  // null: not wanted
+  scalar_t *grad_s, *grad_t;  // null: not computed
   int64_t steps, stride, tail, row;
 
   // The tail as a strip of groups of `width` elements.
@@ -32,14 +32,14 @@ struct Strip {
   }
 };
 
-// What turns x into IN(x) = (x - mean) * scale + ((x - mean) * scale_low + offset): the parts in brackets are what
-// rounding left out of scale and mean. Four arrays of a value a row, `stride` apart.
+// Coefficients of IN(x) = (x - mean) * scale + ((x - mean) * scale_low + offset); scale_low and offset correct the
+// rounding errors of scale and mean. Four arrays with one value per row and stride `stride`.
 template <class acc>
 struct Normal {
   acc* mean;
   int64_t stride;
 
-  // Keeps mean and 1 / sqrt(variance + eps) to twice the precision; returns the latter.
+  // Stores mean and 1 / sqrt(variance + eps) with twice the precision; returns the latter.
   FASTKD_INLINE double keep(int64_t row, double exact_mean, double variance, double eps) const {
     acc* out = mean + row;
     const double scale = 1.0 / std::sqrt((variance < 0 ? 0.0 : variance) + eps);
@@ -67,8 +67,8 @@ struct NormalVectors {
   }
 };
 
-// a = IN(s), b = IN(t), e = a - b: the large parts are subtracted first, so that the rounding of a and b themselves
-// is not in e, which is exactly 0 where s = t.
+// a = IN(s), b = IN(t), e = a - b: the large parts are subtracted first, so that e does not contain the rounding errors
+// of a and b and is exactly 0 where s = t.
 template <class V>
 struct Errors {
   V a, b, e;
@@ -84,7 +84,7 @@ FASTKD_INLINE Errors<V> errors(V s, V t, const NormalVectors<V, U, one_row>& stu
   return {a + a_low, b + b_low, (a - b) + (a_low - b_low)};
 }
 
-// Three sweeps.
+// Three passes.
 
 template <class V, int U, bool one_row, class scalar_t>
 FASTKD_INLINE void add_errors(const Arguments& arguments, const Strip<scalar_t>& strip, double* total, double* total_s,
@@ -161,9 +161,9 @@ void careful_strip(const Arguments& arguments, const Strip<scalar_t>& strip) {
   }
 }
 
-// One sweep.
+// One pass.
 
-// About the mean of every row: that of eight of its elements, exact where all are equal. x[cell * stride + row].
+// Guess of the mean of each row: the mean of eight elements, exact if all are equal. x[cell * stride + row].
 template <class acc, class scalar_t>
 FASTKD_INLINE acc guess_mean(const scalar_t* x, int64_t cells, int64_t stride) {
   const acc first = load<acc>(x + cells / 16 * stride);
@@ -197,7 +197,7 @@ FASTKD_INLINE void add_products(const Strip<scalar_t>& strip, const Element<V>* 
   }
 }
 
-// Moments and error of a row from its five sums, sums_stride apart. False where they cancel too much.
+// Moments and error of a row from its five sums with stride sums_stride. False if they cancel too much.
 template <class acc>
 FASTKD_INLINE bool finish_row(const Arguments& arguments, int64_t row, const double* sums, int64_t sums_stride,
                               double count, acc guess_s, acc guess_t) {

@@ -62,7 +62,7 @@ struct Call {
                       nullptr, cells, channels * cells, channels_last ? 1 : cells, channels_last ? channels : 1,
                       heads * cells, mass_last ? 1 : cells, mass_last ? heads : 1});
     if (channels == 0) return;
-    const int64_t together = channels_last ? heads : 1;  // heads of a part
+    const int64_t together = channels_last ? heads : 1;  // heads per part
     const int64_t step = std::max<int64_t>(1, kPartElements / (together * arguments.depth * 32)) * 32;
     for (int64_t image = 0; image < images; ++image)
       for (int64_t head = 0; head < heads; head += together)
@@ -78,7 +78,7 @@ struct Call {
     });
   }
 
-  // [B, G]: the values of all parts added up in their order.
+  // [B, G]: the values of all parts, summed in order.
   std::vector<double> over_parts(const std::vector<double>& values) const {
     std::vector<double> total(images * arguments.heads);
     for (const Part& part : parts)
@@ -89,7 +89,7 @@ struct Call {
 };
 
 double least_mass(double mass) {
-  return mass < 1e-6 ? 1e-6 : mass;  // NaN stays
+  return mass < 1e-6 ? 1e-6 : mass;  // NaN stays NaN
 }
 
 // loss and the sums of the mass, both [B, G]

@@ -1,10 +1,11 @@
 // value_mimic on the GPU: the formulas of csrc/normalised/value_mimic.cpp, all levels in one launch.
 //
-// A block takes kTile cells of one head of one image: student and teacher come into shared memory as [channel][cell],
-// whatever the memory order, and every thread normalises one cell.
-//   traffic forward: student, teacher, mass once; backward: the same and the gradient once. The block's threads share
-//           out the packs of all rows where rows are whole packs
-// Sums of a block go to a table and are added up in a fixed order: deterministic.
+// A block processes kTile cells of one head of one image: student and teacher are loaded to shared memory as
+// [channel][cell] from either memory format, and each thread normalises one cell.
+//   traffic forward: student, teacher, mass once; backward: the same and the gradient once. If rows are whole packs,
+//   the
+//           threads of the block are distributed over the packs of all rows
+// The sums of the blocks are written to a table and added in a fixed order: deterministic.
 #include "common/device_call.h"
 
 #include <tuple>
@@ -13,8 +14,8 @@ namespace fastkd {
 namespace {
 
 constexpr int kTile = 128;  // cells and threads of a block
-// Elements from a channel to the next in shared memory. Channels-last: neighbouring channels of a cell lie in different
-// banks. Contiguous: rows begin at multiples of 16 bytes, and are moved by these.
+// Stride between channels in shared memory. Channels-last: neighbouring channels of a cell are in different banks.
+// Contiguous: rows are aligned to 16 bytes, for 16-byte accesses.
 constexpr int kContiguousStride = kTile + 4;
 
 template <class T>
@@ -37,8 +38,8 @@ template <class T, class index_t>
 struct Place {
   Level<T> level;
   int64_t row;  // image * heads + head
-  int first, cells, stride;  // of the tile; elements from a channel to the next in shared memory
-  index_t offset, step;      // of the tile's first element, from one dense row to the next
+  int first, cells, stride;  // of the tile; stride between channels in shared memory
+  index_t offset, step;      // of the first element; stride between dense rows
   FASTKD_DEVICE explicit Place(const Levels<T>& levels) {
     int index = 0;
     while (index + 1 < levels.count && blockIdx.x >= levels.level[index + 1].first_block) ++index;
@@ -60,7 +61,7 @@ struct Place {
   }
 };
 
-// The dense rows of a tile: one a channel, or one a cell where channels-last.
+// The dense rows of a tile: one per channel, or one per cell if channels-last.
 struct Rows {
   bool channels_last;
   int rows, count, stride;  // count: elements of a row
@@ -73,15 +74,15 @@ struct Rows {
   FASTKD_DEVICE int at(int row, int i) const { return channels_last ? i * stride + row : row * stride + i; }
 };
 
-// True if every row of the tile is whole packs, so that the block's threads can share out the packs of all rows: rows
-// are short, and a warp alone with one would have too few bytes under way.
+// True if every row of the tile is whole packs, so that the threads of the block can be distributed over the packs of
+// all rows: rows are short, and one warp per row would have too few bytes in flight.
 template <class T, class index_t>
 FASTKD_DEVICE bool is_packed(const Place<T, index_t>& place, const Rows& rows, Global<const T> x) {
   const int step = static_cast<int>(place.step % static_cast<index_t>(kPack<T>));
   return rows.count % kPack<T> == 0 && step == 0 && address_of<const T>(x + place.offset) % kPackBytes == 0;
 }
 
-// The elements of a row from i on, to and from the tile.
+// Copies the elements of a row from i on to and from the tile.
 template <class T>
 FASTKD_DEVICE void unpack(const Rows& rows, int row, int i, const Pack<T>& pack, Shared<sum_t<T>> tile) {
   using Sum = sum_t<T>;
@@ -119,7 +120,7 @@ FASTKD_DEVICE Pack<T> pack_of(const Rows& rows, int row, int i, Shared<sum_t<T>>
 // tile[channel * stride + cell] = x
 template <class T, class index_t>
 FASTKD_DEVICE void load_tile(const Place<T, index_t>& place, int depth, Global<const T> x, Shared<sum_t<T>> tile) {
-  constexpr int kBatch = 4;  // loads of a thread under way
+  constexpr int kBatch = 4;  // loads of a thread in flight
   const Rows rows(place, depth);
   if (is_packed<T, index_t>(place, rows, x)) {
     const int packs = rows.count / kPack<T>, all = rows.rows * packs;
@@ -160,7 +161,7 @@ FASTKD_DEVICE void store_tile(const Place<T, index_t>& place, int depth, Shared<
                  [&](int i) { return sum_t<T>(tile[rows.at(row, i)]); });
 }
 
-// The sum of term(channel) over a cell's channels, in eight sums: shorter chains of additions, and more exact.
+// The sum of term(channel) over the channels of a cell, in eight partial sums: shorter dependency chains, more precise.
 template <class Sum, class Term>
 FASTKD_DEVICE Sum sum_channels(int depth, Term term) {
   constexpr int kSums = 8;
@@ -174,8 +175,8 @@ FASTKD_DEVICE Sum sum_channels(int depth, Term term) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// LayerNorm without affine of a cell's channels: x -> (x - mean) * scale, rounded, so that equal sides differ by exactly
-// 0.
+// LayerNorm without affine over the channels of a cell: x -> (x - mean) * scale, rounded, so that the difference of
+// equal sides is exactly 0.
 template <class Sum>
 struct Normal {
   Sum mean, scale;
@@ -220,7 +221,7 @@ FASTKD_KERNEL void forward_kernel(Levels<T> levels, Global<double> partial, int6
   }
 }
 
-// One block a (image, head): its blocks' sums in order.
+// One block per (image, head): sums the results of its blocks in order.
 template <class T>
 FASTKD_KERNEL void merge_kernel(Levels<T> levels, Global<const double> partial, int64_t blocks, Global<sum_t<T>> loss,
                                 Global<sum_t<T>> total) {

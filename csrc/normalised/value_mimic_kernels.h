@@ -1,8 +1,8 @@
-// The kernels of value_mimic (value_mimic.cpp says what they compute), compiled once per capability.
+// The kernels of value_mimic (formulas in value_mimic.cpp), compiled once per capability.
 //
-// A tile is kTile cells of one head, [d, kTile] of both sides, widened, in a buffer that stays in the first cache:
-// lanes are cells in both layouts, so that all sums over channels are sums over registers. Channels-last tiles are
-// transposed on their way in and out. Cells are summed in double, in an order that depends on the shapes alone.
+// A tile is kTile cells of one head, [d, kTile] of both sides, widened, in a buffer that stays in L1. Lanes are cells
+// in both layouts, so that sums over channels are sums over registers. Channels-last tiles are transposed when loaded
+// and stored. Cells are summed in double, in an order that depends only on the shapes.
 #pragma once
 
 #include "common/pyramid.h"
@@ -24,7 +24,7 @@ struct Level {
   int64_t mass_image_stride, mass_head_stride, mass_cell_stride;
 };
 
-// Some cells and heads of an image; `slot` is the place of the first head in Arguments::errors and masses.
+// Some cells and heads of an image; `slot` is the index of the first head in Arguments::errors and masses.
 struct Part {
   int64_t level, image, head, heads, cell, cells, slot;
 };
@@ -33,7 +33,7 @@ struct Arguments {
   const Level* levels;
   int64_t heads, depth;  // depth: channels of a head
   double eps;
-  double *errors, *masses;  // forward: sums of M * mean((v - t)^2) and of M, one a part and head
+  double *errors, *masses;  // forward: sums of M * mean((v - t)^2) and of M, per part and head
   const double* factors;    // backward: [B, G] 2 grad / (d max(sum M, 1e-6))
 };
 
@@ -59,10 +59,10 @@ struct Tiles {
   using acc = acc_t<scalar_t>;
   using V = Vector<acc>;
   static constexpr int kTile = kTileBytes / sizeof(acc), kLane = kLanes<V>;
-  static constexpr int U = kTile / kLane < 2 ? kTile / kLane : 2;  // vectors of cells worked on together
-  static constexpr int64_t kChannels = 32;                         // summed before they join the sum
+  static constexpr int U = kTile / kLane < 2 ? kTile / kLane : 2;  // vectors of cells per step
+  static constexpr int64_t kChannels = 32;                         // summed before they are added to the total
 
-  // The cells of a tile past its end are copies of its first one, without mass.
+  // Cells past the end of the tile are copies of its first cell, with mass 0.
   static FASTKD_INLINE void load_tile(const scalar_t* x, const Level& level, int64_t depth, int64_t cells, acc* tile) {
     if (level.cell_stride == 1 && cells == kTile) {
       for (int64_t channel = 0; channel < depth; ++channel) {
@@ -92,7 +92,7 @@ struct Tiles {
             load<acc>(x + done * level.channel_stride + (at < cells ? at : 0) * level.cell_stride);
   }
 
-  // Whole cache lines of a level beyond the caches are written past them.
+  // Whole cache lines of a level that exceeds the caches are written with streaming stores.
   static FASTKD_INLINE bool is_streamed(const scalar_t* row, const Level& level) {
     return is_large(level.image_stride * static_cast<int64_t>(sizeof(scalar_t))) && elements_to_line(row) == 0;
   }
@@ -126,7 +126,7 @@ struct Tiles {
         store(x + done * level.channel_stride + at * level.cell_stride, tile[done * kTile + at]);
   }
 
-  // Asks for the lines that store_tile will write into the caches and which are in none yet.
+  // Prefetches the lines that store_tile will write and that are not cached.
   static FASTKD_INLINE void prefetch_tile(const scalar_t* x, const Level& level, int64_t depth, int64_t cells) {
     constexpr int64_t line = 64 / sizeof(scalar_t);
     const bool by_channel = level.cell_stride == 1;
@@ -138,8 +138,8 @@ struct Tiles {
     }
   }
 
-  // A lane a cell: x becomes (x - mean) * scale + offset; offset is what rounding left out of the mean. v - t is the
-  // difference of the large parts plus that of the offsets: where they are nearly equal nothing more is rounded.
+  // One lane per cell: x becomes (x - mean) * scale + offset, where offset corrects the rounding error of the mean. v -
+  // t is the difference of the large parts plus that of the offsets, which is exact where both sides are nearly equal.
   struct Normal {
     V mean[U], scale[U], offset[U];
 
@@ -150,7 +150,7 @@ struct Tiles {
       });
       const acc count = static_cast<acc>(depth);
       for (int u = 0; u < U; ++u) mean[u] = sum[u] / count;
-      V left[2 * U] = {};  // what is left of the sum, then the squares
+      V left[2 * U] = {};  // sum of the deviations, then of the squares
       over_channels(depth, left, [&](int64_t channel, int u, V (&part)[2 * U]) {
         const V centred = load<V>(tile + channel * kTile + u * kLane) - mean[u];
         part[u] += centred;
@@ -170,7 +170,7 @@ struct Tiles {
     FASTKD_INLINE V without_offset(V x, int u) const { return (x - mean[u]) * scale[u]; }
   };
 
-  // total[u] += what add(channel, u, part) puts into part, kChannels at a time: the error does not grow with depth.
+  // total[u] += partial sums by add(channel, u, part), kChannels at a time, so that the error does not grow with depth.
   template <int sums, class Add>
   static FASTKD_INLINE void over_channels(int64_t depth, V (&total)[sums], const Add& add) {
     for (int64_t first = 0; first < depth; first += kChannels) {
@@ -186,7 +186,7 @@ struct Tiles {
     for (int at = 0; at < kTile; ++at) out[at] = at < cells ? mass[at * level.mass_cell_stride] : acc(0);
   }
 
-  // The error of every cell times its mass, added up: errors[lane], masses[lane].
+  // Sums of error * mass, and of the mass, over the cells: errors[lane], masses[lane].
   static FASTKD_INLINE void add_errors(const Arguments& arguments, const acc* student, const acc* teacher,
                                        const acc* mass, double* errors, double* masses) {
     const Normal v(student, arguments.depth, arguments.eps), t(teacher, arguments.depth, arguments.eps);
@@ -206,7 +206,7 @@ struct Tiles {
     flush<V, U>(weight, masses);
   }
 
-  // Replaces the student's tile by its gradient and uses up the teacher's.
+  // Replaces the student's tile by its gradient and overwrites the teacher's.
   static FASTKD_INLINE void write_gradients(const Arguments& arguments, acc* student, acc* teacher, const acc* mass,
                                             acc factor) {
     const Normal v(student, arguments.depth, arguments.eps), t(teacher, arguments.depth, arguments.eps);
@@ -232,7 +232,7 @@ struct Tiles {
       }
   }
 
-  // run(head of the part, offset of the tile in the values, mass, cells, tiles of student and teacher)
+  // Calls run(head of the part, offset of the tile in the values, mass, cells, tiles of student and teacher).
   template <class Run>
   static FASTKD_INLINE void tiles(const Arguments& arguments, const Part& part, void* buffer, const Run& run) {
     const Level& level = arguments.levels[part.level];

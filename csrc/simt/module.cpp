@@ -1,4 +1,5 @@
-// _simt: the emulation for tests. Importing it also registers the .cu sources' ops as torch.ops.fastkd_simt.*.
+// Python module _simt, the CUDA emulation for tests. Importing it registers the .cu sources' ops as
+// torch.ops.fastkd_simt.*.
 #include "planted.h"
 #include "simt.h"
 

@@ -1,5 +1,5 @@
-// Bugs planted on purpose, one kernel a class, each with its mended form (bug = false): the emulation must report every
-// bug by its name and find nothing in the mended ones.
+// Planted bugs, one kernel per class of bug, each with a correct form (bug = false): the emulation must report every
+// bug by its name and nothing for the correct forms.
 #include "planted.h"
 
 #include "common/device.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlock = 64;
 
-// y[i] = x[i], but one element too far is read.
+// y[i] = x[i], but one element out of bounds is read.
 FASTKD_KERNEL void read_outside(bool bug, Global<const float> x, Global<float> y, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) y[i] = x[bug ? i + 1 : i];
@@ -141,7 +141,7 @@ FASTKD_KERNEL void write_to_input(bool bug, Global<const float> x, Global<float>
   if (i < n) (bug ? Global<float>(x.buffer(), x.offset()) : y)[i] = 1.0f;
 }
 
-// What the emulation does not see, as it is a thread's own memory or a plain pointer: AddressSanitizer must.
+// Bugs in local memory or through raw pointers, which the emulation does not see but AddressSanitizer must.
 FASTKD_KERNEL void past_own_array(bool bug, Global<const float> x, Global<float> y, int n) {
   volatile float values[4] = {};
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -197,7 +197,7 @@ const Planted kForSanitizer[] = {
     {"out_of_scope", "stack-use-after-scope", &out_of_scope},
 };
 
-// A tensor's memory taken for that of doubles: of a tensor of floats it would reach as far again behind the end.
+// The memory of a float tensor read as doubles, which would extend to twice its size.
 int64_t taken_for_doubles(Tensor tensor) { return output<double>(tensor).buffer()->size; }
 
 FASTKD_KERNEL void nothing() {}
@@ -220,7 +220,7 @@ void launch_shared(Tensor on, int64_t dynamic_bytes, std::optional<int64_t> allo
   else launch(on, Grid(1), Grid(1), dynamic_bytes, much_static ? &too_much_static : &static_and_dynamic);
 }
 
-// A launch of so many blocks.
+// A launch with this number of blocks.
 int64_t launch_grid(Tensor on, int64_t x, int64_t y, int64_t z) {
   launch(on, Grid(x, y, z), Grid(1), 0, &nothing);
   return x * y * z;

@@ -14,7 +14,7 @@ namespace simt {
 namespace {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t kStackBytes = 512 * 1024;  // its frames are larger
+constexpr size_t kStackBytes = 512 * 1024;  // for the larger frames of AddressSanitizer
 #else
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
@@ -56,7 +56,7 @@ std::string where(const Thread& t) {
       std::to_string(t.block_index.z) + ") thread " + std::to_string(t.thread);
 }
 
-// AddressSanitizer is told which stack runs: before a switch where it goes, after it where the other side's frames are.
+// Tells AddressSanitizer about stack switches: before a switch the target stack, after it the origin.
 void leaves_for(void** own_frames, const void* stack, size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(own_frames, stack, bytes);
@@ -105,7 +105,7 @@ void run_fiber() {
   swapcontext(&block->running->context, &block->scheduler);
 }
 
-// Lanes of a warp that wait in one operation and are all there: lets them go on. True if some did.
+// Resumes lanes of a warp that wait in one operation and are complete. True if any was resumed.
 bool release_warp(Fiber* lanes, int count) {
   for (int lane = 0; lane < count; ++lane) {
     Fiber& first = lanes[lane];
@@ -142,7 +142,7 @@ bool release_warp(Fiber* lanes, int count) {
   return false;
 }
 
-// Nobody can run: lets warps or the whole block go on, or says what they wait for in vain.
+// Called when no fiber can run: resumes warps or the whole block, or reports the deadlock.
 void release(std::vector<Fiber>& fibers) {
   const int count = static_cast<int>(fibers.size());
   bool some = false;
@@ -186,10 +186,10 @@ void run_block(Block& current_block, std::mt19937_64& random) {
   }
 }
 
-// True if the access `before` is known to have happened before what `self` does now.
+// True if the access `before` is ordered before the current access of `self`.
 bool ordered(const Access& before, const Fiber& self, bool shared) {
   if (before.block < 0) return true;
-  if (before.block != block->number) return shared;  // shared memory of an earlier block is not this one's
+  if (before.block != block->number) return shared;  // shared memory of an earlier block
   if (before.thread == self.identity.thread || before.epoch < block->epoch) return true;
   return before.thread / kWarp == self.identity.warp && before.warp_epoch < self.warp_epoch;
 }
@@ -199,7 +199,7 @@ std::vector<std::unique_ptr<Buffer>>& buffers() {
   return all;
 }
 
-// Static and dynamic bytes together against what the card has, and against 48 KB where no more was allowed.
+// Checks static plus dynamic bytes against the limit of the card, and against 48 KB without permission.
 void check_shared(const SharedMemory& memory, int64_t static_bytes) {
   constexpr int64_t kWithoutPermission = 48 * 1024;
   const auto check = [&](int64_t bytes, int64_t limit, const char* what) {

@@ -1,16 +1,16 @@
-// CUDA's execution model on the CPU, for tests: the .cu sources compile against this file (through csrc/common/device.h) and
-// run with every access checked. Never shipped.
+// CUDA's execution model on the CPU, for tests: the .cu sources compile against this file (through
+// csrc/common/device.h) and run with every access checked. Never shipped.
 //
-// Threads are fibers; a block's fibers run one at a time in an order drawn from the seed, until each waits at a
-// barrier, waits in a warp operation, or ends. Blocks run one after another, in a drawn order. What a run reports:
+// Threads are fibers; the fibers of a block run one at a time in a random order, each until it waits at a barrier,
+// waits in a warp operation, or ends. Blocks run one after another in a random order. Reported findings:
 //   bounds          access outside its buffer, or to shared memory of another size       misaligned     vector access
-//   uninitialised   reading bytes nobody wrote (they also hold NaN or huge numbers)       read-only      write to input
+//   uninitialised   reading unwritten bytes (filled with NaN or huge numbers)             read-only      write to input
 //   race            two threads, one of them writing, without barrier between, not both atomic
 //   barrier         __syncthreads that some thread of the block never reaches, or reaches elsewhere
-//   lane            a warp operation whose mask names a lane that is not there, or leaves out the caller
-//   launch          more shared memory than the card has, or more than 48 KB without permission; too large a grid or block
+//   lane            a warp operation whose mask includes an absent lane or omits the caller
+//   launch          more shared memory than the card has, or above 48 KB without permission; grid or block too large
 //   overflow        index arithmetic beyond the index type (kernels take it as a template parameter)
-// Not seen: memory ordering weaker than that, asynchronous copies, the compiler's own mistakes.
+// Not detected: weaker memory ordering, asynchronous copies, compiler bugs.
 #pragma once
 
 #include <ucontext.h>
@@ -33,19 +33,19 @@ struct Dim3 {
   int64_t count() const { return x * y * z; }
 };
 
-// What a run found; `kind` is one of the words above.
+// A finding of a run; `kind` is one of the words above.
 struct Finding {
   std::string kind, message;
 };
 [[noreturn]] void fail(const char* kind, const std::string& message);
 
-// What a launch asks for: dynamic bytes, how many the kernel was allowed before (cudaFuncSetAttribute; 0: the default),
-// and the most that its static arrays may have where there are dynamic bytes.
+// Shared memory of a launch: dynamic bytes, the bytes allowed by cudaFuncSetAttribute (0: the default), and the limit
+// of static arrays in kernels with dynamic memory.
 struct SharedMemory {
   int64_t dynamic_bytes = 0, allowed = 0, most_static = 0;
 };
 
-// How the next launches run.
+// Settings of the following launches.
 struct Settings {
   uint64_t seed = 0;            // orders of blocks and fibers
   unsigned char poison = 0xff;  // bytes of uninitialised memory: 0xff is NaN and -1, 0x7f is 3e38 and the largest int
@@ -53,14 +53,14 @@ struct Settings {
 };
 Settings& settings();
 
-// What the next launches fail with, as if the CUDA runtime had said so.
+// Error of the following launches, as if reported by the CUDA runtime.
 struct Failure {
   bool has_code = true;
   std::optional<std::string> reason;
 };
 Failure& failure();
 
-// A byte's history: who read and wrote it last.
+// The history of a byte: its last readers and writer.
 struct Access {
   int32_t block = -1, thread = -1;
   int64_t epoch = 0, warp_epoch = 0;  // barriers passed by the block, by the warp
@@ -71,8 +71,8 @@ struct Cell {
   bool initialised = false;
 };
 
-// Launches, and bytes of global memory that they moved: in the whole, and each byte once a launch, as with a cache
-// without end.
+// Launches and their global memory traffic in bytes: in total, and with each byte counted once per launch (an infinite
+// cache).
 struct Traffic {
   int64_t launches = 0, asked = 0, read = 0, written = 0;
 };
@@ -84,16 +84,16 @@ struct Buffer {
   bool writable;
   bool shared;
   std::vector<Cell> cells;
-  std::vector<std::byte> own;  // shared memory lives here
+  std::vector<std::byte> own;  // storage of shared memory
 };
 
-// Checks an access and notes it.
+// Checks and records an access.
 void touch(Buffer* buffer, int64_t offset, int64_t bytes, bool write, bool atomic);
 
 template <class T>
 class Reference;
 
-// A pointer that knows its buffer.
+// A pointer with its buffer.
 template <class T>
 class Pointer {
  public:
@@ -162,7 +162,7 @@ class Reference {
   int64_t offset_;
 };
 
-// An index type that reports overflow; with Bits = 16 small shapes show what 2^31 elements would.
+// An index type that reports overflow; Bits = 16 lets small shapes test the limit of 2^31 elements.
 template <int Bits>
 class Index {
  public:
@@ -193,16 +193,16 @@ class Index {
   int64_t value_;
 };
 
-// The thread that runs.
+// The running thread.
 struct Thread {
   Dim3 thread_index, block_index, block_size, grid_size;
   int32_t thread, lane, warp;
 };
 const Thread& current();
 
-// One function each for barrier and warp operations; `site` is the place in the source.
+// Barrier and warp operations; `site` identifies the call in the source.
 void sync_threads(int site);
-uint64_t exchange(uint32_t mask, uint64_t bits, int source_lane, int site);  // bits of source_lane; own where it is -1
+uint64_t exchange(uint32_t mask, uint64_t bits, int source_lane, int site);  // bits of source_lane; the caller's if -1
 uint32_t ballot(uint32_t mask, bool predicate, int site);
 
 template <class T>
@@ -215,18 +215,18 @@ T shuffle(uint32_t mask, T value, int source_lane, int site) {
   return value;
 }
 
-// The block's shared memory, one array a place in the source; and the array of the size the launch asked for.
+// Shared memory of the block: one array per declaration in the source, and the dynamic array of the launch.
 Buffer* shared_buffer(int site, int64_t bytes);
 Buffer* dynamic_shared_buffer();
 
-// The buffer of memory that belongs to a tensor; the same one for the same memory until `forget`.
+// The buffer of a tensor's memory; the same one for the same memory until `forget`.
 Buffer* buffer_of(void* data, int64_t bytes, bool writable, bool initialised);
 void forget();
 
 // Runs body for every thread; throws std::runtime_error("kind: message") with the first finding.
 void launch(Dim3 grid, Dim3 block, SharedMemory shared, const std::function<void()>& body);
 
-// a * b rounded: nothing that the compiler can merge with a later sum.
+// a * b, rounded; cannot be contracted with a later addition.
 template <class T>
 T rounded_product(T a, T b) {
   const volatile T product = a * b;

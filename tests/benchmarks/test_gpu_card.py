@@ -1,4 +1,4 @@
-"""What `make test-gpu` and its like say where there is no GPU, or nothing that runs on it."""
+"""Messages of `make test-gpu` and similar commands without a GPU, or without kernels for it."""
 
 import shutil
 

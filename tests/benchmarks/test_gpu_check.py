@@ -1,4 +1,4 @@
-"""`make gpu-check`: stages that fail, hang or run out of time end no other; every stage rehearsed on the CPU."""
+"""`make gpu-check`: stages that fail, hang or time out do not stop others; every stage is rehearsed on the CPU."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def planted(name, code, limit=20.0):
 
 
 def test_no_stage_ends_another(tmp_path):
-    """One that raises, one that hangs with a child, one that is killed, one that writes no JSON, one that is good."""
+    """Stages that raise, hang with a child, are killed, write no JSON, or succeed."""
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
     stages = [
         planted("raises", WRITE + "raise RuntimeError('planted')"),
@@ -44,7 +44,7 @@ def test_no_stage_ends_another(tmp_path):
 
 
 def test_the_file_is_written_after_each_stage(tmp_path):
-    """The second stage reads what the driver has written after the first."""
+    """The second stage reads the file written after the first."""
     read = f"import json; found = json.load(open({str(tmp_path / 'gpu.json')!r}))['stages']; "
     read += "print(found['first']['status']); raise SystemExit(3)"
     found = check.run([planted("first", WRITE), planted("second", read)], tmp_path, 5)["stages"]
@@ -91,7 +91,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def rehearsed():
-    """What the stages recorded so far, for the page."""
+    """The records of the stages so far, for the page."""
     return {}
 
 
@@ -120,7 +120,7 @@ def test_the_page_of_a_rehearsal(rehearsed, tmp_path):
 
 
 def test_the_page_of_a_card():
-    """Measured beside PREDICTED; what failed is named with its reason."""
+    """Measured times beside PREDICTED ones; failures are listed with their reasons."""
     shape = {"images": 16, "height": 800, "width": 1344, "strides": [8, 16, 32, 64, 128]}
     sides = {"ours": {"wall_ms": 0.5, "graph_ms": 0.4}, "plain: a": {"wall_ms": 9.0}, "plain: b": {"graph_ms": 4.0}}
     bad = {"ours": {"wall_ms": 1.0}, "compiled": {"failed": "no | compiler"}}

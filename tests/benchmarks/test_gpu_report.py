@@ -1,4 +1,4 @@
-"""What the compiler made of the GPU kernels, held to what a fast kernel needs; the parser of the compiler's output."""
+"""Requirements on the resources of compiled GPU kernels; the parser of the compiler's output."""
 
 import importlib.machinery
 import json
@@ -15,7 +15,7 @@ from benchmarks.gpu import report as gpu_report
 from fastkd.ops._support import library
 
 ROOT = Path(__file__).resolve().parents[2]
-# Kernels that need no 16-byte access: they move few bytes, or bytes that lie apart.
+# Kernels without 16-byte accesses: they move few bytes, or bytes that are not contiguous.
 NARROW = {
     r"merge_\w*kernel|sum_\w*kernel|normal_kernel": "a few numbers for each row or block",
     r"best_kernel|threshold_kernel|mark_kernel": "imitation_mask computes anchors and writes one byte a cell",
@@ -23,7 +23,7 @@ NARROW = {
     r"bias_kernel|pooled_kernel|weigh_kernel": "a few numbers for each channel and object",
     r"\w+_kernel<.*\b1>": "one element at a time, for channels or addresses that are no multiple of 16 bytes",
 }
-READ = "sm_90"  # whose instructions are read: all cards' code comes from the same PTX
+READ = "sm_90"  # the card whose instructions are read; all code is compiled from the same PTX
 
 built = pytest.mark.skipif(not library.BUILT_IN_CUDA.exists(), reason="fastkd/_cuda.so is not built: `make cuda`")
 
@@ -48,7 +48,7 @@ def test_shared_memory_fits_every_card(kernels):
 
 @built
 def test_static_arrays_beside_dynamic_memory_are_as_small_as_launches_reckon(kernels):
-    """On sm_80: what is read of later cards includes the kilobyte that the system keeps."""
+    """On sm_80: values for later cards include the kilobyte reserved by the system."""
     limit = int(re.search(r"kStaticShared = (\d+);", (ROOT / "csrc/common/device.h").read_text())[1])
     asking = re.compile("(pool|paint|forward_rows)_kernel")
     found = [kernel for kernel in kernels if kernel.card == "sm_80" and asking.match(kernel.name)]
@@ -57,7 +57,7 @@ def test_static_arrays_beside_dynamic_memory_are_as_small_as_launches_reckon(ker
 
 @built
 def test_two_blocks_of_every_kernel_fit_a_multiprocessor(kernels):
-    """Of 256 threads, the most that blocks of many registers have; with 64-bit offsets one block is enough."""
+    """Blocks of 256 threads, the maximum for kernels with many registers; with 64-bit offsets one block suffices."""
     assert [kernel for kernel in kernels if kernel.registers > 128 and "long" not in kernel.name] == []
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu/traffic.py says the kernels move, against the bytes that the emulation counts."""
+"""Compares the traffic model of benchmarks/gpu/traffic.py with the bytes counted by the emulation."""
 
 import pytest
 import simt
@@ -13,7 +13,7 @@ SIZES = [side for size in SHAPE.level_sizes for side in size]
 
 
 class Count:
-    """Runs ops under the emulation and adds up what they move."""
+    """Runs ops in the emulation and sums their traffic."""
 
     def __init__(self):
         self.moved = self.asked = 0
@@ -57,7 +57,7 @@ def norm_relu_box_pool(draw, run):
     run("norm_relu_box_pool_backward", pooled, levels, *boxes, *SHAPE.image_size, kept, normal)
 
 
-# Of contiguous levels the model counts the 32 bytes that memory moves about a covered cell, the emulation 16.
+# For contiguous levels the model counts sectors of 32 bytes per covered cell, the emulation packs of 16.
 EVERYTHING, COVERED = (instance_norm_mse, value_mimic), (box_pool, box_paint, norm_relu_box_pool)
 
 
@@ -74,7 +74,7 @@ def test_the_emulation_counts_the_same(op, last):
 
 @pytest.mark.parametrize("queries", [7, 42, 64])
 def test_the_attentions_partial_sums_are_those_of_its_plan(queries):
-    """At a shape where images and heads fill the card."""
+    """For a shape whose images and heads fill the card."""
     triton_report = pytest.importorskip("benchmarks.gpu.triton_report", reason="Triton is not installed")
     shape = Shape(8, 800, 1216, queries=queries)
     channels, heads = shape.channels, shape.heads

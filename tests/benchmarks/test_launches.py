@@ -115,7 +115,7 @@ def test_calls_are_counted_by_what_they_launch():
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 def test_a_compiled_distiller_without_a_gpu(tmp_path):
-    """In a process of its own: it takes CUDA away from torch."""
+    """In a separate process, as it disables CUDA in torch."""
     out = tmp_path / "counts.json"
     sizes = {"images": "2", "height": "64", "width": "64", "channels": "32", "boxes": "2", "strides": "8 16"}
     options = {"method": "icd", "settings": "combined", **sizes}
@@ -127,7 +127,7 @@ def test_a_compiled_distiller_without_a_gpu(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "| icd | combined | both |" in run.stdout
     (sides,) = json.loads(out.read_text()).values()
-    # every op took its kernel
+    # every op used its kernel
     attention, mass, mimic = 2 + 2, 1 + 1, 2
     assert sides["forward"]["fastkd"] == attention + mass + mimic
     assert sides["backward"]["fastkd"] == 5 + 1

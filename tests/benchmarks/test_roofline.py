@@ -55,7 +55,7 @@ def test_the_benchmark_counts_the_same():
         model = roofline.MODELS.get(row.build.__name__)
         if case.multiply_adds:
             assert 2 * case.multiply_adds == model(QUICK, 4).matrix
-        elif case.passes and row.name != "masked_mse":  # whose model leaves out what no flag asks for
+        elif case.passes and row.name != "masked_mse":  # its model omits unmasked cells
             large = dataclasses.replace(QUICK, boxes=0)
             weights = 2 * 9 * QUICK.channels**2 * 4 if row.name == "box_paint_conv3x3" else 0
             moved = 4 * sum(sum(part.reads) + part.writes for part in case.passes)

@@ -1,4 +1,4 @@
-"""The step benchmark: what it measures, its arithmetic, its report. No whole step of a ResNet-50 is taken here."""
+"""The step benchmark: measurements, arithmetic, report. No whole step of a ResNet-50 is run here."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The study's table from run directories: gains are seed by seed and against the right control."""
+"""The study's table from run directories: gains are per seed and relative to the right control."""
 
 import dataclasses
 import json

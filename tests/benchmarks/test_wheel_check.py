@@ -12,7 +12,7 @@ PTX = "PTX file    1: _cuda.1.sm_80.ptx\n"
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
-    """A wheel of empty files, and what cuobjdump says of it."""
+    """A wheel of empty files, and the output of cuobjdump for it."""
     listed = {"--list-elf": ELF, "--list-ptx": PTX}
     monkeypatch.setattr(wheel, "run", lambda tool, option, library: listed[option])
     monkeypatch.setattr(wheel, "cuobjdump", lambda: "cuobjdump")

@@ -1,4 +1,4 @@
-"""The command line: every command on tiny data, and what people see when they make a mistake."""
+"""The command line: every command on tiny data, and the messages for user errors."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A run directory with an untrained detector that reports whatever it sees."""
+    """A run directory with an untrained detector without a score threshold."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     folder.mkdir()
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 
 def fastkd_says(capsys, *args, code):
-    """What `fastkd ARGS` writes, once its exit code is found right."""
+    """The output of `fastkd ARGS`, after checking its exit code."""
     try:
         found = cli.main([str(arg) for arg in args])
     except SystemExit as stop:
@@ -56,14 +56,14 @@ def fastkd_says(capsys, *args, code):
 
 
 def error_line(capsys, *args, code=2):
-    """The one line that `fastkd ARGS` complains with."""
+    """The single error line of `fastkd ARGS`."""
     lines = fastkd_says(capsys, *args, code=code).err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fastkd: error: "), lines
     return lines[0]
 
 
 def test_help_is_quick_and_lists_all_commands():
-    """Nothing heavy is imported for the help, which is what makes it quick."""
+    """The help imports no heavy modules."""
     code = (
         "import sys; from fastkd.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\n"

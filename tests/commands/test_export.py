@@ -107,7 +107,7 @@ def test_raw_outputs_are_what_the_detectors_use(kind):
 
 
 class Drifting(torch.nn.Module):
-    """Computes something else in torch than what was traced."""
+    """Computes in torch something other than the traced graph."""
 
     def forward(self, regions):
         return regions * 2 if torch.compiler.is_compiling() else regions * 2.1

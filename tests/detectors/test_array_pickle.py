@@ -44,7 +44,7 @@ def test_arrays_of_every_protocol(tmp_path, protocol):
 
 
 def test_pickle_of_python_2(tmp_path):
-    """Bytes are text there, and arrays go by numpy's old name."""
+    """Text is stored as bytes, and arrays under numpy's old module name."""
     path, values = tmp_path / "a.pkl", np.float32([1, 2])
     path.write_bytes(
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\ntcnumpy\ndtype\n(S'f4'\nI0\n"
@@ -54,7 +54,7 @@ def test_pickle_of_python_2(tmp_path):
 
 
 class Runs:
-    """Executes a call when unpickled; the test sees the file it would make."""
+    """Executes a call when unpickled, which would create a file."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -64,7 +64,7 @@ class Runs:
 
 
 def hostile(mark):
-    """(name, bytes): files that would run something, directly or by numpy's or our own hands."""
+    """(name, bytes) of files that would execute code, directly or through numpy or fastkd."""
     array = np.zeros(2, np.float32)
     yield "system", pickle.dumps({"model": {"w": Runs(os.system, f"touch {mark}")}})
     yield "open", pickle.dumps(Runs(open, mark, "w"))
@@ -89,7 +89,7 @@ def hostile(mark):
 
 @pytest.fixture
 def cached_extension():
-    """os.system under an extension code that pickle has met: it is not looked up by its name again."""
+    """os.system under an extension code that pickle has cached, so that it is not looked up by name."""
     copyreg.add_extension(os.system.__module__, "system", 7)
     assert pickle.loads(pickle.dumps(os.system, protocol=2)) is os.system
     yield
@@ -117,7 +117,7 @@ def test_torch_files_with_code_are_refused(tmp_path):
 
 
 def bomb():
-    """Lists in lists, 1000 references each: walking every path would never end."""
+    """Nested lists with 1000 references each: visiting every path would never end."""
     out = io.BytesIO(b"\x80\x04]\x94")
     out.seek(0, 2)
     for level in range(15):
@@ -166,7 +166,7 @@ def test_shared_parts_are_walked_once(tmp_path):
 
 
 def test_a_huge_memo_index_takes_no_memory(tmp_path):
-    """The C unpickler makes room for all indices below: 34 GB."""
+    """The C unpickler allocates memory for all smaller indices: 34 GB."""
     path = tmp_path / "memo.pkl"
     path.write_bytes(b"\x80\x02]r" + struct.pack("<I", 2**31) + b".")
     with open(path, "rb") as file:
@@ -178,7 +178,7 @@ def test_a_huge_memo_index_takes_no_memory(tmp_path):
 
 
 def test_every_opcode_is_known_or_refused():
-    """A new protocol's instructions are refused until somebody has thought about them."""
+    """Opcodes of new protocols are refused until they are reviewed."""
     from fastkd.detectors.weights.array_pickle import _carry_out, _Machine
 
     refused = set()

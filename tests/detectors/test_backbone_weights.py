@@ -1,4 +1,4 @@
-"""Weight files: what is loaded, what is reported, and what is refused."""
+"""Weight files: loading, reports, and refusals."""
 
 import json
 import pickle
@@ -80,7 +80,7 @@ def test_frozen_norms_and_half_precision(tmp_path, resnet18):
 
 @pytest.mark.parametrize("changes", [{"backbone": "resnet34"}, {"width": 0.5}, {"norm": "gn"}], ids=str)
 def test_files_of_another_backbone(tmp_path, resnet18, changes):
-    """Another depth or width is refused whole; another norm lacks nothing."""
+    """Files of another depth or width are refused; another norm needs no other tensors."""
     detector = full_width(**changes)
     path, before = write(tmp_path / "w.pth", resnet18), state(detector.backbone)
     if "norm" in changes:

@@ -147,7 +147,7 @@ def test_weight_files_fill_all_but_what_classifiers_lack(tmp_path):
 
 
 class StandIn(nn.Module):
-    """What timm.create_model(..., features_only=True) gives: five maps and their description."""
+    """Dummy of timm.create_model(..., features_only=True): five maps and their description."""
 
     def __init__(self, strides=(2, 4, 8, 16, 32), layout=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints of torchvision and detectron2 become our detectors, which compute what the originals do."""
+"""Converted checkpoints of torchvision and detectron2 compute the same as the originals."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ def draw(name):
 
 
 def parameter(name, shape):
-    """What README.md of the recorded outputs says a parameter is."""
+    """A parameter as defined in README.md of the recorded outputs."""
     noise = draw(name).standard_normal(shape, dtype=np.float32)
     if ".norm." in name:
         scale = {"weight": 1 + 0.1 * noise, "running_var": 1 + 0.1 * np.abs(noise)}
@@ -43,7 +43,7 @@ def checkpoint(architecture):
 
 
 def our_images():
-    """The recorded input as our detectors take it: RGB, divided by the standard deviation."""
+    """The recorded input in our format: RGB, divided by the standard deviation."""
     bgr = draw("input").uniform(0, 255, (1, 3, 128, 160)).astype(np.float32) - MEAN_BGR
     return torch.from_numpy(bgr).flip(1) / STD_RGB
 

@@ -18,7 +18,7 @@ COUNTS = [4, 0, 1, 6]
 
 
 def setting(kind, size=(96, 64), **changes):
-    """A detector with loud predictions, boxes whose centres lie at no cell's corner, and a random pyramid."""
+    """A detector with large predictions, boxes with centres off cell corners, and a random pyramid."""
     torch.manual_seed(3)
     detector = build_detector(small_config(kind, head_convs=1, **changes))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def atss_assignment(boxes, places, half=4.0):
 
 
 def poto_assignment(boxes, labels, logits, predicted, places, alpha=0.8):
-    """One location for every box that has any, over the full table of boxes and locations."""
+    """One location for every box with candidates, from the full table of boxes and locations."""
     iou = box_iou(boxes, predicted)
     table = torch.full(iou.shape, -1.0)
     for number, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist())):

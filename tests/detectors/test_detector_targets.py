@@ -1,4 +1,4 @@
-"""Losses and detections computed for a whole batch equal torchvision's, which go image by image."""
+"""Losses and detections of a whole batch equal torchvision's, computed per image."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class NoBackbone(torch.nn.Module):
 
 
 def loud(detector):
-    """Predictions far from their start, so that every term counts."""
+    """Predictions far from their initial values, so that every term contributes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in detector.head.parameters():
@@ -117,7 +117,7 @@ def torchvision_rpn(detector, everything):
 
 
 def test_rpn_is_torchvisions():
-    """Samples so large that all anchors are in them, so that no draw matters."""
+    """Samples large enough to contain all anchors, so that sampling does not matter."""
     detector, batch, pyramid = setting("faster_rcnn", rpn_samples=20000)
     rpn = detector.head.rpn
     original = torchvision_rpn(detector, 20000)

@@ -257,7 +257,7 @@ def test_frozen_stages_do_not_train_even_in_a_copy():
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (128, 64)], ids=str)
 def test_coarsest_levels_of_one_cell_have_right_gradients_in_bfloat16(size):
-    """oneDNN's own weight gradient is uninitialised memory there, which the tests fill with NaN."""
+    """oneDNN's weight gradient is uninitialised memory in this case, which the tests fill with NaN."""
     neck = build_detector(small_config("retinanet")).neck
     maps = [torch.randn(2, c, size[0] // s, size[1] // s) for c, s in ((16, 4), (32, 8), (64, 16), (128, 32))]
     plain = neck(maps)
@@ -276,7 +276,7 @@ def test_coarsest_levels_of_one_cell_have_right_gradients_in_bfloat16(size):
 
 @pytest.mark.parametrize("size", [(256, 64), (224, 128), (224, 32)], ids=str)
 def test_coarsest_levels_one_cell_wide_are_right_in_bfloat16(size):
-    """oneDNN's own result holds uninitialised memory there, which is filled with what is left of huge numbers."""
+    """oneDNN's result contains uninitialised memory in this case, here filled with remains of huge values."""
     torch.manual_seed(0)
     neck = build_detector(small_config("retinanet", channels=256)).neck
     maps = [torch.randn(2, c, size[0] // s, size[1] // s) for c, s in ((16, 4), (32, 8), (64, 16), (128, 32))]

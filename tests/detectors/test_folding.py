@@ -1,4 +1,4 @@
-"""Frozen norms as part of the convolutions: the same maps and gradients, whoever folds them."""
+"""Frozen norms folded into convolutions: the same maps and gradients."""
 
 import copy
 
@@ -16,7 +16,7 @@ from fastkd.detectors.common.folding import FoldingBasicBlock, FoldingBottleneck
 
 
 def stir(module):
-    """Statistics that are not the identity's."""
+    """Set statistics that differ from the identity."""
     for norm in module.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             for name in ("weight", "running_var"):

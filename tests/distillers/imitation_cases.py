@@ -1,4 +1,4 @@
-"""What the tests of PKD, CWD and score-weighted L2 share: cases, and a comparison with a transcription in float64."""
+"""Shared by the tests of PKD, CWD and score-weighted L2: cases, and comparison with a float64 transcription."""
 
 import copy
 
@@ -12,7 +12,7 @@ DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.
 
 
 def pyramids(images, channels, teacher_channels, dtype):
-    """A student's pyramid that wants gradients, and a teacher's."""
+    """A student's pyramid that requires gradients, and a teacher's."""
     student = ragged_pyramid(images, channels, seed=0, dtype=dtype)
     teacher = [level.detach() for level in ragged_pyramid(images, teacher_channels, seed=1, dtype=dtype)]
     return student, teacher
@@ -44,7 +44,7 @@ def assert_follows(module, transcription, student, teacher, batch, **options):
 
 
 def assert_refuses(build, message_of_weight):
-    """The errors that all of them share."""
+    """The errors common to all three."""
     module = build()
     student, teacher = pyramids(2, 8, 8, torch.float32)
     batch = ragged_batch((1, 2))

@@ -1,4 +1,4 @@
-"""A distiller's forward waits for no device and is one graph for torch.compile and torch.export."""
+"""A distiller's forward does not synchronise and is one graph for torch.compile and torch.export."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.types import Batch
 
-# what a fake tensor says when Python asks for a value or a shape that depends on values
+# error of a fake tensor when Python reads a value or a data-dependent shape
 ASKED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class NoBlockingCopy(TorchDispatchMode):
-    """Raises where a copy would make the host wait: every copy off the device, and blocking ones onto it.
+    """Raises for copies that synchronise: every copy off the device, and blocking ones onto it.
 
-    Fake tensors themselves refuse .item(), nonzero and everything else that asks for values.
+    Fake tensors themselves raise for .item(), nonzero and other reads of values.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -87,7 +87,7 @@ def test_a_planted_wait_is_noticed(sync, error):
 
 
 class OfTensors(torch.nn.Module):
-    """A distiller that takes the batch as tensors, its Python numbers fixed: what torch.export can take."""
+    """A distiller with the batch as tensors and fixed Python numbers, for torch.export."""
 
     def __init__(self, name, module, batch):
         super().__init__()

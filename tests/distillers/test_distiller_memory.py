@@ -1,8 +1,8 @@
-"""Nothing of the size queries x cells or boxes x cells is allocated, forward or backward, where kernels are present.
+"""With kernels, no tensor of size queries x cells or boxes x cells is allocated, forward or backward.
 
 The shape makes such a tensor stand out: its smallest form, one byte for each box and cell of the largest level, is
-larger than every pyramid, weight and table of the call. Without a kernel the references run, which do allocate them;
-that is also how the tests show that they would notice.
+larger than every pyramid, weight and table of the call. Without kernels the references run, which allocate such
+tensors; this also shows that the test detects them.
 """
 
 import sys
@@ -72,7 +72,7 @@ def test_an_op_that_does_is_noticed(op, monkeypatch):
 
 
 def mask_call(op):
-    """A call of a mask op and what its gradient is taken for."""
+    """A call of a mask op, and the input of its gradient."""
     student, _, batch = inputs(COUNTS, levels=LEVELS, size=(256, 384))
     if op.startswith("mask_pool"):
         return lambda: getattr(ops, op)(student, batch.masks, batch.image_index), student

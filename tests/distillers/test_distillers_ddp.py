@@ -10,7 +10,7 @@ from fastkd.ops._support.normalizer import global_mean
 
 
 def every_distiller(batch, student, teacher, modules):
-    """The sum of everything the three methods learn from on a batch."""
+    """The sum of all losses of the three methods on a batch."""
     lgd, icd, fgfi = modules
     made = lgd(student, batch)
     total = sum(made.losses.values()) + sum(level.square().mean() + level.abs().mean() for level in made.instructive)

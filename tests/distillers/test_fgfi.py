@@ -52,7 +52,7 @@ def transcription(module, student, teacher, batch, anchors):
 
 
 def module_for_test(channels=5, **options):
-    """With weights far larger than the published start, so that the adapter matters."""
+    """An FGFI module with weights much larger than at initialisation, so that the adapter matters."""
     module = FGFI(ANCHORS, channels, **options).double()
     torch.nn.init.normal_(module.adapter.weight, std=0.3)
     torch.nn.init.normal_(module.adapter.bias, std=0.3)
@@ -91,7 +91,7 @@ def test_mask_is_the_strictly_better_cells(psi):
 
 
 def test_threshold_is_global_over_levels():
-    """A box that fits an anchor of the third level exactly: coarse and fine cells with IoU up to psi stay out."""
+    """A box equal to an anchor of the third level: cells of other levels with IoU up to psi are excluded."""
     batch = ragged_batch((1,))
     batch.boxes = torch.tensor([[8.0, 8.0, 56.0, 56.0]])
     module = FGFI([anchors[:1] for anchors in ANCHORS], 5)

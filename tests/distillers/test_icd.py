@@ -178,7 +178,7 @@ def test_attention_of_real_queries():
 
 
 def test_padding_gets_no_attention():
-    """What the teacher says outside an image changes nothing."""
+    """Teacher features outside an image have no effect."""
     module, _ = build()
     batch, student, teacher = ragged_batch((2, 3)), ragged_pyramid(2, CHANNELS), ragged_pyramid(2, TEACHER, seed=1)
     before = module(student, batch, teacher).losses
@@ -231,7 +231,7 @@ def test_autocast():
 
 
 def test_start_and_saved_priors():
-    """Attention projections start Xavier-uniform with zero bias; the priors travel with the state."""
+    """Attention projections are initialised Xavier-uniform with zero bias; the priors are saved in the state dict."""
     prior = priors(4)
     module = ICD(4, prior, 32, teacher_channels=64)
     layer = module.decoder[0]

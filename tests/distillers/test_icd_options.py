@@ -1,4 +1,4 @@
-"""ICD's options beyond the paper: the scale of the teacher's pyramid, and where the student's projections start."""
+"""ICD's options beyond the paper: the scale of the teacher's pyramid and the projections' initialisation."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Score-weighted L2 against a literal transcription of its formula, and the scores that detectors give."""
+"""Score-weighted L2 against a literal transcription of its formula, and the scores of detectors."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_scores_of_the_cells_of_every_detector(kind):
 
 
 def test_scores_are_the_highest_of_a_cell():
-    """RetinaNet: of all classes and anchors of the cell, in the order of its own head."""
+    """RetinaNet: maximum over all classes and anchors of a cell, in the order of its head."""
     torch.manual_seed(0)
     detector = build_detector(tiny_detector("retinanet")).eval()
     pyramid = detector.features(torch.randn(1, 3, 64, 64))

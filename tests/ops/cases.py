@@ -1,4 +1,4 @@
-"""One entry for each op: the calls that the tests common to all ops make of it (test_every_op.py, test_gpu.py)."""
+"""One entry per op, with its calls in the tests common to all ops (test_every_op.py, test_gpu.py)."""
 
 import random
 import sys
@@ -29,7 +29,7 @@ RAW = torch.ops.fastkd
 
 @dataclass(frozen=True)
 class Case:
-    """What an op is called with.
+    """The calls of an op in the common tests.
 
     Args:
         name: of the op in fastkd.ops.

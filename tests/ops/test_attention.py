@@ -195,7 +195,7 @@ def test_nan_comes_through(capability):
 
 
 def test_large_logits(capability):
-    """Logits of thousands: one cell takes all."""
+    """Logits of several thousand: one cell has probability 1."""
 
     def large():
         arguments = draw(*MANY)
@@ -267,7 +267,7 @@ def draw_any(choose: random.Random):
 
 
 def draw_wide(choose):
-    """Without float16, which holds none of the extreme values."""
+    """Without float16, which cannot represent the extreme values."""
     return convert(draw_any(choose), choose.choice([torch.float32, torch.bfloat16]))
 
 

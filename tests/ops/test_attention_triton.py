@@ -25,7 +25,7 @@ def python(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What went wrong in each case, None where nothing did."""
+    """The error of each case, or None."""
     out = tmp_path_factory.mktemp("triton") / "found.json"
     run = python("-W", "ignore", TESTS / "attention_triton_cases.py", out, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout + run.stderr

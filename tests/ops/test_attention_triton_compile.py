@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: what the binaries are made of."""
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: resources of the binaries."""
 
 import pytest
 import torch

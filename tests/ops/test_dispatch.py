@@ -1,4 +1,4 @@
-"""Which implementation an op takes: the rule, use_backend, what CUDA tensors get and what is said about it."""
+"""Dispatch of ops: the rule, use_backend, CUDA tensors, and warnings."""
 
 import functools
 import importlib.util
@@ -23,7 +23,7 @@ def pyramids():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """No memory of what was said and found."""
+    """Clear the caches of warnings and look-ups."""
     monkeypatch.setattr(dispatch, "_warn_once", functools.cache(dispatch._warn_once.__wrapped__))
     for name in ("why_no_cuda", "why_no_triton", "why_not_on_card"):
         monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
@@ -148,7 +148,7 @@ def test_a_cuda_tensor_without_kernels_takes_the_reference_and_says_so_once(fres
 
 @needs_cuda_build
 def test_a_cuda_tensor_without_the_cpu_library_says_so_too(fresh, monkeypatch):
-    """It brings the schemas: without it no op is registered on any device."""
+    """It defines the schemas: without it no op is registered on any device."""
     monkeypatch.setattr(library, "why_not_loaded", lambda: "fastkd/_cpu.so is not built; run `make build`")
     own = dispatch.Dispatch("instance_norm_mse")
     (level,), _ = on_fake_gpu()

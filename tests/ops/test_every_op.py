@@ -1,4 +1,4 @@
-"""What holds for every op: random and corrupted calls, tracing, threads, double backward, and life without kernels."""
+"""Tests of all ops: random and corrupted calls, tracing, threads, double backward, and missing kernels."""
 
 import pkgutil
 

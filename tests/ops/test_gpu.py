@@ -48,7 +48,7 @@ def arguments_on(op, device, seed=3):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(poisoned_memory):
-    """compute-sanitizer's initcheck sees no uninitialised read where the memory was poisoned."""
+    """No poisoning: it would hide uninitialised reads from compute-sanitizer's initcheck."""
     if os.environ.get("FASTKD_POISON") == "0":
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -141,7 +141,7 @@ def test_compile_and_export(on_gpu, op):
 
 
 def test_every_op_is_drawn():
-    """But for focal_loss, which has no kernel for GPUs."""
+    """Except focal_loss, which has no GPU kernel."""
     assert {name for name in ops.__all__ if f"{name}_reference" in ops.__all__} == set(DRAWS)
 
 

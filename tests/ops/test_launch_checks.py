@@ -1,7 +1,7 @@
-"""What is said where a launch cannot be: too large a grid, a card without code, an error of the CUDA runtime.
+"""Errors of impossible launches: too large a grid, a card without code, an error of the CUDA runtime.
 
-Under the emulation, through the same lines of csrc/common/device.h; only a GPU shows that the runtime's answers reach
-them.
+In the emulation, with the same code of csrc/common/device.h; that it receives the runtime's errors is tested only on a
+GPU.
 """
 
 import pytest

@@ -1,7 +1,7 @@
-"""The sanitizer build finds what it is there to find: every bug planted in tests/planted ends in its report.
+"""The sanitizer build reports every bug planted in tests/planted.
 
-`make sanitize` runs this on its own build (FASTKD_PLANTED), with torch in the picture; the plain test suite builds the
-stand-alone programs itself.
+`make sanitize` runs this on a separate build with torch (FASTKD_PLANTED); the plain test suite builds stand-alone
+programs.
 """
 
 import os
@@ -51,7 +51,7 @@ print("survived")
 
 
 def runtime(name: str) -> str | None:
-    """A runtime library of the compiler, None where it has none."""
+    """Path of a runtime library of the compiler, or None."""
     if shutil.which(COMPILER) is None:
         return None
     found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -103,7 +103,7 @@ def test_every_planted_bug_is_found(programs, number):
 
 
 def test_kernels_use_nothing_that_the_sanitizers_cannot_see():
-    """GCC's AddressSanitizer does not look into masked and gathering intrinsics; kernels copy their tails instead."""
+    """GCC's AddressSanitizer does not check masked and gather intrinsics; kernels copy their tails instead."""
     blind = re.compile(
         r"_mm\d*_(maskz?_(loadu|load|storeu|store|compress|expand)|maskload|maskstore|\w*gather|\w*scatter)"
     )

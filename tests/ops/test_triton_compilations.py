@@ -1,7 +1,7 @@
-"""How often each Triton kernel is compiled over an epoch of multi-scale batches with any counts of boxes. Needs no GPU.
+"""Number of compilations of each Triton kernel over an epoch of multi-scale batches with random box counts. No GPU.
 
-Triton compiles a kernel anew for each set of types, constants and properties (equal to 1, a multiple of 16) of its
-arguments; its own function makes that key of a launch's arguments here.
+Triton compiles a kernel for each set of types, constants and properties (equal to 1, a multiple of 16) of its
+arguments. The key is computed here from the arguments of a launch with Triton's function.
 """
 
 import random
@@ -125,7 +125,7 @@ def test_unaligned_levels_are_copied():
 @pytest.mark.parametrize("images", [1, 2, 16])
 @pytest.mark.parametrize("kernel", ["forward", "backward", "mass"])
 def test_programs_fill_the_card(images, kernel):
-    """At the published shape, each program on a processor of its own as one comes free: little is left idle."""
+    """At the published shape, with programs scheduled on free multiprocessors, little time is idle."""
     sizes = [(-(-800 // stride), -(-1344 // stride)) for stride in (8, 16, 32, 64, 128)]
     each = {"forward": images * 8 // 2, "backward": images * 8, "mass": images}[kernel]
     tile = {"forward": (2, 16), "backward": (2, 16), "mass": (4, 16)}[kernel]

@@ -1,4 +1,4 @@
-"""What a run is built of before it begins: classes, teachers, weights and data that fit, or a clear refusal."""
+"""Checks before a run: classes, teachers, weights and data are consistent, or a clear error."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""How setup.py finds what it needs to build the GPU kernels, and what it says where something is missing or wrong.
+"""How setup.py finds the requirements of the GPU kernels, and its messages if they are missing or wrong.
 
 The toolkits here are folders with a script for nvcc; nothing is compiled. The last tests look at the built library.
 """
@@ -24,7 +24,7 @@ VARIABLES = ("FASTKD_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """The names setup.py defines, in an environment that says nothing about CUDA."""
+    """The names defined by setup.py, in an environment without CUDA variables."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for name in VARIABLES:

@@ -1,4 +1,4 @@
-"""What is built and shipped: metadata, source distribution, the compiled library, the CMake build, `fastkd info`."""
+"""Build and distribution: metadata, source distribution, the compiled library, the CMake build, `fastkd info`."""
 
 import importlib.metadata
 import io
@@ -116,7 +116,7 @@ def test_no_inline_function_is_compiled_for_more_than_the_baseline(capability):
 
 
 def test_cmake_compiles_what_setup_does(setup_script, tmp_path):
-    """`make test` links what pip's build compiled; users from C++ compile: the same sources, the same options."""
+    """`make test` links the objects of pip's build; C++ users compile the same sources with the same options."""
     cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
     options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-GUnix Makefiles"]
     subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *options], check=True, capture_output=True)

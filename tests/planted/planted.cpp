@@ -1,5 +1,5 @@
-// Bugs on purpose, one a run: `planted NAME` must end in a report of the sanitizers, or the sanitizer build would not
-// find such a bug in a kernel either. tests/ops/test_planted_bugs.py knows what each report must say.
+// Planted bugs, one per run: `planted NAME` must end in a sanitizer report, as evidence that the sanitizer build finds
+// such bugs in kernels. tests/ops/test_planted_bugs.py checks the reports.
 #include "common/simd.h"
 
 #include <cstdio>
@@ -22,7 +22,7 @@ constexpr int kRow = 2 * kFloats + 3;  // a row that is no whole number of vecto
 float global_row[kRow];
 enum Layout { contiguous, channels_last };
 
-// What a kernel does at the end of a row when it forgets the tail: one more whole vector.
+// A kernel that ignores the tail of a row and reads one more whole vector.
 FASTKD_INLINE float sum_of_whole_vectors(const float* row) {
   FloatVector sum{};
   for (int i = 0; i < opaque(kRow); i += kFloats) sum = sum + load<FloatVector>(row + i);

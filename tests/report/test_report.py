@@ -299,7 +299,7 @@ def test_inside_a_mask_rcnn(scenes, tmp_path):
 
 
 def test_report_of_real_runs(scenes, tmp_path):
-    """What the trainer writes is what the report reads: teacher, LGD and ICD, three steps each."""
+    """The report reads the trainer's output: teacher, LGD and ICD, three steps each."""
     for name in ("teacher", "lgd", "icd"):
         recipe = get_recipe(f"scenes-retinanet-{name}")
         recipe = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""torch.compile of a step: eager's numbers, few graphs whatever the counts, and what is said where it cannot work."""
+"""torch.compile of a step: results as in eager mode, few graphs for any box counts, and messages if unavailable."""
 
 import dataclasses
 import functools

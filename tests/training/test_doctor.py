@@ -1,4 +1,4 @@
-"""The doctor names each fault that is planted, and none where there is none."""
+"""The doctor reports each planted fault and no others."""
 
 import dataclasses
 from pathlib import Path
@@ -75,7 +75,7 @@ def scenes_built(scenes):
 
 
 def test_wrong_class_map(scenes, trained):
-    """Boxes right, classes in another order: the names alone do not tell."""
+    """Right boxes with permuted classes, which the names alone do not reveal."""
     built, (teacher, _) = scenes_built(scenes), trained
     assert named(check_quality(teacher, built, 1, CPU), "teacher", "ok").startswith("AP ")
     logits = teacher.head.classification_head.cls_logits
@@ -196,7 +196,7 @@ def test_published_recipes_have_every_switch_on(name):
 
 
 def test_start_and_pyramids(scenes, trained):
-    """What was inherited, in numbers; a teacher that is too loud for ICD; other channels."""
+    """The numbers of inherited tensors; a teacher with too large features for ICD; other channels."""
     built = build(tiny_recipe(scenes, method="icd"))
     teacher = built.module.teacher.detector
     report = named(check_start(built, teacher), "inheriting", "ok") + named(

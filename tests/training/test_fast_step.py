@@ -1,4 +1,4 @@
-"""What makes the training step fast changes rounding alone: fused optimisers, the teacher's form for inference."""
+"""Optimisations of the training step change only rounding: fused optimisers, the teacher's inference form."""
 
 import copy
 

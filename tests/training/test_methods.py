@@ -1,4 +1,4 @@
-"""The protocol of methods: what a recipe asks of each, and that nobody else asks which one it is."""
+"""The protocol of methods: its use by recipes, and no checks for specific methods elsewhere."""
 
 import ast
 import dataclasses
@@ -34,7 +34,7 @@ def scenes(tmp_path_factory):
 
 @dataclass(frozen=True)
 class LGDAndPKD(Combined):
-    """Another combination than the shipped one: this is all it takes."""
+    """A minimal combination of methods other than the shipped one."""
 
     kind = "test-lgd-pkd"
     label = "LGD + PKD"
@@ -52,7 +52,7 @@ def python_files():
 
 
 def asked(tree):
-    """Lines that ask which method they hold: isinstance by its classes, comparison with its name."""
+    """Lines that check for a specific method: isinstance with its classes, comparison with its name."""
     classes = {method.__name__ for method in SHIPPED} | set(distillers.__all__) - {"Distilled", "Distiller"}
     names = {method.kind for method in SHIPPED}
     for node in ast.walk(tree):

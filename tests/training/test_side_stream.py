@@ -1,4 +1,4 @@
-"""The teacher's stream: who waits for whom, and whose memory is held for whom."""
+"""The teacher's stream: synchronisation between streams, and lifetime of their memory."""
 
 import contextlib
 
@@ -24,7 +24,7 @@ class FakeStream:
 
 
 class FakeCuda:
-    """Streams that log what is asked of them."""
+    """Streams that log their calls."""
 
     def __init__(self):
         self.log = []

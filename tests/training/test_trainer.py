@@ -1,4 +1,4 @@
-"""The trainer: what a run writes, what it refuses, who learns in which phase, and that every method trains."""
+"""The trainer: output and errors of a run, trained modules per phase, and training of every method."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu/check.py: what each records, written to its JSON file as soon as it is known."""
+"""The stages of benchmarks/gpu/check.py; each record is written to the stage's JSON file at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 @dataclass
 class Context:
-    """What a stage is given.
+    """The context of a stage.
 
     Args:
         device: "cuda" or "cpu".
-        toy: the smallest sizes, for a rehearsal.
-        file: where `record` writes, None for nowhere.
+        toy: minimal sizes, for a rehearsal.
+        file: output of `record`, or None.
         seconds: the stage's time limit.
-        found: what was recorded so far.
+        found: the records so far.
     """
 
     device: str
@@ -33,18 +33,18 @@ class Context:
 
     @classmethod
     def from_environment(cls, device: str, toy: bool) -> Context:
-        """The context that benchmarks/gpu/check.py has set up."""
+        """The context set up by benchmarks/gpu/check.py."""
         file = os.environ.get("FASTKD_STAGE_FILE")
         seconds = float(os.environ.get("FASTKD_STAGE_SECONDS", "60"))
         return cls(device, toy, Path(file) if file else None, seconds)
 
     @property
     def left(self) -> float:
-        """Seconds until the limit, five kept back for the end."""
+        """Seconds until the limit, minus a reserve of five."""
         return self.seconds - 5 - (time.monotonic() - self.begin)
 
     def record(self, name: str, value: Any) -> None:
-        """Adds an entry; the file is written anew."""
+        """Add an entry and rewrite the file."""
         self.found[name] = value
         if self.file is not None:
             partial = self.file.with_suffix(".partial")
@@ -52,7 +52,7 @@ class Context:
             partial.replace(self.file)
 
     def attempt(self, name: str, work: Callable[[], Any]) -> bool:
-        """Records what `work` returns, or {"error": ...} where it raises; returns whether it did not raise."""
+        """Record the result of `work`, or {"error": ...} if it raises; return whether it succeeded."""
         try:
             value = work()
         except Exception as error:

@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.gpu.stages import Context, failures
 
-# name: (module, function), imported when the stage runs, so that one that cannot be imported ends no other
+# name: (module, function), imported when the stage runs, so that an import error affects only this stage
 STAGES = {
     "versions": ("host", "versions"),
     "build": ("host", "build"),
@@ -23,7 +23,7 @@ STAGES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 where an entry is an error."""
+    """1 if any entry is an error."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=list(STAGES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

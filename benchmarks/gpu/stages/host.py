@@ -22,14 +22,14 @@ from fastkd.ops._support import library
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "setuptools", "ninja", "pytest", "pytest-xdist", "timm")
 CHECKED = ("box_pool", "norm_relu_box_pool", "instance_norm_mse", "value_mimic", "box_paint_conv3x3", "masked_mse")
-TAIL = 1500  # characters of a program's output that are recorded
+TAIL = 1500  # recorded characters of a program's output
 BUILD_CPU = ("build_ext", "--inplace", "--build-temp", "build/gpu-check-cpu")
 BUILD_CUDA = ("build_ext", "--inplace", "--only-cuda", "--build-temp", "build/gpu-check-cuda")
 
 
 def _run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
-    """Exit status and output; 124 where the program and its children were ended after so many seconds."""
-    with tempfile.TemporaryFile() as file:  # not a pipe, which a child that outlives the program would hold open
+    """Exit status and output; 124 if the program and its children were killed after `seconds`."""
+    with tempfile.TemporaryFile() as file:  # a surviving child would keep a pipe open
         try:
             process = subprocess.Popen(
                 command,
@@ -89,7 +89,7 @@ def _card() -> dict[str, Any]:
 
 
 def build(context: Context) -> None:
-    """The CPU library, unless it is there, beside the GPU kernels for this card alone, both in parallel."""
+    """Build the CPU library, unless present, and the GPU kernels for this card only, in parallel."""
     wanted = {}
     if library.why_not_loaded() is not None:
         wanted["cpu"] = (BUILD_CPU, {"FASTKD_CUDA": "0"})
@@ -115,7 +115,7 @@ def build(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """Every op against the reference, ten draws each, in parallel: tests/ops/test_gpu.py."""
+    """Tests of every op against the reference, ten draws each, in parallel: tests/ops/test_gpu.py."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-o", "addopts="]
     if context.toy:
         command += ["-k", "test_the_harness_on_the_cpu and (masked_mse or imitation_mask)"]
@@ -127,7 +127,7 @@ def tests(context: Context) -> None:
     outcomes = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0)
     failed = set()
     for line in output.splitlines():
-        # alone: "name PASSED [ 5%]"; under xdist: "[gw0] [ 5%] PASSED name"
+        # without xdist: "name PASSED [ 5%]"; under xdist: "[gw0] [ 5%] PASSED name"
         name = re.search(r"tests/ops/test_gpu\.py::(\S+)", line)
         outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
         if name and outcome and ("%]" in line):
@@ -141,7 +141,7 @@ def tests(context: Context) -> None:
 
 
 def sanitizer(context: Context) -> None:
-    """Memcheck and racecheck of a few ops, a process for each, several at a time."""
+    """Memcheck and racecheck of a few ops, one process each, several in parallel."""
     tool = card.sanitizer()
     if context.device != "cuda" or tool is None:
         context.record("skipped", "no GPU is asked for" if context.device != "cuda" else "no compute-sanitizer")

@@ -1,7 +1,7 @@
-"""What the card can do, and how long each op takes at a training batch: ours, plain, and plain compiled by torch.
+"""Peak rates of the card, and op times at a training batch: fastkd, plain torch, and torch.compile.
 
-B = 16, 800 x 1344, bfloat16, channels-last, forward and backward (benchmarks/ops/rows.py). All that is not compiled
-comes first; torch.compile's work is done ahead, in parallel, and found in its cache.
+B = 16, 800 x 1344, bfloat16, channels-last, forward and backward (benchmarks/ops/rows.py). Calls without
+torch.compile run first; compilation runs ahead, in parallel, and fills torch.compile's cache.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.ops.draws import QUICK, Draw, Shape
 from benchmarks.ops.rows import BY_NAME, ROWS, Case
 from benchmarks.step.steps import Step, assert_same, tensors
 
-WAITING = ("slices", "selection")  # plain forms that wait for the device: no CUDA graph holds them
+WAITING = ("slices", "selection")  # plain forms that synchronise, so that no CUDA graph can capture them
 
 
 class DeviceDraw(Draw):
-    """Drawn on the device: a pyramid of 16 images takes the host seconds."""
+    """Draws on the device: a pyramid of 16 images takes seconds on the host."""
 
     def tensor(self, *sizes: int, grad: bool = False, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         if self.device.type == "cpu":
@@ -47,7 +47,7 @@ def build(row: str, context: Context) -> tuple[Case, Shape]:
 
 
 def call_of(step: Step) -> Callable[[], object]:
-    """Forward and backward without waiting for the device, so that a CUDA graph can capture it."""
+    """Forward and backward without synchronisation, so that a CUDA graph can capture it."""
 
     def call() -> list[Tensor]:
         results = tensors(step.function(*step.arguments))
@@ -65,7 +65,7 @@ def compiled(case: Case, context: Context) -> Callable:
 
 
 def rates(context: Context) -> None:
-    """Copies, products and convolutions: what the shares in the report refer to."""
+    """Rates of copies, products and convolutions, the base of the fractions in the report."""
     device, size = torch.device(context.device), 64 if context.toy else 8192
     seconds = 0.0 if context.toy else 0.2
     source = torch.empty(2**12 if context.toy else 2**30, dtype=torch.uint8, device=device)
@@ -104,13 +104,13 @@ def uncompiled(row: str, context: Context) -> dict[str, Any]:
     if expected is not None:
         try:
             assert_same(ours, expected, torch.bfloat16)
-        except AssertionError as error:  # both are rounded to bfloat16: told beside the times, for a reader to judge
+        except AssertionError as error:  # both are rounded to bfloat16: reported beside the times
             entry["differs"] = str(error)
     return entry
 
 
 def compile_ahead(rows: list[str], context: Context) -> None:
-    """Fills torch.compile's cache, a process for each row."""
+    """Fill torch.compile's cache, one process per row."""
     if context.toy:
         return
     code = (
@@ -131,7 +131,7 @@ def compile_ahead(rows: list[str], context: Context) -> None:
 
 
 def ops(context: Context) -> None:
-    """The stage: rates of the card, then an entry for each row."""
+    """The stage: rates of the card, then one entry per row."""
     torch.backends.cudnn.benchmark = True
     context.attempt("rates", lambda: (rates(context), "ok")[1])
     rows = [row.name for row in ROWS]

@@ -1,7 +1,7 @@
-"""Each method's Scenes recipe for the minutes that are left, without files: pictures are drawn into memory.
+"""Trains each method's Scenes recipe for the remaining minutes, on images drawn in memory.
 
-Recorded: the losses by step, the detector's loss on pictures kept apart, and steps a second. The students are saved
-beside the JSON, to be evaluated where pycocotools is (`fastkd evaluate`).
+Recorded: the losses per step, the detector's loss on held-out images, and steps per second. The students are saved
+beside the JSON, for evaluation on a machine with pycocotools (`fastkd evaluate`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS = ("baseline", "lgd", "icd", "fgfi")
 
 @dataclass
 class Picture:
-    """Pixels [3, 128, 128] float32, normalised, and what is on it."""
+    """Pixels [3, 128, 128] float32, normalised, and the objects of an image."""
 
     image: np.ndarray
     boxes: np.ndarray  # [n, 4] float32 xyxy
@@ -73,7 +73,7 @@ def batch_of(pictures: list[Picture], seeds: list[int]) -> Batch:
 
 
 def batches(pictures: list[Picture], size: int, seed: int = 0) -> Iterator[Batch]:
-    """Random batches without end."""
+    """Infinite iterator of random batches."""
     rng = np.random.default_rng(seed)
     while True:
         rows = rng.integers(len(pictures), size=size)
@@ -93,7 +93,7 @@ def priors_of(pictures: list[Picture]) -> ClassPriors:
 
 
 def module_of(recipe: Recipe, priors: ClassPriors, device: torch.device) -> StepModule:
-    """Student, method and teacher of a recipe, with the weights that come with fastkd."""
+    """Student, method and teacher of a recipe, with the weights shipped with fastkd."""
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
     load_backbone_weights(student, assets.resolve(recipe.backbone_weights))
@@ -111,7 +111,7 @@ def module_of(recipe: Recipe, priors: ClassPriors, device: torch.device) -> Step
 
 
 def held_out_loss(module: StepModule, pictures: list[Picture], device: torch.device) -> float:
-    """The detector's own loss, in training mode without gradient; norms of Scenes students are frozen."""
+    """The detector's loss in training mode without gradient; norms of Scenes students are frozen."""
     total = 0.0
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for first in range(0, len(pictures), 16):
@@ -125,7 +125,7 @@ def held_out_loss(module: StepModule, pictures: list[Picture], device: torch.dev
 def train(
     recipe: Recipe, pictures: list[Picture], kept: list[Picture], device: torch.device, seconds: float, out: Path | None
 ) -> dict[str, Any]:
-    """The recipe's steps, or as many as fit in so many seconds: then the rest of the schedule is not trained."""
+    """Train the recipe's steps, or as many as fit in `seconds`; the schedule is then cut off."""
     module = module_of(recipe, priors_of(pictures), device)
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     optimizers = build_optimizers(recipe, module)
@@ -160,7 +160,7 @@ def train(
 
 
 def scenes(context: Context) -> None:
-    """The stage: an equal share of the time for each method."""
+    """The stage: equal time for each method."""
     count, kept = (16, 4) if context.toy else (2000, 100)
     ((_, drawn),) = draw_all(draw, {"all": list(range(count + kept))}, 1 if context.toy else 16, None)
     context.record("pictures", {"train": count, "held_out": kept, "seconds": context.seconds - 5 - context.left})

@@ -1,4 +1,4 @@
-"""The methods' parts on given pyramids, and whole training steps of RetinaNet-R50, ours and plain in the same dtype."""
+"""Methods on given pyramids, and whole training steps of RetinaNet-R50: fastkd and plain torch in the same dtype."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMS = ("ours", "plain", "ours compiled")
 
 
 def problem_of(context: Context, images: int) -> Problem:
-    """RetinaNet on padded images of the papers' recipes, small ones for a rehearsal."""
+    """RetinaNet on padded images of the papers' recipes; small images for a rehearsal."""
     if context.toy:
         return Problem("retinanet", 1, 2, 64, 160)
     return Problem("retinanet", images, 7, PUBLISHED.height, PUBLISHED.width)
@@ -62,10 +62,10 @@ def _part(method: str, form: str, problem: Problem, device: str) -> Callable[[],
 
 
 def parts(context: Context) -> None:
-    """The stage: LGD and ICD without a detector; eager before compiled."""
+    """The stage: LGD and ICD without a detector, eager first."""
     problem = problem_of(context, PUBLISHED.images)
     context.record("problem", dataclasses.asdict(problem))
-    for form in FORMS[:2] if context.toy else FORMS:  # a rehearsal has no minutes for a compiler
+    for form in FORMS[:2] if context.toy else FORMS:  # compilation is too slow for a rehearsal
         for method in ("lgd", "icd"):
             if context.left < 5:
                 context.record(f"{method} {form}", {"error": "no time"})
@@ -80,7 +80,7 @@ def _timed(make: Callable[..., Callable[[], None]], method: str, form: str, prob
 
 
 def placed(method: str, form: str, dtype: str, problem: Problem, device: str) -> Candidate:
-    """A candidate on a device; the plain form in bfloat16 runs under autocast and channels-last, as ours does.
+    """A candidate on a device; the plain form in bfloat16 also runs under autocast and channels-last.
 
     Args:
         form: "ours", "plain" or "ours compiled".
@@ -138,5 +138,5 @@ def steps(context: Context) -> None:
             continue
         problem = problem_of(context, images)
         context.attempt(name, lambda m=method, f=form, d=dtype, p=problem: _step(m, f, d, p, context))
-        with contextlib.suppress(RuntimeError):  # after an error of the device nothing is freed
+        with contextlib.suppress(RuntimeError):  # after a device error, freeing memory raises
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""How long a call takes on a GPU: by the wall clock, and replayed from a CUDA graph, which leaves out the host."""
+"""Time of a call on a GPU: wall time, and replay from a CUDA graph, which excludes the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _wait(device: torch.device) -> None:
 
 
 def wall(call: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> dict[str, Any]:
-    """{"wall_ms": median, "wall_min_ms", "rounds"}: each round from an idle device to an idle device."""
+    """{"wall_ms": median, "wall_min_ms", "rounds"}: each round starts and ends with an idle device."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < least or (time.perf_counter() < end and len(taken) < 200):
@@ -60,11 +60,11 @@ def graph(call: Callable[[], object], seconds: float) -> dict[str, Any]:
 def measure(
     call: Callable[[], object], device: torch.device, seconds: float = 0.4, captured: bool = True
 ) -> dict[str, Any]:
-    """Wall time, on a GPU also the time of a replayed graph and the peak of memory beyond what was there before.
+    """Wall time; on a GPU also the time of a replayed graph and the additional peak memory.
 
     Args:
-        seconds: of each kind of timing; 0: one call, for a rehearsal.
-        captured: whether a CUDA graph is tried.
+        seconds: per kind of timing; 0: one call, for a rehearsal.
+        captured: whether to try a CUDA graph.
     """
     for _ in range(2 if seconds else 0):
         call()

@@ -1,6 +1,6 @@
-"""Calls at the edges of what a launch may ask for: shared memory, grid sizes, empty inputs, many levels, large batches.
+"""Calls at the limits of launches: shared memory, grid sizes, empty inputs, many levels, large batches.
 
-Each is compared with the reference in float32. A launch that a card refuses raises, and is recorded with its reason.
+Each is compared with the reference in float32. A rejected launch raises and is recorded with its reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IMAGE = (256, 256)
 
 
 class Cases:
-    """Named calls; each raises where results or gradients differ from the reference's.
+    """Named calls; each raises if results or gradients differ from the reference.
 
     Args:
         device: of the tensors. toy: a few objects and cells.
@@ -40,7 +40,7 @@ class Cases:
         return torch.cat([low, low + side], dim=1).to(self.device), index.sort().values.to(self.device)
 
     def compare(self, op: str, call: Callable, arguments: tuple, dtype: torch.dtype) -> str:
-        """`call(function, *arguments)` with the op and, in float32, with its reference."""
+        """Compare `call(function, *arguments)` for the op and, in float32, for its reference."""
 
         def wide(value):
             if isinstance(value, Tensor):
@@ -58,7 +58,7 @@ class Cases:
         return self.compare(op, lambda f, levels: f(levels, boxes, index, IMAGE), (levels,), dtype)
 
     def taps(self, count: int, dtype: torch.dtype) -> str:
-        """The nine taps of box_paint_conv3x3 and their gradients."""
+        """Compare the nine taps of box_paint_conv3x3 and their gradients."""
         boxes, index = self.boxes(count)
         channels = self.channels
         arguments = (
@@ -76,7 +76,7 @@ class Cases:
         return self.compare("instance_norm_mse", lambda f, *given: f(*given), (levels, teacher), dtype)
 
     def large(self) -> str:
-        """More than 2^31 elements in a level: the loss of a batch is the mean of its halves'."""
+        """More than 2^31 elements in a level: the loss of a batch is the mean of those of its halves."""
         images = 2**31 // (256 * 128 * 128) + 2
         levels = [torch.randn(images, 256, 128, 128, device=self.device, dtype=torch.bfloat16) for _ in range(2)]
         student, teacher = levels[0].requires_grad_(), levels[1]
@@ -124,7 +124,7 @@ def cases(found: Cases) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def windows(context: Context) -> None:
-    """The stage: an entry for each call, "ok" or the error."""
+    """The stage: one entry per call, "ok" or the error."""
     for name, call in cases(Cases(context.device, context.toy)):
         if context.left < 0:
             context.record("left out", f"{name} and what follows: no time")
