@@ -153,9 +153,7 @@ def _module_of(detector: type) -> str:
 
 def _check_name(name: str) -> None:
     if not CLASS_NAME.fullmatch(name):
-        raise ValueError(
-            f"detector: must be module:Class, as my_module:Tiny, of a class at top level, got {name!r}"
-        )
+        raise ValueError(f"detector: must be module:Class, as my_module:Tiny, of a class at top level, got {name!r}")
 
 
 def _imported(name: str) -> Any:
