@@ -17,7 +17,7 @@ STUDENT_FILE = "student.safetensors"
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal, on stderr, so that stdout carries results only."""
+    """Prints a message on stderr, so that stdout carries results only."""
     from rich.console import Console
     from rich.text import Text
 
@@ -25,14 +25,14 @@ def say(message: str) -> None:
 
 
 def progress_bar(unit: str):
-    """A bar on stderr with counts, rate and time left."""
+    """A progress bar on stderr with counts, rate and time left."""
     from fastkd.evaluation.tables import progress_bar
 
     return progress_bar(unit)
 
 
 def choose_device(name: str):
-    """`auto` is the GPU where there is one, else the CPU; otherwise the device of that name.
+    """The torch device of a name; `auto` is the GPU if there is one, else the CPU.
 
     Raises: ValueError if there is no such device.
     """
@@ -54,12 +54,12 @@ def choose_device(name: str):
 
 
 def device_argument(name: str):
-    """For functions that choose a GPU themselves: None for `auto`, else the checked device."""
+    """The checked device, or None for `auto`, for functions that choose a device themselves."""
     return None if name == "auto" else choose_device(name)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The detector's file: `path` itself, or student.safetensors in the run directory `path`.
+    """The detector's file: `path`, or student.safetensors in it if `path` is a run directory.
 
     Raises: ValueError if there is none.
     """
@@ -93,14 +93,14 @@ def take_detectors(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def require_file(path: Path, name: str) -> Path:
-    """`path`, if it is a file; `name` is the argument to blame otherwise."""
+    """Returns `path` if it is a file; otherwise raises ValueError about the argument `name`."""
     if not path.is_file():
         raise ValueError(f"{name} must be an existing file, got {path}")
     return path
 
 
 def require_folder(path: Path, name: str) -> Path:
-    """`path`, if it is a folder; `name` is the argument to blame otherwise."""
+    """Returns `path` if it is a folder; otherwise raises ValueError about the argument `name`."""
     if not path.is_dir():
         raise ValueError(f"{name} must be an existing folder, got {path}")
     return path
@@ -108,11 +108,11 @@ def require_folder(path: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """How images enter the detector.
+    """Sizes of the detector's input images.
 
     Args:
-        short_side, max_side: see fastkd.data.transforms.resized_size; None leaves images at their size.
-        divisor: padded sides are multiples of it.
+        short_side, max_side: see fastkd.data.transforms.resized_size; None keeps the original size.
+        divisor: padded height and width are multiples of it.
     """
 
     short_side: int | None = None
@@ -121,7 +121,7 @@ class ImageSize:
 
 
 def image_size(checkpoint: Path, short_side: int | None, max_side: int | None) -> ImageSize:
-    """The sizes asked for, or else those of the evaluation of the run that the checkpoint lies in."""
+    """The given sizes; where None, the evaluation sizes of the run that contains the checkpoint."""
     import json
 
     path = checkpoint.parent / "recipe.json"

@@ -1,4 +1,4 @@
-"""From a configuration to a detector."""
+"""Builds a detector from its configuration."""
 
 from __future__ import annotations
 

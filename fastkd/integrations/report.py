@@ -46,7 +46,7 @@ class Probe:
         if step.teacher is not None:
             self.sizes["teacher"] = [tuple(level.shape[1:]) for level in step.teacher]
         for name, loss in losses.items():
-            grads = [None] * len(wanted)
+            grads: Sequence[Tensor | None] = [None] * len(wanted)
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             self.norms[name] = [loss.new_zeros(()) if grad is None else grad.float().norm() for grad in grads]

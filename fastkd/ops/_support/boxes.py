@@ -1,4 +1,4 @@
-"""From lists of boxes, one tensor an image, to the form that all ops take."""
+"""Concatenates per-image lists of boxes to the form that all ops take."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastkd.ops._support.checks import check_tensor
 def cat_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Boxes of all images concatenated, and the image of each.
 
-    Torchvision holds boxes as [target["boxes"] for target in targets], mmdetection as
-    [sample.gt_instances.bboxes for sample in data_samples]. Nothing waits for the device.
+    In torchvision the list is [target["boxes"] for target in targets], in mmdetection
+    [sample.gt_instances.bboxes for sample in data_samples]. Does not synchronise with the device.
 
     Args:
         boxes: B tensors [K_b, 4] xyxy in pixels of the padded batch, of one dtype and device; K_b may be 0.
-    Returns: boxes [K, 4] and image_index [K] int64, as `box_pool` and the others take them.
+    Returns: boxes [K, 4] and image_index [K] int64, as `box_pool` and the other ops take them.
     Raises: ValueError or TypeError if the list is empty or a tensor is not [K_b, 4] of the first's dtype and device.
     """
     if not isinstance(boxes, (list, tuple)) or not boxes:
@@ -35,5 +35,5 @@ def cat_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 f"got {some.dtype} on {some.device}; convert them alike"
             )
     device = boxes[0].device
-    index = [torch.full((len(some),), image, dtype=torch.int64, device=device) for image, some in enumerate(boxes)]
-    return torch.cat(list(boxes)), torch.cat(index)
+    owners = [torch.full((len(some),), image, dtype=torch.int64, device=device) for image, some in enumerate(boxes)]
+    return torch.cat(list(boxes)), torch.cat(owners)
