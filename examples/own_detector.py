@@ -1,7 +1,7 @@
 """A detector of one's own in fastkd's trainer: python examples/own_detector.py [DATA] [RUN_DIR] [STEPS]
 
 Trains a wider one as teacher, then the small one with LGD and with ICD. The same from the command line, in this folder:
-    fastkd train scenes-retinanet-lgd --detector own_detector:TinyDetector --run-dir runs/tiny
+    fastkd train scenes-retinanet-lgd --detector own_detector:TinyDetector --data.root ../data/scenes
 """
 
 from __future__ import annotations
