@@ -3,8 +3,8 @@
 Scenes in each host's data format, the host's training entry point, a larger teacher trained in the host, and three
 seeds each of: the host alone, with ICD, with LGD, and with Ultralytics' built-in distillation. Equal numbers of steps;
 AP by pycocotools from the host's predictions; seconds per step and memory, also with the reference backend in a short
-run. Writes docs/results/hosts.md and .json. Try it at toy size with --steps 4 --train 32 --val 8 --seeds 0 --out
-/tmp/hosts.
+run. Writes docs/results/hosts.md and .json. Try it at toy size, and with another --out, with --steps 4 --train 32
+--val 8 --seeds 0.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.distillers.checks import check_pyramids
 from fastkd.distillers.protocol import Distilled, Distiller
-from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.coverage import widen
 from fastkd.types import Batch
 
@@ -65,11 +65,7 @@ class CWD(Distiller):
         Returns: losses "cwd_distill".
         Raises: ValueError or TypeError if the pyramids disagree.
         """
-        if teacher is None:
-            raise ValueError("CWD: teacher must be given, got None; pass the frozen teacher's pyramid")
-        check_levels("CWD", "student", student, channels=self.channels)
-        check_levels("CWD", "teacher", teacher, channels=self.teacher_channels)
-        check_same_sizes("CWD", "teacher", teacher, "student", student)
+        teacher = check_pyramids("CWD", student, teacher, self.channels, self.teacher_channels)
         losses = []
         for level, target in zip(student, teacher, strict=True):
             adapted = self.adapter(level.detach() if detach_student else level)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.distillers.checks import check_pyramids
 from fastkd.distillers.protocol import Distilled, Distiller
 from fastkd.ops import imitation_mask, masked_mse
-from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch
 
@@ -83,11 +83,7 @@ class FGFI(Distiller):
         Returns: losses "fgfi_imitation"; 0, with all parameters in the graph, if there are no imitation cells.
         Raises: ValueError or TypeError if the pyramids or anchors disagree.
         """
-        if teacher is None:
-            raise ValueError("FGFI: teacher must be given, got None; pass the frozen teacher's pyramid")
-        check_levels("FGFI", "student", student, channels=self.channels)
-        check_levels("FGFI", "teacher", teacher, channels=self.teacher_channels)
-        check_same_sizes("FGFI", "teacher", teacher, "student", student)
+        teacher = check_pyramids("FGFI", student, teacher, self.channels, self.teacher_channels)
         if detach_student:
             student = [level.detach() for level in student]
         adapted = [F.relu(self.adapter(level)) for level in student]

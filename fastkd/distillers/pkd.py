@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.distillers.checks import check_pyramids
 from fastkd.distillers.protocol import Distilled, Distiller
-from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.coverage import widen
 from fastkd.types import Batch
 
@@ -71,11 +71,7 @@ class PKD(Distiller):
         Returns: losses "pkd_distill".
         Raises: ValueError or TypeError if the pyramids disagree.
         """
-        if teacher is None:
-            raise ValueError("PKD: teacher must be given, got None; pass the frozen teacher's pyramid")
-        check_levels("PKD", "student", student, channels=self.channels)
-        check_levels("PKD", "teacher", teacher, channels=self.teacher_channels)
-        check_same_sizes("PKD", "teacher", teacher, "student", student)
+        teacher = check_pyramids("PKD", student, teacher, self.channels, self.teacher_channels)
         losses = []
         for level, target in zip(student, teacher, strict=True):
             adapted = self.adapter(level.detach() if detach_student else level)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.distillers.checks import check_pyramids
 from fastkd.distillers.protocol import Distilled, Distiller
 from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.coverage import widen
@@ -69,13 +70,10 @@ class ScoreL2(Distiller):
         Returns: losses "scorel2_distill"; 0 where all scores are 0.
         Raises: ValueError or TypeError if the pyramids or scores disagree.
         """
-        if teacher is None or scores is None:
-            name = "teacher" if teacher is None else "scores"
-            raise ValueError(f"ScoreL2: {name} must be given, got None; pass those of the frozen teacher")
-        check_levels("ScoreL2", "student", student, channels=self.channels)
-        check_levels("ScoreL2", "teacher", teacher, channels=self.teacher_channels)
+        teacher = check_pyramids("ScoreL2", student, teacher, self.channels, self.teacher_channels)
+        if scores is None:
+            raise ValueError("ScoreL2: scores must be given, got None; pass those of the frozen teacher")
         check_levels("ScoreL2", "scores", scores, channels=1)
-        check_same_sizes("ScoreL2", "teacher", teacher, "student", student)
         check_same_sizes("ScoreL2", "scores", scores, "student", student)
         if len(student) != len(self.adapters):
             raise ValueError(
