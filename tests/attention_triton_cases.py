@@ -288,10 +288,10 @@ def masked_query():
     assert output[1, 1, 0].isnan().all() and output.isnan().sum() == output.shape[3]
 
 
-@case("sums of queries and weight apart, in memory")
+@case("sums of queries and weight in memory")
 def sums_apart():
     kept = configurations.backward
-    configurations.backward = lambda shape, card: dataclasses.replace(kept(shape, card), apart=True)
+    configurations.backward = lambda shape, card: dataclasses.replace(kept(shape, card), sums_in_memory=True)
     try:
         check(draw(*FEW, dtype=torch.float64, projected=True))
         check(draw(*BLOCKS, dtype=torch.float32, projected=True))

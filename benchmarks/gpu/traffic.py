@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.roofline import Card, Work, objects_of
 from benchmarks.gpu.roofline import instance_attention as least_attention
-from benchmarks.ops import peers
+from benchmarks.ops import baselines
 from benchmarks.ops.draws import Draw, Shape
 from fastkd.ops.triton import configurations  # imports no Triton
 
@@ -76,7 +76,7 @@ def cover_of(shape: Shape, size: int, last: bool, strip: Callable[[int, int], in
     boxes, _ = draw.boxes()
     line, once, each, parts = 1 if last else 32 // size, 0, 0, 0
     for rows, columns in shape.level_sizes:
-        cover = peers.box_cover(boxes, shape.image_size, (rows, columns)).flatten(1)
+        cover = baselines.box_cover(boxes, shape.image_size, (rows, columns)).flatten(1)
         each += int(cover.sum())
         some = cover.unflatten(0, (shape.images, -1)).any(1)
         some = torch.nn.functional.pad(some, (0, -some.shape[1] % line)).unflatten(1, (-1, line))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops import peers
+from benchmarks.ops import baselines
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Draw:
     def in_boxes(self, boxes: Tensor) -> int:
         """The same of boxes [B * K, 4]."""
         size = self.shape.image_size
-        return self.in_objects([peers.box_cover(boxes, size, level) for level in self.shape.level_sizes])
+        return self.in_objects([baselines.box_cover(boxes, size, level) for level in self.shape.level_sizes])
 
     def in_masks(self, masks: Tensor) -> int:
         """The same of masks [B * K, H, W]."""
-        return self.in_objects([peers.mask_cover(masks, level) for level in self.shape.level_sizes])
+        return self.in_objects([baselines.mask_cover(masks, level) for level in self.shape.level_sizes])
 
     def boxes(self) -> tuple[Tensor, Tensor]:
         """Boxes [B * K, 4] between 16 and 512 pixels a side, clipped to the image, and their images."""

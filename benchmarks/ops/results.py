@@ -231,8 +231,8 @@ def missed_table(rows: dict[str, dict], limits: dict[str, float]) -> list[str]:
     lines.append("|---|---|---|---|---|---|")
     for name, row in rows.items():
         sides, work = row["sides"], row["sides"].get("ours", {}).get("work") or {}
-        peers = {"times_plain": f"plain: {row.get('plain_form')}", "times_compiled": "compiled"}
-        for key, peer in peers.items():
+        baselines = {"times_plain": f"plain: {row.get('plain_form')}", "times_compiled": "compiled"}
+        for key, peer in baselines.items():
             if row["met"].get(key, True):
                 continue
             asked = sides[peer]["ms"] / row["targets"][key]
@@ -278,7 +278,7 @@ def report(saved: dict[str, Any]) -> str:
         "Rates of bytes: copy, fill and fresh fill (which allocates what it writes, as an op does its results) move",
         "about as much as a pyramid, which stays in part in the last cache between calls, as what the ops move does;",
         "large copy moves 2 GiB from memory to memory; faulted fill writes memory fresh from the system. Ours and the",
-        "peers run in one process that keeps what it frees, so none of them pays for that "
+        "baselines run in one process that keeps what it frees, so none of them pays for that "
         f"({', '.join(f'{key}={value}' for key, value in machine['allocator'].items())}).",
         "",
         "Memory: peak of a call over what was there before, results and gradients included. `at most`: what the caller",

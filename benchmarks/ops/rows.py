@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ops import peers
+from benchmarks.ops import baselines
 from benchmarks.ops.draws import Draw, Shape
 from benchmarks.ops.limits import Pass
 from fastkd import ops
@@ -21,7 +21,7 @@ class Targets:
     """What the row must reach, None where nothing is asked.
 
     Args:
-        plain, compiled: times faster than those peers.
+        plain, compiled: times faster than those baselines.
         share: of the machine's limit.
         memory: extra memory in bytes handed to the caller ("returned": 1.0), or as a fraction of plain's scratch.
         of_plain: memory is such a fraction.
@@ -57,7 +57,7 @@ class Case:
 
 def instance_norm_mse(draw: Draw) -> Case:
     arguments = (draw.pyramid(grad=True), draw.pyramid())
-    plain = {"instance_norm + mse_loss": peers.instance_norm_mse}
+    plain = {"instance_norm + mse_loss": baselines.instance_norm_mse}
     both = (draw.shape.elements,) * 2
     passes = (Pass(both), Pass(both, draw.shape.elements))
     return Case(arguments, ops.instance_norm_mse, plain, *plain, passes=passes)
@@ -66,7 +66,7 @@ def instance_norm_mse(draw: Draw) -> Case:
 def box_pool(draw: Draw) -> Case:
     boxes, index = draw.boxes()
     size = draw.shape.image_size
-    forms = {"masks": peers.box_pool_masks, "slices": peers.box_pool_slices}
+    forms = {"masks": baselines.box_pool_masks, "slices": baselines.box_pool_slices}
     plain = {name: lambda levels, form=form: form(levels, boxes, size) for name, form in forms.items()}
     ours = lambda levels: ops.box_pool(levels, boxes, index, size)  # noqa: E731
     passes = (Pass((draw.in_boxes(boxes),)), Pass((), draw.shape.elements))
@@ -76,7 +76,7 @@ def box_pool(draw: Draw) -> Case:
 def box_paint(draw: Draw) -> Case:
     boxes, index = draw.boxes()
     images, size, sizes = draw.shape.images, draw.shape.image_size, draw.shape.level_sizes
-    forms = {"masks": peers.box_paint_masks, "slices": peers.box_paint_slices}
+    forms = {"masks": baselines.box_paint_masks, "slices": baselines.box_paint_slices}
     plain = {name: lambda e, form=form: form(e, boxes, size, images, sizes) for name, form in forms.items()}
 
     def ours(embeddings):
@@ -97,7 +97,7 @@ def box_paint_conv3x3(draw: Draw) -> Case:
         return ops.box_paint_conv3x3(embeddings, weight, bias, boxes, index, size, images, sizes)
 
     def plain(embeddings, weight, bias):
-        return peers.box_paint_conv3x3(embeddings, weight, bias, boxes, size, images, sizes)
+        return baselines.box_paint_conv3x3(embeddings, weight, bias, boxes, size, images, sizes)
 
     passes = (Pass((), draw.shape.elements), Pass((draw.shape.elements,)))
     return Case(arguments, ours, {"masks + conv2d": plain}, "masks + conv2d", passes)
@@ -106,7 +106,7 @@ def box_paint_conv3x3(draw: Draw) -> Case:
 def norm_relu_box_pool(draw: Draw) -> Case:
     boxes, index = draw.boxes()
     size = draw.shape.image_size
-    plain = {"group_norm + relu + masks": lambda levels: peers.norm_relu_box_pool(levels, boxes, size)}
+    plain = {"group_norm + relu + masks": lambda levels: baselines.norm_relu_box_pool(levels, boxes, size)}
     ours = lambda levels: ops.norm_relu_box_pool(levels, boxes, index, size)  # noqa: E731
     elements = draw.shape.elements
     passes = (Pass((elements,)), Pass((draw.in_boxes(boxes),)), Pass((elements,), elements))
@@ -115,7 +115,7 @@ def norm_relu_box_pool(draw: Draw) -> Case:
 
 def mask_pool(draw: Draw) -> Case:
     masks, index = draw.masks()
-    plain = {"masks": lambda levels: peers.mask_pool(levels, masks)}
+    plain = {"masks": lambda levels: baselines.mask_pool(levels, masks)}
     ours = lambda levels: ops.mask_pool(levels, masks, index)  # noqa: E731
     passes = (Pass((draw.in_masks(masks),)), Pass((), draw.shape.elements))
     return Case((draw.pyramid(grad=True),), ours, plain, "masks", passes)
@@ -124,7 +124,7 @@ def mask_pool(draw: Draw) -> Case:
 def mask_paint(draw: Draw) -> Case:
     masks, index = draw.masks()
     images, sizes = draw.shape.images, draw.shape.level_sizes
-    plain = {"masks": lambda embeddings: peers.mask_paint(embeddings, masks, images, sizes)}
+    plain = {"masks": lambda embeddings: baselines.mask_paint(embeddings, masks, images, sizes)}
     ours = lambda embeddings: ops.mask_paint(embeddings, masks, index, images, sizes)  # noqa: E731
     passes = (Pass((), draw.shape.elements), Pass((draw.in_masks(masks),)))
     return Case((draw.embeddings(),), ours, plain, "masks", passes)
@@ -161,7 +161,7 @@ def instance_attention(draw: Draw) -> Case:
     logits = min(shape.heads * count * channels, channels * (channels + count))
     to_queries = min(shape.heads * count * channels, channels * (channels + 2 * count))
     work = shape.images * shape.cells * (logits + 3 * count * channels + to_queries)
-    plain = {"matmul + softmax": peers.attention_matmul, "fused attention": peers.attention_fused}
+    plain = {"matmul + softmax": baselines.attention_matmul, "fused attention": baselines.attention_fused}
     return Case(arguments, ours, plain, "matmul + softmax", multiply_adds=work)
 
 
@@ -203,7 +203,7 @@ def decoder_attention(draw: Draw) -> Case:
         return torch.func.functional_call(layer, dict(zip(names, weights)), (queries, levels, positions))
 
     def form(fused):
-        return lambda queries, levels, weights: peers.decoder_attention(
+        return lambda queries, levels, weights: baselines.decoder_attention(
             queries, levels, weights, embedding.to(queries.dtype), shape.heads, fused
         )
 
@@ -226,7 +226,7 @@ def mass_and_mimic(draw: Draw) -> Case:
 
     arguments = (queries, levels, weight, rows, columns, draw.pyramid(grad=True), draw.pyramid())
     name = "matmul + softmax + layer_norm"
-    return Case(arguments, ours, {name: peers.mass_and_mimic}, name)
+    return Case(arguments, ours, {name: baselines.mass_and_mimic}, name)
 
 
 def value_mimic(draw: Draw) -> Case:
@@ -235,7 +235,7 @@ def value_mimic(draw: Draw) -> Case:
     arguments = (draw.pyramid(grad=True), draw.pyramid(), mass)
 
     def plain(student, teacher, mass):
-        return peers.value_mimic(student, teacher, torch.cat([level.flatten(2) for level in mass], dim=2))
+        return baselines.value_mimic(student, teacher, torch.cat([level.flatten(2) for level in mass], dim=2))
 
     reads = (shape.elements, shape.elements, shape.images * shape.heads * shape.cells)
     passes = (Pass(reads), Pass(reads, shape.elements))
@@ -250,7 +250,7 @@ def imitation_mask(draw: Draw) -> Case:
     base = torch.stack([-size * ratio**-0.5, -size * ratio**0.5, size * ratio**-0.5, size * ratio**0.5], dim=1) / 2
     anchors = [(base * stride).to(draw.device) for stride in shape.strides]
     strides, sizes = [(stride, stride) for stride in shape.strides], shape.level_sizes
-    plain = {"IoU matrix": lambda boxes: peers.imitation_mask(boxes, anchors, strides, shape.images, sizes)}
+    plain = {"IoU matrix": lambda boxes: baselines.imitation_mask(boxes, anchors, strides, shape.images, sizes)}
     ours = lambda boxes: ops.imitation_mask(boxes, index, anchors, strides, shape.images, sizes)  # noqa: E731
     return Case((boxes,), ours, plain, "IoU matrix")
 
@@ -259,7 +259,7 @@ def masked_mse(draw: Draw) -> Case:
     shape = draw.shape
     masks = [level[:, 0] > 1.5 for level in draw.pyramid(1)]  # one cell in six
     arguments = (draw.pyramid(grad=True), draw.pyramid(), masks)
-    plain = {"product": peers.masked_mse_product, "selection": peers.masked_mse_selected}
+    plain = {"product": baselines.masked_mse_product, "selection": baselines.masked_mse_selected}
     reads = (draw.in_lines(masks),) * 2
     return Case(arguments, ops.masked_mse, plain, "product", (Pass(reads), Pass(reads, shape.elements)))
 

@@ -25,7 +25,7 @@ from benchmarks import memory
 from benchmarks.environment import KEEP_MEMORY, commit, machine
 from benchmarks.step import own as step_own
 from benchmarks.step import results as step_results
-from benchmarks.step.contenders import FORMS, OPTIONS, Contender, Problem, build
+from benchmarks.step.candidates import FORMS, OPTIONS, Candidate, Problem, build
 from benchmarks.step.dispatch_ledger import DispatchLedger, count
 from fastkd.files import write_json
 
@@ -34,7 +34,7 @@ LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: in one 
 TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
 
 
-def contenders(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
+def candidates(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
     """(method, form) of a problem; lone, tried: whether those of LONE and TRIED are of it."""
     of_each = [(method, form) for method in methods for form in forms if method not in LONE]
     found = [pair for pair in of_each if pair[1] in FORMS]
@@ -52,39 +52,39 @@ def problems(chosen: argparse.Namespace) -> list[Problem]:
     ]
 
 
-def resident(contender: Contender) -> int:
+def resident(candidate: Candidate) -> int:
     """Bytes of weights, statistics, optimiser states and the frozen teacher."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in contender.resident())
+    return sum(tensor.numel() * tensor.element_size() for tensor in candidate.resident())
 
 
-def first_turn(contender: Contender) -> dict[str, Any]:
+def first_turn(candidate: Candidate) -> dict[str, Any]:
     """A step, counted: ledger, memory and seconds (counting costs it a hundredth)."""
-    if contender.compiled:  # a mode would see the graphs' operators, not the kernels they became
+    if candidate.compiled:  # a mode would see the graphs' operators, not the kernels they became
         return {
             "seconds": [],
-            "transient_bytes": memory.measure(contender.step, CPU).peak,
-            "resident_bytes": resident(contender),
+            "transient_bytes": memory.measure(candidate.step, CPU).peak,
+            "resident_bytes": resident(candidate),
         }
     seconds = []
 
     def work() -> None:
         begin = time.perf_counter()
         with DispatchLedger() as found:
-            contender.step()
+            candidate.step()
         seconds.append(time.perf_counter() - begin)
         seconds.append(found.counts)
 
     peak = memory.measure(work, CPU).peak
     entry = {"seconds": [seconds[0]], "ledger": dataclasses.asdict(seconds[1])}
-    if contender.teacher is not None:
-        entry["teacher_ledger"] = dataclasses.asdict(count(contender.teacher))
-    return {**entry, "transient_bytes": peak, "resident_bytes": resident(contender)}
+    if candidate.teacher is not None:
+        entry["teacher_ledger"] = dataclasses.asdict(count(candidate.teacher))
+    return {**entry, "transient_bytes": peak, "resident_bytes": resident(candidate)}
 
 
 def measure(
     problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool, tried: bool = False
 ) -> dict[str, Any]:
-    """All contenders of a problem, turn and turn about.
+    """All candidates of a problem, turn and turn about.
 
     Args:
         first: the first problem of its detector: more repetitions, and what the cost ledger needs.
@@ -93,7 +93,7 @@ def measure(
     """
     entries, runners = {}, {}
     small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
-    for method, form in contenders(chosen.methods, chosen.forms, lone=first, tried=tried):
+    for method, form in candidates(chosen.methods, chosen.forms, lone=first, tried=tried):
         runners[method, form] = runner = build(problem, method, form)
         if runner.compiled:
             runner.step()  # the first size has the static graphs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.step.contenders import FORMS, NUM_CLASSES, Problem, priors
+from benchmarks.step.candidates import FORMS, NUM_CLASSES, Problem, priors
 from benchmarks.step.dispatch_ledger import count
 from fastkd.distillers import ICD
 from fastkd.ops import use_backend

@@ -24,28 +24,31 @@ import torch
 
 from benchmarks.environment import KEEP_MEMORY, commit, machine
 
-# Runs in either checkout: the second import is the name from before the benchmarks had rooms.
+# Runs in either checkout: the other two imports are the module's names in older checkouts.
 WORKER = """
 import gc, json, sys, torch
 from benchmarks.memory import measure
 try:
-    from benchmarks.step.contenders import Problem, ours
+    from benchmarks.step.candidates import Problem, ours
 except ImportError:
-    from benchmarks.step_contenders import Problem, ours
+    try:
+        from benchmarks.step.contenders import Problem, ours
+    except ImportError:
+        from benchmarks.step_contenders import Problem, ours
 torch.set_num_threads(int(sys.argv[1]))
-contender = None
+candidate = None
 for line in sys.stdin:
     order = json.loads(line)
     if order["do"] == "build":
-        contender = None
+        candidate = None
         gc.collect()
-        contender = ours(Problem(**order["problem"]), order["method"], order["form"])
-        contender.step()
+        candidate = ours(Problem(**order["problem"]), order["method"], order["form"])
+        candidate.step()
         answer = None
     elif order["do"] == "time":
-        answer = contender.timed()
+        answer = candidate.timed()
     else:
-        answer = measure(contender.step, torch.device("cpu")).peak
+        answer = measure(candidate.step, torch.device("cpu")).peak
     print(json.dumps({"answer": answer}), flush=True)
 """
 

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -87,7 +87,7 @@ class BatchLoader:
         """Batches of one pass over the data."""
         return getattr(self.batches, "steps_per_epoch", len(self.numbers))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         iterator = iter(self._loader)
         stop = functools.partial(_stop_workers, iterator)
         # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -99,7 +100,18 @@ class TrainBatches(Dataset):
 
     bad_image_is = "replaced by the next image"
 
-    def __init__(self, dataset, augmentation, *, batch_size, seed, own, divisor, grouping, channels_last):
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        augmentation: Augmentation,
+        *,
+        batch_size: int,
+        seed: int,
+        own: Sequence[int],
+        divisor: int,
+        grouping: bool,
+        channels_last: bool,
+    ):
         self.dataset, self.augmentation = dataset, augmentation
         self.batch_size, self.seed, self.divisor, self.channels_last = batch_size, seed, divisor, channels_last
         self.own = own  # positions of this rank in the global batch
@@ -158,7 +170,16 @@ class EvalBatches(Dataset):
 
     bad_image_is = "its objects count as missed"
 
-    def __init__(self, dataset, *, batch_size, short_side, max_side, divisor, channels_last):
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        short_side: int | None,
+        max_side: int | None,
+        divisor: int,
+        channels_last: bool,
+    ):
         self.dataset, self.divisor, self.channels_last = dataset, divisor, channels_last
         self.plan = functools.partial(resized_size, short_side=short_side, max_side=max_side)
         width, height = dataset.sizes[:, 0].astype(np.int64), dataset.sizes[:, 1].astype(np.int64)

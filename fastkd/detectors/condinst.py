@@ -1,11 +1,11 @@
-"""CondInst: FCOS whose locations each write the network that segments their instance."""
+"""CondInst: FCOS with a mask head whose weights are predicted for each location."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.detectors.common.dense import dense_candidates, survivors
+from fastkd.detectors.common.dense import dense_candidates, nms_indices
 from fastkd.detectors.common.instance_masks import (
     MASK_STRIDE,
     MASKS_AT_ONCE,
@@ -16,7 +16,7 @@ from fastkd.detectors.common.instance_masks import (
 )
 from fastkd.detectors.common.locations import Matches
 from fastkd.detectors.common.sampling import draw_keys, image_generators
-from fastkd.detectors.common.targets import PaddedBoxes, shared_count
+from fastkd.detectors.common.targets import PaddedBoxes, avg_factor
 from fastkd.detectors.condinst_head import CondInstHead, dynamic_masks
 from fastkd.detectors.fcos import FCOS
 from fastkd.ops._support.coverage import full_precision
@@ -28,9 +28,9 @@ MASK_THRESHOLD = 0.5
 class CondInst(FCOS):
     """FCOS with a learned scale for each level, whose positive locations also segment their instance.
 
-    A location's controller writes 169 parameters of three 1x1 convolutions, applied to the image's mask features and
-    the coordinates relative to the location. Dice loss at stride 4, averaged over the positive locations, at most
-    `mask_samples` a process; which ones is drawn from batch.seeds.
+    The controller predicts, for each location, the 169 parameters of three 1x1 convolutions that are applied to the
+    image's mask features and the coordinates relative to the location. The dice loss at stride 4 is averaged over the
+    positive locations, or over `mask_samples` of them per process, drawn from batch.seeds.
     Source: Conditional Convolutions for Instance Segmentation (Tian et al., 2020).
     """
 
@@ -38,7 +38,7 @@ class CondInst(FCOS):
     centered = True
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """One call of the head for each pyramid where it has batch statistics, which are each pyramid's own."""
+        """`loss` of several pyramids; batch norms need one call of the head per pyramid to keep statistics separate."""
         require_masks("condinst", batch)
         if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.head.modules()):
             return [super(CondInst, self).losses([pyramid], batch)[0] for pyramid in pyramids]
@@ -56,51 +56,53 @@ class CondInst(FCOS):
         return losses | {"mask": torch.stack(masks)}
 
     def _mask_loss(self, outputs: dict[str, Tensor], matches: Matches, anchors: Tensor, batch: Batch) -> Tensor:
-        image, place, rows = self._sampled(matches, batch)
+        image, location, rows = self._sampled(matches, batch)
         targets = coarse_masks(batch).split(batch.counts)
-        total = (outputs["mask_features"].sum() + outputs["controller"].sum()) * 0.0  # the graph, should nothing follow
+        total = (outputs["mask_features"].sum() + outputs["controller"].sum()) * 0.0  # without positives too
         for index, count in enumerate(torch.bincount(image, minlength=len(batch)).tolist()):
-            own, place = place[:count], place[count:]
+            current, location = location[:count], location[count:]
             row, rows = rows[:count], rows[count:]
             if count:
-                logits = self._masks(outputs, anchors, index, own)
+                logits = self._masks(outputs, anchors, index, current)
                 total = total + dice_loss(logits, targets[index][row]).sum()
-        return total / shared_count(torch.tensor(len(image), device=total.device))
+        return total / avg_factor(torch.tensor(len(image), device=total.device))
 
     @torch.no_grad()
     def _sampled(self, matches: Matches, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (ascending), places and rows of the locations in the mask loss."""
-        _, image, place, row = matches
+        """Images (ascending), locations and rows of `truth` in the mask loss."""
+        _, image, location, row = matches
         if len(image) <= self.config.mask_samples:
-            return image, place, row
+            return image, location, row
         counts = torch.bincount(image, minlength=len(batch)).tolist()
         keys = draw_keys(image_generators(batch), counts, image.device)
-        keys = torch.cat([own[:count] for own, count in zip(keys, counts, strict=True)])
+        keys = torch.cat([row_keys[:count] for row_keys, count in zip(keys, counts, strict=True)])
         chosen = keys.topk(self.config.mask_samples, largest=False).indices.sort().values
-        return image[chosen], place[chosen], row[chosen]
+        return image[chosen], location[chosen], row[chosen]
 
-    def _masks(self, outputs: dict[str, Tensor], anchors: Tensor, image: int, place: Tensor) -> Tensor:
+    def _masks(self, outputs: dict[str, Tensor], anchors: Tensor, image: int, location: Tensor) -> Tensor:
         """Mask logits [N, 2 * H_3, 2 * W_3] of locations of one image."""
-        own = anchors[place]
-        origins, sides = (own[:, :2] + own[:, 2:]) / 2, own[:, 2] - own[:, 0]
-        features, parameters = outputs["mask_features"][image].float(), outputs["controller"][image, place].float()
-        logits = dynamic_masks(features, parameters, origins, self.reach * sides, self.strides[0])
+        anchor = anchors[location]
+        origins, widths = (anchor[:, :2] + anchor[:, 2:]) / 2, anchor[:, 2] - anchor[:, 0]
+        features, parameters = outputs["mask_features"][image].float(), outputs["controller"][image, location].float()
+        logits = dynamic_masks(features, parameters, origins, self.size_of_interest * widths, self.strides[0])
         return aligned_upsample(logits[:, None], self.strides[0] // MASK_STRIDE)[:, 0]
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
-        outputs, found = self.head(pyramid), []
+        outputs, detections = self.head(pyramid), []
         with full_precision(pyramid[0]):
             anchors = torch.cat(self.anchors(pyramid))
             scores_and_decoder = self._scores_and_decoder(outputs, pyramid)
-            boxes, scores, labels, places = dense_candidates(*scores_and_decoder, batch, self.config)
-            kept = survivors(boxes, scores, labels, self.config)
-            for image, (own, size) in enumerate(zip(kept, batch.image_sizes.tolist(), strict=True)):
+            boxes, scores, labels, locations = dense_candidates(*scores_and_decoder, batch, self.config)
+            kept = nms_indices(boxes, scores, labels, self.config)
+            for image, (index, size) in enumerate(zip(kept, batch.image_sizes.tolist(), strict=True)):
                 masks = [torch.zeros(0, *size, dtype=torch.bool, device=boxes.device)]
-                for some in places[image, own].split(MASKS_AT_ONCE):
+                for some in locations[image, index].split(MASKS_AT_ONCE):
                     if len(some):
                         soft = self._masks(outputs, anchors, image, some).sigmoid()
                         soft = aligned_upsample(soft[:, None], MASK_STRIDE)[:, 0, : size[0], : size[1]]
                         masks.append(soft > MASK_THRESHOLD)
-                found.append(Detections(boxes[image, own], scores[image, own], labels[image, own], torch.cat(masks)))
-        return found
+                detections.append(
+                    Detections(boxes[image, index], scores[image, index], labels[image, index], torch.cat(masks))
+                )
+        return detections

@@ -1,4 +1,4 @@
-"""CondInst's head: FCOS's towers, a controller that writes a mask head for each location, and the mask branch."""
+"""CondInst's head: FCOS's towers, a controller that predicts the mask head of each location, and the mask branch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastkd.detectors.common.instance_masks import aligned_upsample
 from fastkd.detectors.common.locations import LocationHead
 from fastkd.detectors.config import DetectorConfig
 
-MASK_CHANNELS = 8  # of the mask features and between the layers of a mask head
+MASK_CHANNELS = 8  # channels of the mask features and of the hidden layers of a mask head
 WEIGHTS = ((MASK_CHANNELS, MASK_CHANNELS + 2), (MASK_CHANNELS, MASK_CHANNELS), (1, MASK_CHANNELS))
 PARAMETERS = sum(rows * columns + rows for rows, columns in WEIGHTS)  # 169
-LEVELS = 3  # P3, P4, P5 make the mask features
+LEVELS = 3  # the mask features are computed from P3, P4, P5
 
 
 class MaskBranch(nn.Module):
@@ -57,10 +57,10 @@ class CondInstHead(LocationHead):
 
 
 def dynamic_masks(features: Tensor, parameters: Tensor, origins: Tensor, scales: Tensor, stride: int) -> Tensor:
-    """Mask logits of one image's instances: each one's own three 1x1 convolutions on [relative coordinates | features].
+    """Mask logits of the instances of one image: three 1x1 convolutions per instance on [coordinates | features].
 
-    The coordinates of cell (y, x) for an instance at (ox, oy) are ((x', y') - (ox, oy)) / scale, (x', y') the cell's
-    centre in pixels. They enter the first layer as an outer sum, so that no tensor of N * 10 maps is made.
+    The coordinates of cell (y, x) for an instance at (ox, oy) are ((x', y') - (ox, oy)) / scale, with the cell's
+    centre (x', y') in pixels. They enter the first layer as an outer sum, so that no tensor of N * 10 maps is made.
 
     Args:
         features: [8, h, w] of the image.

@@ -1,4 +1,4 @@
-"""What a detector is made of: one frozen dataclass for all kinds."""
+"""The configuration of a detector: one frozen dataclass for all kinds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 WITH_MASKS = ("mask_rcnn", "condinst", "solov2")
 WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
 
-_TIMM_NAME = re.compile(r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?")  # no addresses: a detector's file must not load others
+CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # module:Class
+
+_TIMM_NAME = re.compile(  # no URLs or paths: loading a detector file must not load other files
+    r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?"
+)
 
 _POSITIVE_INTEGERS = (
     "num_classes",
@@ -47,59 +51,61 @@ _POSITIVE_INTEGERS = (
 class DetectorConfig:
     """A detector: its kind, its size, its anchors and its thresholds.
 
-    Defaults are torchvision's, and the papers' for what torchvision has not.
+    Defaults are torchvision's, or the papers' where torchvision has no such detector.
 
     Args:
         detector: "retinanet", "fcos", "atss", "poto", "condinst", "solov2", "faster_rcnn" or "mask_rcnn".
         num_classes: object classes, without background, >= 1.
         backbone: "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "swin_t", "mobilenet_v2", or
-            "timm:NAME" for a model of the timm package (pip install 'fastkd[timm]') with maps of strides 4 .. 32.
+            "timm:NAME" for a timm model (pip install 'fastkd[timm]') with maps of strides 4 .. 32.
         deformable: modulated deformable 3x3 convolutions (DCNv2) in the stages of strides 8 .. 32 of resnet50,
             resnet101 and resnext101_32x8d.
         width: scales every width of the backbone (0.5: 32 .. 256 instead of 64 .. 512), rounded to multiples of 8
             (Swin: of 24); 1 for timm's.
         channels: channels of every pyramid level and of the dense heads.
         norm: normalisation in ResNets and MobileNetV2: "frozen_bn" (statistics and affine fixed), "bn", or "gn" (32
-            groups, or as many of two channels as there are). Swin and timm's models have their own.
+            groups, or fewer with two channels each). Not used by Swin and timm models.
         frozen_stages: stages of the backbone that never train: 0 none, 1 the stem, 2 also the stage of stride 4 (layer1
-            of a ResNet), .. 5 all; 0 for timm's.
+            of a ResNet), .. 5 all; must be 0 for timm models.
         stride_in_1x1: a stage's first bottleneck halves the map in its first 1x1 convolution, as in the original ResNet
             and detectron2's models, instead of in the 3x3 (torchvision).
-        p6_source: the map that P6 of a dense detector is made from: "p5", or "c5", the backbone's last (detectron2).
+        p6_source: input of P6 in a dense detector: "p5", or "c5", the backbone's last map (detectron2).
         anchor_base: side of a level's smallest square anchor divided by the level's stride. None: 4 for RetinaNet, 8
-            for two-stage. FCOS has no anchors; there a level owns the boxes whose farthest side is between
-            anchor_base / 2 and anchor_base strides from the location (None: 8); so in CondInst. ATSS compares boxes
-            with squares of anchor_base strides around the locations (None: 8). In SOLOv2 a level owns the instances
+            for two-stage detectors. FCOS and CondInst have no anchors: a location is positive on a level if the
+            farthest side of the box is anchor_base / 2 to anchor_base strides away (None: 8). ATSS compares boxes with
+            squares of anchor_base strides around the locations (None: 8). SOLOv2 assigns to a level the instances
             whose box has an area of (anchor_base / 2)^2 to (2 * anchor_base)^2 square strides (None: 12).
         anchor_scales: factors on anchor_base, one anchor size each. None: 1, 2^(1/3), 2^(2/3) for RetinaNet, 1 for
             two-stage.
         anchor_ratios: height / width of the anchors. None: 0.5, 1, 2.
-        anchor_rounding: corners of anchors are whole pixels (torchvision); False leaves them exact (detectron2).
+        anchor_rounding: round the corners of anchors to whole pixels (torchvision); False: exact (detectron2).
         head_convs: convolutions in each tower of a dense head.
-        head_norm: "none" is the published head. "gn" has GroupNorm in RetinaNet's towers (groups of 8 channels, as
-            torchvision's second version has at 256; trains a narrow head several times faster) and instead of the batch
-            norms of CondInst's mask branch. The other heads have the norms they were published with.
-        score_threshold: detections at or below this score are dropped. SOLOv2's candidates must have twice as much
-            before matrix NMS.
-        nms_threshold: of two detections of a class that overlap more than this (IoU) the weaker is dropped. None: 0.6
-            for ATSS and CondInst, no suppression for POTO, 0.5 else; SOLOv2 has matrix NMS and takes None only.
-        detections_per_image: most detections of one image.
-        candidates_per_level: one-stage detectors: most detections of one level that enter non-maximum suppression.
+        head_norm: "none": the published head. "gn": GroupNorm in RetinaNet's towers (groups of 8 channels, as in
+            torchvision's version 2 at 256 channels; trains a narrow head several times faster), and in CondInst's mask
+            branch instead of batch norm. The other heads always have their published norms.
+        score_threshold: detections at or below this score are dropped. SOLOv2's candidates must exceed twice this
+            value before matrix NMS.
+        nms_threshold: IoU above which the weaker of two detections of a class is dropped. None: 0.6 for ATSS and
+            CondInst, no suppression for POTO, 0.5 otherwise. Must be None for SOLOv2, which has matrix NMS.
+        detections_per_image: maximum number of detections of one image.
+        candidates_per_level: one-stage detectors: maximum number of detections per level before NMS.
         rpn_pre_nms_train, rpn_pre_nms_test: proposals of one level and image that enter non-maximum suppression.
-        rpn_post_nms_train, rpn_post_nms_test: proposals of one image that leave it.
+        rpn_post_nms_train, rpn_post_nms_test: proposals of one image kept after it.
         rpn_samples: anchors of one image in the proposal loss, at most half of them positive.
         roi_samples: proposals of one image in the box loss.
-        roi_positive_fraction: largest share of positives among them.
-        roi_canonical_size: side in pixels of the proposals that are pooled from P4 (half as large: P3, ...).
-        roi_aligned: pool with cell centres at half pixels and as many samples as a bin has cells (detectron2), not
+        roi_positive_fraction: maximum fraction of positives among roi_samples.
+        roi_canonical_size: side in pixels of proposals pooled from P4 (half that size: P3, and so on).
+        roi_aligned: pool with cell centres at half pixels and one sample per cell of a bin (detectron2), instead of
             torchvision's 2 x 2 samples of unshifted boxes.
         box_head_channels: width of the two fully connected layers on pooled boxes.
         mask_head_channels: width of the four convolutions on pooled masks.
-        mask_branch_channels: width of the convolutions that make the mask features of CondInst and SOLOv2.
-        mask_samples: CondInst: most locations of a process whose masks enter the loss.
+        mask_branch_channels: width of the convolutions that compute the mask features of CondInst and SOLOv2.
+        mask_samples: CondInst: maximum number of locations per process in the mask loss.
         instance_head_channels: SOLOv2: width of the towers.
         kernel_channels: SOLOv2: channels of the mask features and of the kernels applied to them.
         grids: SOLOv2: cells along a side of each level's grid.
+        custom: a detector of one's own, "module:Class", built as Class(config) in the place of `detector`, whose
+            defaults (strides, masks) hold for it; set by --detector module:Class (see fastkd/detectors/own.py).
     """
 
     detector: str = "retinanet"
@@ -138,6 +144,7 @@ class DetectorConfig:
     instance_head_channels: int = 512
     kernel_channels: int = 256
     grids: tuple[int, ...] = (40, 36, 24, 16, 12)
+    custom: str | None = None
 
     def __post_init__(self) -> None:
         named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS), ("p6_source", P6_SOURCES))
@@ -184,6 +191,8 @@ class DetectorConfig:
         good = isinstance(self.grids, (tuple, list)) and len(self.grids) == len(self.strides)
         _check(good and all(_is_integer(v, 1) for v in self.grids), "grids", "five integers >= 1", self.grids)
         object.__setattr__(self, "grids", tuple(self.grids))
+        known = self.custom is None or (isinstance(self.custom, str) and CLASS_NAME.fullmatch(self.custom) is not None)
+        _check(known, "custom", "None or module:Class", self.custom)
 
     def _check_backbone(self) -> None:
         known = isinstance(self.backbone, str) and (self.backbone in BACKBONES or _TIMM_NAME.fullmatch(self.backbone))
@@ -206,23 +215,28 @@ class DetectorConfig:
         object.__setattr__(self, name, tuple(value))
 
     @property
+    def kind(self) -> str:
+        """Its name in messages: "module:Class" of a detector of one's own, or `detector`."""
+        return self.custom or self.detector
+
+    @property
     def two_stage(self) -> bool:
-        """Whether regions are proposed first."""
+        """Whether the detector has a region proposal stage."""
         return self.detector in TWO_STAGE
 
     @property
     def with_masks(self) -> bool:
-        """Whether it learns and predicts instance masks."""
+        """Whether the detector learns and predicts instance masks."""
         return self.detector in WITH_MASKS
 
     @property
     def cells_have_boxes(self) -> bool:
-        """Whether the cells of its pyramid score and predict boxes; those of SOLOv2's do not."""
+        """Whether pyramid cells have scores and boxes; False for SOLOv2."""
         return self.detector != "solov2"
 
     @property
     def fine(self) -> bool:
-        """Whether the pyramid is P2 .. P6 and not P3 .. P7."""
+        """Whether the pyramid is P2 .. P6 instead of P3 .. P7."""
         return self.two_stage or self.detector == "solov2"
 
     @property
@@ -232,7 +246,7 @@ class DetectorConfig:
 
     @property
     def nms(self) -> float | None:
-        """The IoU above which the weaker of two detections goes; None suppresses nothing."""
+        """IoU above which the weaker of two detections is dropped; None: no suppression."""
         if self.nms_threshold is not None:
             return self.nms_threshold
         return {"atss": 0.6, "condinst": 0.6, "poto": None, "solov2": None}.get(self.detector, 0.5)
@@ -259,7 +273,7 @@ class DetectorConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> DetectorConfig:
-        """The inverse of `to_dict`; a field that is missing, as in a file of an earlier version, has its default.
+        """The inverse of `to_dict`; missing fields, as in files of earlier versions, take their defaults.
 
         Raises: ValueError for an unknown field or an invalid value.
         """

@@ -11,9 +11,9 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
-from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, inside_ignored, match_anchors
+from fastkd.detectors.common.targets import IGNORE, PaddedBoxes, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids, split_losses
 from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
@@ -24,8 +24,9 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 class _Targets(NamedTuple):
-    """What every anchor shall say: weight [B, A] of its class entries, and of the P positive ones:
+    """Classification weights and regression targets.
 
+    weight [B, A] of each anchor's class entries; then for the P positive anchors:
     weight [P], image [P], anchor [P], label [P], deltas [P, 4].
     """
 
@@ -50,10 +51,12 @@ def _losses(logits: Tensor, deltas: Tensor, targets: _Targets) -> dict[str, Tens
 class RetinaNet(Detector):
     """RetinaNet: focal classification and L1 box regression of anchors on P3 .. P7.
 
-    An anchor is positive from IoU 0.5, background below 0.4, and left out between; the best anchors of a box are always
-    positive. Losses are divided by the positives of each image, then averaged over the images.
+    An anchor is positive from IoU 0.5, background below 0.4, and ignored in between; the best anchors of a box are
+    always positive. Losses are divided by the number of positives of each image, then averaged over the images.
     Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's RetinaNet.
     """
+
+    head: RetinaNetHead
 
     def __init__(self, config: DetectorConfig):
         anchors = PyramidAnchors(
@@ -74,21 +77,21 @@ class RetinaNet(Detector):
         return highest_by_cell(self.head.classification_head(pyramid), pyramid)
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids: one call of the head on all of their images, one assignment of anchors."""
-        outputs = self.head(one_behind_the_other(pyramids))
+        """`loss` of several pyramids: one call of the head on all their images, one assignment of anchors."""
+        outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             targets = self._targets(pyramids[0], batch)
             logits, deltas = (
                 outputs[name].unflatten(0, (len(pyramids), len(batch))) for name in ("cls_logits", "bbox_regression")
             )
-            return apart(_losses(logits, deltas.float(), targets))
+            return split_losses(_losses(logits, deltas.float(), targets))
 
     def _targets(self, pyramid: list[Tensor], batch: Batch) -> _Targets:
         anchors, truth = torch.cat(self.anchors(pyramid)), PaddedBoxes.of(batch)
         matched = match_anchors(truth, anchors, 0.4, 0.5, keep_best=True)  # [B, A]
         positive = matched >= 0
         share = 1.0 / (positive.sum(1).clamp(min=1) * len(batch))  # [B]
-        counted = matched != BETWEEN
+        counted = matched != IGNORE
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
             counted &= positive | ~ignored

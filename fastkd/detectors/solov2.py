@@ -1,4 +1,4 @@
-"""SOLOv2: instances told apart by where they are, without boxes."""
+"""SOLOv2: instances separated by location, without boxes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from torch import Tensor
 
 from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.instance_masks import coarse_masks, dice_loss, require_masks
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, inside_ignored, shared_count
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes, avg_factor, inside_ignored
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids, split_losses
 from fastkd.detectors.solov2_detect import detect_instances
 from fastkd.detectors.solov2_head import SOLOv2Head
 from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
-CENTER = 0.2  # of an instance's width and height: the region whose cells are positive
+CENTER = 0.2  # size of the positive centre region as a fraction of the instance's width and height
 MASK_WEIGHT = 3.0
 
 
 class SOLOv2(Detector):
-    """SOLOv2: each level's image is a grid of cells that classify and segment the instance whose centre they hold.
+    """SOLOv2: each level divides the image into a grid; a cell classifies and segments the instance centred in it.
 
-    A level owns the instances whose box has sqrt(area) in its range. The cells in the centre region, 0.2 of the box's
-    sides around the mask's centre of mass, at most 3 x 3, are positive; of several instances a cell takes the smallest.
-    Focal loss divided by positives + 1, dice loss at stride 4 averaged over the positives and weighted by 3.
+    An instance is assigned to the levels whose range contains sqrt(area) of its box. Positive are the cells in its
+    centre region, 0.2 of the box's width and height around the mask's centre of mass, at most 3 x 3 cells. A cell that
+    is positive for several instances is assigned to the smallest. The focal loss is divided by positives + 1; the dice
+    loss at stride 4 is averaged over the positives and weighted by 3.
     Source: SOLOv2: Dynamic and Fast Instance Segmentation (Wang et al., 2020).
     """
 
@@ -36,11 +37,11 @@ class SOLOv2(Detector):
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
         """`loss` of several pyramids: one call of the head on all of their images, one assignment."""
         require_masks("solov2", batch)
-        outputs = self.head(one_behind_the_other(pyramids))
+        outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
-            return apart(self._losses(outputs, batch))
+            return split_losses(self._losses(outputs, batch))
 
     def _losses(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The losses [R] of outputs [R, B, ...] on R pyramids."""
@@ -58,55 +59,57 @@ class SOLOv2(Detector):
         parts = zip(outputs["kernels"].unbind(), outputs["mask_features"].unbind(), strict=True)
         dice = [self._dice(*both, image, cell, row, batch) for both in parts]
         return {
-            "classification": focal / shared_count(count, more=1.0),
-            "mask": MASK_WEIGHT * torch.stack(dice) / shared_count(count),
+            "classification": focal / avg_factor(count, more=1.0),
+            "mask": MASK_WEIGHT * torch.stack(dice) / avg_factor(count),
         }
 
     def _dice(
         self, all_kernels: Tensor, mask_features: Tensor, image: Tensor, cell: Tensor, row: Tensor, batch: Batch
     ) -> Tensor:
-        """Sum of the dice losses of positive cells, images ascending; of one pyramid's outputs."""
+        """Sum of the dice losses of the positive cells (images ascending) for the outputs of one pyramid."""
         targets = coarse_masks(batch).split(batch.counts)
-        total = (all_kernels.sum() + mask_features.sum()) * 0.0  # the graph, should nothing follow
+        total = (all_kernels.sum() + mask_features.sum()) * 0.0  # all parameters stay in the graph
         for index, count in enumerate(torch.bincount(image, minlength=len(batch)).tolist()):
-            own, cell = cell[:count], cell[count:]
+            current, cell = cell[:count], cell[count:]
             instance, row = row[:count], row[count:]
             if count:
                 features = mask_features[index]
-                logits = (all_kernels[index, own] @ features.flatten(1)).unflatten(1, features.shape[1:])
+                logits = (all_kernels[index, current] @ features.flatten(1)).unflatten(1, features.shape[1:])
                 total = total + dice_loss(logits, targets[index][instance]).sum()
         return total
 
     def cells(self, batch: Batch) -> Tensor:
-        """[S, 4] xyxy in pixels: the cells of all grids, rows first."""
+        """[S, 4] xyxy in pixels: the cells of all grids in row-major order."""
         height, width = batch.padded_size
-        found = []
+        grids = []
         for cells in self.config.grids:
             y, x = torch.meshgrid(*[torch.arange(cells, device=batch.boxes.device)] * 2, indexing="ij")
             corner = torch.stack([x, y, x + 1, y + 1], -1).flatten(0, 1)
-            found.append(corner * torch.tensor([width, height] * 2, device=corner.device) / cells)
-        return torch.cat(found)
+            grids.append(corner * torch.tensor([width, height] * 2, device=corner.device) / cells)
+        return torch.cat(grids)
 
     @torch.no_grad()
     def assign(self, truth: PaddedBoxes, batch: Batch) -> Tensor:
-        """The row of `truth` each cell answers for, or BELOW: [B, S] int64."""
+        """The row of `truth` assigned to each cell, or BACKGROUND: [B, S] int64."""
         centers, seen = self._centers(truth, batch)
-        sides = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, K, 2]
-        area, padded = sides.prod(-1), torch.tensor(batch.padded_size[::-1], device=sides.device)
-        reach, found = sides * (CENTER / 2), []
+        wh = truth.boxes[..., 2:] - truth.boxes[..., :2]  # [B, K, 2]
+        area, padded = wh.prod(-1), torch.tensor(batch.padded_size[::-1], device=wh.device)
+        half_region, assigned = wh * (CENTER / 2), []
         for level, cells in enumerate(self.config.grids):
             lower = 0.0 if level == 0 else self.base / 2 * self.strides[level]
             upper = float("inf") if level == len(self.strides) - 1 else self.base * 2 * self.strides[level]
-            fits = seen & (area.sqrt() >= lower) & (area.sqrt() <= upper)
-            middle, first, last = ((at / padded * cells).floor() for at in (centers, centers - reach, centers + reach))
+            in_range = seen & (area.sqrt() >= lower) & (area.sqrt() <= upper)
+            middle, first, last = (
+                (at / padded * cells).floor() for at in (centers, centers - half_region, centers + half_region)
+            )
             first = torch.maximum(first, middle - 1).clamp(min=0)[..., None, :]  # [B, K, 1, 2]
             last = torch.minimum(last, middle + 1).clamp(max=cells - 1)[..., None, :]
-            index = torch.arange(cells, device=sides.device)[:, None]  # [cells, 1], against x and y
+            index = torch.arange(cells, device=wh.device)[:, None]  # [cells, 1], compared with x and with y
             x, y = ((index >= first) & (index <= last)).unbind(-1)  # [B, K, cells]
-            inside = (y[..., None] & x[..., None, :]).flatten(2) & fits[..., None]  # [B, K, cells^2]
+            inside = (y[..., None] & x[..., None, :]).flatten(2) & in_range[..., None]  # [B, K, cells^2]
             smallest, row = torch.where(inside, area[..., None], float("inf")).min(1)
-            found.append(torch.where(smallest.isinf(), BELOW, row))
-        return torch.cat(found, 1)
+            assigned.append(torch.where(smallest.isinf(), BACKGROUND, row))
+        return torch.cat(assigned, 1)
 
     def _centers(self, truth: PaddedBoxes, batch: Batch) -> tuple[Tensor, Tensor]:
         """Centres of mass [B, K, 2] of the masks in pixels, and which rows have a mask [B, K]."""
@@ -114,8 +117,8 @@ class SOLOv2(Detector):
         assert masks is not None  # see require_masks
         area = masks.sum((1, 2))
         for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
-            place = torch.arange(length, device=masks.device) + 0.5
-            means.append((masks.sum(axis) * place).sum(1) / area.clamp(min=1))
+            pixel_center = torch.arange(length, device=masks.device) + 0.5
+            means.append((masks.sum(axis) * pixel_center).sum(1) / area.clamp(min=1))
         centers = torch.zeros(*truth.valid.shape, 2, device=masks.device)
         seen = torch.zeros_like(truth.valid)
         centers[truth.valid] = torch.stack(means, 1).float()  # rows of `truth` are the batch's boxes in their order

@@ -1,4 +1,4 @@
-"""From SOLOv2's outputs to instances: candidates, their masks, matrix NMS."""
+"""Converts SOLOv2's outputs to instances: candidates, their masks, matrix NMS."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MASK_THRESHOLD = 0.5
 CANDIDATES = 500  # masks that enter matrix NMS
 SIGMA = 2.0
 KERNELS_AT_ONCE = 128
-CELL_STRIDES = (8, 8, 16, 32, 32)  # a mask of fewer cells than its level's stride is dropped
+CELL_STRIDES = (8, 8, 16, 32, 32)  # by level; masks with fewer cells than this are dropped
 
 
 def point_max(scores: Tensor) -> Tensor:
-    """Scores [C, S, S], 0 where one of the three neighbours above and to the left is higher."""
+    """Scores [C, S, S], set to 0 where one of the three neighbours above and to the left is higher."""
     highest = F.max_pool2d(scores[None], kernel_size=2, stride=1, padding=1)[0, :, :-1, :-1]
     return scores * (highest == scores)
 
@@ -47,12 +47,12 @@ def detect_instances(outputs: dict[str, Tensor], size: list[int], config: Detect
 
 
 def _candidates(logits: Tensor, config: DetectorConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores, labels, cells and least areas of what passes the first threshold."""
+    """Scores, labels, cells and minimum areas of the candidates above the first threshold."""
     parts, first = [], 0
     for side, stride in zip(config.grids, CELL_STRIDES, strict=True):
-        own = logits[first : first + side * side].sigmoid()
-        own = point_max(own.T.unflatten(1, (side, side))).flatten(1).T.flatten()  # [side^2 * classes]
-        best, index = own.topk(min(config.candidates_per_level, len(own)))
+        scores = logits[first : first + side * side].sigmoid()
+        scores = point_max(scores.T.unflatten(1, (side, side))).flatten(1).T.flatten()  # [side^2 * classes]
+        best, index = scores.topk(min(config.candidates_per_level, len(scores)))
         used = best > 2 * config.score_threshold
         best, index = best[used], index[used]
         cell = index // logits.shape[1] + first
@@ -67,7 +67,7 @@ def _soft(kernels: Tensor, features: Tensor) -> Tensor:
 
 
 def _measure(kernels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells of each mask and the mean probability in them."""
+    """Number of cells of each mask, and their mean probability."""
     soft = _soft(kernels, features).flatten(1)
     inside = (soft > MASK_THRESHOLD).float()
     area = inside.sum(1)
@@ -75,9 +75,9 @@ def _measure(kernels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matrix_nms(masks: Tensor, labels: Tensor) -> Tensor:
-    """The factor [N] on each score: min over stronger masks i of the class of exp(-2 iou_ij^2) / exp(-2 worst_i^2).
+    """The factor [N] on each score: min over stronger masks i of its class of exp(-2 iou_ij^2) / exp(-2 worst_i^2).
 
-    worst_i is the largest IoU of mask i with one stronger still.
+    worst_i is the largest IoU of mask i with a mask stronger than i.
 
     Args:
         masks: [N, cells] of 0 and 1, strongest first.
@@ -110,9 +110,9 @@ def boxes_of(masks: Tensor) -> tuple[Tensor, Tensor]:
     for axis in (1, 2):
         used = masks.any(axis)  # [N, w], then [N, h]
         length = used.shape[1]
-        place = torch.arange(length, device=masks.device)
-        first = torch.where(used, place, length).amin(1) if length else place.new_zeros(len(masks))
-        last = torch.where(used, place + 1, 0).amax(1) if length else first
+        index = torch.arange(length, device=masks.device)
+        first = torch.where(used, index, length).amin(1) if length else index.new_zeros(len(masks))
+        last = torch.where(used, index + 1, 0).amax(1) if length else first
         sides.append((first, last))
     (x1, x2), (y1, y2) = sides
     return torch.stack([x1, y1, x2, y2], 1).float(), masks.flatten(1).any(1)

@@ -1,4 +1,4 @@
-"""SOLOv2's head: classes and kernels of a grid of cells, and the features the kernels are applied to."""
+"""SOLOv2's head: class logits and kernels for a grid of cells, and the mask features the kernels are applied to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastkd.detectors.backbones.base import group_norm
 from fastkd.detectors.common.locations import by_location, predictor, tower
 from fastkd.detectors.config import DetectorConfig
 
-MASK_LEVELS = 4  # P2 .. P5 make the mask features
+MASK_LEVELS = 4  # the mask features are computed from P2 .. P5
 
 
 def with_coordinates(maps: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def with_coordinates(maps: Tensor) -> Tensor:
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps at another size, bilinear."""
+    """Maps resized bilinearly."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

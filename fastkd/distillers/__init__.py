@@ -1,4 +1,4 @@
-"""The methods as ordinary modules: pyramids and a Batch in, losses out; no detector, dataset or config."""
+"""Distillation methods as modules: pyramids and a Batch in, losses out; independent of detector and data."""
 
 from fastkd.distillers.cwd import CWD
 from fastkd.distillers.fgfi import FGFI

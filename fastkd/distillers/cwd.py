@@ -1,4 +1,4 @@
-"""CWD: each channel of the student looks where the teacher's does (Shu et al., ICCV 2021)."""
+"""CWD, channel-wise distillation: match each channel's distribution over the cells (Shu et al., ICCV 2021)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CWD(Distiller):
         teacher_channels: of the teacher's pyramid; None = as the student's. Where they differ, a 1x1 convolution shared
             by all levels adapts the student.
         tau: temperature.
-        weight: of each level's loss (published for pyramids of RetinaNet and Faster R-CNN: 10).
+        weight: factor on the loss of each level (published for the pyramids of RetinaNet and Faster R-CNN: 10).
     Source: methods 7.
     """
 

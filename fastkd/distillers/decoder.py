@@ -20,8 +20,8 @@ class Positions:
     """Sine-cosine position embeddings of a pyramid's rows and columns, all levels concatenated.
 
     Args:
-        rows: [B, sum of H_l, 128] and columns: [B, sum of W_l, 128]; a cell's embedding is [its row's | its column's].
-        row_inside: [B, sum of H_l] bool and column_inside: [B, sum of W_l] bool, False in the padding of an image.
+        rows: [B, sum of H_l, 128] and columns: [B, sum of W_l, 128]; the embedding of a cell is [row | column].
+        row_inside: [B, sum of H_l] bool and column_inside: [B, sum of W_l] bool, False in the padding.
         level_sizes: (H_l, W_l).
     """
 
@@ -35,7 +35,7 @@ class Positions:
 def valid_sizes(
     image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Rows and columns of each level that lie in the image: L pairs of [B] float64.
+    """Number of rows and columns of each level inside the image: L pairs of [B] float64.
 
     ceil(image size / stride), at most the level's; stride = mean of (padded height / H_l, padded width / W_l).
     """
@@ -48,7 +48,7 @@ def valid_sizes(
 
 
 def axis_positions(valid: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, length, 128] of 1..length and which of them are at most `valid` [B], [B, length] bool.
+    """Embeddings [B, length, 128] of positions 1..length, and a mask [B, length] of positions <= `valid` [B].
 
     Sines and cosines, interleaved, of position / valid * frequency.
     """
@@ -61,7 +61,7 @@ def axis_positions(valid: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def position_embeddings(
     image_sizes: Tensor, padded_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]
 ) -> Positions:
-    """Positions of every image on every level, scaled by the part of the level that the image fills.
+    """Position embeddings of all levels, normalised by the part of a level that each image fills.
 
     Args:
         image_sizes: [B, 2] (height, width) before padding.
@@ -79,7 +79,7 @@ def position_embeddings(
 
 @dataclass
 class Attention:
-    """The attention of a decoder layer: its probabilities are never stored, but summed up where they are needed.
+    """The attention of a decoder layer; probabilities are not stored but recomputed for the sums that need them.
 
     Args:
         queries: [B, G, N, d], scaled by 1 / sqrt(d).
@@ -99,9 +99,10 @@ class Attention:
     values: list[Tensor]
 
     def mass(self, mask: Tensor, temperature: float = 1.0) -> list[Tensor]:
-        """Sum of the attention of the masked queries per head and cell: L tensors [B, G, H_l, W_l]; detached.
+        """Attention summed over the masked queries, per head and cell: L tensors [B, G, H_l, W_l]; detached.
 
-        mask: [B, n] bool, of the first n queries.
+        Args:
+            mask: [B, n] bool, for the first n queries.
         """
         count = mask.shape[1]
         return attention_mass(
@@ -128,7 +129,7 @@ class Attention:
 
 
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear with Xavier-uniform weight and zero bias, as attention projections start."""
+    """A linear layer with Xavier-uniform weight and zero bias, the initialisation of attention projections."""
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -136,7 +137,7 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def project_cells(linear: nn.Linear, levels: Sequence[Tensor]) -> list[Tensor]:
-    """The linear of every cell: L tensors [B, C, H_l, W_l] -> [B, C_out, H_l, W_l]."""
+    """Apply a linear layer to every cell: L tensors [B, C, H_l, W_l] -> [B, C_out, H_l, W_l]."""
     return [F.conv2d(level, linear.weight[:, :, None, None], linear.bias) for level in levels]
 
 
@@ -146,10 +147,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Attention of the queries over the teacher's pyramid and a feed-forward, each with residual and LayerNorm.
+    """Attention of the queries to the teacher's pyramid and a feed-forward network, each with residual and LayerNorm.
 
-    key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v. Under autocast the values are in its dtype, all
-    that has queries in it stays float32.
+    key_s = W_k (x_s + W_p pos_s + b_p) + b_k, value_s = W_v x_s + b_v. Under autocast the values have its dtype; all
+    computations with queries stay in float32.
 
     Args:
         channels: C, of queries and values, divisible by heads.
@@ -188,7 +189,7 @@ class DecoderLayer(nn.Module):
         with full_precision(queries):
             query = split_heads(self.query(queries), self.heads)  # [B, G, N, d]
             query = query * query.shape[3] ** -0.5
-            # b_k and b_p add the same number to all logits of a query, which softmax ignores; DDP wants their gradient
+            # softmax ignores b_k and b_p, which shift all logits of a query; DDP requires a gradient for them
             query = query + 0 * (self.key.bias.sum() + self.position.bias.sum())
             row_bias, column_bias = self.position_bias(query, positions)
             output, logsumexp = instance_attention(query, levels, self.key.weight, row_bias, column_bias, values)
@@ -196,10 +197,10 @@ class DecoderLayer(nn.Module):
         return output.transpose(1, 2).flatten(2), attention
 
     def position_bias(self, query: Tensor, positions: Positions) -> tuple[list[Tensor], list[Tensor]]:
-        """The positions' share of the logits: L tensors [B, G, N, H_l] of the rows, [B, G, N, W_l] of the columns.
+        """The position part of the logits: L tensors [B, G, N, H_l] for rows and L tensors [B, G, N, W_l] for columns.
 
-        q . W_k W_p [row | column] = q . W_k W_p,row row + q . W_k W_p,column column: two small tables a level in the
-        place of an embedding of every cell. -inf in the padding of an image.
+        q . W_k W_p [row | column] = q . W_k W_p,row row + q . W_k W_p,column column: two small tables per level
+        replace an embedding per cell. -inf in the padding of an image.
         """
         row_weight, column_weight = self.position.weight.split(AXIS_FEATURES, dim=1)  # [C_teacher, 128] each
         tables = []

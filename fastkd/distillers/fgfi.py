@@ -1,4 +1,4 @@
-"""FGFI: the student's features imitate the teacher's near objects (Wang et al., CVPR 2019)."""
+"""FGFI: the student imitates the teacher's features near objects (Wang et al., CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fastkd.types import Batch
 class FGFI(Distiller):
     """Fine-grained feature imitation.
 
-    loss = weight / (2 * N_p) * sum over imitating cells and channels of (adapt(student) - teacher)^2.
-    A cell imitates if any of its anchors has IoU > psi * (the best IoU of all anchors) with any box; N_p = such cells.
+    loss = weight / (2 * N_p) * sum over imitation cells and channels of (adapt(student) - teacher)^2.
+    A cell is an imitation cell if one of its anchors has, with some box, IoU > psi * (that box's best IoU with any
+    anchor); N_p is their number.
 
     Args:
         anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; a level's stride is that of
@@ -59,6 +60,7 @@ class FGFI(Distiller):
             self.register_buffer(f"anchors{level}", boxes.clone(), persistent=False)
         self.adapter = nn.Conv2d(channels, self.teacher_channels, 3, padding=1)
         nn.init.trunc_normal_(self.adapter.weight, std=1e-4, a=-2e-4, b=2e-4)
+        assert self.adapter.bias is not None
         nn.init.zeros_(self.adapter.bias)
 
     def forward(
@@ -77,8 +79,8 @@ class FGFI(Distiller):
             batch: images and boxes.
             teacher: L tensors [B, teacher_channels, H_l, W_l]; frozen.
             detach_student: no gradient into the student's features (the adapter still learns).
-            prepared: nothing.
-        Returns: losses "fgfi_imitation"; 0 with every parameter in the graph when no cell imitates.
+            prepared: unused.
+        Returns: losses "fgfi_imitation"; 0, with all parameters in the graph, if there are no imitation cells.
         Raises: ValueError or TypeError if the pyramids or anchors disagree.
         """
         if teacher is None:
@@ -94,7 +96,7 @@ class FGFI(Distiller):
         return Distilled({"fgfi_imitation": self.weight / 2 * error / torch.where(cells > 0, cells, 1.0)})
 
     def masks(self, pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        """The imitating cells: L tensors [B, H_l, W_l] bool."""
+        """The imitation cells: L tensors [B, H_l, W_l] bool."""
         height, width = batch.padded_size
         sizes = [(level.shape[2], level.shape[3]) for level in pyramid]
         strides = [(height // rows, width // columns) for rows, columns in sizes]

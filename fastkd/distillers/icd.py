@@ -1,4 +1,4 @@
-"""ICD: instances query a frozen teacher, and where they look the student imitates (Kang et al., NeurIPS 2021)."""
+"""ICD: instance queries attend to a frozen teacher; the student imitates where they attend (NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.types import Batch, ClassPriors
 
 
 def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
-    """Identification and localisation loss of the auxiliary task (methods 1.3).
+    """Identification and localisation losses of the auxiliary task (methods 1.3).
 
     identification = binary cross-entropy of output 0 with "is real", averaged over valid queries;
     localisation = L1 between sigmoid(outputs 1-4) and the distances from the anchor point to the box's left, top,
@@ -27,11 +27,11 @@ def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]
 
     Args:
         outputs: [B, N, 5]; receives gradients.
-        queries: the queries they belong to.
+        queries: the queries of these outputs.
     Returns: two float32 scalars (float64 of float64); the second is 0 without real boxes.
     """
     outputs = widen(outputs)
-    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; boolean indexing would wait for a GPU
+    valid, real = queries.valid.to(outputs), queries.real.to(outputs)  # [B, N]; boolean indexing would synchronise
     num_valid, num_real = global_mean(torch.stack([valid.sum(), real.sum()]))
     scores, ltrb = outputs[..., 0], outputs[..., 1:].sigmoid()
 
@@ -48,18 +48,18 @@ class ICD(Distiller):
     """Instance-conditional distillation.
 
     Args:
-        num_classes: at least 1, as many as the priors have.
-        priors: measured from the training set in use; saved with the module.
+        num_classes: at least 1; equal to that of the priors.
+        priors: class priors of the training set; saved with the module.
         channels: of the student's pyramid and of queries and values, divisible by heads.
         teacher_channels: of the teacher's pyramid; None = as the student's.
         heads: of the decoder's attention.
-        layers: of the decoder; the auxiliary losses of the layers add up, the distillation losses are averaged.
+        layers: of the decoder; auxiliary losses are summed over the layers, distillation losses averaged.
         rho: fake queries per real one.
-        max_queries: most queries of an image (300; published for two-stage detectors: 100).
+        max_queries: maximum number of queries per image (300; published for two-stage detectors: 100).
         weight: lambda of the distillation loss (8; published for two-stage detectors: 3).
         temperature: of the attention that weights the distillation loss.
-        teacher_scale: factor on the teacher's pyramid (published: 1). A head that begins with a normalised convolution
-            leaves the scale of its pyramid open; large features saturate an attention that has learned nothing.
+        teacher_scale: factor on the teacher's pyramid (published: 1). If the head normalises its first convolution, the
+            scale of the pyramid is arbitrary, and large features saturate the attention at initialisation.
     Source: methods 1.
     """
 
@@ -116,9 +116,10 @@ class ICD(Distiller):
         self.auxiliary = mlp(channels, channels, channels, 5)
         self.student_values = nn.ModuleList(xavier_linear(channels, channels) for _ in range(layers))
         if self.teacher_channels == channels:
-            # A student that inherits the teacher's head starts in the teacher's coordinates: the same start for both
-            # projections keeps it there, where independent ones would first turn its features away from that head.
+            # A student that inherits the teacher's head starts with features that fit this head. Equal initial
+            # projections keep them; independent ones would first pull the student's features away from the head.
             for projection, layer in zip(self.student_values, self.decoder, strict=True):
+                assert isinstance(layer, DecoderLayer)
                 projection.load_state_dict(layer.value.state_dict())
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> QueryNoise:
@@ -134,7 +135,7 @@ class ICD(Distiller):
         detach_student: bool = False,
         prepared: QueryNoise | None = None,
     ) -> Distilled:
-        """The auxiliary losses, which train encoder and decoder, and the loss that the student learns from.
+        """The auxiliary losses, which train encoder and decoder, and the distillation loss, which trains the student.
 
         Args:
             student: L tensors [B, channels, H_l, W_l]; receive gradients.
@@ -156,10 +157,12 @@ class ICD(Distiller):
             with full_precision(decoded):
                 real_or_fake, ltrb_error = auxiliary_losses(self.auxiliary(decoded), queries)
             mass = attention.mass(queries.mass_mask, self.temperature)
-            values = project_cells(self.student_values[layer], student)
+            projection = self.student_values[layer]
+            assert isinstance(projection, nn.Linear)
+            values = project_cells(projection, student)
             identification.append(real_or_fake)
             localisation.append(ltrb_error)
-            distill.append(value_mimic(values, attention.values, mass).mean())  # of [B, G]
+            distill.append(value_mimic(values, attention.values, mass).mean())  # mean over [B, G]
         return Distilled(
             {
                 "icd_identification": torch.stack(identification).sum(),
@@ -169,7 +172,7 @@ class ICD(Distiller):
         )
 
     def queries(self, batch: Batch, noise: QueryNoise | None = None) -> Queries:
-        """The batch's real queries and the fakes that its seeds draw."""
+        """The batch's real queries and the fake queries drawn from its seeds."""
         noise = self.prepare(batch, []) if noise is None else noise
         return draw_queries(batch, noise, ClassPriors(self.prior_frequency, self.prior_mean, self.prior_std))
 
@@ -190,7 +193,7 @@ class ICD(Distiller):
     def attention(self, teacher: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The last layer's attention maps of the real queries, in the order of batch.boxes: L tensors [K, G, H_l, W_l].
 
-        Over all levels together a map sums to 1.
+        Summed over all levels a map is 1.
         """
         queries = self.queries(batch)
         *_, (_, attention) = self.decode(queries, self._checked(teacher), batch)

@@ -1,7 +1,7 @@
-"""LGD, label-guided self-distillation (Zhang et al., AAAI 2022; docs/methods.md section 2).
+"""LGD: label-guided self-distillation (Zhang et al., AAAI 2022; docs/methods.md section 2).
 
-LGD makes an instructive pyramid from the ground truth and the student's own features, and the student imitates it. It
-needs no pretrained teacher. Each step of the method stands here under its own name:
+LGD computes an instructive pyramid from the ground truth and the student's features, and the student imitates it. No
+pretrained teacher is needed. The steps of the method:
 
     gather_objects     boxes and dummy objects of a batch (lgd_objects.py)      methods 2.1
     box_descriptors    objects as vectors: box, class, mask (lgd_objects.py)    methods 2.1
@@ -9,9 +9,9 @@ needs no pretrained teacher. Each step of the method stands here under its own n
     AppearanceEncoder  student's pyramid -> appearance embeddings               methods 2.2
     RelationAdapter    attention among the objects of an image                  methods 2.3
     KnowledgeMapper    objects painted into a pyramid and refined               methods 2.4
-    LGD                all of it, and the losses                                methods 2.5
+    LGD                the complete method with its losses                                methods 2.5
 
-Letters: B images, L levels, C channels; K objects of the whole batch, image_index tells the image of each.
+Letters: B images, L levels, C channels, K objects of the whole batch; image_index is the image of each object.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LinearNorm(nn.Module):
 
 
 class TransformNet(nn.Module):
-    """A size x size matrix made from each vector and applied to it: x -> x T(x), without an identity added."""
+    """A size x size matrix predicted from each vector and applied to it: x -> x T(x), without added identity."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -83,7 +83,7 @@ class LabelEncoder(nn.Module):
     def forward(self, descriptors: Tensor, image_index: Tensor, batch_size: int) -> Tensor:
         """[K, descriptor] and [K] -> [K, channels]."""
         local = self.local_transform(self.local(self.input_transform(descriptors)))  # [K, 64]
-        features = self.expand(local)  # [K, 1024], not negative after ReLU, so that 0 can start the maximum
+        features = self.expand(local)  # [K, 1024], >= 0 after ReLU, so the maximum can start at 0
         index = image_index[:, None].expand(-1, features.shape[1])
         highest = features.new_zeros(batch_size, features.shape[1]).scatter_reduce(0, index, features, "amax")
         return self.embed(torch.cat([local, highest[image_index]], dim=1))
@@ -110,8 +110,8 @@ class RelationAdapter(nn.Module):
     Args:
         channels: of label and appearance embeddings.
         heads: of the attention.
-        query: "appearance" (queries the labels), "label" (queries the appearance), "appearance_only" or "label_only"
-            (self-attention).
+        query: "appearance" (appearance attends to labels), "label" (labels attend to appearance), "appearance_only" or
+            "label_only" (self-attention).
     """
 
     def __init__(self, channels: int, heads: int, query: str = "appearance"):
@@ -126,17 +126,17 @@ class RelationAdapter(nn.Module):
             labels = self.label(labels).expand(levels, -1, -1)
         query = labels if self.query in ("label", "label_only") else appearance
         key = labels if self.query in ("appearance", "label_only") else appearance
-        other_image = image_index[:, None] != image_index  # the objects of all images are one masked sequence
+        other_image = image_index[:, None] != image_index  # all images form one masked sequence
         return self.attention(query, key, key, attn_mask=other_image, need_weights=False)[0]
 
 
 class KnowledgeMapper(nn.Module):
-    """Objects back to a pyramid: paint, convolve, add the context, refine (methods 2.4).
+    """Maps objects to a pyramid: paint, convolve, add the context, refine (methods 2.4).
 
     Args:
         channels: C.
         context: the last B objects are the context objects.
-        recompute: keep no activations inside of the refinement; the backward pass computes them again.
+        recompute: do not store activations of the refinement; recompute them in the backward pass.
     """
 
     def __init__(self, channels: int, context: bool, recompute: bool = False):
@@ -165,7 +165,7 @@ class KnowledgeMapper(nn.Module):
     def _paint(
         self, embeddings: Tensor, objects: Objects, padded_size: tuple[int, int], like: Sequence[Tensor]
     ) -> list[Tensor]:
-        """conv3x3 of levels whose cells sum the embeddings [L, num_foreground, C] of the objects that cover them."""
+        """conv3x3 of a pyramid in which each cell is the sum of the embeddings [L, num_foreground, C] that cover it."""
         images, level_sizes = like[0].shape[0], [(level.shape[2], level.shape[3]) for level in like]
         num_foreground, conv = embeddings.shape[1], self.paint
         image_index = objects.image_index[:num_foreground]
@@ -178,7 +178,7 @@ class KnowledgeMapper(nn.Module):
         )
 
     def _refine(self, level: Tensor, context: Tensor | None, memory_format: torch.memory_format) -> Tensor:
-        """A painted level [B, C, H_l, W_l] and the contexts [B, C] of its images -> the instructive level."""
+        """Instructive level from a painted level [B, C, H_l, W_l] and the context embeddings [B, C]."""
         if context is not None:
             level = level + context[:, :, None, None].to(level.dtype)
         level = F.relu(level).contiguous(memory_format=memory_format)
@@ -195,28 +195,28 @@ def _group_norm(level: Tensor) -> Tensor:
 
 
 def _checkpoint(enabled: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments); enabled, its activations are not kept but computed again in the backward pass."""
+    """function(*arguments); if enabled, with activations recomputed in the backward pass."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
 
 
 class LGD(Distiller):
-    """Label-guided self-distillation: labels and the student's own features make a pyramid that the student imitates.
+    """Label-guided self-distillation: the student imitates a pyramid computed from labels and its own features.
 
     Args:
         num_classes: at least 1.
         channels: of the pyramid and of every embedding, divisible by heads.
         heads: of the relation adapter's attention.
-        context: one more object an image, the whole image without a class (published: dense detectors).
+        context: add one object per image, the whole image without a class (published: dense detectors).
         detach_appearance: the appearance encoder sends no gradient into the student (published: two-stage detectors).
-        use_masks: instance masks instead of boxes say what an object covers; needs batch.masks.
-        adapter_query: which embeddings are the queries of the relation adapter, see `RelationAdapter`.
+        use_masks: objects cover their instance masks instead of their boxes; needs batch.masks.
+        adapter_query: the embeddings used as queries, see `query` of `RelationAdapter`.
         weight: of the distillation loss (published: 1).
-        instructive_weight: factor of the detector's loss on the instructive pyramid (published: 1). Below 1 a head
-            under AdamW, whose step the two losses share, follows the student.
-        recompute: keep no activations inside of the refinement and the student's adapter; the backward pass computes
-            them again.
+        instructive_weight: factor on the detector's loss on the instructive pyramid (published: 1). With AdamW, whose
+            step size does not grow with the loss, a value below 1 lets the student's loss dominate the head's updates.
+        recompute: do not store activations of the refinement and the student's adapter; recompute them in the
+            backward pass.
     Source: docs/methods.md section 2.
     """
 
@@ -265,7 +265,7 @@ class LGD(Distiller):
         )
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]] = ()) -> Objects:
-        """The objects of a batch: all that depends on its counts, so that one compiled `forward` serves any counts."""
+        """The objects of a batch, gathered outside of `forward`: one compiled `forward` then serves any box counts."""
         return gather_objects(batch, context=self.context, use_masks=self.use_masks)
 
     def forward(
@@ -282,7 +282,7 @@ class LGD(Distiller):
         Args:
             student: L tensors [B, channels, H_l, W_l]; receive gradients.
             batch: images, boxes, labels, and masks where use_masks.
-            teacher: not used; the labels teach.
+            teacher: unused; the labels replace it.
             detach_student: the distillation loss sends no gradient into the student (its adapter still learns).
             prepared: the result of `prepare` for this batch; None makes it here.
         Returns: {"lgd_distill": float scalar} and L tensors like student.
@@ -296,7 +296,7 @@ class LGD(Distiller):
         return Distilled({"lgd_distill": self.weight * loss}, instructive)
 
     def instruct(self, pyramid: Sequence[Tensor], batch: Batch, objects: Objects | None = None) -> list[Tensor]:
-        """The instructive pyramid: L tensors like pyramid. The steps on objects run in float32, under autocast too."""
+        """The instructive pyramid: L tensors like pyramid. The steps on objects run in float32, also under autocast."""
         objects = self.prepare(batch) if objects is None else objects
         padded_size, image_index = batch.padded_size, objects.image_index
         labels = appearance = None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from fastkd.types import Batch
 
@@ -22,7 +21,7 @@ class Objects:
         boxes: [K, 4] float32 xyxy, pixels of the padded batch.
         labels: [K] int64, -1 for dummies.
         image_index: [K] int64 in [0, B).
-        masks: [K, H, W] bool over the padded batch, or None where the boxes say what is covered.
+        masks: [K, H, W] bool over the padded batch, or None if objects cover their boxes.
         mask_crops: [K, 49] bool, the masks cropped to the boxes at 7x7; None without masks.
     """
 
@@ -36,8 +35,9 @@ class Objects:
 def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
     """The objects of a batch.
 
-    With context every image has one dummy object, the context object: the box of the whole image. Without, each image
-    that has no boxes has one, the unit box (0, 0, 1, 1). A dummy's mask holds the pixels whose centre its box contains.
+    With context, every image has one dummy object, the context object, with the box of the whole image. Without
+    context, each image without boxes has one dummy object with the unit box (0, 0, 1, 1). The mask of a dummy object
+    contains the pixels whose centres lie in its box.
     """
     device, counts = batch.boxes.device, batch.counts
     if sum(counts) != batch.boxes.shape[0] or len(counts) != len(batch):
@@ -47,7 +47,7 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
         )
     if use_masks and batch.masks is None:
         raise ValueError("LGD: batch.masks must be given with use_masks, got None; load the data with masks")
-    images = [image for image, count in enumerate(counts) if context or count == 0]  # those with a dummy
+    images = [image for image, count in enumerate(counts) if context or count == 0]  # images with a dummy object
     dummy_index = torch.tensor(images, dtype=torch.int64).to(device, non_blocking=True)
     sizes = batch.image_sizes.to(device).flip(1).float() if context else torch.ones(len(images), 2, device=device)
     objects = Objects(
@@ -56,6 +56,7 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
         image_index=torch.cat([batch.image_index, dummy_index]),
     )
     if use_masks:
+        assert batch.masks is not None
         y, x = (torch.arange(length, device=device) + 0.5 for length in batch.padded_size)  # pixel centres
         dummy_masks = (y < sizes[:, 1:])[:, :, None] & (x < sizes[:, :1])[:, None, :]
         objects.masks = torch.cat([batch.masks, dummy_masks])
@@ -64,7 +65,9 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
 
 
 def _crop_masks(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks [K, H, W] cropped to boxes [K, 4]: [K, 49] bool. A few at a time, as roi_align needs float masks."""
+    """Masks [K, H, W] cropped to boxes [K, 4]: [K, 49] bool. In small groups, as roi_align needs float masks."""
+    from torchvision.ops import roi_align  # only masks need torchvision
+
     crops = []
     for some_masks, some_boxes in zip(masks.split(8), boxes.split(8)):
         index = torch.arange(some_boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None]

@@ -1,4 +1,4 @@
-"""PKD: the student's features imitate the teacher's, both standardised (Cao et al., NeurIPS 2022)."""
+"""PKD: the student imitates the teacher's features, both standardised (Cao et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def standardise(level: Tensor) -> Tensor:
 
 
 class PKD(Distiller):
-    """Distillation by the Pearson correlation of features: magnitudes of features do not matter, patterns do.
+    """Distillation by the Pearson correlation of features, which is invariant to their scale and offset.
 
-    loss = weight * sum over levels of 1/2 * mean over images, channels and cells of (s - t)^2, s and t the
-    standardised student and teacher; that is 1 minus their correlation, averaged over channels. Statistics are of this
-    process's images.
+    loss = weight * sum over levels of 1/2 * mean over images, channels and cells of (s - t)^2, with s and t the
+    standardised student and teacher; this is 1 minus their correlation, averaged over channels. Statistics are taken
+    over the images of this process.
 
     Args:
         channels: of the student's pyramid.
         teacher_channels: of the teacher's pyramid; None = as the student's. Where they differ, a 1x1 convolution shared
             by all levels adapts the student.
-        weight: of each level's loss (published: 6, on the four finest levels).
+        weight: factor on the loss of each level (published: 6, on the four finest levels).
     Source: methods 6.
     """
 

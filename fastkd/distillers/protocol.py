@@ -1,4 +1,4 @@
-"""What every method of distillation answers to, so that trainers and integrations never ask which one they hold."""
+"""The interface of distillation methods, so that trainers and integrations need not know the method."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastkd.types import Batch
 
 @dataclass
 class Distilled:
-    """What a distiller makes of one step.
+    """The result of a distiller for one step.
 
     Args:
-        losses: weighted float scalars by name; their sum trains.
-        instructive: a pyramid like the student's, on which the caller takes the detector's own loss, weighted by the
-            distiller's `instructive_weight` (LGD); None of methods that have none.
+        losses: weighted float scalars by name; training minimises their sum.
+        instructive: a pyramid like the student's, on which the caller computes the detector's loss, weighted by the
+            distiller's `instructive_weight` (LGD); None for methods without one.
     """
 
     losses: dict[str, Tensor]
@@ -26,17 +26,17 @@ class Distilled:
 
 
 class Distiller(nn.Module):
-    """A method of distillation: pyramids and ground truth in, losses out. It knows no detector, data set or recipe.
+    """A method of distillation: pyramids and ground truth in, losses out; independent of detector, data set and recipe.
 
-    A subclass implements `forward`. It imports torch alone, holds no teacher, and registers whatever it trains.
+    A subclass implements `forward`, imports only torch, holds no teacher, and registers all trainable modules.
 
     Attributes:
         needs_teacher: whether `forward` must be given the teacher's pyramid.
         needs_scores: whether `forward` must also be given `scores`, L tensors [B, 1, H_l, W_l] in [0, 1]: the teacher's
             highest class probability in each cell. Only such a distiller has this keyword argument.
-        detach_fraction: first part of a run in which callers should pass `detach_student`, as published.
-        clip_norm: to which callers should clip the gradients of its own parameters, as published.
-        instructive_weight: factor of the detector's loss on `Distilled.instructive`.
+        detach_fraction: initial fraction of a run with `detach_student`, as published; set by the caller.
+        clip_norm: norm to which the caller should clip the gradients of the distiller's parameters, as published.
+        instructive_weight: factor on the detector's loss on `Distilled.instructive`.
     """
 
     needs_teacher: bool = False
@@ -46,12 +46,12 @@ class Distiller(nn.Module):
     instructive_weight: float = 1.0
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> Any:
-        """What `forward` needs of the batch's counts and seeds, made on the host; None if it needs nothing.
+        """Inputs of `forward` that depend on the batch's counts and seeds, built on the host; None if there are none.
 
-        A caller that compiles `forward` passes the result on, so that one graph serves any number of boxes.
+        A caller that compiles `forward` passes the result to it, so that one graph serves any number of boxes.
 
         Args:
-            batch: as of `forward`.
+            batch: as in `forward`.
             level_sizes: (H_l, W_l) of the student's levels.
         """
         return None

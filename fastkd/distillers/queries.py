@@ -1,4 +1,4 @@
-"""ICD's queries: ground-truth boxes and drawn fakes, described without their true centre (methods 1.1)."""
+"""ICD's queries: ground-truth and fake boxes, encoded without their exact centre (methods 1.1)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn import functional as F
 
 from fastkd.types import Batch, ClassPriors
 
-AXIS_FEATURES = 128  # of the sine-cosine embedding of a coordinate
+AXIS_FEATURES = 128  # length of the sine-cosine embedding of one coordinate
 SCALE_BINS = 5
 
 
 @dataclass(kw_only=True)
 class QueryPadding:
-    """Masks and indices of the padded queries: every image has N of them, its real ones first.
+    """Masks and indices of the padded queries: N per image, real queries first.
 
     Args:
         valid: [B, N] bool, False in the padding.
         real: [B, N] bool, True for ground-truth boxes.
-        mass_mask: [B, n] bool, the first n columns of `real`; n = most real queries of an image.
+        mass_mask: [B, n] bool, the first n columns of `real`; n is the largest number of real queries of an image.
         real_index: [K] int64, positions of the batch's boxes in the flattened [B * N] queries.
     """
 
@@ -93,7 +93,7 @@ def make_noise(batch: Batch, *, rho: float = 5.0, max_queries: int = 300) -> Que
     Args:
         batch: its counts and seeds.
         rho: fake queries per real one.
-        max_queries: most queries of an image with fewer boxes than that.
+        max_queries: maximum number of queries of an image with fewer boxes than that.
     Raises: ValueError if counts or seeds do not fit the batch's images.
     """
     counts, images, device = batch.counts, len(batch), batch.boxes.device
@@ -128,7 +128,7 @@ def fake_boxes(noise: Tensor, priors: ClassPriors) -> tuple[Tensor, Tensor]:
     """Normalised boxes [B, N, 4] and labels [B, N] drawn from a training set's class priors.
 
     Args:
-        noise: of `QueryNoise`.
+        noise: as in `QueryNoise`.
         priors: class frequencies, and the mean and standard deviation of each class's normalised (w, h).
     """
     category, center, _, size = noise.split([1, 2, 2, 2], dim=2)
@@ -141,12 +141,12 @@ def fake_boxes(noise: Tensor, priors: ClassPriors) -> tuple[Tensor, Tensor]:
 
 
 def draw_queries(batch: Batch, noise: QueryNoise, priors: ClassPriors) -> Queries:
-    """Real boxes and fakes of every image, with jittered anchor points.
+    """Real and fake queries of every image, with jittered anchor points.
 
     Args:
         batch: boxes and labels.
-        noise: of the batch.
-        priors: of the training set, on the batch's device.
+        noise: noise of the batch.
+        priors: class priors of the training set, on the batch's device.
     """
     device = noise.noise.device
     height, width = batch.image_sizes.to(device).unbind(1)
@@ -188,7 +188,7 @@ def scale_indicator(pixel_wh: Tensor) -> Tensor:
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between."""
+    """Linear layers of these widths with ReLU between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -196,11 +196,11 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class QueryEncoder(nn.Module):
-    """Descriptor [one-hot class | anchor embedding | scale indicator] -> query, by three linears with ReLU between.
+    """Descriptor [one-hot class | anchor embedding | scale indicator] -> query, by three linear layers with ReLU.
 
     Args:
         num_classes: length of the one-hot.
-        channels: of the query and between the linears.
+        channels: width of the query and of the hidden layers.
     """
 
     def __init__(self, num_classes: int, channels: int):
@@ -216,4 +216,6 @@ class QueryEncoder(nn.Module):
 
     def forward(self, queries: Queries) -> Tensor:
         """[B, N, channels]."""
-        return self.layers(self.describe(queries).to(self.layers[0].weight.dtype))
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        return self.layers(self.describe(queries).to(first.weight.dtype))

@@ -1,4 +1,4 @@
-"""Score-weighted L2: the student's features imitate the teacher's where the teacher sees an object."""
+"""Score-weighted L2: imitation of the teacher's features, weighted by the teacher's class scores."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ScoreL2(Distiller):
     Args:
         channels: of the student's pyramid.
         teacher_channels: C, of the teacher's pyramid; None = as the student's.
-        levels: of the pyramids.
-        weight: of each level's loss; 6 is what Ultralytics ships.
+        levels: number of pyramid levels.
+        weight: factor on the loss of each level; Ultralytics' default is 6.
     Source: methods 8.
     """
 

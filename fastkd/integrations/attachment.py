@@ -140,7 +140,7 @@ class Distillation:
         self.computed, self.computed_since_step = self.computed + 1, self.computed_since_step + 1
         self._warn_if_forgotten()
         if self.probe.due(self.computed):
-            self.probe.measure(losses, student, step, network.spec)
+            self.probe.measure(self.computed, losses, student, step)
         return self.optimizer.watch(losses) if self.optimizer else losses
 
     def step(self) -> None:
@@ -165,7 +165,8 @@ class Distillation:
         return network
 
     def _ready(self, student: list[Tensor], teacher: list[Tensor] | None, batch: Batch) -> MethodNetwork:
-        if self.network is None:
+        network = self.network
+        if network is None:
             spec = match_levels(student, teacher, batch.padded_size)
             if self._loaded is None:
                 return self.build(spec, student[0].device)
@@ -174,10 +175,10 @@ class Distillation:
                     f"Distillation: the checkpoint's pyramids must be those of this run {spec}, got "
                     f"{self._loaded_spec()}; resume with the student and teacher of the first run"
                 )
-            self.build(spec, student[0].device)
+            network = self.build(spec, student[0].device)
             self._restore(self._loaded)
             self._loaded = None
-        network, widths = self.network, tuple(level.shape[1] for level in student)
+        widths = tuple(level.shape[1] for level in student)
         if widths != network.spec.student:
             raise ValueError(
                 f"Distillation: student must have the levels of the first step {network.spec.student}, got {widths}; "

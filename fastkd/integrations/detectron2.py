@@ -54,12 +54,12 @@ def attach(
             f"attach: model must be a detectron2 detector, got {type(model).__name__} without {', '.join(missing)}; "
             "use fastkd.integrations.HostStep for others"
         )
-    classes = _model_classes(model)
-    if num_classes is None and classes is None:
+    noted = _model_classes(model)
+    classes = noted if num_classes is None else num_classes
+    if classes is None:
         raise ValueError("attach: num_classes must be given, as this model does not tell it; pass that of the data")
-    if None not in (num_classes, classes) and num_classes != classes:
-        raise ValueError(f"attach: num_classes must be that of the model, {classes}, got {num_classes}; set it there")
-    classes = num_classes if classes is None else classes
+    if noted not in (None, classes):
+        raise ValueError(f"attach: num_classes must be that of the model, {noted}, got {num_classes}; set it there")
     distillation = Distillation(
         method,
         num_classes=classes,
@@ -74,7 +74,7 @@ def attach(
 class Detectron2Attachment(Attachment):
     """Hooks before and after the model and behind its backbone; see `attach`."""
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         mean, std = (tuple((value.flatten() / 255).tolist()) for value in (model.pixel_mean, model.pixel_std))
         super().__init__(model, distillation, teacher, Normalization(mean, std))
         self._inputs: list[dict] | None = None
@@ -110,7 +110,7 @@ class Detectron2Attachment(Attachment):
 
         def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
             """The model's heads and losses on other levels: its forward pass with the backbone replayed."""
-            replay = Replay(dict(zip(features, levels, strict=True)))
+            replay: Any = Replay(dict(zip(features, levels, strict=True)))
             replay.size_divisibility = self.model.backbone.size_divisibility
             replay.padding_constraints = getattr(self.model.backbone, "padding_constraints", {})
             with _no_trace(self.model), unrecorded_statistics(self.model), replaced_module(self.model, backbone=replay):

@@ -64,7 +64,8 @@ class Attachment:
             raise ValueError(
                 "attach: this method needs a teacher, got None; pass teacher=<trained detector>, or use method='lgd'"
             )
-        self.model, self.distillation, self.teacher = model, distillation, teacher
+        self.model: Any = model  # its parts are the host's
+        self.distillation, self.teacher = distillation, teacher
         self.normalization = normalization or Normalization()
         self.failures, self._succeeded = 0, False
         self.losses: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
         picked = teacher
     elif hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
         picked = torchvision_teacher(teacher, num_classes)
-    elif hasattr(teacher, "yaml") or hasattr(getattr(teacher, "model", None), "yaml"):
+    elif yolo_network(teacher) is not None:
         picked = ultralytics_teacher(teacher)
     elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
         picked = transformers_teacher(teacher)
@@ -39,7 +39,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
     return picked
 
 
-def output_classes(model: nn.Module) -> int:
+def output_classes(model: Any) -> int:
     """Classes of the classifier, a background included."""
     if hasattr(model, "roi_heads"):
         return int(model.roi_heads.box_predictor.cls_score.out_features)
@@ -47,16 +47,16 @@ def output_classes(model: nn.Module) -> int:
     return int(head.num_columns if hasattr(head, "num_columns") else head.num_classes)
 
 
-def has_background(model: nn.Module) -> bool:
+def has_background(model: Any) -> bool:
     """Whether class 0 of the classifier is the background: two-stage detectors and SSD."""
     return hasattr(model, "roi_heads") or hasattr(model.head.classification_head, "num_columns")
 
 
-def image_normalization(model: nn.Module) -> Normalization:
+def image_normalization(model: Any) -> Normalization:
     return Normalization(tuple(model.transform.image_mean), tuple(model.transform.image_std))
 
 
-def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> Teacher:
+def torchvision_teacher(teacher: Any, num_classes: int | None = None) -> Teacher:
     """A torchvision detector as teacher: only its backbone runs.
 
     Args:
@@ -91,7 +91,7 @@ def normalization_of(processor: Any) -> Normalization:
     return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
 
 
-def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
+def transformers_teacher(teacher: Any, *, processor: Any = None) -> Teacher:
     """A detector of this package as teacher: its forward pass ends behind the encoder."""
     return Teacher(
         teacher,
@@ -101,9 +101,23 @@ def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teache
     )
 
 
+def yolo_network(teacher: Any) -> nn.Module | None:
+    """The network of a YOLO, or the network itself; None of anything else."""
+    for network in (teacher, getattr(teacher, "model", None)):
+        if isinstance(getattr(network, "model", None), nn.Sequential) and hasattr(network, "yaml"):
+            return network
+    return None
+
+
 def ultralytics_teacher(teacher: Any) -> Teacher:
-    """A YOLO, or its network, as teacher: its forward pass ends before the head."""
-    network = teacher if hasattr(teacher, "yaml") else teacher.model
+    """A YOLO, or its network, as teacher: its forward pass ends before the head.
+
+    Raises: TypeError for anything else.
+    """
+    network = yolo_network(teacher)
+    if network is None:
+        raise TypeError(f"ultralytics_teacher: teacher must be a YOLO or its network, got {type(teacher).__name__}")
     network.float().eval()  # YOLO hands out networks in train mode
-    head = network.model[-1]
+    layers: Any = network.model
+    head = layers[-1]
     return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)

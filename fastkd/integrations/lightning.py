@@ -6,6 +6,7 @@ trainer = Trainer(..., callbacks=[kd.callback])
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,10 +56,11 @@ def attach(model: nn.Module, method: Any = "icd", **options: Any) -> Attachment:
         model: the detector, a part of the LightningModule.
         method, **options: as of `attach` in fastkd.integrations.torchvision and fastkd.integrations.transformers.
     """
+    attach_to: Callable[..., Attachment]
     if hasattr(model, "config") and hasattr(model, "model"):
         from fastkd.integrations.transformers import attach as attach_to
     else:
         from fastkd.integrations.torchvision import attach as attach_to
-    kd = attach_to(model, method, **options)
+    kd: Any = attach_to(model, method, **options)
     kd.callback = DistillationCallback(kd)
     return kd

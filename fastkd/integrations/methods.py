@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -102,7 +103,9 @@ def method_channels(facts: HostFacts, widths: Sequence[int]) -> int:
 
 def _icd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
     channels, widths = method_channels(facts, spec.student_widths), spec.teacher_widths
-    published = {"weight": 3.0, "max_queries": 100} if facts.two_stage else {"weight": 8.0, "max_queries": 300}
+    published: dict[str, Any] = {"weight": 8.0, "max_queries": 300}
+    if facts.two_stage:
+        published = {"weight": 3.0, "max_queries": 100}
     if len(set(widths)) == 1:
         return ICD(facts.num_classes, priors, channels, teacher_channels=widths[0], heads=HEADS, **published)
     return LevelwiseICD(facts.num_classes, priors, channels, level_channels=widths, heads=HEADS, **published)

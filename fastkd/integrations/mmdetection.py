@@ -75,7 +75,7 @@ class MMDetectionAttachment(Attachment):
     mmengine adds up those losses whose name contains "loss", so the method's get that ending.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         prepare = model.data_preprocessor
         normalization = Normalization()
         if getattr(prepare, "mean", None) is not None:

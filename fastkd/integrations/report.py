@@ -13,9 +13,9 @@ from fastkd.types import Batch
 
 if TYPE_CHECKING:
     from fastkd.integrations.attachment import Distillation, HostStep
-    from fastkd.integrations.pyramids import PyramidSpec
     from fastkd.integrations.teachers import Normalization, Teacher
 
+SETTLED = 64  # batches before which shares of the gradient say little
 FEEBLE, SWAMPING = 0.001, 0.9  # share of the levels' gradient that is not worth the step, or drowns the host's loss
 KNOWN_SCORE, KNOWN_IOU = 0.3, 0.5
 
@@ -29,24 +29,24 @@ class Probe:
         self.norms: dict[str, list[Tensor]] = {}
         self.total: list[Tensor | None] = []
         self.values: dict[str, Tensor] = {}
-        self.measured_at = 0
+        self.measured = 0
 
     def due(self, computed: int) -> bool:
         """Whether batch number `computed`, from 1, is measured."""
         return computed & (computed - 1) == 0
 
-    def measure(self, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep, spec: PyramidSpec) -> None:
-        """Gradient norms of each loss at each level; the total arrives in the host's backward pass."""
+    def measure(self, number: int, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep) -> None:
+        """Gradient norms of each loss of batch `number` at each level; the total arrives in the backward pass."""
         wanted = [level for level in levels if level.requires_grad]
         if not wanted:
             return
-        self.batch, self.norms, self.measured_at = step.batch, {}, self.measured_at + 1
+        self.batch, self.norms, self.measured = step.batch, {}, number
         self.values = {name: loss.detach() for name, loss in losses.items()}
         self.sizes = {"student": [tuple(level.shape[1:]) for level in levels]}
         if step.teacher is not None:
             self.sizes["teacher"] = [tuple(level.shape[1:]) for level in step.teacher]
         for name, loss in losses.items():
-            grads = [None] * len(wanted)
+            grads: Sequence[Tensor | None] = [None] * len(wanted)
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             self.norms[name] = [loss.new_zeros(()) if grad is None else grad.float().norm() for grad in grads]
@@ -107,7 +107,7 @@ class Probe:
     def _extremes(self, total: list[float | None]) -> list[tuple[float, str]]:
         """Losses that drown the host's, or that do nothing."""
         distilled = [name for name in self.norms if name.endswith(("distill", "imitation"))]
-        if not distilled or not total or any(not value for value in total):
+        if self.measured < SETTLED or not distilled or not total or any(not value for value in total):
             return []
         ours = sum(float(norm) for name in distilled for norm in self.norms[name])
         share = ours / sum(norm or 0.0 for norm in total)

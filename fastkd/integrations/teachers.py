@@ -35,9 +35,9 @@ def renormalize(images: Tensor, image_sizes: Tensor, before: Normalization, afte
     """
     if before == after:
         return images
-    scale = [b / a for b, a in zip(before.std, after.std, strict=True)]
-    shift = [(m - n) / a for m, n, a in zip(before.mean, after.mean, after.std, strict=True)]
-    scale, shift = (images.new_tensor(values)[:, None, None] for values in (scale, shift))
+    ratios = [b / a for b, a in zip(before.std, after.std, strict=True)]
+    offsets = [(m - n) / a for m, n, a in zip(before.mean, after.mean, after.std, strict=True)]
+    scale, shift = (images.new_tensor(values)[:, None, None] for values in (ratios, offsets))
     moved = images * scale + shift
     height, width = image_sizes.to(images.device).unbind(1)
     rows = torch.arange(images.shape[2], device=images.device) < height[:, None]

@@ -72,7 +72,7 @@ class TorchvisionAttachment(Attachment):
         first_label: the label of the first class in the targets.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None, first_label: int):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None, first_label: int):
         super().__init__(model, distillation, teacher, image_normalization(model))
         self.first_label = first_label
         self._inputs: Any = None
@@ -157,7 +157,7 @@ def _classes(model: nn.Module, num_classes: int | None) -> tuple[int, int]:
     )
 
 
-def _anchors(model: nn.Module) -> list[Tensor] | None:
+def _anchors(model: Any) -> list[Tensor] | None:
     """The anchors of the cell at the origin, level by level, or None if the model has default boxes of another kind."""
     generator = model.rpn.anchor_generator if hasattr(model, "rpn") else model.anchor_generator
     return [anchors.clone() for anchors in generator.cell_anchors] if hasattr(generator, "cell_anchors") else None

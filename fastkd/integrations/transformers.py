@@ -51,7 +51,8 @@ def attach(
     Raises: ValueError or TypeError if the model is none of these, or the classes do not fit.
     """
     _check_attach_points(model)
-    classes = model.config.num_labels
+    config: Any = model.config
+    classes = config.num_labels
     if num_classes not in (None, classes):
         raise ValueError(
             f"attach: num_classes must be the labels of the model, {classes}, got {num_classes}; "

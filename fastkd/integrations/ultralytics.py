@@ -86,7 +86,7 @@ class YoloDistillation:
     @property
     def state(self) -> State | None:
         """Where the attachment stands, None before training."""
-        return self.attachment and self.attachment.state
+        return self.attachment.state if self.attachment else None
 
     def report(self) -> str:
         """What the losses do, see `Attachment.report`."""
@@ -99,11 +99,12 @@ class YoloAttachment(Attachment):
     The network's losses are sums over the batch, so those of the method are multiplied by its size.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         _check_attach_points(model)
         super().__init__(model, distillation, teacher, Normalization())
         self._batch: dict[str, Any] | None = None
         self._levels: list[Tensor] | None = None
+        self._names: list[str] = []
         self.pre_hook(model, self._keep_batch)
         self.pre_hook(model.model[-1], self._keep_levels)
         self.hook(model, self._add_losses)
@@ -124,10 +125,9 @@ class YoloAttachment(Attachment):
         images = len(batch["img"])
         losses = self.distil(batch["img"].device, lambda: self._host_step(batch, levels))
         if not losses:
-            names = getattr(self.distillation, "names", [])
-            return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in names}}
-        self.distillation.names = list(losses)
-        total = sum(losses.values()) * images
+            return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in self._names}}
+        self._names = list(losses)
+        total = sum(losses.values(), loss.new_zeros(())) * images
         return torch.cat([loss.flatten(), total.view(1).to(loss)]), {**items, **self.losses}
 
     def _host_step(self, batch: dict[str, Any], levels: list[Tensor]) -> HostStep:

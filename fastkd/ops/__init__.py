@@ -1,12 +1,13 @@
-"""The ops of distillation: public functions that check their arguments, and their specification, `*_reference`.
+"""The ops for distillation: public functions that check their arguments, and their specifications, `*_reference`.
 
-A public function takes the compiled kernel of the device of its tensors, else the reference (`_support/dispatch.py`);
-`use_backend` chooses the reference for all.
+A public function runs the compiled kernel for the device of its tensors, or the reference if there is none
+(`_support/dispatch.py`); `use_backend` selects the reference for all ops.
 
-A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, with the image of each in
-image_index.
+A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, and image_index is the
+image of each box.
 """
 
+from fastkd.ops._support.boxes import cat_boxes
 from fastkd.ops._support.dispatch import use_backend
 from fastkd.ops.attention_mass import attention_mass, attention_mass_reference
 from fastkd.ops.box_paint import box_paint, box_paint_reference
@@ -30,6 +31,7 @@ __all__ = [
     "box_paint_reference",
     "box_pool",
     "box_pool_reference",
+    "cat_boxes",
     "imitation_mask",
     "imitation_mask_reference",
     "instance_attention",

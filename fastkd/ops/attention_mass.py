@@ -1,4 +1,4 @@
-"""attention_mass: how much the chosen queries attend to each cell (ICD, methods 1.4)."""
+"""attention_mass: attention of the chosen queries to each cell, summed (ICD, methods 1.4)."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def attention_mass(
     Args:
         queries, levels, key_weight, row_bias, column_bias: as for `instance_attention`; none receives a gradient.
         chosen: [B, N] bool.
-        logsumexp: [B, G, N] that `instance_attention` returned for the same arguments, or None to compute it here;
-            must be None at any temperature but 1.
+        logsumexp: [B, G, N] that `instance_attention` returned for the same arguments, or None to compute it;
+            must be None unless temperature is 1.
         temperature: > 0.
-    Returns: L tensors [B, G, H_l, W_l], float32 (float64 of float64).
+    Returns: L tensors [B, G, H_l, W_l], float32 (float64 for float64).
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
     """

@@ -1,4 +1,4 @@
-"""box_paint: the adjoint of a box sum, embeddings painted on the cells each box covers (LGD, methods 2.4)."""
+"""box_paint: embeddings painted on the cells each box covers, the adjoint of a box sum (LGD, methods 2.4)."""
 
 from __future__ import annotations
 

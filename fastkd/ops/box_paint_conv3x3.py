@@ -63,9 +63,9 @@ def box_paint_conv3x3(
         image_size: (H, W) of the padded batch, pixels.
         batch_size: B.
         level_sizes: L pairs (H_l, W_l).
-    Returns: L tensors [B, C_out, H_l, W_l], channels-last; dtype of embeddings, under autocast (as a convolution's)
-        autocast's. Under autocast embeddings, weight and bias may differ in dtype.
-    Raises: ValueError or TypeError if shapes, dtypes, devices or values disagree with this; RuntimeError on double
+    Returns: L tensors [B, C_out, H_l, W_l], channels-last; dtype of embeddings or, under autocast, autocast's dtype, as
+        for a convolution. Under autocast embeddings, weight and bias may differ in dtype.
+    Raises: ValueError or TypeError if shapes, dtypes, devices or values are wrong; RuntimeError on double
         backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), intra-object knowledge mapper.
     """
@@ -95,7 +95,7 @@ def multiply_taps(embeddings: Tensor, weight: Tensor) -> Tensor:
 
 
 class Taps(torch.autograd.Function):
-    """`multiply_taps` by torch's product; the weight turned into a matrix, a copy of it, is not kept for backward."""
+    """`multiply_taps` by torch's matrix product; does not save the weight matrix, a copy of weight, for backward."""
 
     @staticmethod
     def forward(embeddings: Tensor, weight: Tensor) -> Tensor:
@@ -208,8 +208,8 @@ def _taps_setup_context(ctx, inputs, output) -> None:
 
 def _taps_backward(ctx, grad: Tensor):
     wanted = tuple(ctx.needs_input_grad)
-    found = torch.ops.fastkd.conv3x3_taps_backward(grad, *ctx.saved_tensors, *wanted)
-    return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+    gradients = torch.ops.fastkd.conv3x3_taps_backward(grad, *ctx.saved_tensors, *wanted)
+    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
 
 
 if _DISPATCH.registered:

@@ -27,9 +27,9 @@ _DISPATCH = Dispatch("box_pool")
 def box_pool_reference(
     levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, image_size: tuple[int, int]
 ) -> Tensor:
-    """Plain torch of `box_pool`: one matrix of covered cells a level."""
+    """Plain torch of `box_pool`: one coverage matrix per level."""
     pooled = [pool_cover(level, box_cover(boxes, image_size, level.shape[2:]), image_index) for level in levels]
-    with full_precision(levels[0]):  # autocast refuses to stack half types other than its own
+    with full_precision(levels[0]):  # autocast cannot stack half types other than its own
         return torch.stack(pooled)
 
 

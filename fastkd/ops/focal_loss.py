@@ -1,6 +1,6 @@
 """focal_loss: the sigmoid focal loss of dense detectors, without a tensor of one-hot targets.
 
-No op of distillation: the detectors' own loss, of which a step with LGD has two. On a GPU it is plain torch.
+Not a distillation op but the detectors' loss, which a step with LGD computes twice. Plain torch on a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _DISPATCH = Dispatch("focal_loss")
 
 
 class _Focal(torch.autograd.Function):
-    """Every entry counted as a negative, 0.75 p^2 softplus(x), then the positive ones corrected.
+    """Sum over all entries as negatives, 0.75 p^2 softplus(x), plus a correction for the positive entries.
 
-    The slope, a negative's being 1.5 p^2 ((1 - p) softplus(x) + p / 2), is the only tensor kept, and every pass over
-    the logits counts.
+    Only the derivative, for negatives 1.5 p^2 ((1 - p) softplus(x) + p / 2), is saved, as the op is bound by passes
+    over the logits.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class _Focal(torch.autograd.Function):
         other, cost, cost_as_negative = (-positive).sigmoid(), F.softplus(-positive), F.softplus(positive)  # 1 - p
         hit, miss = other.square() * cost, (1 - other).square() * cost_as_negative
         if slope is not None:
-            # of 0.25 (1 - p)^2 softplus(-x): -0.25 (1 - p)^2 (2 p softplus(-x) + 1 - p), here divided by 1.5
+            # derivative of 0.25 (1 - p)^2 softplus(-x): -0.25 (1 - p)^2 (2 p softplus(-x) + 1 - p), divided by 1.5
             slope[entries] = other.square() * (2 * (other - 1) * cost - other) / 6
             ctx.save_for_backward(slope, weight)
         return 0.75 * total + ((0.25 * hit - 0.75 * miss) * weight[image, anchor]).sum(-1)
@@ -51,7 +51,7 @@ class _Focal(torch.autograd.Function):
 
 
 def _negatives(logits: Tensor, slope: Tensor | None) -> Tensor:
-    """p^2 softplus(x), summed over classes, and its half slope written; of one pyramid at a time, to save memory."""
+    """p^2 softplus(x) of one pyramid, summed over classes; writes half its derivative into slope."""
     p, softplus = logits.sigmoid(), F.softplus(logits)
     if slope is not None:
         torch.lerp(softplus, p.new_full((), 0.5), p, out=slope)
@@ -62,7 +62,7 @@ def _negatives(logits: Tensor, slope: Tensor | None) -> Tensor:
 
 
 def focal_loss_reference(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
-    """Plain torch of `focal_loss`, its gradient written out; no double backward."""
+    """Plain torch of `focal_loss` with an explicit gradient; no double backward."""
     wide = widen(logits).reshape(math.prod(logits.shape[:-3]), *logits.shape[-3:])
     return _Focal.apply(wide, weight.to(wide.dtype), image, anchor, label).reshape(logits.shape[:-3])
 
@@ -71,12 +71,12 @@ def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, la
     """Weighted sum of the sigmoid focal loss (alpha 0.25, gamma 2) of all anchors and classes.
 
     Args:
-        logits: [..., B, A, C] floating point, of one pyramid or, by leading dimensions, of several with the same
-            targets; receive a gradient (once).
+        logits: [..., B, A, C] floating point; leading dimensions are pyramids with the same targets; receive a
+            gradient (no double backward).
         weight: [B, A] of each anchor's entries; 0 leaves the anchor out. No gradient.
-        image, anchor, label: [P] int64, the positive entries, each once.
-    Returns: [...], a sum for each pyramid, float32 (float64 of float64 logits).
-    Raises: ValueError or TypeError if shapes, dtypes or devices disagree, and on a CPU for a positive entry out of
+        image, anchor, label: [P] int64, the positive entries, without duplicates.
+    Returns: [...], one sum per pyramid, float32 (float64 for float64 logits).
+    Raises: ValueError or TypeError if shapes, dtypes or devices disagree, or, on a CPU, a positive entry is out of
         range; RuntimeError on double backward.
     Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's sigmoid_focal_loss.
     """
@@ -87,7 +87,7 @@ def focal_loss(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, la
     flat = logits.reshape(math.prod(logits.shape[:-3]), *logits.shape[-3:])
     try:
         return torch.ops.fastkd.focal_loss(flat, weight, image, anchor, label).reshape(logits.shape[:-3])
-    except RuntimeError as error:  # the kernel looks at the entries anyway
+    except RuntimeError as error:  # the kernel checks the entries
         _, found, message = str(error).partition("focal_loss: image, anchor and label must be in range")
         if not found:
             raise

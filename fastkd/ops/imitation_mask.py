@@ -25,7 +25,7 @@ _DISPATCH = Dispatch("imitation_mask")
 
 
 def _cell_anchors(anchors: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """[H_l * W_l * A, 4]: the anchors of every cell, row by row."""
+    """[H_l * W_l * A, 4]: the anchors of all cells, in row-major order."""
     y = torch.arange(size[0], device=anchors.device, dtype=anchors.dtype) * stride[0]
     x = torch.arange(size[1], device=anchors.device, dtype=anchors.dtype) * stride[1]
     shift = torch.stack([x.expand(size[0], -1), y[:, None].expand(-1, size[1])] * 2, dim=-1)  # [H_l, W_l, 4]
@@ -42,7 +42,7 @@ def imitation_mask_reference(
     level_sizes: Sequence[tuple[int, int]],
     psi: float = 0.5,
 ) -> list[Tensor]:
-    """Plain torch of `imitation_mask`, with the whole IoU matrix."""
+    """Plain torch of `imitation_mask`, with the full IoU matrix."""
     if boxes.shape[0] == 0:
         return [boxes.new_zeros(batch_size, *size, dtype=torch.bool) for size in level_sizes]
     boxes = boxes.float()
@@ -75,12 +75,12 @@ def imitation_mask(
     Args:
         boxes: [K, 4] xyxy in pixels of the padded batch.
         image_index: [K] int64 in [0, batch_size).
-        anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; cell (y, x) has them moved by
-            (x * stride_x, y * stride_y), outside the image too.
+        anchors: L tensors [A, 4] xyxy, the anchors of the cell at the origin; those of cell (y, x) are shifted by
+            (x * stride_x, y * stride_y) and not clipped to the image.
         strides: L pairs (stride_y, stride_x), pixels.
         batch_size: B.
         level_sizes: L pairs (H_l, W_l).
-        psi: share of the best IoU, in [0, 1].
+        psi: fraction of the best IoU, in [0, 1].
     Returns: L tensors [B, H_l, W_l] bool; nothing receives a gradient.
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree; on the CPU also if boxes or anchors are not
         finite or image_index is out of range.

@@ -1,4 +1,4 @@
-"""instance_attention: a few queries attend to a whole pyramid (ICD's decoder, methods 1.2)."""
+"""instance_attention: attention of a few queries to all cells of a pyramid (ICD's decoder, methods 1.2)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DISPATCH = Dispatch("instance_attention")
 
 
-FEW_ON_GPU = 32  # queries of one block of the GPU's kernels
+FEW_ON_GPU = 32  # queries in one block of the GPU kernels
 
 
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
-    """True where (W_k^T q) . x takes fewer multiplications than q . (W_k x), on a GPU for one block of queries only."""
+    """Whether (W_k^T q) . x takes fewer multiplications than q . (W_k x); on a GPU False beyond a block of queries."""
     heads, count, depth = queries.shape[1:]
     if queries.is_cuda and count > FEW_ON_GPU:
         return False
@@ -34,9 +34,9 @@ def attention_logits_reference(
     row_bias: Sequence[Tensor],
     column_bias: Sequence[Tensor],
 ) -> Tensor:
-    """Logits [B, G, N, S] of `instance_attention`: q . (W_k x) + row bias + column bias, levels in a row.
+    """Logits [B, G, N, S] of `instance_attention`: q . (W_k x) + row bias + column bias, levels concatenated.
 
-    q . (W_k x) = (W_k^T q) . x: the projection moves to the queries where that takes fewer multiplications.
+    q . (W_k x) = (W_k^T q) . x: the projection is applied to the queries if that takes fewer multiplications.
     """
     heads, count, depth = queries.shape[1:]
     cells = flatten_pyramid([level.detach() for level in levels])  # [B, C, S]
@@ -56,15 +56,30 @@ def attention_logits_reference(
     return logits + torch.cat(bias, dim=3)
 
 
+def _tables(
+    queries: Tensor,
+    levels: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The bias tables; None becomes zeros [B, G, N, H_l or W_l]."""
+
+    def zeros(axis: int) -> list[Tensor]:
+        return [widen(queries).new_zeros((*queries.shape[:3], level.shape[axis])) for level in levels]
+
+    return zeros(2) if row_bias is None else row_bias, zeros(3) if column_bias is None else column_bias
+
+
 def instance_attention_reference(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Plain torch of `instance_attention`."""
+    row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
     with full_precision(queries):
         logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias)
         value = flatten_pyramid(values).unflatten(1, (queries.shape[1], -1))  # [B, G, d_v, S]
@@ -80,7 +95,7 @@ def check_attention(
     row_bias: Sequence[Tensor],
     column_bias: Sequence[Tensor],
 ) -> None:
-    """Raise unless queries, pyramid, key projection and bias tables fit each other."""
+    """Raise unless queries, pyramid, key projection and bias tables are consistent."""
     check_tensor(op, "queries", queries, "[B, G, N, d]", 4)
     check_levels(op, "levels", levels)
     check_tensor(op, "key_weight", key_weight, "[G * d, C]", 2)
@@ -121,7 +136,7 @@ def check_attention(
 
 
 def check_dtype_and_device(op: str, name: str, value: Tensor, queries: Tensor) -> None:
-    """Raise unless value is dense, of a dtype of the kernels, float64 only where the queries are, on their device."""
+    """Raise unless value is dense, on the queries' device, of a supported dtype; float64 only if the queries are."""
     check_device(op, name, value, "the queries", queries)
     if value.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got {value.layout}; call .to_dense()")
@@ -138,28 +153,32 @@ def instance_attention(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Multi-head attention of N queries over all cells of all levels.
 
     logits[b, g, n, s] = queries[b, g, n] . (W_k x_s)_g + row_bias[l][b, g, n, y] + column_bias[l][b, g, n, x] with
-    s = (l, y, x); output = softmax over s of the logits, times the values. A bias of -inf leaves a row or a column out;
-    some cell must remain.
+    s = (l, y, x); output = softmax over s of the logits, times the values. A bias of -inf masks a row or a column;
+    at least one cell must remain.
 
     Args:
         queries: [B, G, N, d], floating point, already scaled by 1 / sqrt(d); receives gradients.
-        levels: L tensors [B, C, H_l, W_l]: what the keys are projected from; frozen, receive no gradient.
-        key_weight: [G * d, C], head by head; receives gradients.
-        row_bias: L tensors [B, G, N, H_l]; receive gradients.
-        column_bias: L tensors [B, G, N, W_l]; receive gradients.
-        values: L tensors [B, G * d_v, H_l, W_l], head by head; receive gradients.
-    Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 of
+        levels: L tensors [B, C, H_l, W_l], the input of the key projection; frozen, receive no gradient.
+        key_weight: [G * d, C], heads concatenated; receives gradients.
+        row_bias: L tensors [B, G, N, H_l]; receive gradients. None: no bias, plain cross-attention.
+        column_bias: L tensors [B, G, N, W_l]; likewise.
+        values: L tensors [B, G * d_v, H_l, W_l], heads concatenated; receive gradients.
+    Returns: output [B, G, N, d_v], dtype of queries, and logsumexp of the logits [B, G, N], float32 (float64 for
         float64), without gradient.
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.2.
     """
+    if row_bias is None or column_bias is None:
+        check_tensor("instance_attention", "queries", queries, "[B, G, N, d]", 4)
+        check_levels("instance_attention", "levels", levels)
+        row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
     check_attention("instance_attention", queries, levels, key_weight, row_bias, column_bias)
     check_levels("instance_attention", "values", values)
     check_same_sizes("instance_attention", "values", values, "levels", levels)
@@ -184,7 +203,7 @@ def kernel_arguments(
     row_bias: Sequence[Tensor],
     column_bias: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
-    """As the kernels take them: small tensors float32 or wider, the key projection moved to few queries."""
+    """Arguments of the kernels: small tensors as float32 or wider, the key projection applied to few queries."""
     wide, weight = widen(queries), widen(key_weight)
     rows, columns = ([widen(table) for table in side] for side in (row_bias, column_bias))
     cells = [level.detach() for level in levels]
@@ -225,7 +244,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: None, grad_normal
         return None, none, None, none, none, none
     output, normal, queries, *saved = ctx.saved_tensors
     weight = saved.pop(0) if ctx.projected else None
-    levels, row_bias, column_bias, values = (saved[place * count : (place + 1) * count] for place in range(4))
+    levels, row_bias, column_bias, values = (saved[i * count : (i + 1) * count] for i in range(4))
     needs = ctx.needs_input_grad
     for_keys, for_values = needs[0] or needs[2] or any(needs[3]) or any(needs[4]), any(needs[5])
     gradients = torch.ops.fastkd.instance_attention_backward(

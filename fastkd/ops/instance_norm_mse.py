@@ -15,7 +15,7 @@ from fastkd.ops._support.registration import dense_like, register_with_backward
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _AUTOCAST = ("AutocastCPU", "AutocastCUDA")
 _DISPATCH = Dispatch("instance_norm_mse")
-_MOMENTS = 10  # numbers the forward kernel keeps for each row
+_MOMENTS = 10  # values that the forward kernel saves per row
 
 
 def _normalise(level: Tensor, eps: float) -> Tensor:
@@ -25,26 +25,26 @@ def _normalise(level: Tensor, eps: float) -> Tensor:
 
 
 def instance_norm_mse_reference(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
-    """The specification of `instance_norm_mse`, in plain torch, without checks."""
+    """Plain torch of `instance_norm_mse`."""
     with full_precision(student[0]):
         squares = ((_normalise(s, eps) - _normalise(t, eps)).square().sum() for s, t in zip(student, teacher))
         return sum(squares, student[0].new_zeros(())) / max(sum(level.numel() for level in student), 1)
 
 
 def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
-    """Mean squared error between two pyramids, every channel of every image and level normalised first.
+    """Mean squared error between two pyramids after instance normalisation.
 
     loss = mean over all elements of all levels of (IN(student) - IN(teacher))^2, IN(x) = (x - mean) / sqrt(var + eps)
-    over the cells of a channel, var without Bessel's correction; so a level of one cell is 0. No elements give 0.
+    over the cells of a channel, var without Bessel's correction. Levels of one cell, and empty pyramids, contribute 0.
 
     Args:
         student: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
-        teacher: the same shapes, dtype and device; receive gradients (detach it to distil). Under autocast student
-            and teacher may differ in dtype: the narrower is widened.
+        teacher: the same shapes, dtype and device; receive gradients (detach it for distillation). Under autocast
+            student and teacher may differ in dtype: the narrower one is widened.
         eps: added to the variance, >= 0.
-    Returns: scalar; float32 for half types (they accumulate in float32), else the dtype of the levels.
-    Raises: ValueError if shapes, dtypes, devices or eps disagree with this; TypeError if a level is no floating-point
-        tensor or eps no number; RuntimeError on double backward of the compiled kernel.
+    Returns: scalar; float32 for half types, else the dtype of the levels.
+    Raises: ValueError if shapes, dtypes, devices or eps are wrong; TypeError if a level is not a floating-point
+        tensor or eps not a number; RuntimeError on double backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
@@ -115,7 +115,7 @@ def _backward(ctx, grad_loss: Tensor | None, grad_moments: None):
 
 
 def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Levels keep their dtype, as sums are float32 anyway; only where two dtypes meet the narrower is widened."""
+    """Autocast rule: levels keep their dtype, as sums are float32; if dtypes differ, the narrower one is widened."""
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
     autocast = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST]
     with torch._C._ExcludeDispatchKeyGuard(autocast[0] | autocast[1]):

@@ -36,7 +36,7 @@ def mask_paint_reference(
 def mask_paint(
     embeddings: Tensor, masks: Tensor, image_index: Tensor, batch_size: int, level_sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Pyramid whose cells sum the embeddings of the objects whose nearest-resized mask covers them.
+    """Pyramid whose cells sum the embeddings of the objects whose mask, resized by nearest neighbour, covers them.
 
     Args:
         embeddings: [L, K, C], floating point; receives gradients.

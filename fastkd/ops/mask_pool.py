@@ -20,7 +20,7 @@ _DISPATCH = Dispatch("mask_pool")
 def mask_pool_reference(levels: Sequence[Tensor], masks: Tensor, image_index: Tensor) -> Tensor:
     """Plain torch of `mask_pool`."""
     pooled = [pool_cover(level, mask_cover(masks, level.shape[2:]), image_index) for level in levels]
-    with full_precision(levels[0]):  # autocast refuses to stack half types other than its own
+    with full_precision(levels[0]):  # autocast cannot stack half types other than its own
         return torch.stack(pooled)
 
 

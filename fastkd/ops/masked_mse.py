@@ -1,4 +1,4 @@
-"""masked_mse: squared error over chosen cells, with its normaliser (FGFI, methods 3)."""
+"""masked_mse: squared error over masked cells, and their number (FGFI, methods 3)."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def masked_mse_reference(
 def masked_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sum of (student - teacher)^2 over the masked cells and all channels, and the number of masked cells.
 
-    Two numbers instead of their quotient, so that the caller can divide by the cells of all processes.
+    Both are returned, instead of their quotient, so that the caller can divide by the count over all processes.
 
     Args:
         student: L tensors [B, C, H_l, W_l], floating point; receive gradients, 0 outside the mask.
         teacher: L tensors of the same shapes; no gradient. Where its dtype differs, the narrower one is widened.
         masks: L tensors [B, H_l, W_l] bool.
-    Returns: error and count, scalars, float32 (float64 where any argument is).
+    Returns: error and count, scalars, float32 (float64 if any argument is).
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree; RuntimeError on double backward of the
         compiled kernel.
     Source: FGFI (Wang et al., CVPR 2019), section 3.2.

@@ -47,7 +47,7 @@ def norm_relu_box_pool(
         image_size: (H, W) of the padded batch, pixels.
         eps: added to the variance, >= 0.
     Returns: [L, K, C], dtype of levels.
-    Raises: ValueError or TypeError if shapes, dtypes, devices or values disagree with this; RuntimeError on double
+    Raises: ValueError or TypeError if shapes, dtypes, devices or values are wrong; RuntimeError on double
         backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), appearance encoder.
     """

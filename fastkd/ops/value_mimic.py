@@ -47,7 +47,7 @@ def value_mimic(
         teacher: L tensors of the same shapes; no gradient. Where its dtype differs, the narrower one is widened.
         mass: L tensors [B, G, H_l, W_l]; no gradient.
         eps: added to the variance, >= 0.
-    Returns: [B, G], float32 (float64 where any argument is).
+    Returns: [B, G], float32 (float64 if any argument is).
     Raises: ValueError or TypeError if shapes, dtypes or devices disagree; RuntimeError on double backward of the
         compiled kernel.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
@@ -56,7 +56,7 @@ def value_mimic(
     if not _DISPATCH.compiled(student[0]):
         return value_mimic_reference(student, teacher, mass, eps)
     dtype = student[0].dtype
-    if teacher[0].dtype != dtype:  # asked first, as promote_types is a dispatched operator
+    if teacher[0].dtype != dtype:  # checked first, as promote_types dispatches an operator
         dtype = torch.promote_types(dtype, teacher[0].dtype)
     if torch.float64 in (dtype, mass[0].dtype):
         dtype = torch.float64

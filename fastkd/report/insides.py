@@ -72,6 +72,7 @@ def _show_attention(
             )
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
+    assert loaded.teacher is not None  # whose features the attention is over
     figures = []
     for image_id in chosen[:ATTENTION_IMAGES]:
         if book.bytes > UP_TO:
@@ -154,7 +155,8 @@ def _show_features(
         adapted = [loaded.distiller.student_adapter(level) for level in student]
         rows, names, cells = [], [], []
         for level, pyramids in enumerate(zip(student, adapted, instructive)):
-            cell = tuple(side / length for side, length in zip(batch.padded_size, pyramids[0].shape[-2:]))
+            height, width = pyramids[0].shape[-2:]
+            cell = (batch.padded_size[0] / height, batch.padded_size[1] / width)
             seen = [math.ceil(side / length) for side, length in zip(picture.shape[:2], cell)]  # without the padding
             if seen[0] * seen[1] < 4:
                 continue  # a map of a few cells has no pattern to compare

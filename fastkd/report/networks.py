@@ -41,9 +41,9 @@ class Networks:
         image = source.image(image_id)
         size = resized_size(image.shape[1], image.shape[0], self.short_side, self.max_side)
         geometry = Geometry(*size, flip=False)
-        padded = tuple(-(-side // self.divisor) * self.divisor for side in size)
+        height, width = (-(-side // self.divisor) * self.divisor for side in size)
         item = (source.position(image_id), image, geometry, 0)
-        return collate(source.dataset, [item], padded).to(self.device), geometry.image(image)
+        return collate(source.dataset, [item], (height, width)).to(self.device), geometry.image(image)
 
 
 def load_networks(run: Run, device: str) -> Networks:
@@ -60,10 +60,12 @@ def load_networks(run: Run, device: str) -> Networks:
     priors = _priors(run.path / "priors.json") if settings.needs_priors else None
     distiller = settings.from_dict(run.recipe["method"]).distiller(student, teacher, priors)
     distiller.load_state_dict(load_file(run.path / "method.safetensors"))
-    device = torch.device(device)
-    networks = [None if network is None else network.to(device).eval() for network in (student, distiller, teacher)]
-    data = run.recipe["data"]
-    return Networks(*networks, device, int(data["val_short_side"]), int(data["max_side"]), int(data["divisor"]))
+    target = torch.device(device)
+    for network in (student, distiller, teacher):
+        if network is not None:
+            network.to(target).eval()
+    sizes = [int(run.recipe["data"][name]) for name in ("val_short_side", "max_side", "divisor")]
+    return Networks(student, distiller, teacher, target, *sizes)
 
 
 def _teacher_file(run: Run) -> Path:

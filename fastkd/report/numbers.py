@@ -136,6 +136,8 @@ def _unequal_conditions(runs: list[Run]) -> list[str]:
 
 
 def _detector_name(run: Run) -> str:
+    if isinstance(run.detector.get("custom"), str):
+        return str(run.detector["custom"])
     parts = [str(run.detector.get(key)) for key in ("detector", "backbone") if run.detector.get(key)]
     return " ".join(parts) or UNKNOWN
 

@@ -65,7 +65,7 @@ class Run:
     @property
     def settings(self) -> Any:
         """The class of the method's settings (a fastkd.training.methods.Method); None where it is not known."""
-        return self.methods.get(self.method)
+        return self.methods.get(self.method) if self.method is not None else None
 
     @property
     def detector(self) -> dict:

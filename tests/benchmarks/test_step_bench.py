@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.step import __main__ as step
-from benchmarks.step import contenders as step_contenders
+from benchmarks.step import candidates as step_candidates
 from benchmarks.step import own as step_own
 from benchmarks.step import results as step_results
-from benchmarks.step.contenders import FORMS, OPTIONS, Contender, Problem, recipe_of
+from benchmarks.step.candidates import FORMS, OPTIONS, Candidate, Problem, recipe_of
 from benchmarks.step.dispatch_ledger import Counts
 
 
@@ -104,9 +104,9 @@ def test_what_is_measured_and_in_which_order():
     assert found[:3] == [(7, 1, "retinanet"), (7, 1, "faster-rcnn"), (7, 2, "retinanet")] and len(found) == 8
     assert str(everything.out) == "docs/results" and str(chosen.out) == "build/bench"
     methods, forms = everything.methods, everything.forms
-    assert ("fgfi", "float32") in step.contenders(methods, forms, lone=True, tried=False)
-    assert len(step.contenders(methods, forms, lone=False, tried=False)) == 9
-    found = step.contenders(methods, forms, lone=True, tried=True)
+    assert ("fgfi", "float32") in step.candidates(methods, forms, lone=True, tried=False)
+    assert len(step.candidates(methods, forms, lone=False, tried=False)) == 9
+    found = step.candidates(methods, forms, lone=True, tried=True)
     assert len(found) == len(set(found)) == 9 + 2 + 5 and ("icd", "compile") in found
 
 
@@ -130,13 +130,13 @@ def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
     problem = Problem(images=1, boxes=1, height=64, width=64)
     recipe = recipe_of("retinanet", "lgd", option)
     small = dataclasses.replace(recipe.detector, backbone="resnet18", channels=16)
-    monkeypatch.setattr(step_contenders, "recipe_of", lambda *_: dataclasses.replace(recipe, detector=small))
-    contender = step_contenders.build(problem, "lgd", option)
-    assert contender.compiled == contender.module.regions.enabled == (option == "compile")
+    monkeypatch.setattr(step_candidates, "recipe_of", lambda *_: dataclasses.replace(recipe, detector=small))
+    candidate = step_candidates.build(problem, "lgd", option)
+    assert candidate.compiled == candidate.module.regions.enabled == (option == "compile")
     assert recipe.runtime.recompute == (option == "recompute") and recipe.runtime.precision == "bfloat16"
-    contender.module.regions.backend = "aot_eager"
-    contender.step()
-    found = step.first_turn(contender)
+    candidate.module.regions.backend = "aot_eager"
+    candidate.step()
+    found = step.first_turn(candidate)
     assert found["transient_bytes"] > 0 and ("ledger" in found) == (option != "compile")
 
 
@@ -166,13 +166,13 @@ def test_a_counted_turn_and_a_turn_on_other_images():
         sizes.append(batch.padded_size)
         return {"loss": weight(batch.images.flatten()[:4]).sum()}
 
-    contender = Contender(forward, [optimizer], update, weight, None, None, batch)
-    contender.on(Problem(height=16, width=24).batch(), contender.step)
+    candidate = Candidate(forward, [optimizer], update, weight, None, None, batch)
+    candidate.on(Problem(height=16, width=24).batch(), candidate.step)
     assert sizes == [(16, 24)]
-    found = step.first_turn(contender)
+    found = step.first_turn(candidate)
     assert sizes[1:] == [(8, 8)] and len(found["seconds"]) == 1 and found["ledger"]["by_op"]["aten::mm"] >= 1
     assert found["resident_bytes"] == 2 * 4 * (16 + 4)  # weights and momenta
-    assert found["transient_bytes"] >= 4 * (16 + 4) and contender.timed() > 0
+    assert found["transient_bytes"] >= 4 * (16 + 4) and candidate.timed() > 0
 
 
 @pytest.mark.parametrize("form", FORMS)

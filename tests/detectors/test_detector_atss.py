@@ -10,8 +10,8 @@ from detector_cases import rectangles, small_config
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from fastkd.detectors import build_detector
-from fastkd.detectors.common.locations import near_cells
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes
+from fastkd.detectors.common.locations import candidate_cells
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes
 from fastkd.detectors.poto import match_one_to_one
 
 COUNTS = [4, 0, 1, 6]
@@ -68,7 +68,7 @@ def atss_assignment(boxes, places, half=4.0):
             inside = box[0] < x < box[2] and box[1] < y < box[3]
             if inside and value >= threshold and value > taken.get(index, (0.0, None))[0]:
                 taken[index] = (value, number)
-    return [taken.get(index, (0, BELOW))[1] for index in range(len(places))]
+    return [taken.get(index, (0, BACKGROUND))[1] for index in range(len(places))]
 
 
 def poto_assignment(boxes, labels, logits, predicted, places, alpha=0.8):
@@ -84,7 +84,7 @@ def poto_assignment(boxes, labels, logits, predicted, places, alpha=0.8):
                 probability = torch.sigmoid(logits[index, label])
                 table[number, index] = probability ** (1 - alpha) * iou[number, index] ** alpha
     rows, columns = scipy.optimize.linear_sum_assignment(table.detach().numpy(), maximize=True)
-    matched = [BELOW] * len(places)
+    matched = [BACKGROUND] * len(places)
     for row, column in zip(rows, columns):
         if table[row, column] >= 0:
             matched[column] = int(row)
@@ -110,7 +110,7 @@ def transcription(kind, detector, batch, pyramid):
             matched = poto_assignment(boxes, labels, logits, predicted, places)
         target = torch.zeros_like(logits)
         for index, row in enumerate(matched):
-            if row == BELOW:
+            if row == BACKGROUND:
                 continue
             positives += 1
             target[index, labels[row]] = 1.0
@@ -152,21 +152,21 @@ def test_atss_assignment_of_crowded_boxes():
     found = detector.assign(PaddedBoxes.of(batch), pyramid)
     for image, boxes in enumerate(batch.boxes.split(batch.counts)):
         assert found[image].tolist() == atss_assignment(boxes, locations(pyramid, detector.strides))
-    assert set(found[0].tolist()) == {BELOW, 0, 2, 3}  # one of the three on top of each other gets nothing
+    assert set(found[0].tolist()) == {BACKGROUND, 0, 2, 3}  # one of the three on top of each other gets nothing
 
 
 def test_equal_boxes_of_atss_share_no_location():
     detector, batch, pyramid = setting("atss")
     batch.boxes[1:4] = batch.boxes[0]
     found = detector.assign(PaddedBoxes.of(batch), pyramid)[0]
-    assert set(found.tolist()) == {BELOW, 0}
+    assert set(found.tolist()) == {BACKGROUND, 0}
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 12), (2, 7), (9, 9), (20, 13)], ids=str)
 @pytest.mark.parametrize("size", [3, 9])
 def test_near_cells_hold_the_nearest(grid, size):
     points = torch.rand(30, 2) * torch.tensor([grid[1], grid[0]]) * 8
-    found = near_cells(points, grid, 8, size)
+    found = candidate_cells(points, grid, 8, size)
     assert found.shape == (30, min(size, grid[0]) * min(size, grid[1]))
     y, x = torch.meshgrid(*(torch.arange(n) * 8.0 + 4 for n in grid), indexing="ij")
     cells = torch.stack([x, y], -1).flatten(0, 1)
@@ -193,7 +193,7 @@ def test_poto_gives_every_box_one_location():
     for image, count in enumerate(COUNTS):
         assert sorted(found[image][found[image] >= 0].tolist()) == list(range(count))
     outputs["cls_logits"] = outputs["cls_logits"] * float("nan")
-    assert (detector.assign(PaddedBoxes.of(batch), outputs, pyramid, batch) == BELOW).all()
+    assert (detector.assign(PaddedBoxes.of(batch), outputs, pyramid, batch) == BACKGROUND).all()
 
 
 @pytest.mark.parametrize("kind", ["atss", "poto"])

@@ -12,7 +12,7 @@ from fastkd.detectors import build_detector
 from fastkd.detectors.common import instance_masks
 from fastkd.detectors.common.instance_masks import aligned_upsample, coarse_masks, dice_loss
 from fastkd.detectors.common.locations import Matches
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes
 from fastkd.detectors.condinst_head import PARAMETERS, dynamic_masks
 from fastkd.detectors.solov2_detect import boxes_of, matrix_nms, point_max
 
@@ -106,7 +106,7 @@ def test_dynamic_masks_are_three_convolutions():
 
 def condinst_match(boxes, stride, level, x, y):
     """FCOS's rule with anchor_base 4: ranges 16, 32, 64, 128 pixels between the levels."""
-    best, area = BELOW, float("inf")
+    best, area = BACKGROUND, float("inf")
     for number, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         sides = (x - x1, y - y1, x2 - x, y2 - y)
         near = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2)) < 1.5 * stride
@@ -128,7 +128,7 @@ def condinst_transcription(detector, batch, pyramid):
                 index += 1
                 x, y = (stride * n + stride // 2 for n in (cell % maps.shape[-1], cell // maps.shape[-1]))
                 row = condinst_match(boxes, stride, level, x, y)
-                if row == BELOW:
+                if row == BACKGROUND:
                     continue
                 positives += 1
                 box = boxes[row]
@@ -201,7 +201,7 @@ def solov2_assignment(detector, boxes, masks):
     height, width = SIZE
     found = []
     for level, (cells, stride) in enumerate(zip(detector.config.grids, detector.strides)):
-        grid = [[(float("inf"), BELOW)] * cells for _ in range(cells)]
+        grid = [[(float("inf"), BACKGROUND)] * cells for _ in range(cells)]
         for number, ((x1, y1, x2, y2), mask) in enumerate(zip(boxes.tolist(), masks)):
             area = (x2 - x1) * (y2 - y1)
             lower, upper = 2 * stride if level else 0, 8 * stride if level < 4 else float("inf")
@@ -229,7 +229,7 @@ def solov2_transcription(detector, batch, pyramid):
         logits, kernels, features = (outputs[name][image] for name in ("cls_logits", "kernels", "mask_features"))
         target = torch.zeros_like(logits)
         for cell, row in enumerate(solov2_assignment(detector, boxes, whole[image])):
-            if row != BELOW:
+            if row != BACKGROUND:
                 positives += 1
                 target[cell, labels[row]] = 1
                 mask = mask + dice(torch.einsum("c,chw->hw", kernels[cell], features), masks[row])

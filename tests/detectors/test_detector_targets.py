@@ -13,7 +13,7 @@ from fastkd.detectors import build_detector
 from fastkd.detectors.common import targets
 from fastkd.detectors.common.roi_align import PyramidRoIAlign
 from fastkd.detectors.common.sampling import draw_keys, image_generators, sample_balanced
-from fastkd.detectors.common.targets import BELOW, PaddedBoxes, inside_ignored, match_anchors
+from fastkd.detectors.common.targets import BACKGROUND, PaddedBoxes, inside_ignored, match_anchors
 
 COUNTS = [4, 0, 1, 7]
 SIZE = (128, 128)  # a multiple of the coarsest stride: torchvision's anchors there are ours
@@ -221,7 +221,7 @@ def test_a_box_that_touches_no_anchor_claims_none():
         torch.ones(1, 2).bool(),
     )
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
-    assert match_anchors(truth, anchors, 0.4, 0.5, keep_best=True).tolist() == [[1, BELOW]]
+    assert match_anchors(truth, anchors, 0.4, 0.5, keep_best=True).tolist() == [[1, BACKGROUND]]
 
 
 def test_inside_ignored_is_more_than_half_of_an_anchor_in_its_own_image():

@@ -403,7 +403,7 @@ class TestBadInput:
             kd.distillation(kd._host_step(inputs, features))
 
     def test_forgotten_step(self, monkeypatch):
-        monkeypatch.setattr("fastkd.integrations.attachment.FORGOTTEN_AFTER", 2)
+        monkeypatch.setattr("fastkd.integrations.attachment.WARN_AFTER", 2)
         model, kd = attached("retinanet", "fgfi")
         with no_warnings():
             loss_of(model, "retinanet")
@@ -450,3 +450,13 @@ class TestBadInput:
 
 def _raise(*args):
     raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(("weight", "words"), [(1e3, "swamps the detection loss"), (1e-9, "hardly moves the student")])
+def test_report_judges_the_share_once_it_has_settled(weight, words, monkeypatch):
+    model, kd = attached("retinanet", "pkd", weight=weight)
+    loss_of(model, "retinanet")[1].backward()
+    assert words not in kd.report()
+    monkeypatch.setattr("fastkd.integrations.report.SETTLED", 2)
+    loss_of(model, "retinanet")[1].backward()
+    assert words in kd.report()

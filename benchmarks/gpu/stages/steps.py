@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.roofline import PUBLISHED
 from benchmarks.gpu.stages import Context
 from benchmarks.gpu.stages.timing import measure
-from benchmarks.step.contenders import NUM_CLASSES, Contender, Problem, build, priors
+from benchmarks.step.candidates import NUM_CLASSES, Candidate, Problem, build, priors
 from fastkd.distillers import ICD, LGD
 from fastkd.ops import use_backend
 from fastkd.training.parallel.compiled import Regions
@@ -79,40 +79,40 @@ def _timed(make: Callable[..., Callable[[], None]], method: str, form: str, prob
     return measure(work, torch.device(context.device), 0.0 if context.toy else 1.0, captured=False)
 
 
-def placed(method: str, form: str, dtype: str, problem: Problem, device: str) -> Contender:
-    """A contender on a device; the plain form in bfloat16 runs under autocast and channels-last, as ours does.
+def placed(method: str, form: str, dtype: str, problem: Problem, device: str) -> Candidate:
+    """A candidate on a device; the plain form in bfloat16 runs under autocast and channels-last, as ours does.
 
     Args:
         form: "ours", "plain" or "ours compiled".
         dtype: "bfloat16" or "float32".
     """
     kind = {"ours": dtype, "plain": "plain", "ours compiled": "compile"}[form]
-    contender = build(problem, method, kind)
+    candidate = build(problem, method, kind)
     low = dtype == "bfloat16"
     layout = torch.channels_last if low else torch.contiguous_format
-    contender.module.to(device=device, memory_format=layout)
-    if contender.frozen is not None:
-        contender.frozen.to(device=device, memory_format=layout)
-    for optimizer in contender.optimizers:
+    candidate.module.to(device=device, memory_format=layout)
+    if candidate.frozen is not None:
+        candidate.frozen.to(device=device, memory_format=layout)
+    for optimizer in candidate.optimizers:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     state[name] = value.to(parameter) if value.shape == parameter.shape else value.to(device)
-    contender.batch = contender.batch.to(device, memory_format=layout)
+    candidate.batch = candidate.batch.to(device, memory_format=layout)
     if form == "plain" and low:
-        forward = contender.forward
+        forward = candidate.forward
 
         def under_autocast(batch):
             with torch.autocast(device, torch.bfloat16):
                 return forward(batch)
 
-        contender.forward = under_autocast
-    return contender
+        candidate.forward = under_autocast
+    return candidate
 
 
 def _step(method: str, form: str, dtype: str, problem: Problem, context: Context) -> dict[str, Any]:
-    contender = placed(method, form, dtype, problem, context.device)
-    found = measure(contender.step, torch.device(context.device), 0.0 if context.toy else 1.5, captured=False)
+    candidate = placed(method, form, dtype, problem, context.device)
+    found = measure(candidate.step, torch.device(context.device), 0.0 if context.toy else 1.5, captured=False)
     return {**found, "images_per_s": 1e3 * problem.images / found["wall_ms"]}
 
 

@@ -1,1 +1,1 @@
-"""Backbones and their weights' names."""
+"""Backbones and the mapping of weight names."""

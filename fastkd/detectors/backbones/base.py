@@ -1,4 +1,4 @@
-"""What all backbones share: their interface, frozen stages, and normalisation layers."""
+"""The interface of backbones, frozen stages, and normalisation layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: channels of the four maps.
         frozen: names of the submodules that never train.
-        fresh: what names of parameters end with that no file of a classifier holds.
+        fresh: name suffixes of parameters that classifier weight files do not contain.
         recomputes: whether `recompute` was called.
     """
 
@@ -25,14 +25,14 @@ class Backbone(nn.Module):
     recomputes: bool = False
 
     def recompute(self) -> None:
-        """From now on keep no activations inside of a block: the backward pass computes them again, for less memory.
+        """Enable activation recomputation: the backward pass computes the activations of each block again.
 
-        Raises: ValueError for a backbone that cannot, or whose batch norms would count a batch twice.
+        Raises: ValueError if the backbone does not support it, or its batch norms would count a batch twice.
         """
         raise ValueError(f"recompute: backbone must be a ResNet, got {type(self).__name__}; leave recompute off")
 
     def freeze(self, stages: Sequence[Sequence[str]], count: int) -> None:
-        """Stop the first `count` stages, each named by its submodules, from training."""
+        """Freeze the first `count` stages; a stage is given by the names of its submodules."""
         self.frozen = tuple(name for stage in stages[:count] for name in stage)
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False)
@@ -44,13 +44,13 @@ class Backbone(nn.Module):
         return self
 
     def own_name(self, name: str, known: Mapping[str, Tensor]) -> str:
-        """What a tensor that a weight file calls `name` is called here; `known` is the state dict."""
+        """Our name of the tensor that a weight file calls `name`; `known` is the state dict."""
         return name
 
 
 def frozen_batch_norm(channels: int) -> nn.Module:
     """BatchNorm with fixed statistics and affine."""
-    return FrozenBatchNorm2d(channels, eps=1e-5)  # as BatchNorm2d in eval mode; torchvision's own default is 0
+    return FrozenBatchNorm2d(channels, eps=1e-5)  # as BatchNorm2d in eval mode; torchvision's default is 0
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -13,13 +13,13 @@ from fastkd.ops._support.coverage import full_precision
 
 
 class ModulatedDeformConv(DeformConv2d):
-    """A 3x3 convolution that reads where, and weighs what, another 3x3 convolution of its input says.
+    """A 3x3 convolution whose sampling offsets and weights are predicted by another 3x3 convolution of its input.
 
-    That convolution starts at zero: no offsets, and a weight of sigmoid(0) = 0.5 on every sample. The parameter
-    `weight` has the name and shape of the plain convolution's.
+    The predicting convolution is initialised to zero: no offsets, and a weight of sigmoid(0) = 0.5 for every sample.
+    The parameter `weight` has the name and shape of a plain convolution's.
 
     Args:
-        like: the convolution to take the place of; its weights are taken over.
+        like: the convolution to replace; its weights are reused.
     Source: Deformable ConvNets v2 (Zhu et al., 2019), with torchvision.ops.deform_conv2d.
     """
 

@@ -10,7 +10,7 @@ from torchvision.models import MobileNetV2
 
 from fastkd.detectors.backbones.base import NORM_LAYERS, Backbone
 
-LAST = (3, 6, 13, 17)  # the features of strides 4, 8, 16, 32: 24, 32, 96 and 320 channels
+LAST = (3, 6, 13, 17)  # last block of strides 4, 8, 16, 32, with 24, 32, 96 and 320 channels
 
 
 class MobileNet(Backbone, MobileNetV2):
@@ -22,7 +22,7 @@ class MobileNet(Backbone, MobileNetV2):
         frozen_stages: how many of (stride 2, 4, 8, 16, 32) never train.
     """
 
-    features: Any  # torchvision's, which has no types: a Sequential of its blocks
+    features: Any  # untyped in torchvision: a Sequential of blocks
 
     def __init__(self, width: float, norm: str, frozen_stages: int):
         MobileNetV2.__init__(self, width_mult=width, norm_layer=NORM_LAYERS[norm])

@@ -1,4 +1,4 @@
-"""torchvision's ResNets of any width, the feature pyramid on top, and which backbone a configuration asks for."""
+"""torchvision's ResNets of any width, the feature pyramid, and the backbone of a configuration."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class ScaledResNet(Backbone, ResNet):
         width: factor on 64, 128, 256, 512; results are rounded to multiples of 8, at least 16 (the
             weight gradient of oneDNN's 1x1 convolution of stride 2 from 8 channels crashes the process, torch 2.14.1).
         norm: "frozen_bn", "bn" or "gn".
-        frozen_stages: how many of (stem, layer1 .. layer4) never train; their BatchNorms keep their statistics.
-        deformable: whether the 3x3 convolutions of layer2 .. layer4 are modulated deformable ones.
-        stride_in_1x1: bottlenecks halve the map in their first convolution, not in the second.
+        frozen_stages: how many of (stem, layer1 .. layer4) are frozen, with the statistics of their BatchNorms.
+        deformable: use modulated deformable 3x3 convolutions in layer2 .. layer4.
+        stride_in_1x1: bottlenecks have their stride in the first convolution instead of the second.
     """
 
     fresh = ("conv2.offset.weight", "conv2.offset.bias")
-    _make_layer: Callable[..., nn.Sequential]  # torchvision's, which has no types
+    _make_layer: Callable[..., nn.Sequential]  # untyped in torchvision
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ScaledResNet(Backbone, ResNet):
         deformable: bool = False,
         stride_in_1x1: bool = False,
     ):
-        nn.Module.__init__(self)  # ResNet's own constructor fixes the widths; what follows is its body
+        nn.Module.__init__(self)  # ResNet's constructor fixes the widths; its body is repeated here
         block, depths, self.groups, self.base_width = _BLOCKS[name]
         widths = [max(16, 8 * round(base * width / 8)) for base in (64, 128, 256, 512)]
         self._norm_layer = NORM_LAYERS[norm]
@@ -100,16 +100,16 @@ class ScaledResNet(Backbone, ResNet):
 
 
 class CoarsestLevels(LastLevelP6P7):
-    """torchvision's P6 and P7 from P5 or C5, right also where they are one cell wide in bfloat16 on a CPU.
+    """torchvision's P6 and P7 from P5 or C5, correct also for narrow maps in bfloat16 on a CPU.
 
-    oneDNN's convolution of stride 2 reads uninitialised memory there: the weights' gradient of a map one cell wide and
-    the result of maps one or two wide can be anything (torch 2.14.1). Maps are made three wide; what the columns of
-    zeros on the right add to the result is cut off; the rest is what it was, as the convolution pads with zeros itself.
+    oneDNN's convolution of stride 2 reads uninitialised memory for maps that are one cell wide (weight gradient) or at
+    most two cells wide (output) in torch 2.14.1. Such maps are padded with zeros on the right to a width of three, and
+    the additional output columns are cut off; the others do not change, as the convolution pads with zeros itself.
 
     Args:
-        in_channels: channels of the map that P6 is made from.
+        in_channels: channels of the input of P6.
         channels: channels of P6 and P7.
-        from_c5: whether that map is C5.
+        from_c5: whether that input is C5.
     """
 
     def __init__(self, in_channels: int, channels: int, from_c5: bool):
@@ -124,7 +124,7 @@ class CoarsestLevels(LastLevelP6P7):
 
 
 def _halved(convolution: nn.Conv2d, level: Tensor) -> Tensor:
-    """The next level; the width is looked at in bfloat16 only, so that a graph for export takes any."""
+    """The next level; only bfloat16 depends on the width, so that an exported graph takes any width."""
     low = convolution.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(level.device.type)
     if not low or level.shape[-1] > 2:
         return convolution(level)
@@ -137,7 +137,7 @@ class Pyramid(FeaturePyramidNetwork):
     Args:
         in_channels: channels of C2 .. C5.
         channels: channels of every level.
-        fine: whether it starts at P2.
+        fine: whether the pyramid starts at P2.
         p6_source: "p5" or "c5", for P3 .. P7.
     """
 
@@ -155,7 +155,7 @@ class Pyramid(FeaturePyramidNetwork):
 
 
 def build_backbone(config: DetectorConfig) -> Backbone:
-    """The backbone that `config` asks for, with random weights."""
+    """The backbone of `config`, with random weights."""
     if config.backbone.startswith(TIMM):
         return TimmBackbone(config.backbone.removeprefix(TIMM))
     if config.backbone == "swin_t":
@@ -167,6 +167,6 @@ def build_backbone(config: DetectorConfig) -> Backbone:
 
 
 def build_backbone_and_neck(config: DetectorConfig) -> tuple[Backbone, Pyramid]:
-    """Backbone and neck that `config` asks for, with random weights."""
+    """Backbone and neck of `config`, with random weights."""
     backbone = build_backbone(config)
     return backbone, Pyramid(backbone.out_channels, config.channels, config.fine, config.p6_source)

@@ -13,16 +13,16 @@ PATCH = 4
 
 
 class SwinTiny(Backbone, SwinTransformer):
-    """Swin-T without its classifier, with a LayerNorm on each map that leaves it; keys of `features` are torchvision's.
+    """Swin-T without its classifier, with a LayerNorm on each output map; keys of `features` are torchvision's.
 
     Args:
         width: factor on 96, 192, 384, 768; the first is rounded to a multiple of 24, so that each of its 3 heads has a
             multiple of 8 channels.
-        frozen_stages: how many of (patch embedding, stage 1 .. stage 4) never train.
-        first: the first of the four maps that is used (its norm is left out before).
+        frozen_stages: how many of (patch embedding, stage 1 .. stage 4) are frozen.
+        first: index of the first map in use; maps before it have no norm.
     """
 
-    features: nn.Sequential  # torchvision's, which has no types
+    features: nn.Sequential  # untyped in torchvision
     fresh = tuple(f"out_norms.{index}.{name}" for index in range(4) for name in ("weight", "bias"))
 
     def __init__(self, width: float, frozen_stages: int, first: int):

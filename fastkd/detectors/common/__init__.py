@@ -1,1 +1,1 @@
-"""What several detectors share: heads' parts, assignments, samplers."""
+"""Parts shared by several detectors: heads, assignments, samplers."""

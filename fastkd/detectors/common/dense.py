@@ -1,4 +1,4 @@
-"""What the one-stage detectors share: anchors of a pyramid, and detections from the outputs of their heads."""
+"""Parts shared by the one-stage detectors: pyramid anchors, and detections from head outputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastkd.types import Batch, Detections
 
 
 class PyramidAnchors:
-    """Anchors of whole pyramids by torchvision's AnchorGenerator, the last few grids remembered.
+    """Anchors of whole pyramids by torchvision's AnchorGenerator, with a small cache of grids.
 
-    The distance between cells is the level's stride. torchvision's models take padded size // cells instead, which is
-    the same where the padded size is a multiple of the coarsest stride and elsewhere moves an image's anchors with
-    the size of its neighbours.
+    The distance between cells is the level's stride. torchvision's models use padded size // cells instead. Both agree
+    if the padded size is a multiple of the coarsest stride; otherwise torchvision's anchors of an image depend on the
+    sizes of the other images in the batch.
 
     Args:
         sizes: sides of the square anchors of each level, pixels.
         ratios: height / width.
         strides: pixels between cells, level by level.
-        centered: whether anchors lie around the cells' centres (floor(stride / 2) + index * stride) and not, as
-            torchvision's, around their upper left corners.
+        centered: anchor anchors around cell centres (floor(stride / 2) + index * stride) instead of around their upper
+            left corners (torchvision).
         rounding: round the corners to whole pixels, as torchvision does.
     """
 
@@ -53,11 +53,11 @@ class PyramidAnchors:
 
     @property
     def per_cell(self) -> int:
-        """Anchors of one cell."""
+        """Number of anchors of one cell."""
         return len(self.generator.cell_anchors[0])
 
     def __call__(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """L tensors [H_l * W_l * A, 4] float32 on the pyramid's device, cells in row order."""
+        """L tensors [H_l * W_l * A, 4] float32 on the pyramid's device, cells in row-major order."""
         key = (pyramid[0].device, *(tuple(level.shape[-2:]) for level in pyramid))
         if key not in self._known:
             if len(self._known) >= 8:
@@ -78,7 +78,7 @@ def _exact_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tenso
 
 
 def highest_by_cell(logits: Tensor, pyramid: list[Tensor]) -> list[Tensor]:
-    """Logits [B, N, classes] of the anchors of a pyramid, cells in row order -> the cells' highest probabilities.
+    """Highest class probability of each cell, from logits [B, N, classes] of anchors, cells in row-major order.
 
     Returns: L tensors [B, 1, H_l, W_l] float32.
     """
@@ -94,76 +94,79 @@ def image_limits(batch: Batch) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, batch: Batch) -> Tensor:
-    """Boxes [B, N, 4] with every corner moved into its image."""
+    """Boxes [B, N, 4] with corners clamped to their image."""
     return torch.minimum(boxes.clamp(min=0), image_limits(batch))
 
 
 class Candidates(NamedTuple):
-    """What enters non-maximum suppression: boxes [B, N, 4] clipped to the images, scores, labels, place [B, N].
+    """Input of non-maximum suppression: boxes [B, N, 4] clipped to the images; scores, labels, anchor index [B, N].
 
-    A negative score marks an empty entry; `place` counts the anchors of all levels.
+    A negative score marks an empty entry. The anchor index runs over the concatenated levels.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    place: Tensor
+    anchor: Tensor
 
 
 @torch.no_grad()
 def dense_candidates(
     scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
 ) -> Candidates:
-    """The best boxes of every level.
+    """The highest-scoring boxes of each level.
 
     Args:
         scores: L tensors [B, N_l, num_classes] float32.
-        decode: (level, index [B, M]) -> boxes [B, M, 4] of these anchors of the level.
+        decode: (level, index [B, M]) -> boxes [B, M, 4] of the level's anchors at these indices.
     """
-    kept_scores, kept_labels, kept_boxes, kept_places, first = [], [], [], [], 0
+    kept_scores, kept_labels, kept_boxes, kept_indices, first = [], [], [], [], 0
     for level, level_scores in enumerate(scores):
         flat = level_scores.flatten(1)
         flat = flat.masked_fill(~(flat > config.score_threshold), -1.0)  # also drops NaN
         best, index = flat.topk(min(config.candidates_per_level, flat.shape[1]), dim=1)
-        used = max(1, int((best > 0).sum(1).max()))  # the other columns are empty in every image
+        used = max(1, int((best > 0).sum(1).max()))  # the remaining columns are empty in all images
         best, index = best[:, :used], index[:, :used]
-        place = index // level_scores.shape[-1]
+        anchor = index // level_scores.shape[-1]
         kept_scores.append(best)
         kept_labels.append(index % level_scores.shape[-1])
-        kept_boxes.append(decode(level, place))
-        kept_places.append(place + first)
+        kept_boxes.append(decode(level, anchor))
+        kept_indices.append(anchor + first)
         first += level_scores.shape[1]
     boxes = clip_boxes(torch.cat(kept_boxes, 1), batch)
-    return Candidates(boxes, torch.cat(kept_scores, 1), torch.cat(kept_labels, 1), torch.cat(kept_places, 1))
+    return Candidates(boxes, torch.cat(kept_scores, 1), torch.cat(kept_labels, 1), torch.cat(kept_indices, 1))
 
 
 def dense_detections(
     scores: list[Tensor], decode: Callable[[int, Tensor], Tensor], batch: Batch, config: DetectorConfig
 ) -> list[Detections]:
-    """The best boxes of every level, clipped, after non-maximum suppression class by class; arguments as above."""
+    """`dense_candidates` after class-wise non-maximum suppression; same arguments."""
     best = dense_candidates(scores, decode, batch, config)
     return suppress(best.boxes, best.scores, best.labels, config)
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Detections]:
-    """Non-maximum suppression of boxes [B, N, 4], scores and labels [B, N]; a negative score marks an empty place."""
+    """Non-maximum suppression of boxes [B, N, 4], scores and labels [B, N]; a negative score marks an empty entry."""
     return [
         Detections(image_boxes[kept], image_scores[kept], image_labels[kept])
         for kept, image_boxes, image_scores, image_labels in zip(
-            survivors(boxes, scores, labels, config), boxes, scores, labels, strict=True
+            nms_indices(boxes, scores, labels, config), boxes, scores, labels, strict=True
         )
     ]
 
 
-def survivors(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Tensor]:
-    """What non-maximum suppression keeps (without one: the best): B index tensors, strongest first; as `suppress`."""
+def nms_indices(boxes: Tensor, scores: Tensor, labels: Tensor, config: DetectorConfig) -> list[Tensor]:
+    """B index tensors of the detections that non-maximum suppression keeps, strongest first; arguments as `suppress`.
+
+    Without a threshold (POTO), the highest scores are kept.
+    """
     kept, threshold = [], config.nms
     for image_boxes, image_scores, image_labels in zip(boxes, scores, labels, strict=True):
         used = (image_scores > 0).nonzero()[:, 0]
-        own = image_scores[used]
+        valid_scores = image_scores[used]
         if threshold is None:
-            order = own.argsort(descending=True, stable=True)
+            order = valid_scores.argsort(descending=True, stable=True)
         else:
-            order = batched_nms(image_boxes[used], own, image_labels[used], threshold)
+            order = batched_nms(image_boxes[used], valid_scores, image_labels[used], threshold)
         kept.append(used[order[: config.detections_per_image]])
     return kept

@@ -18,10 +18,10 @@ def scale_and_shift(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, T
 
 
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)); where the norm is frozen, as one convolution with the scaled weight.
+    """norm(conv(x)); for a frozen norm, computed as one convolution with the scaled weight.
 
-    That saves two passes over the map, and under autocast the way to float32 and back. The weight's gradient is that of
-    the two modules up to rounding.
+    This saves two passes over the map and, under autocast, the casts to float32 and back. The weight gradient equals
+    that of the two modules up to rounding.
     """
     if not isinstance(norm, FrozenBatchNorm2d) or type(conv) is not nn.Conv2d or conv.bias is not None:
         return norm(conv(x))
@@ -55,14 +55,14 @@ class FoldingBottleneck(Bottleneck):
 
 @torch.no_grad()
 def fold_norms(module: nn.Module) -> int:
-    """Folds the norms of every ResNet block in a frozen module into its convolutions, for good.
+    """Permanently folds the norms of all ResNet blocks of a frozen module into its convolutions.
 
-    A norm is folded where its statistics are fixed: FrozenBatchNorm2d, or BatchNorm2d in eval mode. Its place is taken
-    by an identity, the convolution gets a bias.
+    A norm is folded where its statistics are fixed: FrozenBatchNorm2d, or BatchNorm2d in eval mode. It is replaced
+    by an identity, and the convolution gets a bias.
 
     Args:
-        module: in eval mode; changed in place, and with it the names in its state dict.
-    Returns: how many norms were folded.
+        module: in eval mode; modified in place, including its state-dict keys.
+    Returns: the number of folded norms.
     Raises: ValueError if the module is in training mode.
     """
     if module.training:

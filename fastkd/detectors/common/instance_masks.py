@@ -1,4 +1,4 @@
-"""What CondInst and SOLOv2 share: masks at stride 4, their dice loss, and masks of the size of the images."""
+"""Parts shared by CondInst and SOLOv2: masks at stride 4, dice loss, and masks at image size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MASKS_AT_ONCE = 16  # masks held as float32 images
 
 
 def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
-    """Bilinear enlargement [N, C, h, w] -> [N, C, factor * h, factor * w] that keeps cell centres where they are.
+    """Bilinear upsampling [N, C, h, w] -> [N, C, factor * h, factor * w] that preserves the positions of cell centres.
 
-    Input cell j lies at output cell j * factor + factor // 2, as locations lie in the image; the rim is repeated.
+    Input cell j maps to output cell j * factor + factor // 2, like locations in the image; the border is replicated.
     """
     height, width = maps.shape[-2:]
     maps = F.pad(maps, (0, 1, 0, 1), mode="replicate")
@@ -26,7 +26,7 @@ def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
 
 
 def coarse_masks(batch: Batch) -> Tensor:
-    """The true masks [K, ceil((H - 2) / 4), ceil((W - 2) / 4)] bool at the centres of cells of stride 4."""
+    """Ground-truth masks [K, ceil((H - 2) / 4), ceil((W - 2) / 4)] bool, sampled at cell centres of stride 4."""
     assert batch.masks is not None  # see require_masks
     return batch.masks[:, MASK_STRIDE // 2 :: MASK_STRIDE, MASK_STRIDE // 2 :: MASK_STRIDE]
 
@@ -35,7 +35,7 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """1 - 2 sum(p t) / (sum p^2 + sum t^2 + 1e-5) of each mask, p = sigmoid(logits).
 
     Args:
-        logits: [N, h, w] float32; receive gradients. Rows and columns beyond the targets' are left out.
+        logits: [N, h, w] float32; receive gradients. Rows and columns beyond those of the targets are ignored.
         targets: [N, h', w'] bool, h' <= h, w' <= w.
     Returns: [N].
     """

@@ -1,11 +1,11 @@
-"""What FCOS, ATSS, POTO and CondInst share: one box for each location of a pyramid, and the head that predicts it."""
+"""Base class and head of FCOS, ATSS, POTO and CondInst, which predict one box per pyramid location."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,45 +17,46 @@ from fastkd.detectors.backbones.resnet import build_backbone_and_neck
 from fastkd.detectors.common.dense import PyramidAnchors, dense_detections, highest_by_cell
 from fastkd.detectors.common.targets import PaddedBoxes, inside_ignored
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, apart, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids, split_losses
 from fastkd.ops._support.coverage import full_precision
 from fastkd.ops.focal_loss import focal_loss
 from fastkd.types import Batch, Detections
 
-PRIOR = 0.01  # probability every class starts with
+PRIOR = 0.01  # initial probability of every class
 
 
 class Matches(NamedTuple):
-    """Which row of the padded ground truth each location answers for: rows [B, A], BELOW where none.
+    """The assignment of locations to ground truth: rows [B, A] of the padded boxes, or BACKGROUND.
 
-    And the P locations that answer for one: image [P] ascending, place [P], their row [P].
+    And the P positive locations: image [P] (ascending), location [P], row [P].
     """
 
     rows: Tensor
     image: Tensor
-    place: Tensor
+    location: Tensor
     row: Tensor
 
     @staticmethod
     def of(rows: Tensor) -> Matches:
-        """From what `assign` returns; waits for the device once."""
-        image, place = (rows >= 0).nonzero().unbind(1)
-        return Matches(rows, image, place, rows[image, place])
+        """Matches from the result of `assign`; waits for the device once."""
+        image, location = (rows >= 0).nonzero().unbind(1)
+        return Matches(rows, image, location, rows[image, location])
 
 
 class LocationDetector(Detector):
-    """A detector that predicts classes and one box, as distances to its sides, at each location of P3 .. P7.
+    """A detector that predicts classes and one box, as distances to its distances, for each location of P3 .. P7.
 
     The anchors are squares of one stride around the locations. The head's outputs are `cls_logits` [B, A, classes],
-    `bbox_regression` [B, A, 4] (left, top, right, bottom in strides) and whatever else the detector needs.
+    `bbox_regression` [B, A, 4] (left, top, right, bottom in strides) and further outputs of the detector.
     """
 
     head_class: type[nn.Module]
-    centered = True  # locations are the cells' centres; FCOS takes torchvision's, the upper left corners
+    head: Any  # a LocationHead, or torchvision's of FCOS
+    centered = True  # locations are cell centres; FCOS uses the upper left corners, as torchvision does
 
     def __init__(self, config: DetectorConfig):
         super().__init__(config, *build_backbone_and_neck(config), self.head_class(config))
-        self.reach = config.anchor_base if config.anchor_base is not None else 8
+        self.size_of_interest = config.anchor_base if config.anchor_base is not None else 8
         sizes = [(stride,) for stride in config.strides]
         self.anchors = PyramidAnchors(sizes, (1.0,), config.strides, centered=self.centered)
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
@@ -63,7 +64,7 @@ class LocationDetector(Detector):
     def imitation_anchors(self) -> list[Tensor]:
         squares = []
         for cell, stride in zip(self.anchors.cells, self.strides, strict=True):
-            middle, half = (cell[:, :2] + cell[:, 2:]) / 2, self.reach * stride / 2
+            middle, half = (cell[:, :2] + cell[:, 2:]) / 2, self.size_of_interest * stride / 2
             squares.append(torch.cat([middle - half, middle + half], 1))
         return squares
 
@@ -71,16 +72,16 @@ class LocationDetector(Detector):
         return highest_by_cell(self.head.classification_head(pyramid), pyramid)
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids: one call of the head on all of their images."""
-        outputs = self.head(one_behind_the_other(pyramids))
+        """`loss` of several pyramids: one call of the head on all their images."""
+        outputs = self.head(concat_pyramids(pyramids))
         with full_precision(pyramids[0][0]):
             shape = (len(pyramids), len(batch))
             outputs = {name: value.float().unflatten(0, shape) for name, value in outputs.items()}
-            return apart(self._losses(outputs, pyramids[0], batch))
+            return split_losses(self._losses(outputs, pyramids[0], batch))
 
     @abstractmethod
     def _losses(self, outputs: dict[str, Tensor], pyramid: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The losses [R] of the head's float32 outputs [R, B, ...] on R pyramids like `pyramid`."""
+        """Losses [R] from the head's float32 outputs [R, B, ...] for R pyramids of the shapes of `pyramid`."""
 
     def _scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """[B, A, classes] float32."""
@@ -89,13 +90,13 @@ class LocationDetector(Detector):
     def _classification(
         self, logits: Tensor, matches: Matches, anchors: Tensor, truth: PaddedBoxes, batch: Batch
     ) -> Tensor:
-        """Sum of the focal loss of all locations but those in ignore regions; of logits [..., B, A, classes]: [...]."""
+        """Focal loss of logits [..., B, A, classes], summed over locations outside ignore regions: [...]."""
         counted = torch.ones_like(matches.rows, dtype=torch.bool)
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
             counted = (matches.rows >= 0) | ~ignored
         label = truth.labels[matches.image, matches.row]
-        return focal_loss(logits, counted.float(), matches.image, matches.place, label)
+        return focal_loss(logits, counted.float(), matches.image, matches.location, label)
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:
@@ -106,13 +107,13 @@ class LocationDetector(Detector):
     def _scores_and_decoder(
         self, outputs: dict[str, Tensor], pyramid: list[Tensor]
     ) -> tuple[list[Tensor], Callable[[int, Tensor], Tensor]]:
-        """What `dense_detections` asks for."""
+        """The arguments scores and decode of `dense_detections`."""
         anchors = self.anchors(pyramid)
         sizes = [len(level) for level in anchors]
-        sides = outputs["bbox_regression"].float().split(sizes, dim=1)
+        distances = outputs["bbox_regression"].float().split(sizes, dim=1)
 
         def decode(level: int, index: Tensor) -> Tensor:
-            chosen = sides[level].gather(1, index[..., None].expand(-1, -1, 4))
+            chosen = distances[level].gather(1, index[..., None].expand(-1, -1, 4))
             return self.box_coder.decode(chosen, anchors[level][index])
 
         return list(self._scores(outputs).split(sizes, dim=1)), decode
@@ -123,18 +124,19 @@ def binary_errors(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none").sum(1)
 
 
-def centerness(sides: Tensor) -> Tensor:
-    """sqrt(min / max of left and right * min / max of top and bottom) of positive distances [..., 4]."""
-    horizontal, vertical = sides[..., [0, 2]], sides[..., [1, 3]]
+def centerness(ltrb: Tensor) -> Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of positive distances (l, t, r, b) [..., 4]."""
+    horizontal, vertical = ltrb[..., [0, 2]], ltrb[..., [1, 3]]
     ratio = horizontal.amin(-1) / horizontal.amax(-1) * (vertical.amin(-1) / vertical.amax(-1))
     return torch.sqrt(ratio)
 
 
-def near_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
+def candidate_cells(points: Tensor, grid: Sequence[int], stride: int, size: int) -> Tensor:
     """The cells of a grid in a window around points.
 
-    The window is `size` cells on a side, less where the grid is smaller, moved into the grid. So it holds the `size`
-    cells whose centres are nearest to a point, and for odd sizes all within size / 2 strides along both axes.
+    The window has `size` cells per side (fewer if the grid is smaller) and is shifted to lie in the grid. It contains
+    the `size` cells whose centres are nearest to the point and, for odd sizes, all cells within size / 2 strides of it
+    along both axes.
 
     Args:
         points: [..., 2] (x, y) in pixels.
@@ -163,7 +165,7 @@ def tower(in_channels: int, channels: int, convs: int) -> nn.Sequential:
 
 
 def predictor(in_channels: int, out_channels: int, *, prior: bool = False) -> nn.Conv2d:
-    """The last convolution of a tower; with `prior` its sigmoid starts at 0.01."""
+    """The last convolution of a tower; with `prior` its sigmoid is initialised to 0.01."""
     conv = _small(nn.Conv2d(in_channels, out_channels, 3, padding=1))
     if prior and conv.bias is not None:
         nn.init.constant_(conv.bias, -math.log((1 - PRIOR) / PRIOR))
@@ -195,12 +197,12 @@ class ClassTower(nn.Module):
 
 
 class BoxTower(nn.Module):
-    """Distances to the sides of a box in strides, ReLU(scale_l * (1 + conv)), and what else its tower predicts.
+    """Distances to the sides of a box in strides, ReLU(scale_l * (1 + conv)), and further outputs of the tower.
 
-    Every level has its own learned scale. All distances start near one stride, where ReLU has a slope.
+    Each level has a learned scale. Distances are initialised near one stride, where the slope of ReLU is not 0.
 
     Args:
-        more: channels of the other predictions by output name.
+        more: channels of the further outputs by name.
     """
 
     def __init__(self, config: DetectorConfig, more: dict[str, int]):
@@ -215,17 +217,17 @@ class BoxTower(nn.Module):
             self.add_module(name, predictor(config.channels, channels))
 
     def forward(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {name: [] for name in ("bbox_regression", *self.more)}
+        outputs: dict[str, list[Tensor]] = {name: [] for name in ("bbox_regression", *self.more)}
         for level, scale in zip(pyramid, self.scales, strict=True):
             features = self.conv(level)
-            found["bbox_regression"].append(by_location(torch.relu(self.bbox_reg(features) * scale)))
+            outputs["bbox_regression"].append(by_location(torch.relu(self.bbox_reg(features) * scale)))
             for name in self.more:
-                found[name].append(by_location(self.get_submodule(name)(features)))
-        return {name: torch.cat(levels, 1) for name, levels in found.items()}
+                outputs[name].append(by_location(self.get_submodule(name)(features)))
+        return {name: torch.cat(levels, 1) for name, levels in outputs.items()}
 
 
 class LocationHead(nn.Module):
-    """Class tower and box tower; names as in torchvision's FCOS, so that these heads inherit from each other."""
+    """Class tower and box tower; names as in torchvision's FCOS, so that weights can be inherited between detectors."""
 
     more: dict[str, int] = {"bbox_ctrness": 1}  # noqa: RUF012 - read only
 

@@ -17,9 +17,9 @@ from fastkd.detectors.common.roi_align import PyramidRoIAlign
 from fastkd.detectors.common.sampling import draw_keys, sample_balanced
 from fastkd.detectors.common.targets import (
     PaddedBoxes,
+    avg_factor,
     inside_ignored,
     match_anchors,
-    shared_count,
 )
 from fastkd.detectors.config import DetectorConfig
 from fastkd.ops._support.coverage import full_precision
@@ -30,9 +30,9 @@ MASKS_AT_ONCE = 16  # pasted masks held as float32 images
 
 
 class Sample(NamedTuple):
-    """Proposals in the box loss, image after image.
+    """Sampled proposals of the box loss, concatenated over images.
 
-    boxes [R, 4], image [R], labels [R] (0 = background), row [R] of the box in its image's truth.
+    boxes [R, 4], image [R], labels [R] (0 = background), row [R] of the matched box in the padded ground truth.
     """
 
     boxes: Tensor
@@ -42,10 +42,10 @@ class Sample(NamedTuple):
 
 
 class RegionHeads(nn.Module):
-    """torchvision's RoI heads, their matching, sampling and losses computed for the whole batch at once.
+    """torchvision's RoI heads, with matching, sampling and losses computed for the whole batch at once.
 
-    Positive from IoU 0.5, background below; cross-entropy and smooth L1 (beta 1/9) divided by the sampled proposals;
-    masks: binary cross-entropy on 28 x 28 of the positives.
+    A proposal is positive from IoU 0.5, else background. Cross-entropy and smooth L1 (beta 1/9) are divided by the
+    number of sampled proposals. Masks: binary cross-entropy of the positives at 28 x 28.
     Source: Faster R-CNN (Ren et al., 2015), Mask R-CNN (He et al., 2017), as torchvision's RoIHeads.
     """
 
@@ -65,29 +65,29 @@ class RegionHeads(nn.Module):
     def losses(
         self, levels: list[Tensor], samples: list[Sample], truth: PaddedBoxes, batch: Batch
     ) -> list[dict[str, Tensor]]:
-        """{"roi_classification", "roi_box"} and, for Mask R-CNN, "roi_mask", of each of R pyramids.
+        """Losses "roi_classification", "roi_box" and, for Mask R-CNN, "roi_mask", for each of R pyramids.
 
         Args:
-            levels: the pyramids, one behind the other.
-            samples: `sample` of each.
+            levels: the R pyramids, concatenated.
+            samples: result of `sample` for each pyramid.
         """
-        boxes = [own for sample in samples for own in self._by_image(sample.boxes, sample.image, batch)]
+        boxes = [per_image for sample in samples for per_image in self._by_image(sample.boxes, sample.image, batch)]
         outputs = (values.split([len(sample.boxes) for sample in samples]) for values in self._boxes(levels, boxes))
         logits, deltas = outputs
-        found = [self._box_losses(*own, truth) for own in zip(logits, deltas, samples, strict=True)]
+        results = [self._box_losses(*part, truth) for part in zip(logits, deltas, samples, strict=True)]
         if self.config.detector == "mask_rcnn":
-            for losses, loss in zip(found, self._mask_losses(levels, samples, truth, batch), strict=True):
+            for losses, loss in zip(results, self._mask_losses(levels, samples, truth, batch), strict=True):
                 losses["roi_mask"] = loss
-        return found
+        return results
 
     @torch.no_grad()
     def sample(
         self, proposals: list[Tensor], truth: PaddedBoxes, batch: Batch, generators: list[torch.Generator]
     ) -> Sample:
-        """The proposals, with the true boxes added to them, that enter the loss."""
+        """Samples from the proposals and the ground-truth boxes."""
         pools = [
-            torch.cat([own, boxes[valid]])
-            for own, boxes, valid in zip(proposals, truth.boxes, truth.valid, strict=True)
+            torch.cat([proposal, boxes[valid]])
+            for proposal, boxes, valid in zip(proposals, truth.boxes, truth.valid, strict=True)
         ]
         counts = [len(pool) for pool in pools]
         boxes = nn.utils.rnn.pad_sequence(pools, batch_first=True)  # [B, P, 4]
@@ -99,8 +99,8 @@ class RegionHeads(nn.Module):
             labels = labels.masked_fill(ignored & (labels == 0), -1)
         keys = draw_keys(generators, counts, boxes.device)
         index, taken = sample_balanced(labels, keys, self.config.roi_samples, self.config.roi_positive_fraction)
-        image, place = taken.nonzero().unbind(1)
-        chosen = index[image, place]
+        image, column = taken.nonzero().unbind(1)
+        chosen = index[image, column]
         return Sample(boxes[image, chosen], image, labels[image, chosen], row[image, chosen])
 
     def _by_image(self, boxes: Tensor, image: Tensor, batch: Batch) -> list[Tensor]:
@@ -112,39 +112,39 @@ class RegionHeads(nn.Module):
 
     def _box_losses(self, logits: Tensor, deltas: Tensor, sample: Sample, truth: PaddedBoxes) -> dict[str, Tensor]:
         with full_precision(logits):
-            count = shared_count(torch.tensor(len(logits), device=logits.device))
+            count = avg_factor(torch.tensor(len(logits), device=logits.device))
             classification = F.cross_entropy(logits, sample.labels, reduction="sum") / count
             positive = sample.labels.nonzero()[:, 0]
             boxes = truth.boxes[sample.image[positive], sample.row[positive]]
             target = self.box_coder.encode_single(boxes, sample.boxes[positive])
-            own = deltas.view(-1, self.config.num_classes + 1, 4)[positive, sample.labels[positive]]
-            box = F.smooth_l1_loss(own, target, beta=1 / 9, reduction="sum") / count
+            predicted = deltas.view(-1, self.config.num_classes + 1, 4)[positive, sample.labels[positive]]
+            box = F.smooth_l1_loss(predicted, target, beta=1 / 9, reduction="sum") / count
         return {"roi_classification": classification, "roi_box": box}
 
     def _mask_losses(
         self, levels: list[Tensor], samples: list[Sample], truth: PaddedBoxes, batch: Batch
     ) -> list[Tensor]:
         positives = [sample.labels.nonzero()[:, 0] for sample in samples]
-        chosen = [Sample(*(values[own] for values in sample)) for sample, own in zip(samples, positives, strict=True)]
+        chosen = [Sample(*(values[mask] for values in sample)) for sample, mask in zip(samples, positives, strict=True)]
         by_image = [self._by_image(sample.boxes, sample.image, batch) for sample in chosen]
         labels = torch.cat([sample.labels for sample in chosen])
-        logits = self._masks(levels, [boxes for own in by_image for boxes in own], labels)
+        logits = self._masks(levels, [boxes for sample_boxes in by_image for boxes in sample_boxes], labels)
         parts = zip(logits.split([len(sample.labels) for sample in chosen]), by_image, chosen, strict=True)
-        return [self._mask_loss(own, boxes, sample.row, batch) for own, boxes, sample in parts]
+        return [self._mask_loss(part, boxes, sample.row, batch) for part, boxes, sample in parts]
 
     def _mask_loss(self, logits: Tensor, by_image: list[Tensor], row: Tensor, batch: Batch) -> Tensor:
-        """Of one pyramid's mask logits; by_image: the boxes of each image, row: of each its row of the truth."""
+        """Mask loss of one pyramid. Args: by_image: boxes of each image; row: row of each box in the ground truth."""
         with full_precision(logits), torch.no_grad():
-            rows = row.split([len(own) for own in by_image])
-            assert batch.masks is not None  # TwoStage.losses has looked
+            rows = row.split([len(boxes) for boxes in by_image])
+            assert batch.masks is not None  # checked in TwoStage.losses
             masks = batch.masks.split(batch.counts)
             parts = [
-                project_masks_on_boxes(mask, own, which, logits.shape[-1])
-                for mask, own, which in zip(masks, by_image, rows, strict=True)
-                if len(own)
+                project_masks_on_boxes(mask, boxes, rows_of_image, logits.shape[-1])
+                for mask, boxes, rows_of_image in zip(masks, by_image, rows, strict=True)
+                if len(boxes)
             ]
             target = torch.cat(parts) if parts else logits.detach()
-            cells = shared_count(torch.tensor(len(logits), device=logits.device)) * logits.shape[-1] ** 2
+            cells = avg_factor(torch.tensor(len(logits), device=logits.device)) * logits.shape[-1] ** 2
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / cells
 
     def _masks(self, pyramid: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ class RegionHeads(nn.Module):
         """Detections of the proposals, B tensors [P_b, 4]."""
         logits, deltas = self._boxes(pyramid, proposals)
         with full_precision(logits):
-            found = self._select(logits, deltas, proposals, batch)
+            detections = self._select(logits, deltas, proposals, batch)
         if self.config.detector == "mask_rcnn":
-            self._add_masks(pyramid, found, batch)
-        return found
+            self._add_masks(pyramid, detections, batch)
+        return detections
 
     def _select(self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], batch: Batch) -> list[Detections]:
-        counts = [len(own) for own in proposals]
+        counts = [len(boxes) for boxes in proposals]
         decoded = self.box_coder.decode_single(deltas, torch.cat(proposals)).view(-1, self.config.num_classes + 1, 4)[
             :, 1:
         ]
@@ -176,13 +176,13 @@ class RegionHeads(nn.Module):
         labels = torch.arange(scores.shape[1], device=scores.device) % self.config.num_classes
         return suppress(boxes, scores, labels.expand_as(scores), self.config)
 
-    def _add_masks(self, pyramid: list[Tensor], found: list[Detections], batch: Batch) -> None:
-        labels = torch.cat([own.labels for own in found]) + 1
-        logits = self._masks(pyramid, [own.boxes for own in found], labels)
-        parts = logits.sigmoid()[:, None].split([len(own) for own in found])
-        for own, masks, (height, width) in zip(found, parts, batch.image_sizes.tolist(), strict=True):
+    def _add_masks(self, pyramid: list[Tensor], detections: list[Detections], batch: Batch) -> None:
+        labels = torch.cat([detection.labels for detection in detections]) + 1
+        logits = self._masks(pyramid, [detection.boxes for detection in detections], labels)
+        parts = logits.sigmoid()[:, None].split([len(detection) for detection in detections])
+        for detection, masks, (height, width) in zip(detections, parts, batch.image_sizes.tolist(), strict=True):
             pasted = [torch.zeros(0, height, width, dtype=torch.bool, device=masks.device)]
-            for some, boxes in zip(masks.split(MASKS_AT_ONCE), own.boxes.split(MASKS_AT_ONCE), strict=True):
+            for some, boxes in zip(masks.split(MASKS_AT_ONCE), detection.boxes.split(MASKS_AT_ONCE), strict=True):
                 if len(some):
                     pasted.append(paste_masks_in_image(some, boxes, (height, width))[:, 0] > 0.5)
-            own.masks = torch.cat(pasted)
+            detection.masks = torch.cat(pasted)

@@ -1,4 +1,4 @@
-"""RoI align over a pyramid: torchvision's on a GPU, a gather of table rows on a CPU, where torchvision's is slow."""
+"""RoI align over a pyramid: torchvision's kernel on a GPU; on a CPU, where that is slow, a gather of table rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchvision.ops.poolers import LevelMapper
 class PyramidRoIAlign(MultiScaleRoIAlign):
     """torchvision's multi-scale RoI align on P2 .. P5, two samples along each side of a bin.
 
-    The strides are fixed, not inferred from the first batch. On a CPU the same numbers come from `align_on_cpu`.
-    The aligned form (detectron2's) is torchvision's on both.
+    The strides are fixed, not inferred from the first batch. On a CPU, `align_on_cpu` computes the same values. The
+    aligned form (detectron2) uses torchvision's kernel on both devices.
 
     Args:
         size: side of the pooled maps.
-        canonical_size: proposals of this side in pixels come from P4, half as large ones from P3, and so on.
-        aligned: cell centres at half pixels and as many samples as a bin has cells.
+        canonical_size: side in pixels of proposals pooled from P4 (half that size: P3, and so on).
+        aligned: cell centres at half pixels and one sample per cell of a bin.
     """
 
     def __init__(self, size: int, canonical_size: int, aligned: bool = False):
@@ -29,7 +29,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         self.map_levels = LevelMapper(2, 5, canonical_scale=canonical_size)
 
     def forward(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """Pooled maps [R, C, size, size] of B tensors of boxes [R_b, 4], image after image."""
+        """Pooled maps [R, C, size, size] of B tensors of boxes [R_b, 4], concatenated over images."""
         levels = pyramid[: len(self.scales)]
         if self.aligned:
             return align_adaptively(levels, self.scales, boxes, self.map_levels(boxes), self.size)
@@ -46,35 +46,35 @@ def align_adaptively(
     Args: as of `align_on_cpu`.
     Returns: [R, C, size, size] float32.
     """
-    counts = torch.tensor([len(own) for own in boxes], device=chosen.device)
+    counts = torch.tensor([len(image_boxes) for image_boxes in boxes], device=chosen.device)
     image = torch.repeat_interleave(counts)[:, None]
     rois = torch.cat([image.float(), torch.cat(boxes).float()], 1)
     pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size, dtype=torch.float32)
     for number, (level, scale) in enumerate(zip(levels, scales, strict=True)):
         rows = (chosen == number).nonzero()[:, 0]
-        own = roi_align(level.float(), rois[rows], size, scale, sampling_ratio=-1, aligned=True)
-        pooled = pooled.index_put((rows,), own)
+        aligned_rois = roi_align(level.float(), rois[rows], size, scale, sampling_ratio=-1, aligned=True)
+        pooled = pooled.index_put((rows,), aligned_rois)
     return pooled
 
 
 def align_on_cpu(levels: list[Tensor], scales: list[float], boxes: list[Tensor], chosen: Tensor, size: int) -> Tensor:
-    """RoI align as a weighted sum of 16 rows of a table [cells of all levels, C] for each bin.
+    """RoI align; each bin is a weighted sum of 16 rows of a table [cells of all levels, C].
 
-    A bin is the mean of 2 x 2 bilinear samples, each of 2 x 2 cells; rows and columns separate, so indices and weights
-    are outer sums and products of 4 rows and 4 columns.
+    A bin is the mean of 2 x 2 bilinear samples of 2 x 2 cells each. Bilinear sampling is separable, so its indices are
+    outer sums and its weights outer products over 4 rows and 4 columns.
 
     Args:
         levels: pyramid levels [B, C, H_l, W_l]; receive gradients.
-        scales: 1 / stride of each.
+        scales: 1 / stride of each level.
         boxes: B tensors [R_b, 4] xyxy in pixels.
         chosen: [R] level of each box.
     Returns: [R, C, size, size] float32.
     """
     rois = torch.cat(boxes).float() * torch.tensor(scales)[chosen][:, None]
-    image = torch.repeat_interleave(torch.tensor([len(own) for own in boxes]))
+    image = torch.repeat_interleave(torch.tensor([len(image_boxes) for image_boxes in boxes]))
     shape = torch.tensor([level.shape[-2:] for level in levels])[chosen]  # [R, 2]
     cells = torch.tensor([len(level) * level.shape[-2] * level.shape[-1] for level in levels])
-    first = (cells.cumsum(0) - cells)[chosen] + image * shape.prod(1)  # row of the image's cell (0, 0) in the table
+    first = (cells.cumsum(0) - cells)[chosen] + image * shape.prod(1)  # table row of cell (0, 0) of the image
     y, y_weight = _axis(rois[:, 1], rois[:, 3], shape[:, 0], size)  # [R, size, 4]
     x, x_weight = _axis(rois[:, 0], rois[:, 2], shape[:, 1], size)
     y = first[:, None, None] + y * shape[:, 1, None, None]
@@ -88,19 +88,19 @@ def align_on_cpu(levels: list[Tensor], scales: list[float], boxes: list[Tensor],
 def _axis(start: Tensor, end: Tensor, cells: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cells [R, size, 4] that the two samples of each bin read along one axis, and their weights."""
     step = (end - start).clamp(min=1)[:, None] / (2 * size)
-    place = start[:, None] + (torch.arange(2 * size) + 0.5) * step  # [R, 2 * size]
+    position = start[:, None] + (torch.arange(2 * size) + 0.5) * step  # [R, 2 * size]
     last = (cells[:, None] - 1).float()
-    inside = (place >= -1) & (place <= last + 1)
-    place = place.clamp(min=0).minimum(last)
-    low = place.floor()
-    fraction = place - low
+    inside = (position >= -1) & (position <= last + 1)
+    position = position.clamp(min=0).minimum(last)
+    low = position.floor()
+    fraction = position - low
     index = torch.stack([low, (low + 1).minimum(last)], -1).long()
     weight = torch.stack([1 - fraction, fraction], -1) * inside[..., None]
     return index.view(len(start), size, 4), weight.view(len(start), size, 4)
 
 
 class _WeightedRows(torch.autograd.Function):
-    """out[n] = sum_j weights[n, j] * table[rows[n, j]]: embedding bags, over the sorted rows in the backward."""
+    """out[n] = sum_j weights[n, j] * table[rows[n, j]], by embedding_bag; the backward pass sorts the rows."""
 
     @staticmethod
     def forward(ctx, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

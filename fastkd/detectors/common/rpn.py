@@ -1,4 +1,4 @@
-"""The first stage of Faster R-CNN: anchors on P2 .. P6 scored and refined into proposals."""
+"""The first stage of Faster R-CNN: proposals from the anchors of P2 .. P6."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from fastkd.detectors.common.dense import PyramidAnchors, clip_boxes
 from fastkd.detectors.common.sampling import draw_keys, sample_balanced
-from fastkd.detectors.common.targets import BETWEEN, PaddedBoxes, inside_ignored, match_anchors, shared_count
+from fastkd.detectors.common.targets import IGNORE, PaddedBoxes, avg_factor, inside_ignored, match_anchors
 from fastkd.detectors.config import DetectorConfig
 from fastkd.types import Batch
 
@@ -22,23 +22,24 @@ NMS_THRESHOLD = 0.7
 
 
 class RPNOutputs(NamedTuple):
-    """Logits [B, A] and box deltas [B, A, 4], float32, of the anchors, L tensors [A_l, 4]."""
+    """Logits [B, A] and box deltas [B, A, 4], float32, and the anchors, L tensors [A_l, 4]."""
 
     logits: Tensor
     deltas: Tensor
     anchors: list[Tensor]
 
-    def apart(self, pyramids: int) -> list[RPNOutputs]:
-        """Of so many pyramids one behind the other: each one's."""
+    def split(self, pyramids: int) -> list[RPNOutputs]:
+        """The outputs of each of several concatenated pyramids."""
         both = zip(self.logits.unflatten(0, (pyramids, -1)).unbind(), self.deltas.unflatten(0, (pyramids, -1)).unbind())
         return [RPNOutputs(logits, deltas, self.anchors) for logits, deltas in both]
 
 
 class RegionProposals(nn.Module):
-    """torchvision's RPN, its matching, sampling and loss computed for the whole batch at once.
+    """torchvision's RPN, with matching, sampling and loss computed for the whole batch at once.
 
-    Positive from IoU 0.7 or as the best anchor of a box, background below 0.3; a sample of each image, at most half of
-    it positive; binary cross-entropy and smooth L1 (beta 1/9), both divided by the sampled anchors.
+    An anchor is positive from IoU 0.7 or as the best anchor of a box, and background below 0.3. At most half of the
+    anchors sampled per image are positive. Binary cross-entropy and smooth L1 (beta 1/9) are divided by the number of
+    sampled anchors.
     Source: Faster R-CNN (Ren et al., 2015), as torchvision's RegionProposalNetwork.
     """
 
@@ -52,7 +53,7 @@ class RegionProposals(nn.Module):
         self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
     def forward(self, pyramid: list[Tensor]) -> RPNOutputs:
-        """Scores and deltas of every anchor, cells in row order."""
+        """Logits and deltas of all anchors, cells in row-major order."""
         logits, deltas = self.head(pyramid)
         batch = len(pyramid[0])
         flat_logits = [level.permute(0, 2, 3, 1).reshape(batch, -1) for level in logits]
@@ -64,8 +65,8 @@ class RegionProposals(nn.Module):
         """B tensors [P_b, 4], clipped, strongest first.
 
         Args:
-            pre_nms: most proposals of one level that enter non-maximum suppression.
-            post_nms: most proposals of one image that leave it.
+            pre_nms: maximum number of proposals per level before non-maximum suppression.
+            post_nms: maximum number of proposals per image after it.
         """
         sizes = [len(level) for level in outputs.anchors]
         scores, boxes, levels = [], [], []
@@ -84,29 +85,29 @@ class RegionProposals(nn.Module):
         )
         every_score = every_score.sigmoid()
         good = ((every_box[..., 2:] - every_box[..., :2]) >= SMALLEST_SIDE).all(-1)  # also drops NaN
-        found = []
+        kept_boxes = []
         for row in range(len(batch)):
             used = good[row].nonzero()[:, 0]
-            own = every_box[row, used]
-            keep = batched_nms(own, every_score[row, used], every_level[row, used], NMS_THRESHOLD)
-            found.append(own[keep[:post_nms]])
-        return found
+            candidates = every_box[row, used]
+            keep = batched_nms(candidates, every_score[row, used], every_level[row, used], NMS_THRESHOLD)
+            kept_boxes.append(candidates[keep[:post_nms]])
+        return kept_boxes
 
     def loss(
         self, outputs: RPNOutputs, truth: PaddedBoxes, batch: Batch, generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
-        """{"rpn_objectness", "rpn_box"}; the sample of image b is drawn from generators[b]."""
+        """Losses "rpn_objectness" and "rpn_box"; anchors of image b are sampled with generators[b]."""
         anchors = torch.cat(outputs.anchors)
         matched = match_anchors(truth, anchors, 0.3, 0.7, keep_best=True)
-        labels = torch.where(matched == BETWEEN, -1, (matched >= 0).long())
+        labels = torch.where(matched == IGNORE, -1, (matched >= 0).long())
         ignored = inside_ignored(batch, anchors)
         if ignored is not None:
             labels = labels.masked_fill(ignored & (labels == 0), -1)
         keys = draw_keys(generators, [len(anchors)] * len(batch), anchors.device)
         index, taken = sample_balanced(labels, keys, self.config.rpn_samples, 0.5)
-        count = shared_count(taken.sum())
-        image, place = taken.nonzero().unbind(1)
-        anchor = index[image, place]
+        count = avg_factor(taken.sum())
+        image, column = taken.nonzero().unbind(1)
+        anchor = index[image, column]
         label = labels[image, anchor].float()
         objectness = F.binary_cross_entropy_with_logits(outputs.logits[image, anchor], label, reduction="sum")
         positive = label.nonzero()[:, 0]

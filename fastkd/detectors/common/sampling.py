@@ -1,4 +1,4 @@
-"""Random subsets of anchors and proposals, drawn for every image from its own seed."""
+"""Random samples of anchors and proposals, drawn from one seed per image."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fastkd.types import Batch
 
 
 def image_generators(batch: Batch) -> list[torch.Generator]:
-    """One CPU generator an image, from batch.seeds: an image draws the same whatever its neighbours and process.
+    """One CPU generator per image, from batch.seeds, so that samples do not depend on the batch or process.
 
-    A batch without seeds draws them from torch's global generator.
+    If the batch has no seeds, they are drawn from torch's global generator.
 
     Raises: ValueError if there are seeds but not one for each image.
     """
@@ -22,7 +22,7 @@ def image_generators(batch: Batch) -> list[torch.Generator]:
 
 
 def draw_keys(generators: list[torch.Generator], counts: list[int], device: torch.device) -> Tensor:
-    """Sorting keys [B, max count]: image b's first counts[b] in [0, 1) from its generator, 2 in the padding."""
+    """Sorting keys [B, max count]: counts[b] uniform numbers in [0, 1) from generators[b], then 2 as padding."""
     keys = torch.full((len(counts), max(counts)), 2.0)
     for row, generator, count in zip(keys, generators, counts, strict=True):
         row[:count] = torch.rand(count, generator=generator)
@@ -30,14 +30,14 @@ def draw_keys(generators: list[torch.Generator], counts: list[int], device: torc
 
 
 def sample_balanced(labels: Tensor, keys: Tensor, size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Up to `size` entries of each image, at most that fraction of them positive, negatives filling up.
+    """Sample up to `size` entries per image: at most positive_fraction of them positive, the rest negative.
 
-    The rule of torchvision's BalancedPositiveNegativeSampler; the entries with the smallest keys are taken.
+    As torchvision's BalancedPositiveNegativeSampler; the entries with the smallest keys are taken.
 
     Args:
         labels: [B, N] integer; > 0 positive, 0 negative, < 0 never taken.
         keys: [B, N] in [0, 1), 2 for padding.
-    Returns: index [B, M] and whether each is taken [B, M].
+    Returns: indices [B, M] and a mask [B, M] of those taken.
     """
     positive_limit = int(size * positive_fraction)
     positives, is_positive = _smallest(keys, labels > 0, positive_limit)

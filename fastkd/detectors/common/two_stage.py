@@ -11,7 +11,7 @@ from fastkd.detectors.common.rpn import RegionProposals
 from fastkd.detectors.common.sampling import image_generators
 from fastkd.detectors.common.targets import PaddedBoxes
 from fastkd.detectors.config import DetectorConfig
-from fastkd.detectors.protocol import Detector, one_behind_the_other
+from fastkd.detectors.protocol import Detector, concat_pyramids
 from fastkd.ops._support.coverage import full_precision
 from fastkd.types import Batch, Detections
 
@@ -26,10 +26,10 @@ class TwoStageHead(nn.Module):
 
 
 class TwoStage(Detector):
-    """Faster R-CNN, and Mask R-CNN where the configuration says so: proposals, then a head on what is pooled from them.
+    """Faster R-CNN or Mask R-CNN: proposals, then heads on the features pooled from them.
 
-    What is sampled for the losses of image b comes from batch.seeds[b]; a second call of `loss` with the same batch
-    samples the same anchors, and the same proposals as far as they are the same.
+    Sampling for the losses of image b is seeded by batch.seeds[b]: a second call of `loss` with the same batch samples
+    the same anchors and, among equal proposals, the same proposals.
     """
 
     head: TwoStageHead
@@ -50,22 +50,22 @@ class TwoStage(Detector):
         return [level.amax(1, keepdim=True).float().sigmoid() for level in logits]
 
     def losses(self, pyramids: list[list[Tensor]], batch: Batch) -> list[dict[str, Tensor]]:
-        """`loss` of several pyramids: one call of each stage's head; every pyramid has its own proposals."""
+        """`loss` of several pyramids: one call of each stage's head; proposals are computed per pyramid."""
         if self.config.detector == "mask_rcnn" and batch.masks is None:
             raise ValueError("loss: batch.masks must be [K, H, W] for mask_rcnn, got None; load the data with masks")
         config, rpn = self.config, self.head.rpn
-        levels, numbers = one_behind_the_other(pyramids), {"pre_nms": config.rpn_pre_nms_train}
-        numbers["post_nms"] = config.rpn_post_nms_train
-        outputs, found, samples = rpn(levels).apart(len(pyramids)), [], []
+        levels, limits = concat_pyramids(pyramids), {"pre_nms": config.rpn_pre_nms_train}
+        limits["post_nms"] = config.rpn_post_nms_train
+        outputs, rpn_losses, samples = rpn(levels).split(len(pyramids)), [], []
         with full_precision(levels[0]):
             truth = PaddedBoxes.of(batch)
-            for own in outputs:
+            for output in outputs:
                 generators = image_generators(batch)
-                found.append(rpn.loss(own, truth, batch, generators))
-                proposals = rpn.proposals(own, batch, **numbers)
+                rpn_losses.append(rpn.loss(output, truth, batch, generators))
+                proposals = rpn.proposals(output, batch, **limits)
                 samples.append(self.head.roi_heads.sample(proposals, truth, batch, generators))
-        later = self.head.roi_heads.losses(levels, samples, truth, batch)
-        return [first | second for first, second in zip(found, later, strict=True)]
+        roi_losses = self.head.roi_heads.losses(levels, samples, truth, batch)
+        return [first | second for first, second in zip(rpn_losses, roi_losses, strict=True)]
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], batch: Batch) -> list[Detections]:

@@ -1,1 +1,1 @@
-"""Weight files: our own, torchvision's and detectron2's."""
+"""Weight files of fastkd, torchvision and detectron2."""

@@ -1,12 +1,12 @@
-"""Reading numpy arrays out of a pickle without running it.
+"""Reads numpy arrays from a pickle without executing it.
 
-A pickle is a program that may call anything. Here its opcodes are read one by one and only those are carried out that
-build dicts, lists, text, numbers and plain numpy arrays; what numpy would be called for is recognised by name and done
-by the code below. Nothing is imported or called on the file's behalf, so nothing in it can run.
+A pickle is a program that may call any function. This module interprets only the opcodes that build dicts, lists,
+text, numbers and plain numpy arrays. Calls of numpy's reconstruction functions are recognised by name and implemented
+below; nothing is imported or called for the file.
 
-`pickle.Unpickler` with a whitelisting `find_class` would be shorter and is not as safe (CPython 3.11): a nested tuple
-as a dict's key overflows the C stack in its hash, a memo index of 2**31 in nine bytes takes 34 GB, and extension
-opcodes bypass `find_class` for whatever the process has unpickled by them before.
+`pickle.Unpickler` with a whitelisting `find_class` would be shorter but less safe (CPython 3.11): hashing a deeply
+nested tuple as a dict key overflows the C stack, nine bytes with a memo index of 2**31 allocate 34 GB, and extension
+opcodes bypass `find_class` for classes that the process has already unpickled through them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _VALUES = frozenset((*_NUMBERS, *_TEXTS, *_BYTES))
 
 
 class _Refused(ValueError):
-    """The file holds something else than arrays."""
+    """The file contains something other than arrays."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A global the pickle names; never looked up."""
+    """A global named in the pickle; never imported."""
 
     module: str
     name: str
@@ -50,13 +50,13 @@ class _Name:
 
 @dataclass
 class _Type:
-    """A numpy dtype in the making."""
+    """A numpy dtype under construction."""
 
     code: str
     order: str = "="
 
     def set(self, state: Any) -> None:
-        """Takes the state that numpy writes for a dtype; only the byte order may be in it."""
+        """Set the state that numpy writes for a dtype; it may contain only the byte order."""
         plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
         order = _text(state[1]) if plain else ""
         if order not in ("<", ">", "=", "|"):
@@ -69,12 +69,12 @@ class _Type:
 
 @dataclass
 class _Array:
-    """A numpy array in the making."""
+    """A numpy array under construction."""
 
     value: np.ndarray | None = None
 
     def set(self, state: Any) -> None:
-        """Takes the state that numpy writes for an array: version, shape, dtype, order, bytes."""
+        """Set the state that numpy writes for an array: version, shape, dtype, order, bytes."""
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Type):
             raise _Refused("a numpy array whose state is not of plain numbers")
         _, shape, kind, fortran, content = state
@@ -83,13 +83,13 @@ class _Array:
 
 @dataclass
 class _Machine:
-    """The stack and the memo of a pickle."""
+    """The stack and memo of the pickle machine."""
 
     stack: list = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
     def to_mark(self) -> list:
-        """Takes everything above the last mark."""
+        """Pop all values above the last mark."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place] is _MARK:
                 items = self.stack[place + 1 :]
@@ -98,7 +98,7 @@ class _Machine:
         raise _Refused("a mark that is missing")
 
     def pop(self, count: int) -> list:
-        """Takes the last `count` values, in order."""
+        """Pop the last `count` values, in order."""
         if len(self.stack) < count or any(item is _MARK for item in self.stack[-count:]):
             raise _Refused("a stack that runs empty")
         items = self.stack[-count:]
@@ -106,14 +106,14 @@ class _Machine:
         return items
 
     def put_items(self, flat: list) -> None:
-        """Enters keys and values, alternating, into the dict on top."""
+        """Insert alternating keys and values into the dict on top of the stack."""
         target = self.stack[-1] if self.stack else None
         if not isinstance(target, dict) or len(flat) % 2 or not all(isinstance(k, (str, int)) for k in flat[::2]):
             raise _Refused("a dict whose keys are not text")
         target.update(zip(flat[::2], flat[1::2], strict=True))
 
     def append(self, items: list) -> None:
-        """Appends to the list on top."""
+        """Append to the list on top of the stack."""
         target = self.stack[-1] if self.stack else None
         if not isinstance(target, list):
             raise _Refused("an item of what is not a list")
@@ -125,8 +125,8 @@ def read_array_pickle(path: str | os.PathLike) -> Any:
 
     Args:
         path: a file as `pickle.dump` writes it, any protocol.
-    Returns: the same with numpy arrays (read-only where they share the file's bytes).
-    Raises: ValueError that names what else the file holds, or that it is damaged; FileNotFoundError.
+    Returns: the content with numpy arrays (read-only where they share the file's bytes).
+    Raises: ValueError if the file contains anything else or is damaged; FileNotFoundError.
     """
     path = Path(path)
     if not path.is_file():
@@ -148,7 +148,7 @@ def read_array_pickle(path: str | os.PathLike) -> Any:
 
 
 def _carry_out(machine: _Machine, name: str, argument: Any) -> None:
-    """One opcode."""
+    """Execute one opcode."""
     stack, memo = machine.stack, machine.memo
     if name in ("PROTO", "FRAME"):
         return
@@ -194,7 +194,7 @@ def _carry_out(machine: _Machine, name: str, argument: Any) -> None:
 
 
 def _known(module: Any, name: Any) -> _Name:
-    """A global that a pickle of arrays may name. Raises: _Refused."""
+    """The global, if a pickle of arrays may name it. Raises: _Refused."""
     array = module in _ARRAY_MODULES and name in ("ndarray", "dtype", "_reconstruct", "_frombuffer")
     if array or (module, name) in _OTHER_NAMES:
         return _Name(module, name)
@@ -202,7 +202,7 @@ def _known(module: Any, name: Any) -> _Name:
 
 
 def _recognised(function: Any, arguments: Any) -> Any:
-    """What a call that a pickle of arrays may contain stands for. Raises: _Refused."""
+    """The result of a call that a pickle of arrays may contain. Raises: _Refused for others."""
     name = function.name if isinstance(function, _Name) else None
     if not isinstance(arguments, tuple):
         raise _Refused("a call without arguments")
@@ -240,11 +240,11 @@ def _text(value: Any) -> str:
 
 
 def _finished(value: Any, around: tuple[int, ...], done: dict[int, Any]) -> Any:
-    """The value with arrays in the place of what stood for them. Raises: _Refused for a value that contains itself.
+    """The value with `_Array` objects replaced by arrays. Raises: _Refused for a value that contains itself.
 
     Args:
-        around: identities of the containers it is in.
-        done: what was finished before, by identity: shared parts are walked once.
+        around: ids of the enclosing containers.
+        done: results by id, so that shared parts are visited once.
     """
     if isinstance(value, _Array):
         if value.value is None:

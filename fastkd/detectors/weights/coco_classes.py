@@ -1,4 +1,4 @@
-"""COCO's 80 object classes: category id -> name. Ids run to 90 with gaps; a label is the place in this table."""
+"""COCO's 80 object classes: category id -> name. Ids run to 90 with gaps; a label is the index in this table."""
 
 COCO_CLASSES: dict[int, str] = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",

@@ -1,8 +1,8 @@
-"""Detectors that others have trained: torchvision's and detectron2's checkpoints become ours.
+"""Converts detector checkpoints of torchvision and detectron2.
 
-RetinaNet, Faster R-CNN and Mask R-CNN with a ResNet-50 or -101 and a feature pyramid. What the originals compute
-otherwise becomes a setting (stride in the 1x1 convolution, exact anchors, aligned pooling, P6 from C5) or is worked
-into the weights: BGR input without division, other orders of classes and of anchors, no box and mask of the background.
+RetinaNet, Faster R-CNN and Mask R-CNN with a ResNet-50 or -101 and a feature pyramid. Differences of the originals
+become settings (stride in the 1x1 convolution, exact anchors, aligned pooling, P6 from C5) or are folded into the
+weights (BGR input without division, other orders of classes and anchors, no box and mask of the background).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _DETECTRON2 = (
     (r"roi_heads\.mask_head\.deconv\.(.+)", r"head.roi_heads.mask_predictor.conv5_mask.\1"),
     (r"roi_heads\.mask_head\.predictor\.(.+)", r"head.roi_heads.mask_predictor.mask_fcn_logits.\1"),
 )
-_TORCHVISION_CLASSES = {  # layers with outputs by class, and values of each; dense or not
+_TORCHVISION_CLASSES = {  # for dense and two-stage detectors: layers with outputs per class, and values per class
     True: {"head.classification_head.cls_logits": 1},
     False: {
         "head.roi_heads.box_predictor.cls_score": 1,
@@ -71,7 +71,7 @@ _TORCHVISION_CLASSES = {  # layers with outputs by class, and values of each; de
     },
 }
 _NO_WEIGHTS = re.compile(r".*(num_batches_tracked|cell_anchors\.\d+)|pixel_(mean|std)")
-_IMAGENET_STD = (58.395, 57.12, 57.375)  # our images are divided by these, channels RGB
+_IMAGENET_STD = (58.395, 57.12, 57.375)  # divisors of our images, RGB
 _BGR_MEAN = (103.53, 116.28, 123.675)
 _DEPTHS = {6: "resnet50", 23: "resnet101"}
 _TORCHVISION_ROWS = 91  # COCO's category ids 0 .. 90, of which 80 are used
@@ -85,8 +85,8 @@ class Conversion:
         detector: in eval mode, on the CPU.
         class_names: by label.
         origin: "torchvision" or "detectron2".
-        report: what became of the tensors; complete.
-        notes: what was worked into the weights, for the user.
+        report: which tensors matched; always complete.
+        notes: changes of the weights, for the user.
     """
 
     detector: Detector
@@ -99,16 +99,16 @@ class Conversion:
 def convert_checkpoint(
     path: str | os.PathLike, class_names: Sequence[str] | None = None, *, norm_eps: float | None = None
 ) -> Conversion:
-    """A detector of torchvision or detectron2 from its checkpoint.
+    """Convert a checkpoint of torchvision or detectron2.
 
     Args:
         path: .pth, .pt or .safetensors, or detectron2's .pkl; nothing in it is executed.
         class_names: by label; None for COCO's 80 classes.
-        norm_eps: eps of the original's frozen batch norms. None: 0 for torchvision's COCO files with frozen norms (so
-            its published models are run), else 1e-5.
-    Returns: the detector and what became of each tensor.
-    Raises: FileNotFoundError; ValueError if the file is damaged or hostile, holds another kind of detector, is not
-        filled or used up by it, or has another number of classes.
+        norm_eps: eps of the original's frozen batch norms. None: 0 for torchvision's COCO files with frozen norms (as
+            its published models use), else 1e-5.
+    Returns: the detector and a report of its tensors.
+    Raises: FileNotFoundError; ValueError if the file is damaged or hostile, contains another kind of detector, has
+        missing or unused tensors, or has another number of classes.
     """
     path = Path(path)
     tensors = _read(path)
@@ -199,7 +199,7 @@ def convert_torchvision(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Every named tensor of a file."""
+    """All named tensors of a file."""
     if path.suffix != ".pkl":
         return read_state_dict("convert", path)
     content = read_array_pickle(path)
@@ -240,7 +240,7 @@ def _require_pyramid(tensors: Mapping[str, Tensor], prefix: str, where: str) -> 
 
 
 def _fpn_rules(first: int) -> tuple[tuple[str, str], ...]:
-    """Lateral and output convolutions of C2 (or C3) .. C5."""
+    """Renaming rules of the lateral and output convolutions of C2 (or C3) .. C5."""
     parts = (("lateral", "inner"), ("output", "layer"))
     return tuple(
         (rf"backbone\.fpn_{theirs}{stage}\.(.+)", rf"neck.{ours}_blocks.{stage - first}.0.\1")
@@ -250,7 +250,7 @@ def _fpn_rules(first: int) -> tuple[tuple[str, str], ...]:
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """The weights under our names; what no rule knows keeps its own."""
+    """The weights under our names; names without a rule are kept."""
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     named = {}
     for name, value in tensors.items():
@@ -298,7 +298,7 @@ def _class_names(given: Sequence[str] | None, count: int, where: str) -> list[st
 
 
 def _check_pixels(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises where the file itself says that its images were normalised otherwise."""
+    """Raise if the file records another image normalisation."""
     for name, wanted in (("pixel_mean", _BGR_MEAN), ("pixel_std", (1.0, 1.0, 1.0))):
         found = tensors.get(name)
         if found is None:
@@ -312,7 +312,7 @@ def _check_pixels(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def _permute_anchors(named: dict[str, Tensor], layer: str, values: int) -> None:
-    """A cell's nine anchors from scale by scale to ratio by ratio; `values` channels each."""
+    """Reorder the nine anchors of a cell from scale-major to ratio-major order; `values` channels each."""
     for name in (f"{layer}.weight", f"{layer}.bias"):
         value = named.get(name)
         if value is not None and value.shape[:1] == (9 * values,):
@@ -320,7 +320,7 @@ def _permute_anchors(named: dict[str, Tensor], layer: str, values: int) -> None:
 
 
 def _move_background(named: dict[str, Tensor], classes: int) -> None:
-    """The background first instead of last; boxes and masks get one that is never read."""
+    """Move the background from last to first; boxes and masks get an unused background entry."""
     for end in ("weight", "bias"):
         for layer, rows in (("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
             name = f"head.roi_heads.{layer}.{end}"
@@ -332,7 +332,7 @@ def _move_background(named: dict[str, Tensor], classes: int) -> None:
 
 
 def _select_classes(named: dict[str, Tensor], layers: Mapping[str, int], rows: int, kept: list[int]) -> None:
-    """Only the classes `kept` of `rows`, in layers whose output channels are [any, rows, values]."""
+    """Keep only the classes `kept` of `rows` in layers with output channels [any, rows, values]."""
     for layer, values in layers.items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
             value = named.get(name)
@@ -341,7 +341,7 @@ def _select_classes(named: dict[str, Tensor], layers: Mapping[str, int], rows: i
 
 
 def _change_eps(named: dict[str, Tensor], eps: float) -> None:
-    """weight * rsqrt(variance + eps) with our 1e-5 in the place of eps: the weights take the difference."""
+    """Rescale weights so that weight * rsqrt(variance + 1e-5) equals the original with `eps`."""
     for name in [name for name in named if name.startswith("backbone.") and name.endswith(".running_var")]:
         weight = name.removesuffix("running_var") + "weight"
         if weight in named and named[weight].shape == named[name].shape:

@@ -1,4 +1,4 @@
-"""Weights in and out of detectors: backbone files, inheriting from a teacher, and whole detectors in one file."""
+"""Loading and saving weights: backbone files, inheriting from a teacher, and complete detectors in one file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector
@@ -27,13 +28,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class MatchReport:
-    """What became of the tensors of a weight file or of a teacher.
+    """Which tensors of a weight file or a teacher were copied.
 
     Args:
         matched: names copied.
-        missing: names the target has and the source lacks.
-        unexpected: names the source has and the target lacks.
-        mismatched: (name, shape in the target, shape in the source) of names both have.
+        missing: names only in the target.
+        unexpected: names only in the source.
+        mismatched: (name, shape in the target, shape in the source) of common names with different shapes.
     """
 
     matched: tuple[str, ...]
@@ -57,31 +58,36 @@ class MatchReport:
 
 
 def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict: bool = True) -> MatchReport:
-    """Fill the detector's backbone from a local file with torchvision's names.
+    """Load the detector's backbone from a local weight file with torchvision's names.
 
-    The names may be those of torchvision's classifier (conv1.weight, ..., its fc is not used) or of a torchvision
-    detector (backbone.body.conv1.weight, ...), or timm's. What no classifier has (offsets of deformable convolutions,
-    the norms on Swin's maps) stays as it was made. Nothing is unpickled but tensors; nothing is downloaded.
+    Names may be those of a torchvision classifier (conv1.weight, ...; fc is not used), of a torchvision detector
+    (backbone.body.conv1.weight, ...) or of timm. Parameters that no classifier has (offsets of deformable convolutions,
+    the norms on Swin's maps) keep their initialisation. Only tensors are unpickled; nothing is downloaded.
 
     Args:
         path: a .safetensors file, or a .pth or .pt file of torch.save.
-        strict: raise if a tensor of the backbone is missing from the file or has another shape there.
-    Returns: what matched.
-    Raises: FileNotFoundError; ValueError if the file is not readable, not a state dict, holds non-finite numbers, fits
-        no tensor, or (strict) not every tensor. The detector is unchanged then.
+        strict: raise if a tensor of the backbone is missing in the file or has another shape.
+    Returns: a report of the tensors.
+    Raises: FileNotFoundError; ValueError if the file is not readable, not a state dict, has non-finite values, matches
+        no tensor, or (strict) not every tensor. On an error the detector is unchanged.
     """
     source = read_state_dict("load_backbone_weights", Path(path))
-    backbone = detector.backbone
+    backbone = detector.parts()["backbone"]
     target = backbone.state_dict()
-    source = {_plain_name(backbone.own_name(name, target), target): value for name, value in source.items()}
-    target = {name: value for name, value in target.items() if name in source or not name.endswith(backbone.fresh)}
+    if isinstance(backbone, Backbone):
+        source = {backbone.own_name(name, target): value for name, value in source.items()}
+    source = {_plain_name(name, target): value for name, value in source.items()}
+    fresh = backbone.fresh if isinstance(backbone, Backbone) else ()
+    target = {name: value for name, value in target.items() if name in source or not name.endswith(fresh)}
     pairs, report = match_tensors(target, source)
+    config = detector.config
+    name = f"backbone of {config.custom}" if config.custom else config.backbone
     if not pairs:
-        raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {detector.config.backbone}; {report}")
+        raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {name}; {report}")
     if strict and not report.complete:
         raise ValueError(
-            f"load_backbone_weights: {path} does not fill a {detector.config.backbone} of width "
-            f"{detector.config.width} with norm {detector.config.norm}: {report}\n"
+            f"load_backbone_weights: {path} does not fill a {name} of width {config.width} with norm {config.norm}: "
+            f"{report}\n"
             "use the file of that backbone, or strict=False to take what fits"
         )
     check_finite("load_backbone_weights", path, {name: source[name] for name in pairs})
@@ -90,9 +96,9 @@ def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict
 
 
 def inherit(student: Detector, teacher: Detector) -> MatchReport:
-    """Start the student's neck and head from the teacher's, where names and shapes agree (ICD's inheriting strategy).
+    """Initialise the student's neck and head from the teacher's where names and shapes agree (ICD's inheriting).
 
-    Returns: what matched, names starting with neck. and head.
+    Returns: a report of the tensors, with names starting with neck. and head.
     Raises: ValueError if no tensor agrees.
     Source: Instance-Conditional Knowledge Distillation (Kang et al., NeurIPS 2021).
     """
@@ -105,12 +111,11 @@ def inherit(student: Detector, teacher: Detector) -> MatchReport:
 
 
 def check_teacher(student: Detector, teacher: Detector, *, same_channels: bool = False) -> None:
-    """Whether `teacher` can teach `student`: the same classes and a pyramid of the same strides.
+    """Raise unless teacher and student have the same classes and pyramid strides.
 
     Args:
-        same_channels: whether the pyramids must also have equally many channels (distillers with `teacher_channels`
-            adapt).
-    Raises: ValueError that says what differs.
+        same_channels: also require the same number of channels (not needed by distillers with `teacher_channels`).
+    Raises: ValueError naming the difference.
     """
     if teacher.num_classes != student.num_classes:
         raise ValueError(
@@ -132,11 +137,11 @@ def check_teacher(student: Detector, teacher: Detector, *, same_channels: bool =
 def save_detector(
     detector: Detector, path: str | os.PathLike, class_names: Sequence[str], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a detector to one safetensors file, its configuration and class names in the header. Atomic.
+    """Atomically save a detector to one safetensors file, with its configuration and class names in the header.
 
     Args:
-        class_names: one for each class, in label order.
-        dtype: float32, or float16 or bfloat16 for half the size; integer tensors are kept.
+        class_names: one per class, in label order.
+        dtype: float32, float16 or bfloat16 (half the size); integer tensors keep their dtype.
     Raises: ValueError for another dtype, a wrong number of names, or non-finite weights.
     """
     names = [str(name) for name in class_names]
@@ -155,7 +160,7 @@ def save_detector(
 
 
 def load_detector(path: str | os.PathLike) -> tuple[Detector, list[str]]:
-    """The detector of a file that `save_detector` wrote, in float32 and eval mode on the CPU, and its class names.
+    """Load a file written by `save_detector`: the detector, float32, in eval mode on the CPU, and its class names.
 
     Raises: FileNotFoundError; ValueError if the file is damaged, of another kind, or does not fit its configuration.
     """
@@ -172,14 +177,14 @@ def load_detector(path: str | os.PathLike) -> tuple[Detector, list[str]]:
         raise ValueError(f"load_detector: {path} must name its {config.num_classes} classes, got {len(names)} names")
     check_finite("load_detector", path, tensors)
     pairs = _check_fits(config, tensors, path)
-    with torch.random.fork_rng(devices=[]):  # the random weights to be overwritten leave no trace
+    with torch.random.fork_rng(devices=[]):  # the random initialisation must not advance the global generator
         detector = build_detector(config)
     copy_tensors(detector.state_dict(), tensors, pairs)
     return detector.eval(), names
 
 
 def _check_fits(config: DetectorConfig, tensors: Mapping[str, Tensor], path: Path) -> list[str]:
-    """Compares shapes before any memory is taken: a forged header may ask for any size."""
+    """Compare shapes before allocating memory: a forged header may request any size."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             target = build_detector(config).state_dict()
@@ -207,13 +212,13 @@ def _plain_name(name: str, known: Mapping[str, Tensor]) -> str:
 
 
 def match_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> tuple[list[str], MatchReport]:
-    """Names that both have with one shape, and the report of all."""
+    """Names with equal shapes in both, and the report of all names."""
     both = [name for name in target if name in source]
     agree = [name for name in both if target[name].shape == source[name].shape]
     mismatched = [
         (name, tuple(target[name].shape), tuple(source[name].shape)) for name in both if name not in set(agree)
     ]
-    # counters of BatchNorm are no weights: old files lack them, frozen normalisation has none
+    # BatchNorm counters are not weights: old files and frozen norms do not have them
     missing = [name for name in target if name not in source and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in source if name not in target and not name.endswith("num_batches_tracked")]
     return agree, MatchReport(tuple(agree), tuple(missing), tuple(unexpected), tuple(mismatched))
@@ -221,22 +226,22 @@ def match_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) ->
 
 @torch.no_grad()
 def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Writes the named tensors of `source` into those of `target`."""
+    """Copy the named tensors of `source` into those of `target`."""
     for name in names:
         target[name].copy_(source[name])  # state_dict() shares memory with the module
 
 
 def check_finite(who: str, path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError in the name of `who` if a number is infinite or NaN."""
+    """Raise ValueError, with the prefix `who`, if a value is infinite or NaN."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(f"{who}: weights must be finite, got inf or nan in {_listed(bad)} ({path})")
 
 
 def read_state_dict(who: str, path: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors, .pth or .pt file, out of what is wrapped around them; nothing else is read.
+    """The named tensors of a .safetensors, .pth or .pt file, unwrapped; nothing else is read.
 
-    Raises: FileNotFoundError, ValueError, in the name of `who`.
+    Raises: FileNotFoundError, ValueError, with the prefix `who`.
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(who, path)[1]
@@ -246,7 +251,7 @@ def read_state_dict(who: str, path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{who}: {path} is not a file")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on damaged input
+    except Exception as error:  # on damaged input the unpickler may raise almost any exception
         raise ValueError(f"{who}: {path} is damaged or holds more than tensors: {_first_line(error)}") from error
     while isinstance(values, Mapping):
         inner = next((values[key] for key in _WRAPPERS if isinstance(values.get(key), Mapping)), None)

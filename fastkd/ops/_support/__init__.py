@@ -1,1 +1,1 @@
-"""What the ops share: argument checks, dispatch to a backend, coverage of boxes, memory layouts."""
+"""Code shared by the ops: argument checks, backend dispatch, box coverage, memory layouts."""

@@ -1,7 +1,7 @@
 """Argument checks shared by the public ops: every message reads "op: argument must be X, got Y; remedy".
 
-They look at types, shapes, dtypes and devices, so that nothing waits for a device; at values (`check_object_values`)
-only where those lie on the CPU and nobody is tracing.
+They check types, shapes, dtypes and devices, which needs no synchronisation. Values are checked
+(`check_object_values`) only for tensors on the CPU outside of tracing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, floating: bool = True) -> Tensor:
-    """The value; raise unless it is a tensor with `dims` dimensions (told by `shape`), floating point if asked."""
+    """Return value; raise unless it is a tensor of `dims` dimensions (named in `shape`), floating point by default."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(value).__name__}; convert it first")
     if value.layout != torch.strided:
@@ -28,7 +28,7 @@ def check_tensor(op: str, name: str, value: object, shape: str, dims: int, *, fl
 
 
 def check_kernel_dtype(op: str, name: str, value: Tensor) -> None:
-    """Raise unless value has a dtype that the compiled kernels take."""
+    """Raise unless the compiled kernels support the dtype of value."""
     if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(
             f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}; call .float()"
@@ -36,7 +36,7 @@ def check_kernel_dtype(op: str, name: str, value: Tensor) -> None:
 
 
 def check_batch_size(op: str, batch_size: object) -> None:
-    """Raise unless batch_size is an int that is not negative."""
+    """Raise unless batch_size is a non-negative int."""
     if not isinstance(batch_size, int) or batch_size < 0:
         raise ValueError(f"{op}: batch_size must be an int >= 0, got {batch_size!r}; pass the number of images")
 
@@ -71,7 +71,7 @@ def check_levels(op: str, name: str, levels: object, *, channels: int | None = N
 
 
 def check_same_sizes(op: str, name: str, levels: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:
-    """Raise unless two pyramids have the same images and cells (channels may differ)."""
+    """Raise unless two pyramids agree in batch size and level sizes (channels may differ)."""
     mine, theirs = ([(level.shape[0], *level.shape[2:]) for level in pyramid] for pyramid in (levels, others))
     if mine != theirs:
         raise ValueError(
@@ -81,7 +81,7 @@ def check_same_sizes(op: str, name: str, levels: Sequence[Tensor], other: str, o
 
 
 def check_index(op: str, name: str, rows: Tensor, image_index: object) -> None:
-    """Raise unless image_index is [K] int64 beside the K rows called name."""
+    """Raise unless image_index is [K] int64 on the device of the K rows, called `name` in the message."""
     image_index = check_tensor(op, "image_index", image_index, "[K]", 1, floating=False)
     if image_index.dtype != torch.int64:
         raise TypeError(f"{op}: image_index must be int64, got {image_index.dtype}; call .long()")
@@ -108,7 +108,7 @@ def check_boxes(op: str, boxes: object, image_index: object) -> None:
 
 
 def values_at_hand(value: Tensor) -> bool:
-    """True for a tensor on the CPU whose values exist: no tracing, no fake or transformed tensor."""
+    """Whether value is on the CPU and its values can be read: no tracing, no fake or transformed tensor."""
     return (
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"
@@ -118,9 +118,9 @@ def values_at_hand(value: Tensor) -> bool:
 
 
 def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Tensor | None = None) -> None:
-    """Raise ValueError unless image_index lies in [0, batch_size) and boxes, where given, are finite.
+    """Raise ValueError unless image_index lies in [0, batch_size) and boxes, if given, are finite.
 
-    On other devices than the CPU and under torch.compile this is not looked at: kernels are safe with any value there.
+    Not checked on other devices than the CPU and under torch.compile: kernels are memory-safe for any value.
     """
     if image_index.numel() and values_at_hand(image_index):
         low, high = (_number(extreme) for extreme in image_index.detach().aminmax())
@@ -134,14 +134,14 @@ def check_object_values(op: str, image_index: Tensor, batch_size: int, boxes: Te
 
 
 def _number(scalar: Tensor) -> Any:
-    """The number in a tensor [] on the CPU; unlike `item` it dispatches no operator."""
+    """The value of a scalar CPU tensor; unlike `item`, dispatches no operator."""
     return scalar.tolist()
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether all numbers are finite, in one pass: NaN is the smallest and the largest number, too."""
+    """Whether all values are finite, in one pass: aminmax propagates NaN."""
     values = values.detach()
-    if values.itemsize == 1:  # aminmax knows no float8
+    if values.itemsize == 1:  # aminmax does not support float8
         values = values.float()
     return all(math.isfinite(_number(extreme)) for extreme in values.aminmax())
 
@@ -184,7 +184,7 @@ def check_embeddings(op: str, embeddings: object, objects: int, level_sizes: Seq
 
 
 def check_device(op: str, name: str, value: Tensor, other: str, reference: Tensor) -> None:
-    """Raise unless value lies on the device of reference."""
+    """Raise unless value is on the device of reference."""
     if value.device != reference.device:
         raise ValueError(
             f"{op}: {name} must be on {reference.device} as {other}, got {value.device}; move them to one device"

@@ -1,4 +1,4 @@
-"""Plain torch shared by references: precision, flat pyramids, and sums over the cells that an object covers."""
+"""Plain torch shared by the references: precision, flattened pyramids, and sums over the cells of objects."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def full_precision(value: Tensor) -> torch.autocast:
-    """Context that switches autocast off on the device of value: references accumulate in float32."""
+    """Context without autocast on the device of value: references accumulate in float32."""
     return torch.autocast(value.device.type, enabled=False)
 
 
 def widen(value: Tensor) -> Tensor:
-    """float32 of half types, anything wider as it is."""
+    """Cast half types to float32; wider types are unchanged."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
-    """[B, C, S]: the cells of all levels in a row, float32 or wider."""
+    """[B, C, S]: the cells of all levels concatenated, float32 or wider."""
     return torch.cat([widen(level).flatten(2) for level in levels], dim=2)
 
 
@@ -33,7 +33,7 @@ def box_cover(boxes: Tensor, image_size: tuple[int, int], level_size: Sequence[i
     x1, y1, x2, y2 = boxes.detach().float().unbind(-1)
     y = torch.arange(rows, device=boxes.device, dtype=torch.float32)
     x = torch.arange(columns, device=boxes.device, dtype=torch.float32)
-    # Divided by tensors: by a Python number a GPU multiplies with its reciprocal, which moves cells at a box's edge.
+    # Division by a Python number is a multiplication by its reciprocal on a GPU, which changes cells at box edges.
     low_y, high_y = (side.clamp(0, height - 1) * rows / side.new_full((), height) for side in (y1, y2))
     low_x, high_x = (side.clamp(0, width - 1) * columns / side.new_full((), width) for side in (x1, x2))
     row = (low_y[:, None] <= y) & (y <= high_y[:, None])  # [K, H_l]
@@ -51,8 +51,8 @@ def mask_cover(masks: Tensor, level_size: Sequence[int]) -> Tensor:
 
 def _incidence(cover: Tensor, image_index: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
     """[K, B * S]: 1 where object k covers cell s of image b."""
-    own = image_index[:, None] == torch.arange(batch_size, device=image_index.device)  # [K, B]
-    return (own[:, :, None] & cover.flatten(1)[:, None, :]).flatten(1).to(dtype)
+    in_image = image_index[:, None] == torch.arange(batch_size, device=image_index.device)  # [K, B]
+    return (in_image[:, :, None] & cover.flatten(1)[:, None, :]).flatten(1).to(dtype)
 
 
 def pool_cover(level: Tensor, cover: Tensor, image_index: Tensor) -> Tensor:

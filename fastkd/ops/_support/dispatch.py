@@ -1,8 +1,8 @@
-"""Which implementation an op takes: the compiled kernel of the tensor's device where there is one, else the reference.
+"""Selects the implementation of an op: the compiled kernel for the tensor's device, or the reference if there is none.
 
-A CPU tensor takes the C++ kernel of fastkd/_cpu.so, a CUDA tensor the kernel of fastkd/_cuda.so or the Triton kernel.
-Where none is compiled for the device the reference runs, in plain torch; for a CUDA tensor a warning says why, once an
-op. `use_backend("reference")` takes the reference everywhere.
+CPU tensors use the C++ kernels of fastkd/_cpu.so, CUDA tensors the kernels of fastkd/_cuda.so or the Triton kernels.
+Without a kernel for the device the reference in plain torch runs; for CUDA tensors a warning, once per op, gives the
+reason. `use_backend("reference")` selects the reference everywhere.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _backend = "compiled"
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context every op takes this backend: "compiled" (kernels where there are any) or "reference".
+    """Context in which every op uses this backend: "compiled" (kernels where available) or "reference".
 
-    For tests and benchmarks. One setting for all threads; what torch.compile made is compiled anew under another one.
+    For tests and benchmarks. The setting is global to all threads; torch.compile recompiles when it changes.
 
     Args:
         name: "compiled" or "reference".
@@ -43,13 +43,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class Dispatch:
-    """The rule above for one op, made when its module is imported.
+    """The selection for one op, created when its module is imported.
 
     Args:
         op: name in torch.ops.fastkd.
 
     Attributes:
-        registered: the CPU library brings the op, with its schema: without it there is nothing to register.
+        registered: whether the CPU library is loaded and defines the op's schema.
     """
 
     def __init__(self, op: str):
@@ -57,7 +57,7 @@ class Dispatch:
         self.registered = library.has_kernel(op)
 
     def compiled(self, tensor: Tensor) -> bool:
-        """True if the compiled op takes this tensor."""
+        """Whether the compiled op is used for this tensor."""
         if _backend == "reference":
             return False
         if tensor.device.type == "cuda":
@@ -65,7 +65,7 @@ class Dispatch:
         return self.registered and tensor.device.type == "cpu"
 
 
-@torch.compiler.assume_constant_result  # loading and warning are done while tracing, not traced
+@torch.compiler.assume_constant_result  # loading and warning happen at trace time
 def _has_cuda(op: str, index: int) -> bool:
     reason = library.why_not_on_card(op, index)
     if reason is not None:

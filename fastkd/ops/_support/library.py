@@ -1,6 +1,6 @@
 """Loads the compiled kernels: fastkd/_cpu.so and _cuda.so (built by setup.py), and the Triton kernels.
 
-fastkd/ops/_support/dispatch.py says which of them runs.
+fastkd/ops/_support/dispatch.py selects among them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ TRITON_OPS = ("instance_attention", "attention_mass")  # all others have their G
 
 
 def cpu_library() -> Path:
-    """The library in use: FASTKD_CPU_LIBRARY where it is set (one built by CMake, say), else the one in the package."""
+    """Path of the CPU library: FASTKD_CPU_LIBRARY if set (for instance a CMake build), else the one in the package."""
     return Path(os.environ.get("FASTKD_CPU_LIBRARY") or BUILT_IN)
 
 
 @functools.cache
 def why_not_loaded() -> str | None:
-    """None once the library is loaded, else the reason why there is none, in words for `fastkd info`.
+    """None if the CPU library is loaded, else the reason, as text for `fastkd info`.
 
-    Raises: ImportError if there is a library that cannot be loaded, or FASTKD_CPU_LIBRARY names none: what was built or
-        asked for must not go missing unnoticed.
+    Raises: ImportError if the library exists but cannot be loaded, or FASTKD_CPU_LIBRARY names no file: a library that
+        was built or requested must not be ignored silently.
     """
     path = cpu_library()
     if path == BUILT_IN and not path.exists():
@@ -45,8 +45,8 @@ def why_not_loaded() -> str | None:
 
 @functools.cache
 def why_no_cuda() -> str | None:
-    """None once fastkd/_cuda.so is loaded, else the reason why there is none. Needs no GPU and no driver."""
-    if why_not_loaded() is not None:  # it brings the schemas
+    """None if fastkd/_cuda.so is loaded, else the reason. Needs no GPU and no driver."""
+    if why_not_loaded() is not None:  # it defines the schemas
         return why_not_loaded()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch and rebuild fastkd"
@@ -61,7 +61,7 @@ def why_no_cuda() -> str | None:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """None once the Triton kernels are registered, else the reason why they are not. Compiles nothing."""
+    """None if the Triton kernels are registered, else the reason. Compiles nothing."""
     if importlib.util.find_spec("fastkd.ops.triton") is None:
         return "no kernel in this version"
     from fastkd.ops import triton
@@ -97,7 +97,7 @@ def cpu_capability() -> str | None:
 
     FASTKD_CPU_CAPABILITY overrides it.
 
-    Raises: RuntimeError if FASTKD_CPU_CAPABILITY names none of them or one that this CPU lacks.
+    Raises: RuntimeError if FASTKD_CPU_CAPABILITY is not one of these or not supported by this CPU.
     """
     return torch.ops.fastkd.cpu_capability() if has_kernel("cpu_capability") else None
 
@@ -115,10 +115,10 @@ def cuda_build() -> str | None:
 def why_unsupported(build: str, capability: tuple[int, int]) -> str | None:
     """None if a build of the GPU kernels runs on a card, else the reason.
 
-    Machine code runs on later cards of the same major version, PTX is compiled by the driver for any later card.
+    Machine code runs on later cards of the same major version; the driver compiles PTX for any later card.
 
     Args:
-        build: what `cuda_build` tells; names sm_XY and compute_XY.
+        build: result of `cuda_build`, with the targets sm_XY and compute_XY.
         capability: (major, minor) of the card.
     """
     major, minor = capability

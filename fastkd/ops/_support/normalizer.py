@@ -1,4 +1,4 @@
-"""What a loss divides by when its batch is split over processes."""
+"""The divisor of a loss whose batch is split over processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 def global_mean(count: Tensor) -> Tensor:
     """Average of a count over the processes of a distributed run; the count itself without one.
 
-    A loss that divides its own sum by this number, its gradients then averaged over the processes (as DDP does), has
-    the gradients of one process on the whole batch: (1/R) sum_r s_r / ((1/R) sum_r n_r) = sum_r s_r / sum_r n_r.
+    If each process divides its sum s_r by this mean, and DDP averages the gradients, they equal those of one process
+    with the whole batch: (1/R) sum_r s_r / ((1/R) sum_r n_r) = sum_r s_r / sum_r n_r.
 
     Args:
         count: any shape, integer or floating point; every process calls with the same shape.
-    Returns: float32 (float64 stays), same shape and device, no gradient.
-    Raises: TypeError if count is no tensor.
+    Returns: float32 (float64 for float64), same shape and device, no gradient.
+    Raises: TypeError if count is not a tensor.
     """
     if not isinstance(count, Tensor):
         raise TypeError(f"global_mean: count must be a tensor, got {type(count).__name__}; wrap it in torch.tensor")

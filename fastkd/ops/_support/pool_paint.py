@@ -1,4 +1,4 @@
-"""What box_pool, mask_pool, box_paint and mask_paint share around their kernels: the order of levels, empty results."""
+"""Helpers of box_pool, mask_pool, box_paint and mask_paint: level sizes for the kernels, empty results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def flat(level_sizes: Sequence[tuple[int, int]]) -> list[int]:
 def new_levels(
     values: Tensor, batch_size: int, level_sizes: Sequence[int], channels_last: Sequence[bool]
 ) -> list[Tensor]:
-    """Empty levels [B, C, H_l, W_l] for values [L, K, C], each in its memory order."""
+    """Empty levels [B, C, H_l, W_l] for values [L, K, C], each in its memory format."""
     levels, channels = [], values.shape[2]
     for rows, columns, last in zip(level_sizes[::2], level_sizes[1::2], channels_last, strict=True):
         shape = (batch_size, rows, columns, channels) if last else (batch_size, channels, rows, columns)

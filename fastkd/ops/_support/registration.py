@@ -1,4 +1,4 @@
-"""Joins a compiled op fastkd::<op> and its backward fastkd::<op>_backward to torch: fake, autograd, double backward."""
+"""Registers fake and autograd implementations of a compiled op fastkd::<op> and its backward fastkd::<op>_backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastkd.ops._support.layout import is_channels_last
 
 
 def register(op: str, *, fake: Callable) -> None:
-    """An op without gradient: shapes and dtypes for tracing.
+    """Register an op without gradient: shapes and dtypes for tracing.
 
     Args:
         op: name in torch.ops.fastkd.
@@ -28,13 +28,13 @@ def register_with_backward(
     backward_fake: Callable,
     public: str | None = None,
 ) -> None:
-    """An op with a gradient.
+    """Register an op with a gradient.
 
     Args:
         op: name in torch.ops.fastkd; <op>_backward must exist there as well.
         fake, backward_fake: their arguments -> empty results.
         setup_context, backward: as torch.library.register_autograd takes them; backward calls <op>_backward.
-        public: the function of fastkd.ops that it is a part of, which messages name; None: the op itself.
+        public: name in messages, of the function of fastkd.ops that calls this op; None: the op itself.
     """
     name = f"fastkd::{op}"
     torch.library.register_fake(name, fake)
@@ -54,6 +54,6 @@ def _refuse_double_backward(op: str) -> Callable:
 
 
 def dense_like(level: torch.Tensor) -> torch.Tensor:
-    """A new tensor in the kernels' memory order: channels-last where the level [B, C, H, W] is, else contiguous."""
+    """An empty tensor like level [B, C, H, W]: channels-last if the level is, else contiguous."""
     order = torch.channels_last if is_channels_last(level) else torch.contiguous_format
     return torch.empty_like(level.contiguous(memory_format=order))

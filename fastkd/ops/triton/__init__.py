@@ -12,12 +12,11 @@ import torch
 
 @functools.cache
 def register() -> str | None:
-    """Makes the kernels the CUDA implementation of the ops in torch.ops.fastkd, `_OPS`.
+    """Register the kernels as the CUDA implementation of the ops `_OPS` in torch.ops.fastkd.
 
-    The CPU library must be loaded: it brings the attention's schemas. Nothing is compiled before the first call on a
-    CUDA tensor.
+    The CPU library must be loaded, as it defines the schemas. Kernels are compiled at the first call on a CUDA tensor.
 
-    Returns: None once they are registered, else the reason why not.
+    Returns: None if they are registered, else the reason why not.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` brings the attention kernels for CUDA"

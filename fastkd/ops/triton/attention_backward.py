@@ -1,13 +1,13 @@
 """instance_attention backward on the GPU, the formulas of csrc/attention/instance_attention.cpp.
 
-A program takes a strip of a level (tiles.py) for one head of one image, tile by tile, and computes P anew:
+A program processes a strip of a level (tiles.py) for one head of one image, tile by tile, and recomputes P:
   P = exp(logits - m) / l, dV = P^T dO, dP = dO V, dS = P (dP - D), D = dO . O;
   dQ = dS K^T, column and row biases' gradients = dS over the tile's rows and columns, dK = dS^T Q, dW = dK x^T
-With SINGLE all queries are one block, whose sums stay in registers; else the program adds each block's sums to its own
-place in memory, tile by tile, with WEIGHT_APART those of dW too. dV is complete in a tile. A second kernel adds up what
-the parts have in common, in a fixed order and one launch for all gradients: no atomics, the same bits always.
-  traffic   levels and values read once from memory (the heads of a tile run side by side and find it in the L2 cache),
-            dV written once; for each part d numbers a query and, where PROJECTED, the weight's gradient
+With SINGLE all queries form one block, whose sums stay in registers; otherwise the program accumulates the sums of each
+block in memory, tile by tile (with WEIGHT_IN_MEMORY also those of dW). dV is complete after a tile. A second kernel
+reduces the partial sums of all gradients in one launch and a fixed order, without atomics: deterministic.
+  traffic   levels and values are read once from memory (the heads of a tile run concurrently and share it in the L2
+            cache), dV is written once; each part writes d values per query and, if PROJECTED, a weight gradient
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastkd.ops.triton.tiles import (
     tile_cells,
 )
 
-MERGED = 128  # numbers that a program of the merge kernel adds up
+MERGED = 128  # output elements of one program of the merge kernel
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _block(
     width, DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What a block of queries brings to every tile."""
+    """The tile-independent values of a block of queries."""
     query = first + tl.arange(0, BLOCK_N)
     known = query < count
     depth, value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -81,7 +81,7 @@ def _slopes(power, do, v, delta, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["parts", "heads", "count", "rows"])
 def instance_attention_backward_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
-    key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
+    key_weight,  # [G * DEPTH, CHANNELS] likewise, if PROJECTED
     levels,  # L pointers to [B, CHANNELS, H, W]
     row_bias,  # L pointers to [B, G, N, H]
     column_bias,
@@ -91,10 +91,10 @@ def instance_attention_backward_kernel(
     normal,  # [B, G, N, 2]: m, 1 / l
     table,  # [parts, 16]: plan.Parts
     part_queries,  # [parts, B * G * N, DEPTH]
-    part_weight,  # [B * parts, G * DEPTH, CHANNELS], where PROJECTED
+    part_weight,  # [B * parts, G * DEPTH, CHANNELS], if PROJECTED
     part_rows,  # L pointers to [strips, B * G * N, H]
     part_columns,  # L pointers to [parts of a strip, B * G * N, W]
-    grad_values,  # L pointers as values
+    grad_values,  # L pointers, shapes as values
     parts,
     heads,
     count,  # N
@@ -106,10 +106,10 @@ def instance_attention_backward_kernel(
     FOR_KEYS: tl.constexpr,
     FOR_VALUES: tl.constexpr,
     SINGLE: tl.constexpr,
-    WEIGHT_APART: tl.constexpr,  # the weight's gradient is added up in memory, tile by tile: no room in registers
+    WEIGHT_IN_MEMORY: tl.constexpr,  # accumulate the gradient of the weight in memory, not in registers
     LEVELS_LAST: tl.constexpr,  # channels-last
     VALUES_LAST: tl.constexpr,
-    WIDE: tl.constexpr,  # offsets in an image need 64 bits
+    WIDE: tl.constexpr,  # 64-bit offsets within an image
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -143,7 +143,7 @@ def instance_attention_backward_kernel(
         part_start = part_weight
         if FOR_KEYS:
             part_start = part_weight + (image * parts + part) * heads * DEPTH * CHANNELS
-        if not WEIGHT_APART:
+        if not WEIGHT_IN_MEMORY:
             grad_weight = tl.zeros((BLOCK_C, BLOCK_D), number)
     if SINGLE:
         row, known, q, do, delta, maximum, factor, bias_row, bias_column = _block(
@@ -211,17 +211,17 @@ def instance_attention_backward_kernel(
                         tl.sum(by_place, axis=2),
                         mask=known[:, None] & (y_of_tile < y1)[None, :],
                     )
-                    # The sums of the strip's tiles so far: written by this program, in the tile before.
-                    own = queries_start + row[:, None] * DEPTH + depth[None, :]
-                    own_known = known[:, None] & (depth < DEPTH)[None, :]
-                    sums = tl.load(own, mask=own_known & (y > y0), other=0.0)
+                    # The sums over the previous tiles of the strip, written by this program.
+                    query_offset = queries_start + row[:, None] * DEPTH + depth[None, :]
+                    query_known = known[:, None] & (depth < DEPTH)[None, :]
+                    sums = tl.load(query_offset, mask=query_known & (y > y0), other=0.0)
                     sums = product(slope.to(x.dtype), key_by_cell, sums, PRECISION)
-                    tl.store(own, sums, mask=own_known)
-                    own_column = column_start + row[:, None] * width + column[None, :]
+                    tl.store(query_offset, sums, mask=query_known)
+                    column_offset = column_start + row[:, None] * width + column[None, :]
                     column_known = known[:, None] & (column < width)[None, :]
-                    column_sums = tl.load(own_column, mask=column_known & (y > y0), other=0.0)
-                    tl.store(own_column, column_sums + tl.sum(by_place, axis=1), mask=column_known)
-            tl.debug_barrier()  # the next tile reads what other threads of the program have written
+                    column_sums = tl.load(column_offset, mask=column_known & (y > y0), other=0.0)
+                    tl.store(column_offset, column_sums + tl.sum(by_place, axis=1), mask=column_known)
+            tl.debug_barrier()  # the next tile reads values written by other threads of the program
         if FOR_VALUES:
             tl.store(
                 grad_value_start + tl.trans(value_offsets),
@@ -229,7 +229,7 @@ def instance_attention_backward_kernel(
                 mask=tl.trans(value_known),
             )
         if PROJECTED and FOR_KEYS:
-            if WEIGHT_APART:
+            if WEIGHT_IN_MEMORY:
                 sums = tl.load(part_start + weight_place, mask=weight_known & (y > y0), other=0.0)
                 sums = product(x, grad_key.to(x.dtype), sums, PRECISION)
                 tl.store(part_start + weight_place, sums, mask=weight_known)
@@ -248,16 +248,16 @@ def instance_attention_backward_kernel(
                 grad_column,
                 mask=known[:, None] & (column < width)[None, :],
             )
-        if PROJECTED and not WEIGHT_APART:
+        if PROJECTED and not WEIGHT_IN_MEMORY:
             tl.store(part_start + weight_place, grad_weight, mask=weight_known)
 
 
 @triton.jit
 def instance_attention_backward_merge_kernel(
-    parts,  # pointers to [parts of a group, numbers of a part]
-    sums,  # pointers to the sum over the first dimension, perhaps in a narrower type
-    table,  # [groups, 2]: parts of a group, numbers of a part / UNIT; 0 numbers: there is nothing to add up
-    UNIT: tl.constexpr,  # 4 where all parts begin at multiples of 4 numbers, so that they are read 16 bytes at a time
+    parts,  # pointers to [parts of a group, elements of a part]
+    sums,  # pointers to the sums over the first dimension, possibly in a narrower type
+    table,  # [groups, 2]: parts of a group, elements of a part / UNIT; 0 elements: nothing to reduce
+    UNIT: tl.constexpr,  # 4 if all parts begin at multiples of 4 elements, for 16-byte loads
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -292,7 +292,7 @@ def plan_backward(
     for_values: bool,
     card: Card | None = None,
 ) -> tuple[list[Launch], Callable[[], list[Tensor]]]:
-    """The launches of a backward pass and a function that gathers its results."""
+    """The launches of a backward pass, and a function that collects its results."""
     op = "instance_attention_backward"
     problem = plan.Problem(op, queries, levels, key_weight, row_bias, column_bias, values, card)
     images, heads, count, depth = queries.shape
@@ -300,7 +300,7 @@ def plan_backward(
     plan.check_like(op, queries, (*tables, problem.value_depth), grad=grad, output=output)
     plan.check_like(op, queries, (*tables, 2), normal=normal)
     chosen = configurations.backward(problem.shape, problem.card)
-    # A program holds a processor to itself, and each part has its sums in memory: no more of them than fill the card.
+    # A program occupies a whole multiprocessor, and each part has partial sums in memory: just enough to fill the GPU.
     parts = problem.cut(chosen, images * heads, 2 * problem.card.processors)
     part_queries = queries.new_empty(parts.count, rows, depth) if for_keys else None
     part_weight = None
@@ -328,19 +328,20 @@ def plan_backward(
             rows=rows,
             FOR_KEYS=for_keys,
             FOR_VALUES=for_values,
-            SINGLE=count <= chosen.queries and not chosen.apart,
-            WEIGHT_APART=chosen.apart,
+            SINGLE=count <= chosen.queries and not chosen.sums_in_memory,
+            WEIGHT_IN_MEMORY=chosen.sums_in_memory,
         ),
         chosen.warps,
         chosen.stages,
     )
 
-    groups = []
-    if for_keys:
-        groups = [(part_queries, queries.shape)]
+    groups: list[tuple[Tensor, Sequence[int]]] = []
+    if part_queries is not None:
+        groups.append((part_queries, queries.shape))
         groups += [(part, table.shape) for part, table in zip(part_rows, row_bias)]
         groups += [(part, table.shape) for part, table in zip(part_columns, column_bias)]
-        groups += [(part_weight, key_weight.shape)] if problem.projected else []
+    if part_weight is not None and key_weight is not None:
+        groups.append((part_weight, key_weight.shape))
     merge, sums = plan_merge(groups)
 
     def gather() -> list[Tensor]:
@@ -356,13 +357,13 @@ def plan_backward(
 
 
 def plan_merge(groups: Sequence[tuple[Tensor, Sequence[int]]]) -> tuple[list[Launch], list[Tensor]]:
-    """The launch that adds up the parts of all groups, and their sums; a single part is the sum itself.
+    """The launch that sums the parts of all groups, and the sums; a group of one part needs no sum.
 
-    The kernel is given all groups, those of a single part with 0 numbers: it is compiled once, not for each set of
-    groups that a size of images leaves.
+    All groups are passed to the kernel, those of one part with 0 elements, so that it is compiled once and not for each
+    set of groups with several parts.
 
     Args:
-        groups: parts [P, ...] and the shape of their sum.
+        groups: parts [P, ...] and the shape of the sum.
     """
     parts = [one for one, _ in groups]
     sums = [one.view(shape) if len(one) == 1 else one.new_empty(shape) for one, shape in groups]

@@ -1,11 +1,11 @@
 """instance_attention forward on the GPU, the formulas of csrc/attention/instance_attention.cpp.
 
-A program takes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head: tiles come
-one after the other, with a running maximum m, sum l and output O for each query, rescaled where m grows. Keys are the
-tile's cells themselves, or their product with the head's rows of key_weight, made in the program. A second kernel
-merges the parts' (m, l, O) in their order: the same bits every time.
-  traffic   levels and values once from memory (the heads of a tile run side by side and find it in the L2 cache);
-            parts * queries * (d_v + 2) numbers written and read
+A program processes one part of the pyramid (a strip of a level, tiles.py) for a block of queries of one head, tile by
+tile, with a running maximum m, sum l and output O for each query, rescaled when m grows. Keys are the cells of the
+tile, or their product with the head's rows of key_weight, computed in the program. A second kernel merges the (m, l, O)
+of the parts in a fixed order: deterministic.
+  traffic   levels and values once from memory (the heads of a tile run concurrently and share it in the L2 cache);
+            parts * queries * (d_v + 2) values written and read
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def _head_of(
     CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PROJECTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What a block of queries of a head brings to every tile."""
+    """The tile-independent values of a block of queries of one head."""
     known = query < count
     channel, depth = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    row = (image * heads + head) * count + query  # of the queries' tables
+    row = (image * heads + head) * count + query  # row of the query tables
     q = tl.load(
         queries + row[:, None] * DEPTH + depth[None, :], mask=known[:, None] & (depth < DEPTH)[None, :], other=0.0
     )
@@ -63,7 +63,7 @@ def _with_tile(
     value_channels, maximum, total, output, SCALE: tl.constexpr, PROJECTED: tl.constexpr, WITH_VALUES: tl.constexpr,
     VALUES_LAST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, sum and output of a head's queries with one more tile x [C, S] of cells."""
+    """Maximum, sum and output of a head's queries, updated with a tile x [C, S] of cells."""
     number = total.dtype
     logits = tl.zeros((q.shape[0], ROWS * COLUMNS), number)
     if PROJECTED:
@@ -74,7 +74,7 @@ def _with_tile(
         logits = product(q, x, logits, PRECISION)
     logits = (logits + tile_bias(bias_row, known, bias_column, y, y1, ROWS, COLUMNS)) * SCALE
     highest = tl.maximum(maximum, tl.max(logits, axis=1))
-    # All masked so far: exp(-inf - 0) = 0.
+    # If all cells were masked so far: exp(-inf - 0) = 0.
     base = tl.where(highest == -float("inf"), 0.0, highest)
     power = tl.exp(logits - base[:, None])
     factor = tl.exp(maximum - base)
@@ -108,11 +108,11 @@ def _store_part(
 @triton.jit(do_not_specialize=["parts", "heads", "count", "rows"])
 def instance_attention_forward_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
-    key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
+    key_weight,  # [G * DEPTH, CHANNELS] likewise, if PROJECTED
     levels,  # L pointers to [B, CHANNELS, H, W]
     row_bias,  # L pointers to [B, G, N, H]
     column_bias,
-    values,  # L pointers to [B, G * VALUE_DEPTH, H, W], where WITH_VALUES
+    values,  # L pointers to [B, G * VALUE_DEPTH, H, W], if WITH_VALUES
     table,  # [parts, 16]: plan.Parts
     part_maximum,  # [parts, B * G * N]
     part_sum,
@@ -121,7 +121,7 @@ def instance_attention_forward_kernel(
     heads,
     count,  # N
     rows,  # B * G * N
-    SCALE: tl.constexpr,  # of the logits, 1 / temperature; a constant has all bits in float64 too
+    SCALE: tl.constexpr,  # factor on the logits, 1 / temperature; constexpr to keep float64 precision
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     VALUE_DEPTH: tl.constexpr,
@@ -129,7 +129,7 @@ def instance_attention_forward_kernel(
     WITH_VALUES: tl.constexpr,
     LEVELS_LAST: tl.constexpr,  # channels-last
     VALUES_LAST: tl.constexpr,
-    WIDE: tl.constexpr,  # offsets in an image need 64 bits
+    WIDE: tl.constexpr,  # 64-bit offsets within an image
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,7 +137,7 @@ def instance_attention_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PAIR: tl.constexpr,  # a program takes two heads, so that the cache is asked for a tile half as often
+    PAIR: tl.constexpr,  # a program processes two heads, which halves the reads of a tile from the L2 cache
 ):
     number = part_sum.dtype.element_ty
     blocks = tl.cdiv(count, BLOCK_N)
@@ -257,14 +257,14 @@ def plan_forward(
     scale: float = 1.0,
     card: Card | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
-    """The launches of a forward pass and what they write: output, logsumexp and (m, 1 / l) of each query."""
+    """The launches of a forward pass and their results: output, logsumexp and (m, 1 / l) of each query."""
     problem = plan.Problem("instance_attention", queries, levels, key_weight, row_bias, column_bias, values, card)
     chosen = configurations.forward(problem.shape, problem.card)
     images, heads, count, _ = queries.shape
     rows, blocks = images * heads * count, triton.cdiv(count, chosen.queries)
     sides = ((problem.value_depth,), (), (2,))
     output, logsumexp, normal = (queries.new_empty(*queries.shape[:3], *side) for side in sides)
-    if not problem.cells:  # nothing to attend to
+    if not problem.cells:  # no cells
         return [], output.zero_(), logsumexp.fill_(-float("inf")), normal.zero_()
     pair = chosen.pair and heads % 2 == 0
     programs = images * heads * blocks // (2 if pair else 1)

@@ -1,9 +1,10 @@
 """attention_mass on the GPU: sum over the chosen queries of exp(logits / T - logsumexp), per head and cell.
 
-A program takes some tiles of cells of one image (tiles.py) and, for each, all heads and their queries, block by block:
-a tile is read once, the queries come from the L2 cache. A sum is complete in a program: no second pass, no atomics.
-  traffic   levels once, the mass written once; queries * CHANNELS (or key_weight) once a tile, from the L2 cache
-Without a logsumexp the forward kernels find it first, without values.
+A program processes some tiles of cells of one image (tiles.py); for each tile it loops over all heads and blocks of
+queries. A tile is read once, the queries come from the L2 cache. Each sum is complete in one program: no second pass
+and no atomics.
+  traffic   levels once, the mass written once; queries * CHANNELS (or key_weight) once per tile, from the L2 cache
+Without a given logsumexp, the forward kernels compute it first, without values.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastkd.ops.triton.tiles import (
 @triton.jit(do_not_specialize=["parts", "heads", "count"])
 def attention_mass_kernel(
     queries,  # [B, G, N, DEPTH], dtype of the levels
-    key_weight,  # [G * DEPTH, CHANNELS] likewise, where PROJECTED
+    key_weight,  # [G * DEPTH, CHANNELS] likewise, if PROJECTED
     levels,  # L pointers to [B, CHANNELS, H, W]
     row_bias,  # L pointers to [B, G, N, H]
     column_bias,
@@ -44,12 +45,12 @@ def attention_mass_kernel(
     parts,
     heads,
     count,  # N
-    SCALE: tl.constexpr,  # of the logits, 1 / temperature
+    SCALE: tl.constexpr,  # factor on the logits, 1 / temperature
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     PROJECTED: tl.constexpr,
     LEVELS_LAST: tl.constexpr,  # channels-last
-    WIDE: tl.constexpr,  # offsets in an image need 64 bits
+    WIDE: tl.constexpr,  # 64-bit offsets within an image
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,7 +120,7 @@ def plan_mass(
     temperature: float,
     card: Card | None = None,
 ) -> tuple[list[Launch], list[Tensor]]:
-    """The launches of a call and the masses they write."""
+    """The launches of a call and their results."""
     problem = plan.Problem("attention_mass", queries, levels, key_weight, row_bias, column_bias, None, card)
     images, heads, count, _ = queries.shape
     plan.check_like("attention_mass", chosen, (images, count), chosen=chosen)

@@ -1,11 +1,11 @@
-"""Block sizes, warps and stages of the Triton kernels, by shape and card: a small table, no tuning at run time.
+"""Block sizes, warps and stages of the Triton kernels by shape and card: a small table, no autotuning.
 
-A row is chosen from the compiled kernels (benchmarks/gpu/triton_report.py): the largest tile without a spilled
-register. Contiguous maps take short tiles of wide rows and more warps: their rows begin anywhere, so that they are read
-number by number, through registers; channels-last cells are copied straight into shared memory, a tile ahead.
+Entries are chosen from the compiled kernels (benchmarks/gpu/triton_report.py): the largest tile without register
+spills. Contiguous maps use tiles with few, wide rows and more warps: their rows are unaligned, so they are loaded
+element by element through registers. Channels-last cells are copied directly into shared memory, one tile ahead.
 
-A block's size depends on whether keys are projected, not on the number of queries, which changes from batch to batch:
-each size would be a kernel to compile. Absorbed keys come with few queries (fastkd/ops/instance_attention.py).
+The block size depends on whether keys are projected, not on the number of queries: that changes from batch to batch,
+and each block size is compiled separately. Absorbed keys are used for few queries (fastkd/ops/instance_attention.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """What a configuration depends on in the card.
+    """Properties of the card that a configuration depends on.
 
     Args:
-        generation: 8 (sm_80 and everything without the instructions of the other two), 9 (sm_90) or 10 (sm_100).
+        generation: 8 (sm_80 and cards without the instructions of the other two), 9 (sm_90) or 10 (sm_100).
         processors: streaming multiprocessors.
     """
 
@@ -29,7 +29,7 @@ class Card:
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
-        """The card that a device is; for devices without one, as the interpreter has, the smallest."""
+        """The card of a device; the smallest one for other devices, as used by the interpreter."""
         if device.type != "cuda":
             return cls(8, 1)
         properties = torch.cuda.get_device_properties(device)
@@ -37,22 +37,21 @@ class Card:
 
     @property
     def wanted_programs(self) -> int:
-        """Programs that fill it several times over."""
+        """Number of programs that fills the card several times."""
         return 4 * self.processors
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration depends on in the call.
+    """Properties of the call that a configuration depends on.
 
     Args:
         count: N, queries.
         channels: C.
-        element_size: bytes of a number of the pyramids.
+        element_size: bytes per element of the pyramids.
         projected: keys are key_weight times the cells.
         last: levels are channels-last.
-        exact: products of float32 or float64 as IEEE has them, without matrix instructions (float64: with those of
-            few cards).
+        exact: IEEE products of float32 or float64, without matrix instructions (float64: on most cards).
     """
 
     count: int
@@ -65,15 +64,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A kernel's blocks.
+    """Block sizes of a kernel.
 
     Args:
-        queries: of a head in one block, a power of two from 16 on.
-        rows, columns: of a tile of cells, powers of two; rows * columns from 16 on.
-        warps: of a program.
-        stages: of the loop over tiles; 2: one tile is loaded ahead.
-        pair: a program of the forward pass takes two heads, where there is an even number.
-        apart: the gradients of queries and key_weight are added up in memory, where registers have no room for them.
+        queries: queries of a head in one block, a power of two, at least 16.
+        rows, columns: of a tile of cells, powers of two; rows * columns at least 16.
+        warps: warps per program.
+        stages: pipeline stages of the loop over tiles; 2: one tile is loaded ahead.
+        pair: a program of the forward pass processes two heads, if their number is even.
+        sums_in_memory: accumulate the gradients of queries and key_weight in memory instead of registers.
     """
 
     queries: int
@@ -81,20 +80,20 @@ class Configuration:
     columns: int
     warps: int
     stages: int
-    apart: bool = False
+    sums_in_memory: bool = False
     pair: bool = False
 
 
-FEW = 32  # queries up to which a GPU moves the key projection to them: one block
+FEW = 32  # maximum number of queries with absorbed keys on a GPU: one block
 
 
 def _queries(shape: Shape) -> int:
-    """Queries in a block: of float64 no more have room."""
+    """Queries per block, limited by registers for float64."""
     return 16 if shape.element_size == 8 else 64 if shape.projected else FEW
 
 
 def _tile(shape: Shape, cells: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most so many cells, fewer where channels or numbers are larger than usual."""
+    """Rows and columns of a tile with at most `cells` cells; fewer for many channels or wide elements."""
     cells = max(cells * 2 * 256 // (shape.element_size * max(shape.channels, 256)), 16)
     cells = 1 << (cells.bit_length() - 1)
     columns = min(16 if shape.last else 32, cells)
@@ -102,13 +101,15 @@ def _tile(shape: Shape, cells: int) -> tuple[int, int]:
 
 
 def forward(shape: Shape, card: Card) -> Configuration:
-    if shape.exact:  # a thread holds whole rows of both operands
+    if shape.exact:  # each thread holds complete rows of both operands
         double = shape.element_size == 8
         warps = 16 if double and (shape.last or not shape.projected) else 8
-        # Without a tile ahead a block of 64 queries spills on sm_100.
+        # Without prefetching a tile, a block of 64 queries spills on sm_100.
         ahead = shape.last and shape.projected and not double
         return Configuration(_queries(shape), *_tile(shape, 32), warps, 2 if ahead else 1)
-    if shape.last and shape.element_size == 2 and shape.projected:  # two heads' weights and sums fit beside small tiles
+    if (
+        shape.last and shape.element_size == 2 and shape.projected
+    ):  # weights and sums of two heads leave room for small tiles
         return Configuration(_queries(shape), *_tile(shape, 32), 4, 2, pair=True)
     warps = 4 if shape.last and card.generation < 10 else 8
     stages = 2 if shape.last and (shape.element_size == 2 or card.generation < 10) else 1
@@ -120,22 +121,22 @@ def backward(shape: Shape, card: Card) -> Configuration:
         return _backward_of_wide_numbers(shape, card)
     queries = _queries(shape)
     blocks = shape.count > queries
-    if blocks:  # after each other they take registers for their addresses
+    if blocks:  # the loop over blocks needs registers for addresses
         queries = min(queries, 16 if card.generation == 10 or shape.element_size == 4 else 32)
-    apart = shape.element_size == 4 and (shape.exact or not shape.last)
-    queries = 16 if apart else queries
-    together = not blocks and not apart
-    # sm_100 keeps sums in tensor memory, and so has registers for larger tiles, but not for two of them.
+    sums_in_memory = shape.element_size == 4 and (shape.exact or not shape.last)
+    queries = 16 if sums_in_memory else queries
+    together = not blocks and not sums_in_memory
+    # sm_100 keeps sums in tensor memory, so registers suffice for larger tiles, but not for two of them.
     cells = 64 if shape.last and card.generation == 10 and together else 32
     ahead = shape.last and card.generation < 10 and together and shape.element_size == 2
-    return Configuration(queries, *_tile(shape, cells), 8, 2 if ahead else 1, apart)
+    return Configuration(queries, *_tile(shape, cells), 8, 2 if ahead else 1, sums_in_memory)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:
-    """float64, which only gradcheck needs, and float32 with projected keys, whose weight has a gradient beside."""
+    """float64 (only for gradcheck), and float32 with projected keys, which also have a weight gradient."""
     queries = 64 if shape.exact and shape.element_size == 4 else 16
-    apart = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
-    return Configuration(queries, *_tile(shape, 32), 8, 1, apart)
+    sums_in_memory = shape.projected and (shape.element_size == 8 or (not shape.exact and card.generation == 8))
+    return Configuration(queries, *_tile(shape, 32), 8, 1, sums_in_memory)
 
 
 def mass(shape: Shape, card: Card) -> Configuration:

@@ -1,4 +1,4 @@
-"""From tensors to launches: checks, memory orders, the cut of a pyramid into parts, what all kernels are given."""
+"""Launch planning: checks, memory formats, the partition of a pyramid into parts, common kernel arguments."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from fastkd.ops.triton.configurations import Card, Configuration, Shape
 
 PART_NUMBERS = 16
-ALIGNMENT = 16  # bytes: kernels are compiled once, for pointers to multiples of it
-NARROW_LIMIT = 2**31  # offsets in an image from here on take 64 bits
+ALIGNMENT = 16  # bytes; kernels are compiled once, for aligned pointers
+NARROW_LIMIT = 2**31  # from this size on, offsets within an image need 64 bits
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """The launches, one after the other, on the current stream of the device."""
+    """Run the launches in order on the current stream of the device."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for one in launches:
             if one.programs:
@@ -38,13 +38,13 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of this dtype take their operands: "tf32" for float32 where torch's setting allows it."""
+    """Input precision of products of this dtype: "tf32" for float32 if torch's setting allows it."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def in_one_order(levels: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """The levels, dense and aligned in one memory order, and whether that is channels-last; copies only what is not."""
+    """The levels, dense and aligned in one memory format, and whether it is channels-last; copies only if necessary."""
     last = all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
     last = last and not all(level.is_contiguous() for level in levels)
     order = torch.channels_last if last else torch.contiguous_format
@@ -52,14 +52,14 @@ def in_one_order(levels: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The dense tensor itself if it begins at a multiple of ALIGNMENT bytes, as torch allocates, else a copy."""
+    """The dense tensor if it begins at a multiple of ALIGNMENT bytes, as torch allocates, else a copy."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def from_aligned(tensor: Tensor) -> tuple[Tensor, int]:
-    """A view that begins at a multiple of ALIGNMENT bytes, and how many numbers later the tensor begins.
+    """A view that begins at a multiple of ALIGNMENT bytes, and the offset of the tensor in it, in elements.
 
-    Tables that are views of one tensor begin anywhere: Triton would compile a kernel for each pattern of alignments.
+    Tables that are views of one tensor may be unaligned: Triton would compile a kernel for each pattern of alignments.
     """
     later = tensor.data_ptr() % ALIGNMENT // tensor.itemsize
     if later > tensor.storage_offset():
@@ -70,7 +70,7 @@ def from_aligned(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, contiguous, aligned and of this dtype: itself, or one copy."""
+    """The tensor, or a copy, contiguous, aligned and of this dtype."""
     if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
@@ -87,20 +87,20 @@ def check_like(op: str, queries: Tensor, shape: tuple[int, ...], **tensors: Tens
 
 
 def power_of_two(length: int, least: int = 16) -> int:
-    """A block's side that holds `length`."""
+    """The smallest power of two that is at least `length` and `least`."""
     return max(triton.next_power_of_2(length), least)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A pyramid cut into parts: strips of a level, tile columns wide, of some rows; strip by strip, level by level.
+    """A pyramid partitioned into parts. A strip is one tile wide; a part is some rows of a strip of a level.
 
     Args:
         table: [parts, 16] int64: level, first column, first and end row, the level's rows and columns, strides of
-            image, head and query in its row bias, then in its column bias; the level's cells; where the row bias and
-            the column bias begin behind their pointers; number of the part in its strip.
-        first: number of each level's first part, and of all parts.
-        strips, chunks: of each level; a chunk is a strip's rows in one part.
+            image, head and query in its row bias, then in its column bias; the level's cells; offsets of the row bias
+            and the column bias from their pointers; index of the part in its strip.
+        first: index of each level's first part, then the number of parts.
+        strips, chunks: strips per level, and parts per strip, of each level.
     """
 
     table: Tensor
@@ -115,12 +115,12 @@ class Parts:
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream that tables are copied on."""
+    """The stream for copying tables."""
     return torch.cuda.Stream(device)
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table for kernels on any stream: the host waits for this copy, and for nothing that is under way elsewhere.
+    """Copy a table to the device, for kernels on any stream; the host waits for this copy only.
 
     Raises: RuntimeError while a CUDA graph is captured: the copy would become part of the graph.
     """
@@ -137,7 +137,7 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _keep(table: Tensor, device: torch.device) -> None:
-    """The cache may let go of a table that this call's kernels, or a CUDA graph that has them, will still read."""
+    """Keep a table alive that the cache may drop while kernels of this call, or of a CUDA graph, still read it."""
     if torch.cuda.is_current_stream_capturing():
         if all(table is not other for other in _IN_GRAPHS):
             _IN_GRAPHS.append(table)
@@ -150,12 +150,12 @@ _IN_GRAPHS: list[Tensor] = []
 
 @functools.lru_cache(maxsize=512)
 def _table_on(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Cached, as calls of one shape share it."""
+    """Cached: calls of one shape share the table."""
     return _on_device(torch.tensor(rows, dtype=torch.int64), device)
 
 
 def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Numbers that a kernel reads from memory, [rows, numbers] int64: as arguments they would be compiled into it."""
+    """A table [rows, numbers] int64 in device memory; as arguments, the numbers could specialise the kernel."""
     table = _table_on(tuple(map(tuple, rows)), device)
     if device.type == "cuda":
         _keep(table, device)
@@ -165,15 +165,17 @@ def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def rows_of_parts(
     sizes: Sequence[tuple[int, int]], tile: tuple[int, int], programs: int, wanted: int
 ) -> tuple[int, ...]:
-    """Rows of a part of each level, a multiple of the tile's: `programs` for each part are to be about `wanted`.
+    """Rows of a part for each level, a multiple of the tile's rows, for about `wanted` programs in total.
 
-    A strip is cut into equal parts of about the mean number of tiles, so that no program is much longer than others.
+    Strips are divided into equal parts of about the mean number of tiles, to balance the programs.
 
     Args:
-        sizes: (rows, columns) of the levels. tile: of cells.
-        programs: for each part: images, heads, blocks of queries.
+        sizes: (rows, columns) of the levels. tile: (rows, columns) of a tile.
+        programs: programs per part: images * heads * blocks of queries.
     """
-    strips = [(-(-height // tile[0]), -(-width // tile[1])) for height, width in sizes]  # tiles of one, and how many
+    strips = [
+        (-(-height // tile[0]), -(-width // tile[1])) for height, width in sizes
+    ]  # (tiles per strip, number of strips)
     mean = max(programs * sum(tiles * count for tiles, count in strips) / max(wanted, 1), 2.0)
     chunks = [max(1, round(tiles / mean)) for tiles, _ in strips]
     return tuple(max(1, -(-tiles // many)) * tile[0] for (tiles, _), many in zip(strips, chunks))
@@ -181,7 +183,7 @@ def rows_of_parts(
 
 @functools.lru_cache(maxsize=256)
 def _cut(sizes, biases, tile, most_rows, device) -> Parts:
-    """Cached, as calls of one shape share it; biases: strides and beginnings of each level's tables."""
+    """Cached: calls of one shape share the parts. Args: biases: strides and offsets of each level's bias tables."""
     entries, first, strips, chunks = [], [0], [], []
     for level, ((height, width), (steps, begins), rows) in enumerate(zip(sizes, biases, most_rows, strict=True)):
         tops = range(0, height, rows) if height and width else ()
@@ -196,7 +198,7 @@ def _cut(sizes, biases, tile, most_rows, device) -> Parts:
 
 
 class Problem:
-    """The arguments that all attention kernels share, as they take them."""
+    """The common arguments of the attention kernels, in kernel form."""
 
     def __init__(self, op, queries, levels, key_weight, row_bias, column_bias, values, card=None):
         images, heads, count, depth = queries.shape
@@ -229,39 +231,43 @@ class Problem:
 
     @staticmethod
     def _check(op, queries, levels, key_weight, row_bias, column_bias, values) -> None:
-        """What could read or write memory that is not the tensors'."""
+        """Raise for arguments that could cause out-of-bounds accesses."""
         (images, heads, count, depth), (_, channels, *_) = queries.shape, levels[0].shape
-        fits = len(row_bias) == len(column_bias) == len(levels) == len(levels if values is None else values)
-        fits = fits and (depth == channels if key_weight is None else key_weight.shape == (heads * depth, channels))
-        for index, level in enumerate(levels if fits else ()):
+        matches = len(row_bias) == len(column_bias) == len(levels) == len(levels if values is None else values)
+        matches = matches and (
+            depth == channels if key_weight is None else key_weight.shape == (heads * depth, channels)
+        )
+        for index, level in enumerate(levels if matches else ()):
             size = tuple(level.shape[2:])
-            fits = fits and tuple(level.shape) == (images, channels, *size) and level.dtype == levels[0].dtype
+            matches = matches and tuple(level.shape) == (images, channels, *size) and level.dtype == levels[0].dtype
             for table, side in zip((row_bias[index], column_bias[index]), size, strict=True):
-                fits = fits and tuple(table.shape) == (images, heads, count, side) and table.dtype == queries.dtype
+                matches = (
+                    matches and tuple(table.shape) == (images, heads, count, side) and table.dtype == queries.dtype
+                )
             if values is not None:
-                own = values[index]
-                fits = fits and tuple(own.shape) == (images, values[0].shape[1], *size)
-                fits = fits and own.shape[1] % heads == 0 and own.dtype == values[0].dtype
+                level_values = values[index]
+                matches = matches and tuple(level_values.shape) == (images, values[0].shape[1], *size)
+                matches = matches and level_values.shape[1] % heads == 0 and level_values.dtype == values[0].dtype
         weight = [] if key_weight is None else [key_weight]
         everything = [queries, *levels, *weight, *row_bias, *column_bias, *(values or ())]
-        fits = fits and all(tensor.device == queries.device for tensor in everything)
+        matches = matches and all(tensor.device == queries.device for tensor in everything)
         wide = queries.dtype == torch.float64
-        fits = fits and all((tensor.dtype == torch.float64) == wide for tensor in everything)
-        if not fits or queries.dtype not in (torch.float32, torch.float64):
+        matches = matches and all((tensor.dtype == torch.float64) == wide for tensor in everything)
+        if not matches or queries.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{op}: arguments must fit each other in shape, dtype and device; call it through fastkd.ops, which "
                 "says what does not"
             )
 
     def in_value_order(self, gradient: Tensor) -> Tensor:
-        """The gradient of a level's values itself where it is in the order that kernels write, else room for it."""
+        """The gradient of a level's values if it has the memory format that kernels write, else a new tensor."""
         order = torch.channels_last if self.values_last else torch.contiguous_format
         if gradient.is_contiguous(memory_format=order):
             return gradient
         return torch.empty_like(gradient, memory_format=order)
 
     def cut(self, tile: Configuration, programs: int, wanted: int) -> Parts:
-        """The parts for a launch of about `wanted` programs, `programs` for each part."""
+        """The parts for a launch of about `wanted` programs with `programs` programs per part."""
         cells = (tile.rows, tile.columns)
         biases = tuple(
             ((*row.stride()[:3], *column.stride()[:3]), begins)
@@ -273,7 +279,7 @@ class Problem:
         return parts
 
     def arguments(self, parts: Parts, tile: Configuration) -> dict:
-        """Arguments of the kernels by name."""
+        """Kernel arguments by name."""
         return dict(
             queries=self.queries,
             key_weight=self.key_weight,
@@ -298,7 +304,7 @@ class Problem:
         )
 
     def value_arguments(self) -> dict:
-        """Arguments of the kernels that read values, by name."""
+        """Additional arguments of the kernels that read values, by name."""
         return dict(
             values=None if self.values is None else tuple(self.values),
             VALUE_DEPTH=self.value_depth,

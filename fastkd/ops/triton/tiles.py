@@ -1,7 +1,7 @@
-"""Device functions that the attention kernels share: places of a tile, reads of maps and bias tables.
+"""Device functions shared by the attention kernels: cell indices of a tile, loads of maps and bias tables.
 
-A tile is ROWS x COLUMNS cells of one level, in a row: cell i is (y0 + i // COLUMNS, x0 + i % COLUMNS). Bias and its
-gradient are then small: a tile reads ROWS and COLUMNS numbers for a query, not ROWS * COLUMNS.
+A tile is ROWS x COLUMNS cells of one level, flattened: cell i is (y0 + i // COLUMNS, x0 + i % COLUMNS). So a tile needs
+ROWS + COLUMNS bias values per query, not ROWS * COLUMNS.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def pick(pointers, level):
-    """The pointer of a level (a number known at run time) out of a tuple."""
+    """The pointer at a run-time index `level` of a tuple."""
     chosen = pointers[0]
     for index in tl.static_range(1, len(pointers)):
         chosen = tl.where(level == index, pointers[index], chosen)
@@ -19,7 +19,7 @@ def pick(pointers, level):
 
 @triton.jit
 def read_part(table, part):
-    """What plan.py wrote about a part: level, first column, first and end row, rows and columns of the level."""
+    """The entries of a part in the table of plan.py: level, first column, first and end row, level height and width."""
     entry = table + part * 16
     level = tl.load(entry).to(tl.int32)
     x0 = tl.load(entry + 1).to(tl.int32)
@@ -41,14 +41,14 @@ def bias_rows(pointers, table, part, level, image, head, query, AXIS: tl.constex
 
 @triton.jit
 def column_bias_of(rows, known, x0, width, COLUMNS: tl.constexpr):
-    """[N, COLUMNS] of a part's columns, -inf behind the level's last."""
+    """Column bias [N, COLUMNS] of a part, -inf beyond the level's last column."""
     x = x0 + tl.arange(0, COLUMNS)
     return tl.load(rows[:, None] + x[None, :], mask=known[:, None] & (x < width)[None, :], other=-float("inf"))
 
 
 @triton.jit
 def tile_bias(rows, known, column_bias, y, y1, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[N, ROWS * COLUMNS]: row + column bias of a tile that begins in row y; -inf outside the part."""
+    """Row + column bias [N, ROWS * COLUMNS] of the tile that begins at row y; -inf outside the part."""
     row = y + tl.arange(0, ROWS)
     row_bias = tl.load(rows[:, None] + row[None, :], mask=known[:, None] & (row < y1)[None, :], other=-float("inf"))
     return tl.reshape(row_bias[:, :, None] + column_bias[:, None, :], (rows.shape[0], ROWS * COLUMNS))
@@ -56,15 +56,15 @@ def tile_bias(rows, known, column_bias, y, y1, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def cells_of(table, part, y, y1):
-    """Rows * columns of the part's level, read anew in every tile y: were it known before the loop over tiles,
-    compilers would keep channel * cells of all channels of a thread in registers, more than there are.
+    """Rows * columns of the part's level, loaded in every tile: otherwise the compiler would hoist channel * cells of
+    all channels out of the loop over tiles and spill registers.
     """
     return tl.load(table + part * 16 + 12, mask=y < y1, other=0).to(tl.int32)
 
 
 @triton.jit
 def tile_cells(x0, y, y1, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Places [ROWS * COLUMNS] of a tile's cells in the level, and which of them the part has."""
+    """Cell indices [ROWS * COLUMNS] of a tile in its level, and which of them lie in the part."""
     index = tl.arange(0, ROWS * COLUMNS)
     row, column = y + index // COLUMNS, x0 + index % COLUMNS
     return row * width + column, (row < y1) & (column < width)
@@ -72,7 +72,7 @@ def tile_cells(x0, y, y1, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def map_offsets(channel, cell, cells, channels, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets [channel, cell] in one image of a map, channels-last where LAST; WIDE: they need 64 bits."""
+    """Offsets [channel, cell] in one image of a map, channels-last if LAST, 64-bit if WIDE."""
     if WIDE:
         channel, cell = channel.to(tl.int64), cell.to(tl.int64)
     return channel[:, None] + cell[None, :] * channels if LAST else channel[:, None] * cells + cell[None, :]
@@ -80,5 +80,5 @@ def map_offsets(channel, cell, cells, channels, LAST: tl.constexpr, WIDE: tl.con
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, added up in the type of total."""
+    """total + a b, accumulated in the type of total."""
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)

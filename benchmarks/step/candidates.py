@@ -61,7 +61,7 @@ class Problem:
         )
 
 
-class Contender:
+class Candidate:
     """Something that takes training steps.
 
     Args:
@@ -125,7 +125,7 @@ def priors() -> ClassPriors:
 
 
 def recipe_of(detector: str, method: str, form: str) -> Recipe:
-    """Our COCO recipe of a contender in a precision."""
+    """Our COCO recipe of a candidate in a precision."""
     recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
     low = form in ("bfloat16", *OPTIONS)
     runtime = dataclasses.replace(
@@ -138,8 +138,8 @@ def recipe_of(detector: str, method: str, form: str) -> Recipe:
     return dataclasses.replace(recipe, runtime=runtime)
 
 
-def ours(problem: Problem, method: str, form: str) -> Contender:
-    """A contender as the trainer builds it, after the first phases of its schedule."""
+def ours(problem: Problem, method: str, form: str) -> Candidate:
+    """A candidate as the trainer builds it, after the first phases of its schedule."""
     torch.manual_seed(0)
     recipe = recipe_of(problem.detector, method, form)
     layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
@@ -164,7 +164,7 @@ def ours(problem: Problem, method: str, form: str) -> Contender:
         for optimizer in optimizers:
             optimizer.step()
 
-    return Contender(
+    return Candidate(
         lambda batch: module(batch, phase),
         [optimizer.optimizer for optimizer in optimizers],
         update,
@@ -207,8 +207,8 @@ class PlainStep(nn.Module):
         return self.teacher.features(batch.images)
 
 
-def plain(problem: Problem, method: str) -> Contender:
-    """A contender in plain torch, with torch's optimisers as they come."""
+def plain(problem: Problem, method: str) -> Candidate:
+    """A candidate in plain torch, with torch's optimisers as they come."""
     torch.manual_seed(0)
     kind = problem.detector.replace("-", "_")
     recipe = recipe_of(problem.detector, method, "float32")
@@ -234,7 +234,7 @@ def plain(problem: Problem, method: str) -> Contender:
         sgd.zero_grad()
 
     optimizers = [sgd] if adamw is None else [sgd, adamw]
-    return Contender(module, optimizers, update, module, teacher, module.ask if teacher else None, problem.batch())
+    return Candidate(module, optimizers, update, module, teacher, module.ask if teacher else None, problem.batch())
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ class _Shape:
     channels: int
 
 
-def build(problem: Problem, method: str, form: str) -> Contender:
-    """A contender; method of METHODS, form of FORMS or OPTIONS.
+def build(problem: Problem, method: str, form: str) -> Candidate:
+    """A candidate; method of METHODS, form of FORMS or OPTIONS.
 
     A method's plain form is its distiller on the reference ops.
     """

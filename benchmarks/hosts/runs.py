@@ -1,0 +1,284 @@
+"""One training run in a host's own entry point: the host alone, with a method, or the teacher."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.hosts.scenes import SIDE, Scenes, write_yolo
+
+CLASSES, BATCH, WARM_UP = 10, 8, 5
+Found = list[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass
+class Job:
+    """What to train.
+
+    Args:
+        data: folder of the scenes.
+        folder: of this run, for the host's own files.
+        method: "teacher", "alone", "icd", "lgd", or "own" for the host's own distillation.
+        steps: optimiser steps.
+        seed: of everything.
+        teacher: file of the trained teacher, None for "teacher".
+        device: "cpu" or "cuda".
+    """
+
+    data: Path
+    folder: Path
+    method: str
+    steps: int
+    seed: int
+    teacher: Path | None
+    device: str
+
+    @property
+    def distils(self) -> bool:
+        """Whether fastkd takes part."""
+        return self.method in ("icd", "lgd")
+
+
+class Clock:
+    """Seconds of each step, from one tick to the next."""
+
+    def __init__(self, device: str):
+        self.device, self.ticks = device, []
+
+    def tick(self, *args: Any, **kwargs: Any) -> None:
+        """After a step."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Median seconds a step, without the first few."""
+        steps = [after - before for before, after in itertools.pairwise(self.ticks)]
+        return statistics.median(steps[WARM_UP:] or steps)
+
+
+def retinanet(width: str) -> nn.Module:
+    """torchvision's RetinaNet on a ResNet of random weights."""
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    body = resnet_fpn_backbone(
+        backbone_name=width, weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d, returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )  # fmt: skip
+    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE)
+
+
+def torchvision_model(job: Job) -> nn.Module:
+    """ResNet-18 for students, ResNet-34 for teachers."""
+    return retinanet("resnet34" if job.method == "teacher" else "resnet18")
+
+
+def batches(job: Job) -> torch.utils.data.DataLoader:
+    """Shuffled batches of lists."""
+    generator = torch.Generator().manual_seed(job.seed)
+    return torch.utils.data.DataLoader(
+        Scenes(job.data, "train"), BATCH, shuffle=True, drop_last=True, generator=generator,
+        collate_fn=lambda items: [list(part) for part in zip(*items)],
+    )  # fmt: skip
+
+
+def learning_rate(job: Job) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine to zero."""
+    warm = max(1, job.steps // 20)
+    return lambda step: min((step + 1) / warm, (1 + math.cos(math.pi * step / job.steps)) / 2)
+
+
+def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -> Any:
+    """The attachment of a run, None of runs without."""
+    if not job.distils:
+        return None
+    teacher = None
+    if job.method != "lgd":
+        teacher = retinanet("resnet34").eval()
+        teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
+        teacher.to(job.device)
+    return attach(model, job.method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
+
+
+@torch.no_grad()
+def detect_torchvision(job: Job, model: nn.Module) -> Found:
+    """The model's detections on the validation split."""
+    scenes, found = Scenes(job.data, "val"), []
+    for index in range(len(scenes)):
+        result = model.eval()([scenes[index][0].to(job.device)])[0]
+        found.append((result["boxes"], result["labels"], result["scores"]))
+    return found
+
+
+def torchvision(job: Job, clock: Clock) -> Found:
+    """The reference loop: forward, backward, step."""
+    from fastkd.integrations.torchvision import attach
+
+    model = torchvision_model(job).to(job.device).train()
+    kd = attach_torchvision(job, model, attach)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-4, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(job))
+    endless = itertools.chain.from_iterable(itertools.repeat(batches(job)))
+    for images, targets in itertools.islice(endless, job.steps):
+        images = [image.to(job.device) for image in images]
+        targets = [{name: value.to(job.device) for name, value in target.items()} for target in targets]
+        optimizer.zero_grad()
+        sum(model(images, targets).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+        schedule.step()
+        if kd is not None:
+            kd.step()
+        clock.tick()
+    torch.save(model.state_dict(), job.folder / "model.pt")
+    return detect_torchvision(job, model)
+
+
+def lightning(job: Job, clock: Clock) -> Found:
+    """The same detector in a LightningModule."""
+    import lightning.pytorch as pl
+
+    from fastkd.integrations.lightning import attach
+
+    class Module(pl.LightningModule):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch, index):
+            return sum(self.model(*batch).values())
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), 4e-4, weight_decay=1e-4)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(job))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+        def on_train_batch_end(self, *args):
+            clock.tick()
+
+    module = Module(torchvision_model(job))
+    kd = attach_torchvision(job, module.model, attach)
+    trainer = pl.Trainer(
+        max_steps=job.steps, accelerator=job.device, devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, gradient_clip_val=10, callbacks=[kd.callback] if kd else None,
+    )  # fmt: skip
+    trainer.fit(module, batches(job))
+    torch.save(module.model.state_dict(), job.folder / "model.pt")
+    return detect_torchvision(job, module.model.to(job.device))
+
+
+def rt_detr(job: Job) -> nn.Module:
+    """RT-DETR of random weights; a wider one for teachers."""
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+    big = job.method == "teacher"
+    sizes = [64, 128, 256, 512] if big else [32, 64, 96, 128]
+    backbone = RTDetrResNetConfig(
+        embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    width = 256 if big else 128
+    config = RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
+        d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,
+        num_denoising=50, num_labels=CLASSES,
+    )  # fmt: skip
+    return RTDetrForObjectDetection(config)
+
+
+def collate_transformers(items: list) -> dict[str, Any]:
+    """Centres and sizes divided by the image's."""
+    labels = []
+    for _, target in items:
+        low, high = (target["boxes"] / SIDE).split(2, 1)
+        labels.append({"class_labels": target["labels"], "boxes": torch.cat([(low + high) / 2, high - low], 1)})
+    return {"pixel_values": torch.stack([image for image, _ in items]), "labels": labels}
+
+
+def transformers(job: Job, clock: Clock) -> Found:
+    """The stock Trainer."""
+    import transformers as hf
+
+    from fastkd.integrations.transformers import attach
+
+    class Tick(hf.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.tick()
+
+    model, callbacks = rt_detr(job), [Tick()]
+    if job.distils:
+        teacher = None if job.method == "lgd" else type(model).from_pretrained(job.teacher).eval()
+        kd = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed)
+        callbacks.append(kd.callback)
+    arguments = hf.TrainingArguments(
+        str(job.folder), max_steps=job.steps, per_device_train_batch_size=BATCH, learning_rate=2e-4, warmup_steps=50,
+        lr_scheduler_type="cosine", max_grad_norm=0.1, save_strategy="no", logging_steps=50, report_to=[],
+        disable_tqdm=True, remove_unused_columns=False, use_cpu=job.device == "cpu", seed=job.seed,
+    )  # fmt: skip
+    trainer = hf.Trainer(
+        model, arguments, train_dataset=Scenes(job.data, "train"), data_collator=collate_transformers,
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.train()
+    model.eval().save_pretrained(job.folder / "model.pt")
+    processor, found, scenes = hf.RTDetrImageProcessor(), [], Scenes(job.data, "val")
+    for index in range(len(scenes)):
+        with torch.no_grad():
+            output = model(pixel_values=scenes[index][0][None].to(model.device))
+        sizes = torch.tensor([[SIDE, SIDE]])
+        result = processor.post_process_object_detection(output, threshold=0.001, target_sizes=sizes)[0]
+        found.append((result["boxes"], result["labels"], result["scores"]))
+    return found
+
+
+def ultralytics(job: Job, clock: Clock) -> Found:
+    """YOLO.train; "own" is Ultralytics' own distillation."""
+    os.environ.setdefault("YOLO_OFFLINE", "true")
+    from ultralytics import YOLO
+
+    from fastkd.integrations.ultralytics import attach
+
+    data = write_yolo(job.data)
+    a_epoch = math.ceil(len(Scenes(job.data, "train")) / BATCH)
+    settings: dict[str, Any] = {
+        "data": str(data), "epochs": max(1, round(job.steps / a_epoch)), "imgsz": SIDE, "batch": BATCH, "nbs": BATCH,
+        "workers": 0, "device": "cpu" if job.device == "cpu" else 0, "plots": False, "amp": False, "val": False,
+        "project": str(job.folder.resolve()), "name": "run", "exist_ok": True, "seed": job.seed, "verbose": False,
+    }  # fmt: skip
+    model = YOLO("yolo11s.yaml" if job.method == "teacher" else "yolo11n.yaml")
+    model.add_callback("on_train_batch_end", clock.tick)
+    if job.distils:
+        teacher = None if job.method == "lgd" else YOLO(job.teacher)
+        settings["trainer"] = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed).trainer
+    elif job.method == "own":
+        settings["distill_model"] = str(job.teacher)
+    model.train(**settings)
+    last = job.folder / "run" / "weights" / "last.pt"
+    (job.folder / "model.pt").write_bytes(last.read_bytes())
+    trained, found = YOLO(last), []
+    for entry in Scenes(job.data, "val").images:
+        path = str(job.data / "val" / entry["file_name"])
+        boxes = trained.predict(path, imgsz=SIDE, conf=0.001, verbose=False, device=settings["device"])[0].boxes
+        found.append((boxes.xyxy, boxes.cls.long(), boxes.conf))
+    return found
+
+
+HOSTS: dict[str, Callable[[Job, Clock], Found]] = {
+    "torchvision": torchvision,
+    "lightning": lightning,
+    "transformers": transformers,
+    "ultralytics": ultralytics,
+}
+METHODS = {host: ("alone", "icd", "lgd") for host in HOSTS} | {"ultralytics": ("alone", "icd", "lgd", "own")}
