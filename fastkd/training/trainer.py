@@ -182,7 +182,8 @@ class Trainer:
             optimizer.load_tensors(checkpoint.optimizer)
         self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
         self.interval.load_state(state["interval"], self.group.device)
-        self.jumps.load_state(state["jumps"])
+        if "jumps" in state:  # older checkpoints have none
+            self.jumps.load_state(state["jumps"])
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
