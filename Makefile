@@ -5,7 +5,9 @@
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
-#   make build    the virtual environment with the compiled package;   make lint;   make clean
+#   make check    `make lint` and the tests that compile, train and start nothing: for every edit
+#   make lint     ruff's rules and format, mypy
+#   make build    the virtual environment with the compiled package;   make clean
 #   make test-install   isolated `pip install` of the source distribution into a fresh environment (downloads)
 #   make sanitize       the ops under the address and undefined-behaviour sanitizers, the emulation of CUDA under the first
 #   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
@@ -31,7 +33,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: portable demo test study bench bench-step build cmake lint test-install sanitize sanitize-simt clean
+.PHONY: portable demo test study bench bench-step build cmake lint check test-install sanitize sanitize-simt clean
 
 build: $(STAMPS)/built
 
@@ -143,6 +145,16 @@ bench-step: build
 
 lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Left out: what compiles, traces or trains, starts a process, or runs the slow random cases.
+CHECKED := $(wildcard tests/test_*.py) tests/evaluation tests/distillers/test_cwd.py tests/distillers/test_fgfi.py \
+	tests/distillers/test_icd.py tests/distillers/test_icd_options.py tests/distillers/test_lgd.py \
+	tests/distillers/test_pkd.py tests/distillers/test_score_l2.py tests/ops/test_ops_reference.py tests/ops/test_every_op.py
+check: lint build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(CHECKED) \
+	-k "not compile and not opcheck and not fuzz and not processes and not threads and not corrupted"
 
 # pip builds in an environment of its own and installs into a fresh one, which must then run the compiled op.
 INSTALL := build/install
@@ -188,5 +200,5 @@ portable: $(STAMPS)/dependencies
 	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc -isystem $(TORCH_INCLUDE) -c $$source -o /dev/null; done; done
 
 clean:
-	rm -rf build dist *.egg-info fastkd/_cpu*.so fastkd/_cuda*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info fastkd/_cpu*.so fastkd/_cuda*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	rm -f $(STAMPS)/built $(STAMPS)/cmake $(STAMPS)/cuda

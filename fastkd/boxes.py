@@ -1,11 +1,11 @@
-"""Overlap of xyxy boxes: the one IoU of the package."""
+"""Area, intersection and IoU of xyxy boxes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_SMALLEST_UNION = 1e-12  # makes the IoU of boxes without area 0
+_SMALLEST_UNION = 1e-12  # gives boxes without area an IoU of 0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The `fastkd` command line: parses, calls one of fastkd.commands, and turns errors into one clear line.
+"""The `fastkd` command line: parses arguments, calls one of fastkd.commands, and prints errors as one line.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Only the standard library and tyro are loaded at start-up.
 """
@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_and_explain(args)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone, as in `fastkd --help | head`
+    except BrokenPipeError:  # the reader of stdout has exited, as in `fastkd --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def run_and_explain(args: list[str]) -> int:
-    """Run the command; an error becomes one line and an exit code."""
+    """Run the command; print an error as one line and return the exit code."""
     debug = "--debug" in args or os.environ.get("FASTKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="fastkd: %(message)s")
@@ -92,22 +92,22 @@ def run(args: list[str]) -> None:
 
 
 def ours(error: BaseException) -> bool:
-    """Whether the error's class is fastkd's own, so that its message is meant for the user."""
+    """Whether the error's class is defined in fastkd, so that its message is meant for the user."""
     return type(error).__module__.split(".")[0] == "fastkd"
 
 
 def bad_input(error: BaseException) -> bool:
-    """Whether the user can cure the error by other input: files, options, run directories."""
+    """Whether the error is due to the user's input: files, options, run directories."""
     return isinstance(error, (ValueError, OSError)) or (ours(error) and isinstance(error, RuntimeError))
 
 
 def explained(error: BaseException) -> bool:
-    """Whether the message alone should do."""
+    """Whether the message is sufficient without a traceback."""
     return ours(error) or isinstance(error, (ValueError, OSError))
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message; its type too where the message alone says little."""
+    """The error's message, with its type unless the message is self-explanatory."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -115,7 +115,7 @@ def one_line(error: BaseException) -> str:
 
 
 def how_to_continue(args: list[str]) -> str:
-    """What to type to go on with an interrupted command; empty where it would simply start again."""
+    """The command that continues an interrupted one; empty if the command cannot be resumed."""
     if args[:1] == ["train"]:
         again = args if "--resume" in args else [*args, "--resume"]
     elif args[:1] == ["demo"]:
@@ -126,7 +126,7 @@ def how_to_continue(args: list[str]) -> str:
 
 
 def complain(message: str) -> None:
-    """A message on stderr, in the name of the program."""
+    """Prints a message with the program's name on stderr."""
     print(f"fastkd: {message}", file=sys.stderr)
 
 

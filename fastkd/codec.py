@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, every field checked by name and type."""
+"""Converts frozen dataclasses to JSON and back; checks name and type of every field."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Kinds = dict[str, type]
 
 
 def require(condition: bool, name: str, must: str, got: object, remedy: str = "") -> None:
-    """Raises ValueError that says what `name` must be, unless the condition holds."""
+    """Raises ValueError("<name> must be <must>, got <got>") unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
 
 
 def require_fraction(owner: object, *names: str) -> None:
-    """Raises ValueError unless these fields of a dataclass are fractions of a run."""
+    """Raises ValueError unless the named fields of a dataclass are in [0, 1]."""
     for name in names:
         value = getattr(owner, name)
         require(0.0 <= value <= 1.0, f"{type(owner).__name__}: {name}", "a fraction of the run in [0, 1]", value)
@@ -28,7 +28,7 @@ def encode(value: Any, kinds: Kinds) -> Any:
 
     Args:
         value: dataclass, list, tuple or JSON value.
-        kinds: dataclasses that say which they are, under "kind".
+        kinds: kind -> dataclass, for dataclasses whose JSON has a key "kind".
     """
     if dataclasses.is_dataclass(value):
         tag = [("kind", name) for name, kind in kinds.items() if type(value) is kind]
@@ -39,13 +39,13 @@ def encode(value: Any, kinds: Kinds) -> Any:
 
 
 def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
-    """What `encode` made JSON of, checked against a type annotation.
+    """The inverse of `encode`, checked against a type annotation.
 
     Args:
         annotation: type to build.
-        value: JSON.
-        where: name of the place, for messages.
-        kinds: as of `encode`.
+        value: JSON value.
+        where: dotted name of the field, for messages.
+        kinds: as in `encode`.
     Raises: ValueError.
     """
     origin = typing.get_origin(annotation)
@@ -94,7 +94,7 @@ def _decode_union(choices: tuple, value: Any, where: str, kinds: Kinds) -> Any:
 
 def _decode_dataclass(kind: type, values: Any, where: str, kinds: Kinds) -> Any:
     require(isinstance(values, dict), where, "an object", values)
-    if kind in kinds.values() and kinds.get(values.get("kind")) is kind:  # a method says which it is
+    if kind in kinds.values() and kinds.get(values.get("kind")) is kind:  # the JSON has a key "kind"
         values = {key: value for key, value in values.items() if key != "kind"}
     hints = typing.get_type_hints(kind)
     names = [item.name for item in dataclasses.fields(kind)]

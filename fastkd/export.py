@@ -1,7 +1,7 @@
-"""The trained detector for use elsewhere: ONNX graphs checked against torch, and a description of how to read them.
+"""Exports a trained detector: ONNX graphs checked against torch, and a JSON description of their inputs and outputs.
 
-A graph holds everything with weights and nothing that depends on the data (decoding boxes, suppression, pooling
-regions), of which each runtime has its own fast form:
+A graph contains all layers with weights. Data-dependent operations (box decoding, NMS, RoI pooling) are left to the
+runtime, which has fast implementations:
 
     model.onnx          images -> pyramid and raw outputs of the head (two-stage: of the proposal network)
     model-regions.onnx  two-stage: pooled regions -> class logits and box deltas
@@ -22,24 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.detectors.own import OwnDetector
 from fastkd.files import replacing
 
 ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-3  # of the largest value of an output; float32 graphs agree to about 1e-5
+TOLERANCE = 1e-3  # relative to the largest value of an output; float32 graphs agree to about 1e-5
 REGIONS_TRIED = 5
 
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """How an exported graph compares with torch.
+    """Comparison of an exported graph with torch.
 
     Args:
         path: the ONNX file.
         inputs: input name -> shape of the example.
         outputs: output name -> shape for that example.
-        difference: largest absolute difference of any output to torch's, over the inputs tried.
-        relative_difference: likewise, divided by the largest absolute value of the output.
-        tried: shapes of the inputs that were compared.
+        difference: largest absolute difference between onnxruntime and torch, over all outputs and test inputs.
+        relative_difference: the same, divided by the largest absolute value of the output.
+        tried: shapes of the test inputs.
     """
 
     path: Path
@@ -62,8 +63,17 @@ class RawOutputs(nn.Module):
         return (*pyramid, *(tensor for _, tensor in raw_head_outputs(self.detector, pyramid)))
 
 
+def check_graph(detector) -> None:
+    """Raises: ValueError for a detector of one's own, whose head may answer with anything."""
+    if isinstance(detector, OwnDetector):
+        raise ValueError(
+            f"export_onnx: detector must be one of fastkd's, got {detector.config.kind}; pass --no-onnx and export its "
+            "graph with torch.onnx"
+        )
+
+
 def raw_head_outputs(detector, pyramid: list[Tensor]) -> list[tuple[str, Tensor]]:
-    """What the head's convolutions say of a pyramid, by name; of a two-stage detector its proposal network's."""
+    """The raw outputs of the head on a pyramid, by name; for a two-stage detector those of the RPN."""
     if not detector.config.two_stage:
         return list(detector.head(pyramid).items())
     objectness, deltas = detector.head.rpn.head(pyramid)
@@ -73,7 +83,7 @@ def raw_head_outputs(detector, pyramid: list[Tensor]) -> list[tuple[str, Tensor]
 
 
 def level_names(detector) -> list[str]:
-    """p3 is the level of stride 8, p4 that of 16 ..."""
+    """Names of the levels: p3 for stride 8, p4 for stride 16, ..."""
     return [f"p{stride.bit_length() - 1}" for stride in detector.strides]
 
 
@@ -113,16 +123,17 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
     """Write a detector's graphs as ONNX and compare each with torch in onnxruntime.
 
     Args:
-        detector: anywhere, in any mode; left as it was. The graphs are float32.
-        folder: gets model.onnx (and model-regions.onnx, model-masks.onnx).
+        detector: on any device, in any mode; not changed. The graphs are float32.
+        folder: output folder for model.onnx (and model-regions.onnx, model-masks.onnx).
         size: (H, W) of the example image, multiples of the coarsest stride.
-        dynamic: let any batch size, height and width (multiples of the coarsest stride) through model.onnx; otherwise
-            it takes exactly one image of `size`.
+        dynamic: model.onnx takes any batch size, and any height and width that are multiples of the coarsest stride;
+            otherwise exactly one image of `size`.
     Returns: a report for each graph.
-    Raises: ValueError if packages are missing, the size does not fit, or a graph's numbers are not torch's; a file that
-        disagrees is not left behind.
+    Raises: ValueError if packages are missing, the size does not fit, or a graph's results differ from torch's; the
+        file of such a graph is deleted.
     """
     require_onnx()
+    check_graph(detector)
     check_size(detector, size)
     training, parameter = detector.training, next(detector.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -135,7 +146,7 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
 
 
 def check_size(detector, size: tuple[int, int]) -> None:
-    """Raises: ValueError unless (H, W) are positive multiples of the detector's coarsest stride."""
+    """Raises ValueError unless (H, W) are positive multiples of the detector's coarsest stride."""
     coarsest = max(detector.strides)
     if any(side <= 0 or side % coarsest for side in size):
         raise ValueError(
@@ -150,7 +161,7 @@ def _random(*shape: int) -> Tensor:
 
 def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool) -> OnnxReport:
     coarsest = max(detector.strides)
-    # torch.export takes a batch of one for a constant, so a dynamic graph is traced with two images
+    # torch.export treats a batch size of 1 as a constant, so a dynamic graph is traced with two images
     examples = [_random(2 if dynamic else 1, 3, *size)]
     if dynamic:
         examples.append(_random(1, 3, size[0] + coarsest, size[1] + 2 * coarsest))
@@ -178,7 +189,7 @@ def _region_graphs(detector, folder: Path) -> list[OnnxReport]:
 def _write_graph(
     module: nn.Module, path: Path, name: str, names: list[str], examples: list[Tensor], free: tuple[int, ...]
 ) -> OnnxReport:
-    """Trace with the first example, write, compare on all. `free` are the input's dimensions that may vary."""
+    """Trace with the first example, write, compare on all examples. `free` are the dynamic dimensions of the input."""
     module = module.eval()
     shapes = ({dimension: torch.export.Dim.AUTO for dimension in free},) if free else None
     with replacing(path) as partial:
@@ -192,7 +203,7 @@ def _write_graph(
                 dynamic_shapes=shapes,
                 verbose=False,
             )
-            assert program is not None  # as dynamo=True promises
+            assert program is not None  # guaranteed by dynamo=True
             program.save(str(partial), external_data=False)
         return _compare(module, partial, path, name, names, examples)
 
@@ -230,7 +241,7 @@ def _compare(module, written: Path, path: Path, name: str, names: list[str], exa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what the exporter says about its own insides off the terminal."""
+    """Suppresses the exporter's messages and warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -245,12 +256,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _anchors(detector) -> list[list[list[float]]]:
-    """The boxes the cell at the origin answers for, level by level; none for SOLOv2."""
+    """The anchors of the cell at the origin, level by level; none for SOLOv2."""
     return [anchors.tolist() for anchors in detector.imitation_anchors()] or [[] for _ in detector.strides]
 
 
 def description(detector, class_names: list[str], reports: list[OnnxReport]) -> dict[str, Any]:
-    """What a program needs to know to use the exported files, as JSON values."""
+    """The content of model.json: everything needed to use the exported files."""
     from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
     return {

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """fsync of a file, or of a folder's directory entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,7 +21,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails."""
+    """Yields a temporary path to write to; renames it to `path` after the block, or deletes it if the block raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -33,15 +33,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, and its folder where there is none."""
+    """Writes a text file atomically; makes its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
-    """Writes a JSON file whole or not at all.
+    """Writes a JSON file atomically.
 
-    Raises: ValueError for NaN and infinity, which JSON does not know, unless allow_nan lets Python's own form pass.
+    Raises: ValueError for NaN and infinity, which standard JSON does not have, unless allow_nan is True.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=allow_nan) + "\n")

@@ -1,4 +1,4 @@
-"""What `fastkd info` tells: versions, build, CPU capability, GPUs, and which ops have compiled kernels."""
+"""Output of `fastkd info`: versions, build, CPU capability, GPUs, and the ops with compiled kernels."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _cpu_model() -> str:
 
 
 def _cpu_library() -> tuple[str | None, str | None]:
-    """Why the compiled ops cannot run (None if they can), and the capability in use; must not raise."""
+    """Why the compiled CPU ops cannot run (None if they can), and the capability in use; never raises."""
     try:
         return library.why_not_loaded(), library.cpu_capability()
-    except RuntimeError as error:  # FASTKD_CPU_CAPABILITY names what this CPU lacks
+    except RuntimeError as error:  # FASTKD_CPU_CAPABILITY names a capability that this CPU lacks
         return str(error).splitlines()[0], None
 
 
@@ -57,7 +57,11 @@ def _gpus() -> list[str]:
 
 
 def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
-    """What runs where; why_not: why no compiled op runs on the CPU. Each module of fastkd.ops is one op."""
+    """The backend of every op (a module of fastkd.ops) on CPU and GPU.
+
+    Args:
+        why_not: why no compiled op runs on the CPU, or None.
+    """
     table = {}
     for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.ispkg):
         reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
@@ -68,7 +72,7 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
 
 
 def _cards() -> list[str]:
-    """The visible GPUs that the kernels are not built for, in words."""
+    """Descriptions of the visible GPUs that the kernels are not built for."""
     build = library.cuda_build()
     if build is None:
         return []
@@ -78,7 +82,7 @@ def _cards() -> list[str]:
 
 
 def collect() -> dict:
-    """Everything `fastkd info` prints, as plain types that go into JSON.
+    """Everything `fastkd info` prints, as JSON types.
 
     Returns: {"fastkd", "python", "platform": str; "packages": {name: version}; "cpu": {"model", "cores", "threads",
         "capability" (None where no compiled op runs), "library" (path), "build" (None if not built), "why_not"};
@@ -133,6 +137,6 @@ def print_info(console: Console | None = None) -> None:
     console.print(packages)
     kernels = Table("op", "CPU", "CUDA")
     for op, where in info["ops"].items():
-        known = cuda["why_not"] and where["cuda"].endswith(cuda["why_not"])  # said above, in full
+        known = cuda["why_not"] and where["cuda"].endswith(cuda["why_not"])  # printed in full above
         kernels.add_row(op, where["cpu"], "plain torch: no GPU kernels" if known else where["cuda"])
     console.print(kernels)

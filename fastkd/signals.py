@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+"""SIGTERM and Ctrl-C: the first signal ends training after a checkpoint, the second one at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal stopped the work and everything is saved. Args: signum: the signal."""
+    """A signal stopped the run, and everything is saved. Args: signum: the signal."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, as shells know them."""
+        """The shell's exit code: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.signum
 
     @classmethod
@@ -28,13 +28,13 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Remembers that SIGTERM or SIGINT arrived. Use as a context manager around training.
+    """Records SIGTERM and SIGINT. Use as a context manager around training.
 
-    Handlers are installed in the main thread only (Python allows no other); elsewhere nothing is caught. Loader
-    processes ignore both signals, so they outlive a Ctrl-C that reaches the whole terminal.
+    Handlers can only be installed in the main thread; in other threads signals are not caught. Loader processes ignore
+    both signals, so that a Ctrl-C in the terminal, which reaches all processes, does not stop them.
 
     Attributes:
-        received: number of the signal, 0 if none came.
+        received: number of the signal; 0 if none was received.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -63,8 +63,8 @@ class StopSignals:
             raise Interrupted(signum)
 
     @contextlib.contextmanager
-    def leaving_at_once(self) -> Iterator[None]:
-        """A block with nothing to save: a signal raises Interrupted at once, also one that came before."""
+    def interrupt_at_once(self) -> Iterator[None]:
+        """Within the context a signal, even one received before, raises Interrupted at once; nothing needs saving."""
         self._raise = True
         try:
             if self.received:

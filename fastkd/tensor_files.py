@@ -1,4 +1,4 @@
-"""Safetensors files whose bytes depend on their content alone."""
+"""Writes safetensors files deterministically: equal content gives equal bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def save_tensor_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, its metadata in alphabetical order: equal content, equal checksum.
+    """Write a safetensors file with sorted metadata, so that equal content gives an equal checksum.
 
-    safetensors itself writes metadata in an order that differs from process to process.
+    The order in which safetensors writes metadata differs from process to process.
 
     Args:
         path: overwritten; not atomic.
         tensors: contiguous, on the CPU, sharing no memory.
-        metadata: of the file's header.
+        metadata: entries of the file header's "__metadata__".
     """
     save_file(tensors, path, metadata=dict(metadata) if metadata else None)
     if not metadata:
@@ -29,6 +29,6 @@ def save_tensor_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # as long as before, but for the spaces that fill it up
+        if len(text) <= length:  # padded with spaces to the same length
             file.seek(8)
             file.write(text.ljust(length))

@@ -1,6 +1,6 @@
-"""The few shared types: a batch of images with its ground truth, detections, and class priors.
+"""Shared types: a batch of images with its ground truth, detections, and class priors.
 
-Every other package of fastkd may import this module; it imports nothing of ours.
+Every other package of fastkd may import this module; it imports no module of fastkd.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Batch:
         boxes: [K, 4] float32 xyxy in pixels of the padded batch.
         labels: [K] int64 in [0, num_classes).
         image_index: [K] int64 in [0, B), ascending.
-        counts: boxes of each image, B Python ints (so that nobody asks the device for them).
+        counts: number of boxes in each image, B Python ints (on the host, to avoid a device synchronisation).
         masks: [K, H, W] bool in the padded batch, or None.
         ignore_boxes: [I, 4] float32 xyxy, regions that are neither object nor background (crowds).
         ignore_index: [I] int64 in [0, B).
         image_ids: B dataset ids.
         original_sizes: [B, 2] int64, (height, width) of the image files.
-        seeds: B Python ints; whatever a loss draws for image b comes from seeds[b], so that a batch
-            split over processes draws what the whole batch draws.
+        seeds: B Python ints; a loss draws its random numbers for image b from seeds[b], so that they do not depend on
+            how the batch is split over processes.
     """
 
     images: Tensor
@@ -75,7 +75,7 @@ class Batch:
 
 @dataclass
 class Detections:
-    """What a detector found in one image, in order of falling score.
+    """Detections of one image, in order of descending score.
 
     Args:
         boxes: [D, 4] float32 xyxy in pixels of the resized image, clipped to it.
@@ -95,7 +95,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class ClassPriors:
-    """How often each class occurs in a training set and how large its boxes are, for ICD's fake queries.
+    """Class frequencies and box-size statistics of a training set, for ICD's fake queries.
 
     Args:
         frequency: [num_classes] float64, sums to 1 (a class that never occurs has 0).

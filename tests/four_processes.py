@@ -18,7 +18,7 @@ from fastkd.detectors import load_detector
 from fastkd.training import train
 from fastkd.training.build import build
 from fastkd.training.config import RuntimeConfig, Schedule
-from fastkd.training.parallel.processes import holding_back, processes
+from fastkd.training.parallel.processes import no_sync, processes
 from fastkd.training.run.finish import Evaluation
 from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase
@@ -63,7 +63,7 @@ def gradients(recipe, group, compression):
     for step in range(STEPS):
         module.zero_grad(set_to_none=True)
         for number in range(1, accumulate + 1):
-            with holding_back(wrapped, number < accumulate):
+            with no_sync(wrapped, number < accumulate):
                 (sum_losses(wrapped(next(batches), Phase(distill=True))) / accumulate).backward()
         found |= {f"{step}:{n}": p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
     dist.all_reduce = plain

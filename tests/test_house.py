@@ -33,11 +33,6 @@ SHARED_SUPPORT = {
     "fastkd.ops._support.library": "`fastkd info`, tests and benchmarks ask which kernels are built",
     "fastkd.ops._support.dispatch": "tests choose the backend",
 }
-# Imports inside a function that close a circle.
-LATE = {
-    ("fastkd.integrations.teachers", "fastkd.integrations.torchvision"): "a teacher tells its package when it is given",
-    ("fastkd.integrations.teachers", "fastkd.integrations.transformers"): "likewise",
-}
 FOR_REFERENCES = ("fastkd.boxes", "fastkd.ops._support.coverage")  # plain torch that several references share
 
 
@@ -111,7 +106,7 @@ def circles(texts: dict[str, str]) -> list[str]:
     graph: dict[str, set[str]] = {module: set() for module in texts}
     for one in all_imports(texts):
         own = one.source == one.target or one.target.startswith(f"{one.source}.")
-        if not own and (one.source, one.target) not in LATE:
+        if not own:
             graph[one.source].add(one.target)
     try:
         TopologicalSorter(graph).prepare()
@@ -174,7 +169,6 @@ def test_imports_point_down():
 
 def test_no_circle():
     assert circles(ALL) == []
-    assert {(one.source, one.target) for one in all_imports(ALL)} >= LATE.keys()  # none outlives its reason
 
 
 def test_no_private_name_of_another_room():

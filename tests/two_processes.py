@@ -97,7 +97,7 @@ def main():
         for kind, method in CASES:
             found = gradients(gradient_recipe(data, kind, method), group)
             save_file(found, out / f"{kind}-{method}-{group.rank}.safetensors")
-        recipe = group.first_does(lambda: run_recipe(data, out))
+        recipe = group.on_rank0(lambda: run_recipe(data, out))
         report = {"whole": train(recipe, out / "whole", device="cpu", console=silent()).status}
 
         original = trainer_module.Trainer._take_step

@@ -186,7 +186,7 @@ def rt_detr(job: Job) -> nn.Module:
     big = job.method == "teacher"
     sizes = [64, 128, 256, 512] if big else [32, 64, 96, 128]
     backbone = RTDetrResNetConfig(
-        embedding_size=32, hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
+        embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
     width = 256 if big else 128

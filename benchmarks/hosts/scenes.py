@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def write_yolo(root: Path) -> Path:
         (target / "images").mkdir(parents=True, exist_ok=True)
         (target / "labels" / split).mkdir(parents=True, exist_ok=True)
         if not (target / "images" / split).exists():
-            (target / "images" / split).symlink_to((root / split).resolve(), target_is_directory=True)
+            shutil.copytree(root / split, target / "images" / split)
         for entry in scenes.images:
             lines = []
             for (x1, y1, x2, y2), label in scenes.objects[entry["id"]]:

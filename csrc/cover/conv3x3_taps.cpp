@@ -28,6 +28,20 @@ void multiply_into(const Tensor& first, const Tensor& second, const Tensor& out)
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// The product of first^T [C, N] and second [N, D], block by block of rows and then added up: one sum over thousands of
+// embeddings is less exact than plain torch's, which adds them up in the cells of a level first.
+Tensor multiply_transposed(Tensor first, Tensor second) {
+  Tensor total;
+  for (int64_t begin = 0; begin < first.size(0); begin += kMostEmbeddings) {
+    const int64_t count = std::min(kMostEmbeddings, first.size(0) - begin);
+    const Tensor rows = torch::stable::narrow(first, 0, begin, count);
+    const Tensor part = new_tensor(first, {first.size(1), second.size(1)});
+    multiply_into(torch::stable::transpose(rows, 0, 1), torch::stable::narrow(second, 0, begin, count), part);
+    total = begin == 0 ? part : torch::stable::subtract(total, part, -1.0);
+  }
+  return total;
+}
+
 // A call: its dense arguments, the embeddings packed for the products, and the tasks.
 struct Call {
   Tensor weight, embeddings;
@@ -137,8 +151,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor weigh
     const Tensor grads = shaped(plain, {arguments.count, kTaps * arguments.outputs});
     if (for_embeddings) multiply_into(grads, torch::stable::transpose(call.matrix(), 0, 1), rows);
     if (!for_weight) return {rows, matrix};
-    const Tensor turned = new_tensor(embeddings, {arguments.inputs, kTaps * arguments.outputs});
-    multiply_into(torch::stable::transpose(call.embeddings, 0, 1), grads, turned);
+    const Tensor turned = multiply_transposed(call.embeddings, grads);  // [C, 9 * O]
     Tensor flat = shaped(matrix, {arguments.outputs, -1});
     torch::stable::copy_(flat, torch::stable::transpose(shaped(turned, {-1, arguments.outputs}), 0, 1));
     return {rows, matrix};

@@ -6,7 +6,8 @@
 // backward   g^T [O, 9, N] is transposed on demand; for w: the rows g^T[o, t, :] of a task times e; for e: the rows
 //            w[o, c, :] of all inputs of a thread times a few outputs of g^T, which stay in L1
 // e^T and g^T are stored in blocks of as many embeddings as a product processes at a time, row by row of a block.
-// Sums are in registers over at most kDepth products, then in memory, in an order that depends only on the shape.
+// Sums are in registers over at most kDepth products (backward for e: kChain), then in memory, in an order that depends
+// only on the shape.
 #pragma once
 
 #include "common/tile.h"
@@ -50,11 +51,12 @@ namespace fastkd {
 namespace {
 using namespace conv3x3_taps;
 
+constexpr int64_t kChain = 36;  // for e: longer sums in a row are less exact than plain torch's
 constexpr int kMostVectors = kWide ? 3 : 1;  // with nine rows they fill the registers
 
 // c [M, U vectors] (+)= the sum over groups and steps of a[m * row + group * group_stride + step * step_stride] times
-// the rows of b, U vectors each with stride ldb; at most kDepth consecutive products in registers.
-template <class V, int M, int U, int row, int step_stride>
+// the rows of b, U vectors each with stride ldb; at most `chain` consecutive products in registers.
+template <class V, int M, int U, int row, int step_stride, int64_t chain = kDepth>
 __attribute__((noinline)) void multiply_strided(const Element<V>* a, int64_t group_stride, int64_t groups,
                                                 int64_t steps, const Element<V>* b, int64_t ldb, Element<V>* c,
                                                 int64_t ldc, bool first) {
@@ -75,7 +77,7 @@ __attribute__((noinline)) void multiply_strided(const Element<V>* a, int64_t gro
     first = false;
   };
   clear();
-  int64_t room = kDepth;
+  int64_t room = chain;
   for (int64_t group = 0; group < groups; ++group) {
     const Element<V>* left = a + group * group_stride;
     for (int64_t rest = steps; rest > 0;) {
@@ -96,11 +98,11 @@ __attribute__((noinline)) void multiply_strided(const Element<V>* a, int64_t gro
       if (room == 0) {
         add();
         clear();
-        room = kDepth;
+        room = chain;
       }
     }
   }
-  if (first || room < kDepth) add();
+  if (first || room < chain) add();
 }
 
 template <class acc>
@@ -235,8 +237,9 @@ struct Taps {
             const acc* left = weight + (output * inputs + input) * kTaps;
             for (int64_t next = some; next < 2 * some && output + next < outputs; ++next)
               fetch(left + next * inputs * kTaps, left + (next * inputs + rows) * kTaps);
-            multiply_strided<V, rows, vectors, kTaps, 1>(left, inputs * kTaps, some, kTaps, panel, vectors * lanes,
-                                                         sums + (input - begin) * kWidth, kWidth, output == 0);
+            multiply_strided<V, rows, vectors, kTaps, 1, kChain>(left, inputs * kTaps, some, kTaps, panel,
+                                                                 vectors * lanes, sums + (input - begin) * kWidth,
+                                                                 kWidth, output == 0);
             input += rows;
           };
           if (input + kRows <= end)

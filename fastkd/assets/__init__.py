@@ -1,6 +1,6 @@
-"""Weight files that come with fastkd, verified before use.
+"""Weight files shipped with fastkd, verified before use.
 
-SHA256SUMS lists them in the format of `sha256sum`: one "<hex digest>  <file name>" a line.
+SHA256SUMS lists them in the format of `sha256sum`: one "<hex digest>  <file name>" per line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PREFIX = "asset:"
 
 
 def checksums(folder: Path = FOLDER) -> dict[str, str]:
-    """File name -> SHA-256 of every asset, as SHA256SUMS says; empty where there is no such file."""
+    """File name -> SHA-256 of every asset, from SHA256SUMS; empty if there is no such file."""
     path = folder / "SHA256SUMS"
     if not path.is_file():
         return {}
@@ -26,9 +26,9 @@ def checksums(folder: Path = FOLDER) -> dict[str, str]:
 
 
 def asset(name: str, folder: Path = FOLDER) -> Path:
-    """The path of a weight file that ships with fastkd, once its SHA-256 is found right.
+    """The path of a shipped weight file, after verifying its SHA-256.
 
-    Raises: ValueError if there is no asset of that name, its file is missing or its content is not what was shipped.
+    Raises: ValueError if there is no such asset, its file is missing, or its checksum is wrong.
     """
     sums = checksums(folder)
     if name not in sums:
@@ -47,6 +47,6 @@ def asset(name: str, folder: Path = FOLDER) -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file a recipe names: "asset:NAME" is the verified asset of that name, anything else a path as it is."""
+    """The file that a recipe names: the verified asset for "asset:NAME", otherwise the path itself."""
     text = str(name)
     return asset(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(text)

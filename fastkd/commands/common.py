@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+OwnDetectors = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="detector", metavar="MODULE:CLASS")
+]
 STUDENT_FILE = "student.safetensors"
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal, on stderr, so that stdout carries results only."""
+    """Prints a message on stderr, so that stdout carries results only."""
     from rich.console import Console
     from rich.text import Text
 
@@ -17,14 +25,14 @@ def say(message: str) -> None:
 
 
 def progress_bar(unit: str):
-    """A bar on stderr with counts, rate and time left."""
+    """A progress bar on stderr with counts, rate and time left."""
     from fastkd.evaluation.tables import progress_bar
 
     return progress_bar(unit)
 
 
 def choose_device(name: str):
-    """`auto` is the GPU where there is one, else the CPU; otherwise the device of that name.
+    """The torch device of a name; `auto` is the GPU if there is one, else the CPU.
 
     Raises: ValueError if there is no such device.
     """
@@ -46,12 +54,12 @@ def choose_device(name: str):
 
 
 def device_argument(name: str):
-    """For functions that choose a GPU themselves: None for `auto`, else the checked device."""
+    """The checked device, or None for `auto`, for functions that choose a device themselves."""
     return None if name == "auto" else choose_device(name)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The detector's file: `path` itself, or student.safetensors in the run directory `path`.
+    """The detector's file: `path`, or student.safetensors in it if `path` is a run directory.
 
     Raises: ValueError if there is none.
     """
@@ -67,15 +75,32 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
+def use_detectors(names: Sequence[str]) -> None:
+    """Imports the detectors of one's own that the user named with --detector."""
+    from fastkd.detectors import use_detector
+
+    for name in names:
+        use_detector(name)
+
+
+def take_detectors(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --detector, which are imported, and the other arguments: tyro has --detector.FIELD for itself."""
+    parser = argparse.ArgumentParser(prog="fastkd", add_help=False, allow_abbrev=False)
+    parser.add_argument("--detector", action="append", default=[], metavar="MODULE:CLASS")
+    known, rest = parser.parse_known_args(list(args))
+    use_detectors(known.detector)
+    return known.detector, rest
+
+
 def require_file(path: Path, name: str) -> Path:
-    """`path`, if it is a file; `name` is the argument to blame otherwise."""
+    """Returns `path` if it is a file; otherwise raises ValueError about the argument `name`."""
     if not path.is_file():
         raise ValueError(f"{name} must be an existing file, got {path}")
     return path
 
 
 def require_folder(path: Path, name: str) -> Path:
-    """`path`, if it is a folder; `name` is the argument to blame otherwise."""
+    """Returns `path` if it is a folder; otherwise raises ValueError about the argument `name`."""
     if not path.is_dir():
         raise ValueError(f"{name} must be an existing folder, got {path}")
     return path
@@ -83,11 +108,11 @@ def require_folder(path: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """How images enter the detector.
+    """Sizes of the detector's input images.
 
     Args:
-        short_side, max_side: see fastkd.data.transforms.resized_size; None leaves images at their size.
-        divisor: padded sides are multiples of it.
+        short_side, max_side: see fastkd.data.transforms.resized_size; None keeps the original size.
+        divisor: padded height and width are multiples of it.
     """
 
     short_side: int | None = None
@@ -96,7 +121,7 @@ class ImageSize:
 
 
 def image_size(checkpoint: Path, short_side: int | None, max_side: int | None) -> ImageSize:
-    """The sizes asked for, or else those of the evaluation of the run that the checkpoint lies in."""
+    """The given sizes; where None, the evaluation sizes of the run that contains the checkpoint."""
     import json
 
     path = checkpoint.parent / "recipe.json"

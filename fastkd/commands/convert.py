@@ -16,10 +16,10 @@ def convert(
     annotations: Path | None = None,
     norm_eps: float | None = None,
 ) -> None:
-    """Turn a detector of torchvision or detectron2 into one of fastkd, e.g. a published R101 teacher.
+    """Convert a detector of torchvision or detectron2 to fastkd's format, e.g. a published R101 teacher.
 
-    RetinaNet, Faster R-CNN and Mask R-CNN with ResNet-50 or -101 and a feature pyramid. Nothing in it is executed.
-    The result goes to --teacher, evaluate, predict and export like any detector trained here.
+    Supports RetinaNet, Faster R-CNN and Mask R-CNN with ResNet-50 or -101 and FPN. No code in the file is executed.
+    Use the result with --teacher, evaluate, predict and export like any detector trained with fastkd.
 
     Args:
         checkpoint: .pth, .pt or .safetensors, or detectron2's model_final_*.pkl.
@@ -49,7 +49,7 @@ def convert(
     changed = {
         name: value
         for name, value in config.to_dict().items()
-        if name in ("p6_source", "anchor_rounding", "roi_aligned", "head_norm")  # of neck and head
+        if name in ("p6_source", "anchor_rounding", "roi_aligned", "head_norm")  # fields of neck and head
         and value != type(config)(detector=config.detector).to_dict()[name]
     }
     if changed:
@@ -59,7 +59,7 @@ def convert(
 
 
 def _option(name: str, value) -> str:
-    """A field of a recipe's detector as `fastkd train` takes it."""
+    """The command-line option of `fastkd train` for a field of the detector."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--detector.{flag}" if value else f"--detector.no-{flag}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastkd.commands.common import progress_bar, say
 
-TRAIN_IMAGES, VAL_IMAGES = 8000, 500  # what the demo trains on
+TRAIN_IMAGES, VAL_IMAGES = 8000, 500  # the sizes that the demo uses
 CROWD_TRAIN, CROWD_VAL = 4000, 400
 
 
@@ -75,7 +75,7 @@ def _write(generate, name: str, root: Path, options: dict) -> None:
     task = bar.add_task(name, total=None)
 
     def show(done: int, total: int) -> None:
-        bar.start()  # only now: nothing is drawn where the files are there already or an argument is wrong
+        bar.start()  # on the first image, so that no bar is shown if the files exist or an argument is wrong
         bar.update(task, completed=done, total=total)
 
     try:

@@ -1,4 +1,4 @@
-"""`fastkd demo`: the same small detector with and without distillation, side by side, in a quarter of an hour."""
+"""`fastkd demo`: trains the same small detector with and without distillation and compares them, in 15 minutes."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def demo(
     teacher: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """See distillation work: train a small detector alone, with LGD, with ICD and with FGFI, and write a report.
+    """Demonstrate distillation: train a small detector alone, with LGD, with ICD and with FGFI, and write a report.
 
-    Everything is equal but the method: data, steps, seed, initial weights. Takes about 15 minutes on two CPU cores.
-    Interrupted? Give the same command again; it continues where it stopped.
+    The runs differ only in the method: data, steps, seed and initial weights are equal. Takes about 15 minutes on two
+    CPU cores. Interrupted? Run the same command again; it continues where it stopped.
 
     Args:
         out: Folder for the runs and report.html.
-        data: Folder of the generated data set; made if it is not there. Default: data/scenes or data/crowd.
-        crowd: People in crowds instead of shapes: Faster R-CNN alone and with LGD, measured by MR^-2, AP and JI.
+        data: Folder of the generated data set; generated if missing. Default: data/scenes or data/crowd.
+        crowd: Use crowds of people instead of shapes: Faster R-CNN alone and with LGD, measured by MR^-2, AP and JI.
         seed: Seed of all runs.
         steps: Steps of each run. Default: as in the recipes.
-        control: Also train the student that only inherits the teacher's head: what ICD must beat.
+        control: Also train a student that only inherits the teacher's head, the fair comparison for ICD.
         images: Training images to generate. Default: 8000, with --crowd 4000.
         val_images: Validation images to generate. Default: 500, with --crowd 400.
-        teacher: Another teacher than the one that comes with fastkd.
+        teacher: Teacher to use instead of the shipped one.
         device: auto, cpu, cuda or cuda:N.
     """
     where = device_argument(device)
@@ -66,11 +66,11 @@ def demo(
 
 
 def run_all(recipes: dict[str, Any], metrics: dict[str, dict], out: Path, where) -> None:
-    """Train each recipe into its folder and show them side by side, as a table and as the report.
+    """Train each recipe into its folder; print the table of results and write the report.
 
     Args:
-        recipes: by short name.
-        metrics: of what was measured before (the teacher); the runs' are added.
+        recipes: recipes by short name.
+        metrics: metrics measured before (of the teacher); those of the runs are added.
         out: folder for the runs and report.html.
         where: device, or None.
     """
@@ -100,7 +100,7 @@ def run_all(recipes: dict[str, Any], metrics: dict[str, dict], out: Path, where)
 
 
 def demo_recipes(*, data: Path, seed: int, steps: int | None, control: bool, teacher: Path | None) -> dict[str, Any]:
-    """The demo's recipes by short name, differing in the method only; the files they need are verified."""
+    """The demo's recipes by short name, which differ only in the method; verifies the files they need."""
     from fastkd.assets import resolve
     from fastkd.training import get_recipe
 
@@ -120,7 +120,7 @@ def demo_recipes(*, data: Path, seed: int, steps: int | None, control: bool, tea
 
 
 def crowd_demo_recipes(*, data: Path, seed: int, steps: int | None) -> dict[str, Any]:
-    """The crowd demo's recipes by short name, differing in the method only."""
+    """The crowd demo's recipes by short name, which differ only in the method."""
     from fastkd.training import get_recipe
 
     recipes = {}
@@ -133,7 +133,7 @@ def crowd_demo_recipes(*, data: Path, seed: int, steps: int | None) -> dict[str,
 
 
 def evaluate_teacher(weights: Path, recipe, folder: Path, device) -> dict[str, Any]:
-    """Measure the teacher on the validation images, once; its folder then looks like a run's to the report."""
+    """Measure the teacher on the validation images, once, into a folder that the report can read like a run's."""
     from fastkd.training.run.checkpoint import sha256_of
 
     if not weights.is_file():
@@ -186,16 +186,16 @@ def evaluate_teacher(weights: Path, recipe, folder: Path, device) -> dict[str, A
 
 
 def read_ledger(run_dir: Path) -> dict[str, Any] | None:
-    """ledger.json of a run, None where there is none."""
+    """ledger.json of a run; None if there is none."""
     path = run_dir / "ledger.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None], inheriting: Sequence[str] = ()) -> None:
-    """AP, gain over the baseline, time and extra cost of every run; then what the gains mean.
+    """Print AP, gain over the baseline, time and extra cost of every run, with a note on how to read the gains.
 
     Args:
-        inheriting: names of the runs of methods that start from the teacher's neck and head.
+        inheriting: names of the runs whose method inherits the teacher's neck and head.
     """
     from rich.console import Console
     from rich.table import Table
@@ -221,12 +221,12 @@ def show_table(metrics: dict[str, dict], ledgers: dict[str, dict | None], inheri
             *_extra(ledger),
         )
     Console().print(table)
-    for line in _reading(metrics, inheriting):
+    for line in _explain_gains(metrics, inheriting):
         print(line)
 
 
-def _reading(metrics: dict[str, dict], inheriting: Sequence[str]) -> list[str]:
-    """How to read the gains: much of an inheriting method's gain is not distillation; one seed is one draw."""
+def _explain_gains(metrics: dict[str, dict], inheriting: Sequence[str]) -> list[str]:
+    """A note on the gains: one seed is one sample, and part of an inheriting method's gain comes from inheriting."""
     lines = ["gain: AP over the baseline. One seed is one draw: the baseline's own AP moves by several points."]
     control = metrics.get(CONTROL, {}).get("bbox", {}).get("AP")
     for name in inheriting:
@@ -246,7 +246,7 @@ def _minutes(seconds: float | None) -> str:
 
 
 def _extra(ledger: dict | None) -> list[str]:
-    """A method's extra cost: seconds a step relative to the student's, memory, seconds with the teacher's training."""
+    """A method's extra cost: relative step time, memory, and time including the teacher's training."""
     if ledger is None or ledger.get("method") is None:
         return ["-"] * 3
     alone, extra = ledger["student"]["seconds_per_step"], ledger["extra"]

@@ -1,10 +1,10 @@
-"""`fastkd doctor`: what is wrong with a run, before it begins."""
+"""`fastkd doctor`: checks a recipe before training."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastkd.commands.common import device_argument, say
+from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.commands.train import find_recipe, split_recipe
 
 USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
@@ -18,7 +18,7 @@ MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROB
 
 
 class RecipeProblems(RuntimeError):
-    """The recipe has problems; the message counts them."""
+    """The recipe has problems; the message states their number."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -36,15 +36,18 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse(name: str, args: Sequence[str]) -> tuple:
-    """The recipe `name` with the overrides in `args`, number of batches, device and an earlier run's directory."""
+    """Parses the recipe `name` with overrides, the number of batches, the device and an earlier run's directory."""
     import tyro
 
-    from fastkd.training.recipes.options import typed, untyped
+    from fastkd.training.recipes.options import typed, untyped, with_detector
 
-    default = typed(find_recipe(name))
+    detectors, args = take_detectors(args)
+    recipe = find_recipe(name)
+    default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def doctor(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         batches: int = 4,
         device: str = "auto",
         run_dir: Path | None = None,
@@ -53,9 +56,9 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
         Args:
             recipe: The recipe.
-            batches: Batches the teacher is measured on and the losses are taken from.
+            batches: Number of batches to evaluate the teacher and the losses on.
             device: auto, cpu, cuda or cuda:N.
-            run_dir: Directory of an earlier run of the recipe: says whether its loss jumped.
+            run_dir: Directory of an earlier run of the recipe, to check whether its loss jumped.
         """
         return untyped(recipe), batches, device, run_dir
 
@@ -63,7 +66,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
 
 def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
-    """Examine and print, one line a finding."""
+    """Check the recipe and print one line per finding."""
     from rich.console import Console
     from rich.text import Text
 
@@ -81,7 +84,7 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
 
 
 def doctor(recipe: str) -> None:
-    """Look for what makes a distilled run gain nothing, before it begins. `fastkd doctor --help` says more.
+    """Check a recipe before training for the usual reasons why distillation fails. See `fastkd doctor --help`.
 
     Args:
         recipe: A name from fastkd recipes.

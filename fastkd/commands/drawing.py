@@ -1,4 +1,4 @@
-"""Detections on an image: boxes, masks, class names and scores."""
+"""Draws detections on an image: boxes, masks, class names and scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MASK_OPACITY = 0.45
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A strong colour; neighbouring labels get far-apart hues (multiples of the golden section)."""
+    """A saturated colour; successive labels get distant hues (multiples of the golden ratio)."""
     red, green, blue = colorsys.hsv_to_rgb((0.08 + label * 0.618034) % 1.0, 0.85, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -25,7 +25,7 @@ def draw_detections(
     class_names: list[str],
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """A copy of the image with detections drawn on it, the strongest on top.
+    """A copy of the image with detections drawn on it, the highest score on top.
 
     Args:
         image: RGB.
@@ -64,7 +64,7 @@ def _tint(picture: Image.Image, masks: np.ndarray, labels, order, zoom: int) -> 
 
 
 def _tag(draw: ImageDraw.ImageDraw, text: str, frame: list[float], colour, font) -> None:
-    """A name plate on the box's upper edge, moved inside the image where it would stick out."""
+    """A text label at the box's upper edge, moved inside the image if necessary."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 4
     x = min(max(0.0, frame[0]), max(0.0, draw.im.size[0] - width))

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from fastkd.commands.common import (
+    OwnDetectors,
     device_argument,
     find_checkpoint,
     image_size,
     require_file,
     require_folder,
+    use_detectors,
 )
 from fastkd.files import write_json
 
@@ -33,10 +35,11 @@ def evaluate(
     device: str = "auto",
     bf16: bool = False,
     strict: bool = False,
+    detectors: OwnDetectors = (),
 ) -> None:
-    """Measure a trained detector: on COCO-format data AP of boxes (and masks), by size and by class.
+    """Measure a trained detector on COCO-format data: AP of boxes (and masks), by size and by class.
 
-    On CrowdHuman's format (--format crowdhuman) MR^-2, AP and JI of its people.
+    With --format crowdhuman: MR^-2, AP and JI on data in CrowdHuman's format.
 
     In several processes: torchrun --nproc-per-node N -m fastkd.cli evaluate ...
 
@@ -44,19 +47,21 @@ def evaluate(
         checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
         annotations: Annotation file: COCO JSON, or odgt.
         images: Folder of its images.
-        format: Of the annotation file.
-        crowd_boxes: Which boxes of the crowdhuman format are the objects.
+        format: Format of the annotation file.
+        crowd_boxes: The boxes of the crowdhuman format that are used as objects.
         out: Write the metrics to this JSON file.
         detections: Write the detections, in COCO's result format, to this JSON file.
         short_side: Length of the images' short side, pixels. Default: as in the run's own evaluation.
         max_side: Longest side after resizing, pixels. Default: as in the run's own evaluation.
-        max_detections: Detections of an image that count, the best first. Default: 100, crowdhuman 500.
-        batch_size: Images at a time.
-        workers: Processes that read images.
+        max_detections: Highest-scoring detections of an image to evaluate. Default: 100, crowdhuman 500.
+        batch_size: Images per batch.
+        workers: Number of processes that read images.
         device: auto, cpu, cuda or cuda:N.
-        bf16: Compute in bfloat16 where that is safe (autocast).
-        strict: Make a bad box or image an error instead of a counted skip.
+        bf16: Compute in bfloat16 (autocast).
+        strict: Raise an error on a bad box or image instead of skipping and counting it.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
     require_file(annotations, "--annotations")
     require_folder(images, "--images")
@@ -100,7 +105,7 @@ def evaluate(
 
 
 def require_same_classes(ours: list[str], theirs: list[str], checkpoint: Path, annotations: Path) -> None:
-    """Raises: ValueError with the differences, unless detector and data have the same classes in the same order."""
+    """Raises ValueError with the differences unless detector and data have the same classes in the same order."""
     ours, theirs = list(ours), list(theirs)
     if ours == theirs:
         return

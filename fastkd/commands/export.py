@@ -1,4 +1,4 @@
-"""`fastkd export`: the detector for use elsewhere."""
+"""`fastkd export`: writes a trained detector as safetensors and ONNX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import find_checkpoint, image_size, say
+from fastkd.commands.common import OwnDetectors, find_checkpoint, image_size, say, use_detectors
 from fastkd.files import write_json
 
 
@@ -18,20 +18,23 @@ def export(
     height: int | None = None,
     width: int | None = None,
     dynamic: bool = True,
+    detectors: OwnDetectors = (),
 ) -> None:
     """Write a trained detector, without teacher and distiller, as safetensors and as ONNX.
 
-    The ONNX graph turns normalised images into the feature pyramid and the raw outputs of the head; model.json says
-    what each is. It is run in onnxruntime and compared with torch; the largest difference is printed.
+    The ONNX graph maps normalised images to the feature pyramid and the raw outputs of the head; model.json describes
+    them. The graph is run in onnxruntime and compared with torch; the largest difference is printed.
 
     Args:
         checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
         out: Folder for model.safetensors, model.onnx and model.json.
         onnx: Write the ONNX graph too (needs pip install 'fastkd[onnx]').
-        height: Height of the example image, pixels. Default: one that fits the run's own evaluation.
-        width: Width of the example image, pixels. Default: likewise.
-        dynamic: Let the graph take any batch size, height and width.
+        height: Height of the example image, pixels. Default: from the evaluation size of the run.
+        width: Width of the example image, pixels. Default: from the evaluation size of the run.
+        dynamic: Make batch size, height and width dynamic.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
 
     from fastkd import export as exporting
@@ -45,6 +48,7 @@ def export(
     default = -(-(size.short_side or 512) // coarsest) * coarsest
     example = (default if height is None else height, default if width is None else width)
     if onnx:
+        exporting.check_graph(detector)
         exporting.check_size(detector, example)
     out.mkdir(parents=True, exist_ok=True)
     save_detector(detector, out / "model.safetensors", class_names)

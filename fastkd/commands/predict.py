@@ -1,4 +1,4 @@
-"""`fastkd predict`: draw what a detector finds."""
+"""`fastkd predict`: draws a detector's detections on images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import tyro
 
 from fastkd.commands.common import (
     ImageSize,
+    OwnDetectors,
     choose_device,
     find_checkpoint,
     image_size,
     progress_bar,
     say,
+    use_detectors,
 )
 from fastkd.files import write_json
 
@@ -28,6 +30,7 @@ def predict(
     short_side: int | None = None,
     max_side: int | None = None,
     device: str = "auto",
+    detectors: OwnDetectors = (),
 ) -> None:
     """Draw the objects a trained detector finds: boxes, masks, class names and scores.
 
@@ -35,13 +38,15 @@ def predict(
         checkpoint: Run directory of fastkd train, or a detector's .safetensors file.
         images: Image files, or folders of images.
         out: Folder for the drawn images and predictions.json.
-        score: Show detections of at least this score, 0 to 1.
+        score: Minimum score of the detections to draw, 0 to 1.
         short_side: Length of the images' short side, pixels. Default: as in the run's own evaluation.
         max_side: Longest side after resizing, pixels. Default: as in the run's own evaluation.
         device: auto, cpu, cuda or cuda:N.
+        detectors: Class of one's own that the checkpoint names; its code is imported only if you name it here, too.
     """
     if not 0 <= score <= 1:
         raise ValueError(f"--score must be in [0, 1], got {score}")
+    use_detectors(detectors)
     checkpoint = find_checkpoint(checkpoint)
     files = find_images(images)
     names = output_names(files)
@@ -88,7 +93,7 @@ def predict_one(detector, class_names, picture, out: Path, size: ImageSize, scor
 
 
 def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """The image files named, and those directly in the folders named, without repetitions.
+    """The image files among `paths` and directly in the folders among them, without duplicates.
 
     Raises: ValueError if a path does not exist or there is no image.
     """
@@ -108,7 +113,7 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
-    """A PNG name for every image; images of one name get a number."""
+    """A PNG name for every image; images with equal names get a number."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in files:
@@ -121,9 +126,9 @@ def output_names(files: list[Path]) -> dict[Path, str]:
 
 
 def read_picture(path: Path):
-    """The image upright (as its EXIF says), RGB.
+    """Reads an image as RGB, rotated according to its EXIF data.
 
-    Raises: ValueError naming the file if it is no readable image or too large.
+    Raises: ValueError naming the file if it is not a readable image or too large.
     """
     from PIL import Image, ImageOps
 
@@ -134,12 +139,12 @@ def read_picture(path: Path):
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise nearly anything on damaged files
+    except Exception as error:  # decoders raise many types of exceptions on damaged files
         raise ValueError(f"image {path} cannot be read ({error})") from error
 
 
 def detect(detector, picture, size: ImageSize, device):
-    """Detections of one picture, on the CPU, in pixels of the picture."""
+    """Detections of one picture, on the CPU; boxes in pixels of the picture."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""`fastkd report`: one HTML page about runs."""
+"""`fastkd report`: writes one HTML page about runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastkd.commands.common import say
+from fastkd.commands.common import OwnDetectors, say, use_detectors
 
 
 def report(
@@ -16,18 +16,21 @@ def report(
     images: int = 6,
     pictures: Path | None = None,
     device: str = "cpu",
+    detectors: OwnDetectors = (),
 ) -> None:
     """Write one HTML page about finished runs: AP and gains, curves, cost, attention, features, mistakes.
 
-    The page holds everything in itself and can be sent around.
+    The page is a single self-contained file.
 
     Args:
         runs: Run directories of fastkd train, the baseline first.
         out: The HTML file.
         images: Validation images to show; 0 for none.
-        pictures: Folder that gets every picture as a PNG file as well.
-        device: Where the networks run that draw attention and features: cpu, cuda or cuda:N.
+        pictures: Folder to which every picture is also written as a PNG file.
+        device: Device for the networks of the attention and feature pictures: cpu, cuda or cuda:N.
+        detectors: Class of one's own that the runs name; its code is imported only if you name it here, too.
     """
+    use_detectors(detectors)
     for run in runs:
         if not run.is_dir():
             raise ValueError(f"RUNS must be existing run directories, got {run}")
@@ -37,5 +40,5 @@ def report(
     from fastkd.report import write_report
     from fastkd.training.methods import kinds
 
-    options = {"images": images, "picture_dir": pictures, "device": device, "methods": kinds()}
-    say(f"report written to {write_report(list(runs), out, **options)}")
+    path = write_report(list(runs), out, images=images, picture_dir=pictures, device=device, methods=kinds())
+    say(f"report written to {path}")

@@ -1,22 +1,23 @@
 """`fastkd train` and `fastkd recipes`.
 
 `train` is parsed in two steps, because its options are the fields of the chosen recipe: first the recipe's name, then
-the rest with that recipe as the default.
+the other arguments with that recipe as the default.
 """
 
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastkd.commands.common import device_argument, say
+from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.signals import Interrupted
 
 log = logging.getLogger("fastkd.commands")
-TABLE_WIDTH = 130  # names are not cut where the output is no terminal
+TABLE_WIDTH = 130  # so that names are not truncated if the output is not a terminal
 
-USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [any field of the recipe]
+USAGE = """usage: fastkd train RECIPE [--run-dir DIR] [--resume] [--device DEVICE] [--detector MODULE:CLASS]
+       [any field of the recipe]
 
 Train a detector, alone or with distillation, and evaluate it.
 
@@ -28,14 +29,16 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
                     where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
   interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
   other batches     --scale-batch 4 takes 4 images a step and scales learning rates and steps along
+  own detector      --detector my_module:MyDetector trains a class with features, loss, detect and parts; given again
+                    it allows the class of a teacher's file (fastkd/detectors/own.py)
   several GPUs      torchrun --nproc-per-node 8 -m fastkd.cli train RECIPE ...      (machines, SLURM: docs/scaling.md)
 """
 
 
 def find_recipe(name: str):
-    """The recipe of that name, or of that JSON file.
+    """The recipe with a name, or in a recipe.json file.
 
-    Raises: ValueError naming the recipes that come closest.
+    Raises: ValueError with the nearest names if there is none.
     """
     from fastkd.training.config import Recipe
     from fastkd.training.recipes.named import get_recipe
@@ -52,7 +55,7 @@ def find_recipe(name: str):
 
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe among the arguments of `train`, wherever it stands, and the other arguments."""
+    """Splits the arguments of `train` into the recipe, at any position, and the others."""
     from fastkd.training.recipes.named import recipe_names
 
     args = list(args)
@@ -79,16 +82,19 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse(name: str, args: Sequence[str]) -> tuple:
-    """The recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
+    """Parses the recipe `name` with the overrides in `args`, and the options run_dir, resume and device."""
     import tyro
 
-    from fastkd.training.recipes.options import typed, untyped
+    from fastkd.training.recipes.options import typed, untyped, with_detector
     from fastkd.training.recipes.scaling import scale_to_batch
 
-    default = typed(find_recipe(name))
+    detectors, args = take_detectors(args)
+    recipe = find_recipe(name)
+    default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
+    kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
     def train(
-        recipe: Annotated[tyro.conf.AvoidSubcommands[type(default)], tyro.conf.arg(name="")] = default,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[kind], tyro.conf.arg(name="")] = default,
         run_dir: Path = Path("runs") / default.name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
@@ -101,8 +107,8 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             run_dir: Folder for checkpoints, logs and results.
             resume: Continue from the newest checkpoint in the run directory; start if there is none.
             device: auto, cpu, cuda or cuda:N.
-            scale_batch: Images of a step instead of --schedule.batch-size, with learning rates and steps scaled along:
-                rate * new / old, steps * old / new. --schedule.batch-size alone changes neither.
+            scale_batch: Batch size that also scales learning rates (* new / old) and steps (* old / new).
+                --schedule.batch-size changes neither.
         """
         recipe = untyped(recipe)
         if scale_batch is not None:
@@ -115,7 +121,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
 
 
 def warn_of_batch_size(default, recipe) -> None:
-    """Log a warning where the batch size was changed and the learning rate was not."""
+    """Log a warning if the batch size was changed and the learning rate was not."""
     size, rate = recipe.schedule.batch_size, recipe.optimizer.learning_rate
     if size != default.schedule.batch_size and rate == default.optimizer.learning_rate:
         log.warning(
@@ -137,7 +143,7 @@ def run(recipe, *, run_dir: Path, resume: bool, device: str) -> None:
 
 
 def train(recipe: str) -> None:
-    """Train a detector, alone or with distillation. `fastkd train --help` says more.
+    """Train a detector, alone or with distillation. See `fastkd train --help`.
 
     Args:
         recipe: A name from fastkd recipes.

@@ -1,7 +1,7 @@
 """Reading a COCO annotation file into flat arrays, with every entry checked.
 
-What is wrong with the file as a whole (no JSON, no categories, wrong types of the lists) is an error. A single bad
-image or box is left out, counted and logged, or an error when strict.
+Faults of the whole file (not JSON, no categories, wrong types of the lists) raise. A single bad image or box is
+skipped, counted and logged, or raises with strict.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from fastkd.data.segmentation import Segmentations, SegmentationWriter
 
 log = logging.getLogger("fastkd.data")
 
-SHOWN = 3  # examples of each reason that are logged one by one
-MIN_SIDE = 0.01  # pixels; a box of less inside the image has no usable logarithm of its size
+SHOWN = 3  # examples logged for each reason
+MIN_SIDE = 0.01  # pixels; box encodings take the logarithm of a box's size inside the image
 OUTSIDE = "box outside the image"
 
 
 class Problems:
-    """Counts what is left out, by reason; with strict, raises instead.
+    """Counts skipped entries by reason; with strict, raises instead.
 
     Args:
-        source: file named in messages.
+        source: file name for messages.
         strict: raise ValueError at the first problem.
-        who: the data set named in messages.
+        caller: class name for messages.
     """
 
-    def __init__(self, source: str, strict: bool, who: str = "CocoDataset"):
+    def __init__(self, source: str, strict: bool, caller: str = "CocoDataset"):
         self.source = source
-        self.who = who
+        self.caller = caller
         self.strict = strict
         self.counts: Counter[str] = Counter()
 
     def report(self, reason: str, what: str) -> None:
-        """One thing is wrong: `what` names the image or annotation id and what was found."""
-        message = f"{self.who}: {self.source}: {what}"
+        """Reports one problem; `what` describes it, with the id of the image or annotation."""
+        message = f"{self.caller}: {self.source}: {what}"
         if self.strict:
             raise ValueError(f"{message}; correct the file, or pass strict=False to leave it out")
         self.counts[reason] += 1
@@ -56,7 +56,7 @@ class Problems:
 
 
 class BadEntry(ValueError):
-    """One entry is bad: short reason (counted), explanation."""
+    """A bad entry. Args: reason: short, for counting; explanation: for the message."""
 
     def __init__(self, reason: str, explanation: str):
         super().__init__(explanation)
@@ -87,7 +87,7 @@ class AnnotationArrays:
     clipped: int
 
     def keep_images(self, rows: np.ndarray) -> AnnotationArrays:
-        """The same with only these images, ascending."""
+        """A copy with only these images; `rows` ascending."""
         counts = np.diff(self.starts)[rows]
         boxes = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in rows] or [np.zeros(0, np.int64)])
         names = [self.name_bytes[self.name_ends[i] : self.name_ends[i + 1]] for i in rows]
@@ -132,11 +132,11 @@ def _load_json(path: str) -> dict:
 
 
 def _is_id(value) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63  # a bool is no id
+    return type(value) is int and -(2**63) <= value < 2**63  # excludes bool
 
 
 def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]:
-    """Ids and names in ascending order of the ids: the label of a class is its place there."""
+    """Ids and names in ascending order of the ids; the label of a class is its index in this order."""
     names: dict[int, str] = {}
     for place, item in enumerate(categories):
         if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("name"), str):
@@ -179,7 +179,7 @@ def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> Non
 
 
 def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Problems):
-    """Usable images: {id: index}, (width, height) and names as flat arrays, ids of the images left out."""
+    """Usable images: {id: index}, (width, height) and names as flat arrays; ids of the skipped images."""
     known: dict[int, int] = {}
     left_out: set[int] = set()
     sizes, name_ends, name_bytes = array("i"), array("q", [0]), bytearray()
@@ -204,12 +204,12 @@ def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Pr
 def check_box(
     bbox, width: int, height: int, name: str = "bbox"
 ) -> tuple[tuple[float, float, float, float], tuple[float, float, float, float], bool]:
-    """A box [x, y, width, height] as xyxy, the same clipped to the image, and whether that moved it more than a pixel.
+    """A box [x, y, width, height] as xyxy, the box clipped to the image, and whether clipping moved it over a pixel.
 
     Args:
-        bbox: what the file holds.
-        width, height: of the image, pixels.
-        name: of the box in the file, for messages.
+        bbox: the JSON value.
+        width, height: size of the image, pixels.
+        name: key of the box in the file, for messages.
     Raises: BadEntry.
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
@@ -242,7 +242,7 @@ class _BoxReader:
         self.clipped = 0
 
     def add(self, item) -> None:
-        """Append one annotation. Raises: BadEntry, with nothing appended."""
+        """Appends one annotation. Raises: BadEntry, before anything is appended."""
         if not isinstance(item, dict) or not _is_id(item.get("id")):
             raise BadEntry("malformed annotation", f"it must be an object with an integer 'id', got {item!r:.80}")
         if item["id"] in self.seen:
@@ -274,7 +274,7 @@ class _BoxReader:
 def _check_mask(masks: SegmentationWriter, item: dict, crowd: bool, width: int, height: int) -> Any:
     segmentation = item.get("segmentation")
     if crowd and not segmentation:
-        return None  # a region to ignore needs no mask
+        return None  # regions to ignore need no mask
     try:
         return masks.check(segmentation, height, width)
     except ValueError as error:
@@ -288,11 +288,11 @@ def read_annotations(
 
     Args:
         path: the JSON file.
-        folder: where its images must be.
-        strict: any bad image or box is an error rather than left out.
-        with_masks: read segmentations; then an object without a good one is bad.
+        folder: folder of its images.
+        strict: raise on a bad image or box instead of skipping it.
+        with_masks: read segmentations; an object without a valid one is then bad.
         max_pixels: larger images are bad.
-    Returns: the arrays and what was left out.
+    Returns: the arrays, and the counts of skipped entries.
     Raises: FileNotFoundError, ValueError.
     """
     content = _load_json(path)

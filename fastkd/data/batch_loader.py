@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes that leave with the iterator, whatever happens."""
+"""Prefetches batches in worker processes, which are always stopped together with the iterator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,18 +20,18 @@ log = logging.getLogger("fastkd.data")
 
 
 def _start_worker(_: int) -> None:
-    """Leave signals to the main process, which stops the workers when it is done with them."""
+    """Ignore signals in the worker: the main process handles them and stops the workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stop_workers(iterator) -> None:
-    """End the worker processes of a DataLoader's iterator, if it has any; a second call does nothing."""
+    """Stop the worker processes of a DataLoader's iterator, if it has any; a second call does nothing."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            if worker.is_alive():  # stuck in reading a file
+            if worker.is_alive():  # blocked in reading a file
                 worker.kill()
 
 
@@ -40,7 +40,7 @@ def _as_is(item):
 
 
 class _Timed(Dataset):
-    """Items of another data set with the seconds it took to make them, in whichever process."""
+    """Wraps a data set: each item comes with the seconds it took to load."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -52,12 +52,12 @@ class _Timed(Dataset):
 
 
 class BatchLoader:
-    """Iterates over batches `numbers` of a TrainBatches or EvalBatches, with worker processes or without.
+    """Iterates over the batches `numbers` of a TrainBatches or EvalBatches, with or without worker processes.
 
-    Workers live as long as the iterator, which for training is the whole run.
+    Workers live as long as the iterator, in training for the whole run.
 
     Attributes:
-        bad_images: how often each image id could not be read so far; nothing of it is silent, the first time is logged.
+        bad_images: image id -> number of failed reads; the first failure of each image is logged.
     """
 
     def __init__(self, batches, numbers: range, *, workers: int, pin_memory: bool, prefetch: int = 2):
@@ -75,7 +75,7 @@ class BatchLoader:
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # so that starting workers draws nothing from the global one
+            generator=torch.Generator(),  # starting workers must not advance the global generator
             multiprocessing_context="fork" if forks else None,  # children share the flat arrays
         )
 
@@ -87,11 +87,11 @@ class BatchLoader:
         """Batches of one pass over the data."""
         return getattr(self.batches, "steps_per_epoch", len(self.numbers))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         iterator = iter(self._loader)
         stop = functools.partial(_stop_workers, iterator)
-        # an exception whose traceback holds this iterator keeps the workers alive until the interpreter ends, which
-        # would wait for them for ever: they ignore its SIGTERM
+        # An exception whose traceback references this iterator keeps the workers alive until the interpreter exits,
+        # which would then wait for them forever, because they ignore its SIGTERM.
         atexit.register(stop)
         try:
             for (batch, bad), seconds in iterator:
@@ -105,9 +105,9 @@ class BatchLoader:
             atexit.unregister(stop)
 
     def take_rate(self) -> float:
-        """Images a second that this process's workers can make together, by the batches since the last call.
+        """Images per second that all workers of this process together can load, measured since the last call.
 
-        0.0 if none came. Counted in the workers, so it says what they could deliver also while nobody waits for them.
+        0.0 without batches. The time is measured in the workers, so the rate does not depend on whether training waits.
         """
         rate = self._images / self._seconds * self._makers if self._images else 0.0
         self._images, self._seconds = 0, 0.0

@@ -1,4 +1,4 @@
-"""A COCO-format data set held in flat arrays, so that loader workers share it and do not grow with its size."""
+"""A COCO-format data set in flat arrays, which loader workers share instead of copying."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.data.images import MAX_PIXELS, ImageFolder, read_image
 
 @dataclass
 class Sample:
-    """One image and its ground truth, sizes as on disk.
+    """One image and its ground truth, before resizing.
 
     Args:
         image: [H, W, 3] uint8 RGB.
@@ -35,13 +35,13 @@ class Sample:
 
 
 class DetectionDataset:
-    """Images with boxes of a few classes and regions to ignore, from checked flat arrays; formats are subclasses.
+    """Images with labelled boxes and regions to ignore, stored in checked flat arrays; one subclass per file format.
 
     Attributes: num_classes, class_names, category_ids (by label), image_ids [n], sizes [n, 2] (width, height),
-        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image), format.
+        skipped {reason: count}, clipped (number of boxes that were clipped by more than a pixel), format.
     """
 
-    format = ""  # what says which files these are: "coco", "crowdhuman"
+    format = ""  # file format: "coco" or "crowdhuman"
     annotation_file: str
     image_dir: str
     strict: bool
@@ -53,12 +53,12 @@ class DetectionDataset:
 
     @property
     def has_objects(self) -> bool:
-        """Whether any image has an object that is no crowd region."""
+        """Whether any image has an object that is not a crowd region."""
         return not bool(self._arrays.crowd.all())
 
-    @functools.cached_property  # every checkpoint holds it
+    @functools.cached_property  # needed for every checkpoint
     def fingerprint(self) -> str:
-        """SHA-256 of what training reads from the annotation file but masks: images, names, sizes, boxes, classes."""
+        """SHA-256 of the annotations used in training, without masks: images, names, sizes, boxes, classes."""
         arrays, digest = self._arrays, hashlib.sha256()
         digest.update(repr((arrays.category_ids, arrays.class_names)).encode())
         for values in (
@@ -75,7 +75,7 @@ class DetectionDataset:
         return digest.hexdigest()
 
     def _note(self, problems: Problems) -> None:
-        """Keeps and logs what was left out."""
+        """Stores and logs the counts of skipped and clipped entries."""
         self.skipped, self.clipped = dict(problems.counts), self._arrays.clipped
         kind = type(self).__name__
         if self.skipped:
@@ -98,12 +98,12 @@ class DetectionDataset:
 
     @property
     def class_names(self) -> list[str]:
-        """By label."""
+        """Class names by label."""
         return list(self._arrays.class_names)
 
     @property
     def category_ids(self) -> list[int]:
-        """Id in the annotation file, by label."""
+        """Category ids of the annotation file, by label."""
         return list(self._arrays.category_ids)
 
     @property
@@ -131,7 +131,7 @@ class DetectionDataset:
         return self._arrays.name_bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
 
     def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All objects (crowds excluded): boxes [K, 4] xyxy, labels [K], index of the image of each [K]."""
+        """All objects without crowd regions: boxes [K, 4] xyxy, labels [K], image index [K]."""
         rows = ~self._arrays.crowd
         owner = np.repeat(np.arange(len(self)), np.diff(self._arrays.starts))
         return self._arrays.boxes[rows], self._arrays.labels[rows], owner[rows]
@@ -144,7 +144,7 @@ class DetectionDataset:
         return boxes[~crowd], self._arrays.labels[span][~crowd].astype(np.int64), boxes[crowd]
 
     def masks(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Masks of the objects of an image, in the order of `targets`, at `size` (height, width) or the file's.
+        """Masks of the objects of an image, in the order of `targets`, at `size` (height, width); None: original size.
 
         Returns: [k, height, width] bool.
         Raises: ValueError if the data set was opened without masks.
@@ -166,7 +166,7 @@ class DetectionDataset:
         return read_image(path, (width, height), self.max_pixels)
 
     def load(self, index: int) -> Sample:
-        """Image and ground truth as on disk. Raises: BadImageError naming the file."""
+        """Image and ground truth before resizing. Raises: BadImageError naming the file."""
         boxes, labels, ignore = self.targets(index)
         masks = self.masks(index) if self.with_masks else None
         return Sample(self.read_image(index), boxes, labels, ignore, masks, int(self._arrays.image_ids[index]))
@@ -176,20 +176,20 @@ class CocoDataset(DetectionDataset):
     """Images, boxes and masks of a COCO annotation file.
 
     Category ids may be sparse; label c is the c-th smallest id. Crowd annotations are regions to ignore, not objects.
-    Bad images and boxes (see fastkd.data.annotations) are left out and counted in `skipped`, or raise with strict.
+    Bad images and boxes (see fastkd.data.annotations) are skipped and counted in `skipped`, or raise with strict.
 
     Args:
         annotation_file: COCO JSON.
         image_dir: folder of the images; no file name may lead out of it.
-        strict: raise ValueError naming the file and the id at the first bad image or box; also makes the loaders
-            raise at an image that cannot be decoded instead of counting and replacing it.
-        with_masks: read the segmentations; an object without a good one is then bad.
-        keep_empty: keep images without objects (they teach the background).
+        strict: raise ValueError with file and id at the first bad image or box; also makes the loaders raise on an
+            image that cannot be decoded instead of counting and replacing it.
+        with_masks: read the segmentations; an object without a valid one is then bad.
+        keep_empty: keep images without objects (background samples).
         max_pixels: a larger image is bad.
     Raises: FileNotFoundError if file or folder is missing; ValueError if the file is malformed or nothing is usable.
 
     Attributes: num_classes, class_names, category_ids (by label), image_ids [n], sizes [n, 2] (width, height),
-        skipped {reason: count}, clipped (boxes that reached more than a pixel out of their image).
+        skipped {reason: count}, clipped (number of boxes that were clipped by more than a pixel).
     """
 
     format = "coco"

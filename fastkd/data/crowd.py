@@ -1,4 +1,4 @@
-"""A generated crowd data set on disk in CrowdHuman's format."""
+"""Generates a crowd data set in CrowdHuman's format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd.data.crowd_render import CrowdStyle, render_crowd
 from fastkd.data.generated import GeneratedFolder, check_counts, draw_all
 from fastkd.files import write_text
 
-GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
+GENERATOR_VERSION = 1  # to be incremented when the same arguments give different pictures
 CROWD_SPLITS = ("train", "val")
 STAMP = "crowd.json"
 JPEG_QUALITY = 93
@@ -26,7 +26,7 @@ def _xywh(box: tuple[float, float, float, float]) -> list[float]:
 
 
 def _draw_image(task: tuple[str, int, int, int, str, CrowdStyle]) -> dict:
-    """Draw and save image `index` of a split; its line of the annotation file."""
+    """Draw and save image `index` of a split; returns its line of the annotation file."""
     folder, seed, split, index, name, style = task
     picture, people, regions = render_crowd(np.random.default_rng([seed, split, index]), style)
     Image.fromarray(picture).save(os.path.join(folder, f"{name}.jpg"), quality=JPEG_QUALITY, subsampling=0)
@@ -66,8 +66,8 @@ def generate_crowd(
         root: folder; new, empty, or written by this function before (then replaced when the arguments differ).
         train, val: images of each split, >= 0.
         seed: >= 0.
-        processes: drawing processes, >= 1; changes nothing but the time.
-        progress: called as progress(done, total) now and then, or None.
+        processes: drawing processes, >= 1; does not affect the result.
+        progress: called repeatedly as progress(done, total), or None.
         **style: difficulty, the fields of CrowdStyle (crowding, heights, throngs, noise ...).
     Returns: root as a Path.
     Raises: ValueError for bad arguments or a folder that holds something else.

@@ -1,7 +1,7 @@
-"""How one crowd is drawn: figures in groups on a plain in perspective, from one random generator.
+"""Draws one crowd: groups of people on a plane in perspective, from one random generator.
 
-As with the scenes, all is planned first, and who would be hidden too much is never painted: every person in the picture
-is annotated. A far-off throng too small to tell its people apart is a region to ignore.
+As in scenes_render, the layout is planned first, and people who would be hidden too much are not painted, so that every
+person in the picture is annotated. A distant throng, in which people cannot be told apart, is a region to ignore.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class CrowdStyle:
-    """What makes crowds easy or hard.
+    """Difficulty of the generated crowds.
 
     Args:
         sizes: (width, height) of the pictures, drawn uniformly.
         max_people: most people in one picture, >= 1.
-        heights: smallest and largest height of a person, pixels of a picture 128 pixels high.
-        crowding: how close the people of a group stand, 0 (apart) .. 1 (mostly hidden).
-        min_visible: a person less visible than this fraction is left out, in (0, 1].
+        heights: smallest and largest height of a person, pixels, in a picture 128 pixels high.
+        crowding: density of a group, 0 (apart) .. 1 (mostly hidden).
+        min_visible: people with a smaller visible fraction are left out, in (0, 1].
         throngs: probability of a region to ignore.
-        clutter: mean number of things that are no people.
+        clutter: mean number of objects other than people.
         noise: standard deviation of the sensor noise, grey levels of 255.
         contrast: scales the spread of the background's colours.
         blur: largest radius of the blur in pixels.
@@ -63,9 +63,9 @@ class CrowdStyle:
 
 @dataclass
 class Figure:
-    """A planned person (or thing): colours [h, w, 3] and coverage [h, w] whose top left corner lies at (x, y).
+    """A planned person or other object: colours [h, w, 3] and coverage [h, w], with the top left corner at (x, y).
 
-    full and head are boxes xyxy in pixels of the picture, also where they leave it; None for a thing.
+    full and head are boxes xyxy in pixels of the picture, not clipped to it; None for other objects.
     """
 
     colours: np.ndarray
@@ -78,7 +78,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Person:
-    """An annotated person: boxes xyxy in pixels, the visible one inside the picture."""
+    """An annotated person: boxes xyxy in pixels; the visible box is clipped to the picture."""
 
     full: Box
     visible: Box
@@ -87,7 +87,7 @@ class Person:
 
 
 def _draw_parts(parts: list[tuple[str, list, tuple[int, ...]]], width: float, height: float):
-    """Colours [h, w, 3] and coverage [h, w] of polygons and ellipses given in pixels of their own frame."""
+    """Colours [h, w, 3] and coverage [h, w] of polygons and ellipses in a frame of width x height pixels."""
     size = (max(1, math.ceil(width)), max(1, math.ceil(height)))
     large = (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING)
     picture, mask = Image.new("RGB", large, parts[0][2]), Image.new("L", large, 0)
@@ -114,7 +114,7 @@ def _limb(start: tuple[float, float], end: tuple[float, float], thick: float) ->
 
 
 def person(rng: np.random.Generator, centre: float, feet: float, height: float) -> Figure:
-    """A person whose feet stand at (centre, feet): legs, arms, trunk, head and hair."""
+    """A person with the feet at (centre, feet): legs, arms, trunk, head and hair."""
     h, middle, radius = height, 0.3 * height, height * rng.uniform(0.075, 0.09)
     shirt, trousers, hair = _colour(rng), _colour(rng), _colour(rng, 10, 120)
     tone = rng.uniform(0.45, 1.0)
@@ -146,7 +146,7 @@ def person(rng: np.random.Generator, centre: float, feet: float, height: float) 
 
 
 def _thing(rng: np.random.Generator, centre: float, foot: float, height: float) -> Figure:
-    """No person: a lamp, a bush, a board or a bin."""
+    """An object that is not a person: a lamp, a bush, a board or a bin."""
     h, kind = height, int(rng.integers(4))
     width = h * (0.3, 1.0, 0.7, 0.45)[kind]
     middle, colour = width / 2, _colour(rng)
@@ -165,7 +165,7 @@ def _thing(rng: np.random.Generator, centre: float, foot: float, height: float) 
 
 
 def _throng(rng: np.random.Generator, width: int, horizon: float) -> tuple[list[Figure], Box]:
-    """Tiny people side by side far away, and the box around them."""
+    """Small distant people side by side, and the box around them."""
     span, count = rng.uniform(0.25, 0.5) * width, int(rng.integers(12, 22))
     left = rng.uniform(0, width - span)
     feet = horizon + THRONG[1] + rng.uniform(0, 3, count)
@@ -175,7 +175,7 @@ def _throng(rng: np.random.Generator, width: int, horizon: float) -> tuple[list[
     left, top = boxes[:, :2].min(0).tolist()
     right, bottom = boxes[:, 2:].max(0).tolist()
     for figure in found:
-        figure.full = figure.head = None  # nobody tells them apart
+        figure.full = figure.head = None  # not annotated as people
     return found, (left, top, right, bottom)
 
 
@@ -210,7 +210,7 @@ def _plan(rng: np.random.Generator, style: CrowdStyle, width: int, height: int) 
 
 
 def _part(figure: Figure, width: int, height: int) -> tuple[slice, slice, slice, slice] | None:
-    """Rows and columns of the picture that a figure covers, and of its own arrays; None outside."""
+    """Slices of a figure's visible rectangle, in the picture and in the figure's arrays; None if it is outside."""
     h, w = figure.alpha.shape
     top, left = max(figure.y, 0), max(figure.x, 0)
     bottom, right = min(figure.y + h, height), min(figure.x + w, width)
@@ -220,8 +220,8 @@ def _part(figure: Figure, width: int, height: int) -> tuple[slice, slice, slice,
     return slice(top, bottom), slice(left, right), *own
 
 
-def _owners(figures: list[Figure], width: int, height: int) -> np.ndarray:
-    """Which figure is seen at each pixel: [height, width] int16, -1 where none is."""
+def _visible_index(figures: list[Figure], width: int, height: int) -> np.ndarray:
+    """Index of the figure visible at each pixel: [height, width] int16, -1 for none."""
     owner = np.full((height, width), -1, np.int16)
     for k, figure in enumerate(figures):
         part = _part(figure, width, height)
@@ -230,8 +230,8 @@ def _owners(figures: list[Figure], width: int, height: int) -> np.ndarray:
     return owner
 
 
-def _seen(figure: Figure, mask: np.ndarray) -> float:
-    """Visible fraction of a whole figure."""
+def _visible_fraction(figure: Figure, mask: np.ndarray) -> float:
+    """Visible fraction of a figure, including its parts outside the picture."""
     return float(mask.sum()) / max(float((figure.alpha > 0.5).sum()), 1.0)
 
 
@@ -241,19 +241,19 @@ def _visible_box(mask: np.ndarray) -> Box:
 
 
 def render_crowd(rng: np.random.Generator, style: CrowdStyle) -> tuple[np.ndarray, list[Person], list[Box]]:
-    """One crowd.
+    """Draws one crowd.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of randomness.
         style: difficulty.
     Returns: picture [H, W, 3] uint8, the people, boxes xyxy of the regions to ignore.
     """
     width, height = style.sizes[int(rng.integers(len(style.sizes)))]
     figures, regions = _plan(rng, style, width, height)
-    owner = _owners(figures, width, height)
-    kept = [f for k, f in enumerate(figures) if f.full is None or _seen(f, owner == k) >= style.min_visible]
-    if len(kept) < len(figures):  # without the hidden ones the others only gain
-        figures, owner = kept, _owners(kept, width, height)
+    owner = _visible_index(figures, width, height)
+    kept = [f for k, f in enumerate(figures) if f.full is None or _visible_fraction(f, owner == k) >= style.min_visible]
+    if len(kept) < len(figures):  # hidden figures removed: the others become more visible
+        figures, owner = kept, _visible_index(kept, width, height)
     canvas = paint_background(rng, style, width, height)
     for figure in figures:
         part = _part(figure, width, height)
@@ -264,5 +264,5 @@ def render_crowd(rng: np.random.Generator, style: CrowdStyle) -> tuple[np.ndarra
     for k, figure in enumerate(figures):
         if figure.full is not None and figure.head is not None:
             mask = owner == k
-            people.append(Person(figure.full, _visible_box(mask), figure.head, _seen(figure, mask) < 0.9))
+            people.append(Person(figure.full, _visible_box(mask), figure.head, _visible_fraction(figure, mask) < 0.9))
     return finish_picture(rng, canvas, style), people, regions

@@ -1,4 +1,4 @@
-"""CrowdHuman's annotation format (odgt): one JSON object a line, each person with a full, a visible and a head box.
+"""CrowdHuman's annotation format (odgt): one JSON object per line, with full, visible and head box of each person.
 
     {"ID": "273275,1a9b000", "gtboxes": [{"tag": "person", "fbox": [x, y, w, h], "vbox": [...], "hbox": [...],
                                           "extra": {"ignore": 0, "box_id": 0}, "head_attr": {"ignore": 0}}, ...]}
@@ -21,26 +21,26 @@ from fastkd.data.images import MAX_PIXELS, BadImageError, ImageFolder, read_size
 
 BOXES = {"full": "fbox", "visible": "vbox", "head": "hbox"}
 MAX_LINE = 1 << 26  # characters; the longest line of CrowdHuman has 10^5
-_WHO = "CrowdHumanDataset"
+_CALLER = "CrowdHumanDataset"
 
 
 class CrowdHumanDataset(DetectionDataset):
     """People of a CrowdHuman annotation file: one class, "person", and regions to ignore.
 
-    The file does not say how large the images are: their headers are read when it is opened. Bad lines, images and
-    boxes are left out and counted in `skipped`, or raise with strict. Boxes reach out of the image where a person does;
-    for training they are clipped to it, for the metrics they are kept whole (`truth`).
+    The file does not contain image sizes, so the headers of all images are read on opening. Bad lines, images and boxes
+    are skipped and counted in `skipped`, or raise with strict. Boxes of partly visible people extend beyond the image:
+    they are clipped for training and kept whole for the metrics (`truth`).
 
     Args:
         annotation_file: odgt file.
         image_dir: folder of the images ID.jpg; no ID may lead out of it.
-        boxes: which boxes are the objects: "full", "visible" or "head".
-        strict: raise ValueError naming the file and the line at the first bad line, image or box; also makes the
-            loaders raise at an image that cannot be decoded.
+        boxes: the boxes used as objects: "full", "visible" or "head".
+        strict: raise ValueError with file and line at the first bad line, image or box; also makes the loaders raise
+            on an image that cannot be decoded.
         max_pixels: a larger image is bad.
     Raises: FileNotFoundError if file or folder is missing; ValueError if no line is usable.
 
-    Attributes: as of DetectionDataset; image_ids are line numbers, from 1.
+    Attributes: those of DetectionDataset; image_ids are line numbers, from 1.
     """
 
     format = "crowdhuman"
@@ -56,16 +56,16 @@ class CrowdHumanDataset(DetectionDataset):
         max_pixels: int = MAX_PIXELS,
     ):
         if boxes not in BOXES:
-            raise ValueError(f"{_WHO}: boxes must be one of {', '.join(BOXES)}, got {boxes!r}")
+            raise ValueError(f"{_CALLER}: boxes must be one of {', '.join(BOXES)}, got {boxes!r}")
         self.annotation_file, self.image_dir = os.fspath(annotation_file), os.fspath(image_dir)
         self.strict, self.max_pixels, self.boxes = strict, max_pixels, boxes
         if not os.path.isfile(self.annotation_file):
             raise FileNotFoundError(
-                f"{_WHO}: annotation_file must be an existing file, got {self.annotation_file!r}; "
+                f"{_CALLER}: annotation_file must be an existing file, got {self.annotation_file!r}; "
                 "`fastkd data crowd` writes a generated data set in this format"
             )
-        problems = Problems(self.annotation_file, strict, _WHO)
-        reader = _Reader(ImageFolder(image_dir, _WHO), self.image_dir, BOXES[boxes], max_pixels, problems)
+        problems = Problems(self.annotation_file, strict, _CALLER)
+        reader = _Reader(ImageFolder(image_dir, _CALLER), self.image_dir, BOXES[boxes], max_pixels, problems)
         reader.read(self.annotation_file)
         self._arrays = reader.arrays()
         self._whole = np.array(reader.whole, np.float64).reshape(-1, 4)
@@ -74,7 +74,7 @@ class CrowdHumanDataset(DetectionDataset):
         self._note(problems)
 
     def truth(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """All boxes of an image for the metrics: [n, 4] float64 xyxy as annotated, and which are regions to ignore."""
+        """All boxes of an image for the metrics: [n, 4] float64 xyxy as annotated, and [n] bool, regions to ignore."""
         span = slice(self._whole_starts[index], self._whole_starts[index + 1])
         return self._whole[span], self._ignored[span]
 
@@ -102,7 +102,7 @@ class _Reader:
                     break
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     raise ValueError(
-                        f"{_WHO}: {path}: line {number} must be shorter than {MAX_LINE} bytes; is it odgt?"
+                        f"{_CALLER}: {path}: line {number} must be shorter than {MAX_LINE} bytes; is it odgt?"
                     )
                 if line.strip():
                     lines += 1
@@ -110,11 +110,12 @@ class _Reader:
         if not self.ids:
             found = f"{lines} lines, left out: {self.problems.summary()}" if lines else "an empty file"
             raise ValueError(
-                f"{_WHO}: {path}: the file must hold at least one usable line of CrowdHuman's odgt format, got {found}"
+                f"{_CALLER}: {path}: the file must hold at least one usable line of CrowdHuman's odgt format, "
+                f"got {found}"
             )
 
     def add_line(self, number: int, line: bytes) -> None:
-        """One image with its boxes, or a problem that names the line."""
+        """Adds one image with its boxes, or reports a problem with the line number."""
         try:
             name, size, boxes = self.check_line(line)
         except BadEntry as bad:
@@ -158,7 +159,7 @@ class _Reader:
         return name, size, item["gtboxes"]
 
     def add_box(self, item: Any, width: int, height: int) -> None:
-        """Append one box. Raises: BadEntry, with nothing appended that it makes unusable."""
+        """Appends one box. Raises: BadEntry; a box outside the image is kept for the metrics."""
         if not isinstance(item, dict) or not isinstance(item.get("tag"), str):
             raise BadEntry("malformed box", f"it must be an object with a text 'tag', got {item!r:.80}")
         ignored = item["tag"] != "person" or _flag(item, "extra")
@@ -167,7 +168,7 @@ class _Reader:
         try:
             whole, clipped, moved = check_box(item.get(self.box), width, height, self.box)
         except BadEntry as bad:
-            if bad.reason == OUTSIDE:  # the metrics count it, nobody can learn from it
+            if bad.reason == OUTSIDE:  # counts in the metrics, but cannot be trained on
                 x, y, w, h = (float(value) for value in item[self.box])
                 self._add_whole((x, y, x + w, y + h), ignored)
             raise
@@ -181,7 +182,7 @@ class _Reader:
         self.ignored.append(ignored)
 
     def arrays(self) -> AnnotationArrays:
-        """What the loaders read."""
+        """The checked annotations for the loaders."""
         count = len(self.crowd)
         return AnnotationArrays(
             category_ids=[1],

@@ -1,4 +1,4 @@
-"""Opening a data set by the name of its format."""
+"""Opens a data set by the name of its format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_dataset(
         annotation_file, image_dir, strict: see CocoDataset and CrowdHumanDataset.
         with_masks: read instance masks (coco only).
         crowd_boxes: "full", "visible" or "head" boxes (crowdhuman only).
-    Raises: ValueError for an unknown format or masks where there are none; what the data set raises.
+    Raises: ValueError for an unknown format or for masks with crowdhuman; the exceptions of the data set.
     """
     if format not in FORMATS:
         raise ValueError(f"open_dataset: format must be one of {', '.join(FORMATS)}, got {format!r}")

@@ -1,4 +1,4 @@
-"""Writing a generated data set into a folder of its own, once, the same with any number of processes."""
+"""Writes a generated data set into a folder, once; the result does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 from fastkd.files import write_text
 
 
-def check_counts(who: str, **values: tuple[Any, int]) -> None:
-    """Raises ValueError unless each value, given with its least, is an int at least that."""
+def check_counts(caller: str, **values: tuple[Any, int]) -> None:
+    """Raises ValueError unless each (value, minimum) has an int value of at least the minimum."""
     for name, (value, low) in values.items():
         if not isinstance(value, int) or value < low:
-            raise ValueError(f"{who}: {name} must be an int >= {low}, got {value!r}")
+            raise ValueError(f"{caller}: {name} must be an int >= {low}, got {value!r}")
 
 
 class GeneratedFolder:
-    """A folder that holds a generated data set and nothing else, and a stamp that tells its arguments.
+    """A folder that contains only a generated data set and a stamp file with the generator's arguments.
 
     Args:
-        who: the function named in messages.
+        caller: function name for messages.
         root: the folder.
         stamp: name of the file with the arguments.
-        owned: names of the other entries.
+        owned: names of the other entries of the folder.
         parameters: the arguments; JSON types.
     """
 
-    def __init__(self, who: str, root: Path, stamp: str, owned: Iterable[str], parameters: dict[str, Any]):
-        self.who, self.root, self.stamp, self.owned = who, root, stamp, tuple(owned)
+    def __init__(self, caller: str, root: Path, stamp: str, owned: Iterable[str], parameters: dict[str, Any]):
+        self.caller, self.root, self.stamp, self.owned = caller, root, stamp, tuple(owned)
         self.parameters = json.loads(json.dumps(parameters))
 
     def is_there(self) -> bool:
-        """Whether the folder was written whole with the same arguments."""
+        """Whether the folder is complete and was written with the same arguments."""
         try:
             return json.loads((self.root / self.stamp).read_text()) == self.parameters
         except (OSError, ValueError):
@@ -45,13 +45,13 @@ class GeneratedFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Empties the folder before and stamps it after.
+        """Empties the folder before the block and writes the stamp after it.
 
-        Raises: ValueError for a folder that holds something else.
+        Raises: ValueError if the folder contains other files.
         """
         self._clear()
         self.root.mkdir(parents=True, exist_ok=True)
-        self._stamp({"unfinished": True})  # marks the folder as ours; replaced when all is written
+        self._stamp({"unfinished": True})  # marks the folder as generated; replaced when it is complete
         yield
         self._stamp(self.parameters)
 
@@ -63,7 +63,7 @@ class GeneratedFolder:
         foreign = entries - {*self.owned, self.stamp}
         if foreign or (entries and self.stamp not in entries):
             raise ValueError(
-                f"{self.who}: root must be a new, empty or formerly generated folder, got {self.root} which holds "
+                f"{self.caller}: root must be a new, empty or formerly generated folder, got {self.root} which holds "
                 f"{sorted(foreign or entries)[:3]}; choose another folder"
             )
         for name in self.owned:
@@ -85,8 +85,8 @@ def draw_all(
     Args:
         draw: a module-level function.
         jobs: name -> tasks.
-        processes: that draw.
-        progress: called as progress(done, total) now and then, or None.
+        processes: number of drawing processes.
+        progress: called repeatedly as progress(done, total), or None.
     """
     pool = None
     if processes > 1:

@@ -1,4 +1,4 @@
-"""Finding and decoding image files that nobody vouches for."""
+"""Finds and decodes untrusted image files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # no format that starts other programs
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # excludes formats whose decoders run other programs
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+MAX_PIXELS = 100_000_000  # a larger picture is treated as a decompression bomb
 
 
 class BadImageError(ValueError):
@@ -22,22 +22,22 @@ class ImageFolder:
     """Checks file names against one folder, asking the file system once per directory rather than once per file.
 
     Args:
-        root: the folder; may itself be a symbolic link.
-        who: the data set named in messages.
-    Raises: FileNotFoundError if it is no folder.
+        root: the folder; may be a symbolic link.
+        caller: class name for messages.
+    Raises: FileNotFoundError if it is not a folder.
     """
 
-    def __init__(self, root: str | os.PathLike, who: str = "CocoDataset"):
+    def __init__(self, root: str | os.PathLike, caller: str = "CocoDataset"):
         self.root = os.path.realpath(root)
         if not os.path.isdir(self.root):
-            raise FileNotFoundError(f"{who}: image_dir must be an existing folder, got {os.fspath(root)!r}")
+            raise FileNotFoundError(f"{caller}: image_dir must be an existing folder, got {os.fspath(root)!r}")
         self._listings: dict[str, dict[str, str] | None] = {}
 
     def _inside(self, path: str) -> bool:
         return os.path.commonpath([self.root, path]) == self.root
 
     def _listing(self, directory: str) -> dict[str, str] | None:
-        """Files of a sub-folder by name: "file", "link" or "other"; None if the folder leaves the root."""
+        """Entries of a sub-folder: name -> "file", "link" or "other"; None if the folder is outside the root."""
         if directory not in self._listings:
             path = os.path.realpath(os.path.join(self.root, directory))
             listing: dict[str, str] | None = None
@@ -79,7 +79,7 @@ class ImageFolder:
 def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of an image file, from its header alone.
 
-    Raises: BadImageError if missing, no regular file, no image or too large.
+    Raises: BadImageError if the file is missing, not regular, not an image, or too large.
     """
     try:
         with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
@@ -98,10 +98,10 @@ def read_image(path: str, expected_size: tuple[int, int], max_pixels: int = MAX_
 
     Args:
         path: file.
-        expected_size: (width, height) the annotation states.
-        max_pixels: largest width * height accepted; checked on the header, before anything is decoded.
+        expected_size: (width, height) according to the annotation.
+        max_pixels: maximum of width * height; checked in the header, before decoding.
     Returns: [H, W, 3] uint8 RGB, read-only.
-    Raises: BadImageError if missing, no regular file, no image, too large, truncated, or of another size than stated.
+    Raises: BadImageError if the file is missing, not regular, not an image, too large, truncated, or of another size.
     """
     try:
         with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
@@ -120,7 +120,7 @@ def read_image(path: str, expected_size: tuple[int, int], max_pixels: int = MAX_
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open without waiting on a pipe that somebody put in the place of the file."""
+    """Opens a regular file; does not block if the path is a named pipe."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

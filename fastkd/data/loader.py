@@ -1,8 +1,9 @@
-"""Batches as a pure function of (seed, step, rank): any number of workers, any interruption, the same batches."""
+"""Batches as a pure function of (seed, step, rank), independent of the number of workers and of interruptions."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,19 +15,19 @@ from fastkd.data.images import BadImageError
 from fastkd.data.transforms import Augmentation, Geometry, normalise, resized_size
 from fastkd.types import Batch
 
-EPOCH_STREAM, SAMPLE_STREAM = 1, 2  # keeps the two uses of a seed apart
-ASPECT_EDGES = (0.8, 1.25)  # width / height: upright, about square, lying
+EPOCH_STREAM, SAMPLE_STREAM = 1, 2  # two independent random streams from one seed
+ASPECT_EDGES = (0.8, 1.25)  # limits of width / height: portrait, about square, landscape
 
 
 def collate(
     dataset: DetectionDataset, items: list[tuple[int, np.ndarray, Geometry, int]], padded: tuple[int, int]
 ) -> Batch:
-    """Put decoded images and their ground truth into one batch.
+    """Combines decoded images and their ground truth into one batch.
 
     Args:
-        dataset: where the ground truth comes from.
-        items: (index, image as on disk, geometry, seed) of each image.
-        padded: least (height, width) of the batch.
+        dataset: the data set, for the ground truth.
+        items: (index, decoded image, geometry, seed) of each image.
+        padded: minimum (height, width) of the batch.
     Returns: Batch with channels-last images.
     """
     height = max(padded[0], *(g.height for _, _, g, _ in items))
@@ -74,8 +75,9 @@ def _padded_size(sizes: list[tuple[int, int]], divisor: int) -> tuple[int, int]:
 def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Global batches of one pass over the data: [m, batch_size] image indices, m the same for every epoch.
 
-    Images of one group (aspect ratio) go together; what remains of the groups is mixed, and fewer than batch_size
-    images (others each epoch) sit an epoch out. With fewer images than batch_size, images repeat within the batch.
+    Images of one group (aspect ratio) are batched together, the remainders of the groups are mixed, and fewer than
+    batch_size images, different ones in each epoch, are left out. With fewer images than batch_size, images repeat
+    within the batch.
     """
     rng = np.random.default_rng([seed, EPOCH_STREAM, epoch])
     if len(groups) < batch_size:
@@ -95,11 +97,22 @@ def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) ->
 
 
 class TrainBatches(Dataset):
-    """Item `step` is the batch of that step on this rank, with the bad images met (image id, message)."""
+    """Item `step` is this rank's batch of the step, with a list of (image id, message) of unreadable images."""
 
     bad_image_is = "replaced by the next image"
 
-    def __init__(self, dataset, augmentation, *, batch_size, seed, own, divisor, grouping, channels_last):
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        augmentation: Augmentation,
+        *,
+        batch_size: int,
+        seed: int,
+        own: Sequence[int],
+        divisor: int,
+        grouping: bool,
+        channels_last: bool,
+    ):
         self.dataset, self.augmentation = dataset, augmentation
         self.batch_size, self.seed, self.divisor, self.channels_last = batch_size, seed, divisor, channels_last
         self.own = own  # positions of this rank in the global batch
@@ -118,7 +131,7 @@ class TrainBatches(Dataset):
     def __getitem__(self, step: int) -> tuple[Batch, list[tuple[int, str]]]:
         indices = [int(i) for i in self.indices(step)]
         plans, seeds, states = [], [], []
-        for position, index in enumerate(indices):  # of the whole global batch, whose padding every rank shares
+        for position, index in enumerate(indices):  # the whole global batch, since all ranks use its padding
             rng = np.random.default_rng([self.seed, SAMPLE_STREAM, step, position])
             seeds.append(int(rng.integers(2**62)))
             states.append(rng.bit_generator.state)
@@ -129,7 +142,7 @@ class TrainBatches(Dataset):
         for position in self.own:
             index, image = self._good_image(indices[position], bad)
             plan = plans[position]
-            if index != indices[position]:  # a replacement draws what the original would have drawn
+            if index != indices[position]:  # a replacement uses the original's random numbers
                 rng = np.random.default_rng()
                 rng.bit_generator.state = states[position]
                 plan = self.augmentation.draw(rng, *self.dataset.sizes[index].tolist())
@@ -141,7 +154,7 @@ class TrainBatches(Dataset):
         return batch, bad
 
     def _good_image(self, index: int, bad: list[tuple[int, str]]) -> tuple[int, np.ndarray]:
-        """The image, or the next one of the data set that can be read. Raises: BadImageError if strict or none can."""
+        """The image, or the next readable one of the data set. Raises: BadImageError if strict or none is readable."""
         for candidate in range(index, index + len(self.dataset)):
             candidate %= len(self.dataset)
             try:
@@ -154,11 +167,20 @@ class TrainBatches(Dataset):
 
 
 class EvalBatches(Dataset):
-    """Item k is a batch in order of aspect ratio and size, or None if none of its images can be read."""
+    """Item k is batch k in order of aspect ratio and size, or None if none of its images can be read."""
 
     bad_image_is = "its objects count as missed"
 
-    def __init__(self, dataset, *, batch_size, short_side, max_side, divisor, channels_last):
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        short_side: int | None,
+        max_side: int | None,
+        divisor: int,
+        channels_last: bool,
+    ):
         self.dataset, self.divisor, self.channels_last = dataset, divisor, channels_last
         self.plan = functools.partial(resized_size, short_side=short_side, max_side=max_side)
         width, height = dataset.sizes[:, 0].astype(np.int64), dataset.sizes[:, 1].astype(np.int64)
@@ -219,14 +241,14 @@ def build_train_loader(
     channels_last: bool = True,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """Batches of steps start_step .. total_steps - 1, one Batch a step.
+    """Batches of steps start_step .. total_steps - 1, one Batch per step.
 
-    The batch of a step depends on data set, seed, step, sizes and flip only: not on start_step or workers. Rank r of w
-    gets images r * batch_size / w ... of the global batch, padded as the whole batch would be.
+    The batch of a step depends only on data set, seed, step, sizes and flip, not on start_step or workers. Rank r of w
+    gets the images from r * batch_size / w of the global batch, with the padding of the whole batch.
 
-    An image that cannot be decoded raises BadImageError if the data set is strict; else the next image of the data set
-    takes its place, which is logged and counted in `bad_images`, so that all ranks keep equal steps (only then may the
-    padding differ between ranks).
+    An image that cannot be decoded raises BadImageError if the data set is strict. Otherwise it is replaced by the next
+    image of the data set, logged and counted in `bad_images`; the number of steps stays equal on all ranks, but the
+    padding may then differ between ranks.
 
     Args:
         dataset: DetectionDataset.
@@ -234,12 +256,12 @@ def build_train_loader(
         total_steps: steps of the whole run.
         seed: >= 0.
         start_step: the step to resume at.
-        world_size, rank: processes, and which this is.
-        workers: loader processes; 0 loads in this one.
-        prefetch: batches each of them makes ahead.
+        world_size, rank: number of processes, and the index of this one.
+        workers: loader processes; 0 loads in this process.
+        prefetch: batches that each worker loads ahead.
         short_sides, max_side, flip: see Augmentation.
         divisor: padded height and width are multiples of it.
-        aspect_grouping: upright, square and lying images go into separate batches, which saves padding.
+        aspect_grouping: batch portrait, square and landscape images separately, to save padding.
         channels_last: memory format of the images.
         pin_memory: page-locked batches, for CUDA.
     Returns: iterable of Batch with len().
@@ -279,14 +301,14 @@ def build_eval_loader(
     channels_last: bool = True,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """Every image once, in batches of like shape; batch k goes to rank k % world_size: ranks may differ by one batch.
+    """Every image once, in batches of similar shape. Rank k % world_size gets batch k: ranks may differ by one batch.
 
-    An image that cannot be decoded raises BadImageError if the data set is strict; else it is left out, logged and
+    An image that cannot be decoded raises BadImageError if the data set is strict; otherwise it is skipped, logged and
     counted in `bad_images`.
 
     Args:
         dataset: DetectionDataset.
-        batch_size: most images of a batch.
+        batch_size: maximum number of images in a batch.
         world_size, rank, workers, divisor, channels_last, pin_memory: as in build_train_loader.
         short_side, max_side: size of the images, see resized_size.
     Returns: iterable of Batch with len().

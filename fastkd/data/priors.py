@@ -1,4 +1,4 @@
-"""How often classes occur and how large their boxes are, measured from the training set in use."""
+"""Class frequencies and box-size statistics of the training set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def measure_priors(dataset) -> ClassPriors:
     Args:
         dataset: DetectionDataset.
     Returns: ClassPriors in float64.
-    Raises: ValueError if the data set has no box at all.
+    Raises: ValueError if the data set has no boxes.
     Source: ICD (arXiv 2110.12724), fake queries; methods.md 1.1.
     """
     boxes, labels, owner = dataset.objects()

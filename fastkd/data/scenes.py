@@ -1,7 +1,7 @@
-"""Scenes: the embedded data set, generated, written to disk in COCO format.
+"""Scenes: the generated data set, written to disk in COCO format.
 
-Ten classes told apart by shape and texture (colour tells nothing), 8 pixels to half the picture, with occlusion,
-distractors, uneven light, blur and noise. The same arguments give the same files with any number of processes.
+Ten classes defined by shape and texture, not by colour, from 8 pixels to half the picture, with occlusion, distractors,
+uneven light, blur and noise. The same arguments give the same files with any number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastkd.data.generated import GeneratedFolder, check_counts, draw_all
 from fastkd.data.scenes_render import SCENE_KINDS, SceneStyle, render_scene
 from fastkd.files import write_text
 
-GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other pictures
+GENERATOR_VERSION = 1  # to be incremented when the same arguments give different pictures
 SCENE_CLASSES = tuple(SCENE_KINDS)
 SPLITS = ("train", "val")
 STAMP = "scenes.json"
@@ -26,7 +26,7 @@ JPEG_QUALITY = 93
 
 
 def _draw_image(task: tuple[str, int, int, int, SceneStyle]) -> tuple[int, int, list[dict]]:
-    """Draw, save and describe image `index` of a split: (width, height, annotations without ids)."""
+    """Draw and save image `index` of a split; returns (width, height, annotations without ids)."""
     folder, seed, split, index, style = task
     from pycocotools import mask as coco_mask
 
@@ -82,8 +82,8 @@ def generate_scenes(
         root: folder; new, empty, or written by this function before (then replaced when the arguments differ).
         train, val: images of each split, >= 0.
         seed: >= 0.
-        processes: drawing processes, >= 1; changes nothing but the time.
-        progress: called as progress(done, total) now and then, or None.
+        processes: drawing processes, >= 1; does not affect the result.
+        progress: called repeatedly as progress(done, total), or None.
         **style: difficulty, the fields of SceneStyle (noise, clutter, occlusion, min_visible, contrast, sizes ...).
     Returns: root as a Path.
     Raises: ValueError for bad arguments or a folder that holds something else.

@@ -1,7 +1,7 @@
-"""How one scene is drawn: shapes, textures, placement, occlusion, lighting and noise, from one random generator.
+"""Draws one scene: shapes, textures, placement, occlusion, lighting and noise, from one random generator.
 
-A scene is planned first (which items stand where and what of each stays visible), then painted, so that an object
-that would be hidden too much is never painted at all: every object in the picture is in the annotation.
+The layout of a scene is planned first, including the visible part of every item, and then painted. Objects that would
+be hidden too much are not painted, so that every object in the picture is annotated.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SUPERSAMPLING = 4  # outlines are drawn that many times larger and averaged down
+SUPERSAMPLING = 4  # outlines are drawn larger by this factor and averaged down
 TEXTURES = ("plain", "stripes", "checker", "dots", "gradient")
-SMALLEST_PERIOD = 3.2  # pixels of one texture period; finer ones would not survive sampling
+SMALLEST_PERIOD = 3.2  # pixels; finer textures would be lost in sampling
 
 
 class PictureStyle(Protocol):
-    """What background and finish of a picture are drawn from; see SceneStyle and CrowdStyle."""
+    """The parameters of a picture's background, lighting, blur and noise; see SceneStyle and CrowdStyle."""
 
     @property
     def noise(self) -> float: ...
@@ -36,21 +36,21 @@ class PictureStyle(Protocol):
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """What makes scenes easy or hard.
+    """Difficulty of the generated scenes.
 
     Args:
         sizes: (width, height) of the pictures, drawn uniformly.
-        max_objects: most objects in one picture, >= 1.
-        smallest: smallest object side drawn, pixels.
-        typical: smallest and largest side of the usual object (83 %), pixels of a 128-pixel picture; the others form a
-            tail down to `smallest` and another up to more than half the picture.
-        rotation: largest turn of a shape and its texture from upright, radians, in [0, pi].
-        noise: standard deviation of the sensor noise, grey levels of 255; each picture draws 0.4..1.6 of it.
+        max_objects: maximum number of objects in one picture, >= 1.
+        smallest: smallest object side, pixels.
+        typical: smallest and largest side of 83 % of the objects, pixels of a 128-pixel picture; the other sides range
+            down to `smallest` and up to more than half the picture.
+        rotation: maximum rotation of a shape and its texture from upright, radians, in [0, pi].
+        noise: standard deviation of the sensor noise, grey levels of 255; scaled by 0.4..1.6 in each picture.
         clutter: mean number of distractors (shapes of no class) in a picture.
-        occlusion: probability that an object is placed against an earlier one so that they overlap.
-        min_visible: an object less visible than this fraction of its area is left out, in (0, 1].
-        contrast: 1 = as designed; scales the colour distance between objects, textures and background.
-        blur: largest radius of the blur in pixels; half of the pictures are blurred.
+        occlusion: probability that an object is placed so that it overlaps an earlier one.
+        min_visible: objects with a smaller visible fraction of their area are left out, in (0, 1].
+        contrast: factor on the colour distance between objects, textures and background; default 1.
+        blur: maximum radius of the blur in pixels; half of the pictures are blurred.
         empty: fraction of pictures without objects.
     """
 
@@ -123,7 +123,7 @@ SCENE_KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "cross": (67, "cross", ANY),
     "crescent": (90, "crescent", ANY),
 }
-# distractors: shapes of no class, and shapes of a class in a texture that makes them none
+# distractors: shapes of no class, and shapes of a class with a texture that no class has
 DISTRACTORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("hexagon", ANY),
     ("half_disc", ANY),
@@ -148,11 +148,11 @@ class _Item:
     alpha: np.ndarray
     x0: int
     y0: int
-    area: float  # of the whole shape, also where it leaves the picture
+    area: float  # of the whole shape, including its parts outside the picture
 
 
 def _outline(item_shape: str, centre, radii, angle: float, width: int, height: int):
-    """Coverage of a shape inside the picture: (alpha [h, w] float32, x0, y0, whole area in pixels), None if outside."""
+    """Coverage of a shape inside the picture: (alpha [h, w] float32, x0, y0, total area in pixels); None if outside."""
     outer, hole = SHAPES[item_shape]
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]])
@@ -177,7 +177,7 @@ def _outline(item_shape: str, centre, radii, angle: float, width: int, height: i
 
 
 def _object_side(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> float:
-    """Side of an object, pixels: most as `style.typical` says, a tail of smaller ones, a few up to half the picture."""
+    """Side of an object, pixels: mostly from `style.typical`, some smaller, a few up to half the picture."""
     unit = math.sqrt(width * height) / 128
     draw = rng.random()
     if draw < 0.10:
@@ -191,13 +191,13 @@ def _object_side(rng: np.random.Generator, style: SceneStyle, width: int, height
 
 
 def _place(rng, style: SceneStyle, width: int, height: int, side: float, placed: list[tuple[float, float, float]]):
-    """Centre of a new object: against an earlier one (occlusion), or away from all where a few tries find a place."""
+    """Centre of a new object: overlapping an earlier one (occlusion), or apart from all if a few attempts succeed."""
     if placed and rng.random() < style.occlusion:
         x, y, other = placed[int(rng.integers(len(placed)))]
         angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.5) * (side + other)
         x, y = x + reach * math.cos(angle), y + reach * math.sin(angle)
         return float(np.clip(x, 0, width)), float(np.clip(y, 0, height))
-    inset = 0.42 * side  # a few objects are cut by the border
+    inset = 0.42 * side  # a few objects extend beyond the border
     best, best_gap = (width / 2, height / 2), -math.inf
     for _ in range(6):
         x = rng.uniform(min(inset, width / 2), max(width - inset, width / 2))
@@ -231,7 +231,7 @@ def _plan(rng: np.random.Generator, style: SceneStyle, width: int, height: int) 
         count = 1 + int(min(rng.geometric(0.22) - 1, style.max_objects - 1))
     kinds = list(SCENE_KINDS.values())
     placed: list[tuple[float, float, float]] = []
-    items: list[_Item | None] = []  # None: nothing of the shape is in the picture
+    items: list[_Item | None] = []  # None: the shape is outside the picture
     for _ in range(count):
         label = int(rng.integers(len(kinds)))
         side = _object_side(rng, style, width, height)
@@ -249,8 +249,8 @@ def _plan(rng: np.random.Generator, style: SceneStyle, width: int, height: int) 
     return [item for item in items if item is not None]
 
 
-def _owners(items: list[_Item], width: int, height: int) -> np.ndarray:
-    """Which item is seen at each pixel: [height, width] int16, -1 where none is."""
+def _visible_index(items: list[_Item], width: int, height: int) -> np.ndarray:
+    """Index of the item visible at each pixel: [height, width] int16, -1 for none."""
     owner = np.full((height, width), -1, np.int16)
     for k, item in enumerate(items):
         h, w = item.alpha.shape
@@ -259,7 +259,7 @@ def _owners(items: list[_Item], width: int, height: int) -> np.ndarray:
 
 
 def _visible_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(x0, y0, x1, y1) of the true pixels, half open; the mask must have one."""
+    """(x0, y0, x1, y1) of the true pixels, half open; the mask must not be empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -273,14 +273,14 @@ def _enough_visible(item: _Item, mask: np.ndarray, style: SceneStyle) -> bool:
 
 
 def _texture(rng: np.random.Generator, item: _Item) -> np.ndarray | None:
-    """Blend of the item's two colours, [h, w] in [0, 1]; None for a plain one."""
+    """Blend of the item's two colours, [h, w] in [0, 1]; None for a plain item."""
     if item.texture == "plain":
         return None
     h, w = item.alpha.shape
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     x = np.arange(w, dtype=np.float32)[None, :] + np.float32(item.x0 + 0.5 - item.centre[0])
     y = np.arange(h, dtype=np.float32)[:, None] + np.float32(item.y0 + 0.5 - item.centre[1])
-    u = x * cos + y * sin  # pixels along the item's own axes
+    u = x * cos + y * sin  # pixels along the item's rotated axes
     v = y * cos - x * sin
     side = 2 * min(item.radii)
     if item.texture == "gradient":
@@ -299,14 +299,14 @@ def _texture(rng: np.random.Generator, item: _Item) -> np.ndarray | None:
 
 
 def _colours(rng: np.random.Generator, style: SceneStyle, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours of an item, neither telling its class: one set off from the ground, the other from the first."""
+    """Two colours of an item, independent of its class: one contrasts with the ground, the other with the first."""
     pair = []
     start = ground
     for low, high in ((30.0, 110.0), (50.0, 120.0)):
         direction = rng.normal(size=3)
-        direction += np.sign(direction.sum()) * 0.6  # some luminance contrast always
+        direction += np.sign(direction.sum()) * 0.6  # always some luminance contrast
         direction /= np.abs(direction).max()
-        if rng.random() < abs(float(start.mean()) - 127) / 127:  # towards the middle where there is no room left
+        if rng.random() < abs(float(start.mean()) - 127) / 127:  # towards mid-grey if it is too bright or dark
             direction *= np.sign(127 - start.mean()) * np.sign(direction.sum())
         start = np.clip(start + direction * rng.uniform(low, high) * style.contrast, 8, 247)
         pair.append(start.astype(np.float32))
@@ -314,7 +314,7 @@ def _colours(rng: np.random.Generator, style: SceneStyle, ground: np.ndarray) ->
 
 
 def paint_background(rng: np.random.Generator, style: PictureStyle, width: int, height: int) -> np.ndarray:
-    """Smooth colour clouds, a finer mottle and a few thin lines: [height, width, 3] float32."""
+    """Smooth colour gradients, finer patches and a few thin lines: [height, width, 3] float32."""
     base = rng.uniform(50, 205, 3)
     cells = rng.normal(0, 22, (int(rng.integers(2, 6)), int(rng.integers(2, 6)), 3)) * style.contrast + base
     clouds = Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
@@ -354,20 +354,20 @@ def finish_picture(rng: np.random.Generator, canvas: np.ndarray, style: PictureS
 
 
 def render_scene(rng: np.random.Generator, style: SceneStyle):
-    """One scene.
+    """Draws one scene.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of randomness.
         style: difficulty.
     Returns: picture [H, W, 3] uint8, labels (list of n ints, index into SCENE_KINDS), visible masks [n, H, W] bool.
     """
     width, height = style.sizes[int(rng.integers(len(style.sizes)))]
     items = _plan(rng, style, width, height)
-    owner = _owners(items, width, height)
+    owner = _visible_index(items, width, height)
     kept = [k for k, item in enumerate(items) if item.label < 0 or _enough_visible(item, owner == k, style)]
-    if len(kept) < len(items):  # without the hidden ones the others only gain
+    if len(kept) < len(items):  # hidden items removed: the others become more visible
         items = [items[k] for k in kept]
-        owner = _owners(items, width, height)
+        owner = _visible_index(items, width, height)
     canvas = paint_background(rng, style, width, height)
     for item in items:
         _paint(rng, canvas, item, style)

@@ -1,6 +1,6 @@
-"""Instance masks of a whole data set as a few flat arrays: polygons as coordinates, run lengths as COCO's strings.
+"""Instance masks of a data set in a few flat arrays: polygons as coordinates, run lengths as COCO's strings.
 
-Whatever comes from an annotation file is checked here before pycocotools sees it, since its C code trusts its input.
+All masks of an annotation file are checked here first, because the C code of pycocotools does not validate its input.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ NONE, POLYGONS, RUNS = 0, 1, 2
 def decode_run_lengths(text: bytes) -> np.ndarray:
     """Run lengths of COCO's compressed string: int64 [n].
 
-    Each number is written in groups of 5 bits, lowest first, as chr(48 + bits + 32 * more); from the fourth on the
-    difference to the number two before is written.
-    Raises: ValueError if the string is not such.
+    Each number is written in groups of 5 bits, lowest first, as chr(48 + bits + 32 * more). From the fourth number on,
+    the difference to the number two positions before is written.
+    Raises: ValueError if the string is not in this format.
     """
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError("counts is not a run-length string")
     last = (codes & 32) == 0
-    number = np.concatenate([[0], np.cumsum(last)[:-1]])  # which number each group belongs to
+    number = np.concatenate([[0], np.cumsum(last)[:-1]])  # index of the number of each group
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     place = np.arange(codes.size) - starts[number]
     if place.max() > 7:
@@ -43,7 +43,7 @@ def _check_runs(counts: np.ndarray, height: int, width: int) -> None:
 
 
 def pack_runs(segmentation: dict, height: int, width: int) -> bytes:
-    """Checked compressed string of a run-length mask, given compressed or as a list. Raises: ValueError."""
+    """The checked compressed string of a run-length mask, given as a string or a list. Raises: ValueError."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise ValueError(f"size must be that of the image, [{height}, {width}], got {size!r:.60}")
@@ -55,7 +55,7 @@ def pack_runs(segmentation: dict, height: int, width: int) -> bytes:
         raise ValueError(f"counts must be a string or a list of integers, got {counts!r:.60}")
     if any(not 0 <= v <= height * width for v in counts) or sum(counts) != height * width:
         raise ValueError(f"run lengths must be >= 0 and add up to {height} * {width} pixels")
-    from pycocotools import mask as coco_mask  # where it is used: training on boxes does not need it
+    from pycocotools import mask as coco_mask  # not needed for training on boxes
 
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
 
@@ -68,28 +68,28 @@ def check_polygons(polygons: list, height: int, width: int) -> list[np.ndarray]:
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon must be a list of an even number >= 6 of numbers, got {polygon!r:.60}")
-        if not all(type(v) in (int, float) and abs(v) <= 1e6 for v in polygon):  # NaN fails the comparison, too
+        if not all(type(v) in (int, float) and abs(v) <= 1e6 for v in polygon):  # also rejects NaN
             raise ValueError(f"a polygon must hold numbers of pixels, got {polygon!r:.60}")
         points = np.asarray(polygon, np.float64)
         x, y = points[0::2], points[1::2]
         if x.min() < -width or x.max() > 2 * width or y.min() < -height or y.max() > 2 * height:
-            raise ValueError("a polygon lies far outside the image")  # drawing it would take memory by its length
+            raise ValueError("a polygon lies far outside the image")  # drawing needs memory proportional to its length
         arrays.append(points)
     return arrays
 
 
 class SegmentationWriter:
-    """Collects masks annotation by annotation; `finish` gives the arrays."""
+    """Collects the masks of successive annotations; `finish` returns the arrays."""
 
     def __init__(self):
         self._kind = array("B")
-        self._spans = array("q", [0])  # of polygons, or of bytes of the run-length strings, by kind
+        self._spans = array("q", [0])  # ranges of polygons, or of bytes of the run-length strings, depending on kind
         self._polygon_ends = array("q", [0])
         self._coordinates = array("f")
         self._bytes = bytearray()
 
     def check(self, segmentation, height: int, width: int):
-        """What `add` takes. Raises: ValueError saying what is wrong."""
+        """The checked mask, as an argument for `add`. Raises: ValueError naming the fault."""
         if isinstance(segmentation, list):
             return check_polygons(segmentation, height, width)
         if isinstance(segmentation, dict):
@@ -97,7 +97,7 @@ class SegmentationWriter:
         raise ValueError(f"it must be a list of polygons or a run-length mask, got {segmentation!r:.60}")
 
     def add(self, checked: list[np.ndarray] | bytes | None) -> None:
-        """Append the next annotation's mask; None for one without."""
+        """Appends the mask of the next annotation; None if it has no mask."""
         if checked is None:
             self._kind.append(NONE)
             self._spans.append(0)
@@ -116,7 +116,7 @@ class SegmentationWriter:
         kind = np.array(self._kind, np.uint8)
         ends = np.array(self._spans, np.int64)[1:]
         starts = np.zeros_like(ends)
-        for value in (POLYGONS, RUNS):  # each kind fills its own store in order: a span starts where the last ended
+        for value in (POLYGONS, RUNS):  # each kind has its own store: a span starts at the end of the previous one
             rows = np.flatnonzero(kind == value)
             starts[rows[1:]] = ends[rows[:-1]]
         spans = np.stack([starts, ends], 1)
@@ -136,15 +136,15 @@ class Segmentations:
         self.run_bytes = run_bytes  # uint8
 
     def take(self, rows: np.ndarray) -> Segmentations:
-        """The same masks for other rows: the stores are shared, only kind and spans are selected."""
+        """The masks of the given rows; the stores are shared, only kind and spans are indexed."""
         return Segmentations(self.kind[rows], self.spans[rows], self.polygon_ends, self.coordinates, self.run_bytes)
 
     def decode(self, row: int, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
-        """Mask of one annotation, drawn at another size than the image's.
+        """The mask of one annotation, rescaled to `size`.
 
         Args:
-            row: annotation.
-            height, width: of the image.
+            row: index of the annotation.
+            height, width: size of the image.
             size: (height, width) of the result; polygons are scaled before they are drawn, run-length masks sampled.
         Returns: bool [size].
         """

@@ -1,4 +1,4 @@
-"""Geometry and normalisation of training images. What is random comes from a generator that the caller passes."""
+"""Geometry and normalisation of training images. Random numbers come from a generator passed by the caller."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0..255
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB values in 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What happens to one image: resized to (height, width) pixels, then mirrored left to right if flip."""
+    """The transform of one image: resize to (height, width) pixels, then flip horizontally if `flip`."""
 
     height: int
     width: int
     flip: bool
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """Bilinear with antialiasing (torchvision's default). [H, W, 3] uint8 to [height, width, 3] uint8."""
+        """Bilinear with antialiasing (torchvision's default). [H, W, 3] uint8 -> [height, width, 3] uint8."""
         if image.shape[:2] == (self.height, self.width) and not self.flip:
             return image
         picture = Image.fromarray(image)
@@ -32,7 +32,7 @@ class Geometry:
         return np.asarray(picture)
 
     def boxes(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """[k, 4] float32 xyxy of an image of `size` (width, height) before."""
+        """Transforms boxes [k, 4] float32 xyxy of an image of original `size` (width, height)."""
         scale = np.array([self.width / size[0], self.height / size[1]] * 2)
         boxes = (boxes * scale).astype(np.float32)
         if self.flip:
@@ -40,7 +40,7 @@ class Geometry:
         return boxes
 
     def masks(self, masks: np.ndarray) -> np.ndarray:
-        """[k, height, width] bool, already drawn at the new size."""
+        """Flips masks [k, height, width] bool that already have the new size."""
         return masks[:, :, ::-1] if self.flip else masks
 
 
@@ -49,9 +49,9 @@ class Augmentation:
     """Multi-scale resize and horizontal flip.
 
     Args:
-        short_sides: lengths of the shorter side to draw from, pixels; empty keeps images at their size.
-        max_side: the longer side never exceeds it (the scale then follows from it), pixels; None for no limit.
-        flip: probability of mirroring left to right, in [0, 1].
+        short_sides: lengths of the shorter side to choose from, pixels; empty keeps the original size.
+        max_side: maximum of the longer side, pixels; reduces the scale if necessary. None for no limit.
+        flip: probability of a horizontal flip, in [0, 1].
     """
 
     short_sides: tuple[int, ...] = ()
@@ -68,14 +68,14 @@ class Augmentation:
             raise ValueError(f"Augmentation: flip must be a probability in [0, 1], got {self.flip!r}")
 
     def draw(self, rng: np.random.Generator, width: int, height: int) -> Geometry:
-        """The geometry of an image of that size; always two draws from rng."""
+        """Draws the geometry of an image; always takes two numbers from rng."""
         choice, mirror = rng.random(2)
         short = self.short_sides[int(choice * len(self.short_sides))] if self.short_sides else None
         return Geometry(*resized_size(width, height, short, self.max_side), bool(mirror < self.flip))
 
 
 def resized_size(width: int, height: int, short_side: int | None, max_side: int | None) -> tuple[int, int]:
-    """(height, width) after scaling the shorter side to short_side (None: as it is), the longer at most max_side."""
+    """(height, width) after scaling the shorter side to short_side (None: unchanged) with the longer <= max_side."""
     scale = 1.0 if short_side is None else short_side / min(width, height)
     if max_side is not None:
         scale = min(scale, max_side / max(width, height))
@@ -84,14 +84,14 @@ def resized_size(width: int, height: int, short_side: int | None, max_side: int 
 
 @functools.lru_cache(maxsize=64)
 def _row(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factor and offset of one image row: whole rows at once are several times faster than triples."""
+    """Factor and offset for a whole image row, which is several times faster than broadcasting RGB triples."""
     std = np.array(IMAGENET_STD, np.float64)
     factor, offset = 1 / std, np.array(IMAGENET_MEAN, np.float64) / std
     return np.tile(factor, width).astype(np.float32), np.tile(offset, width).astype(np.float32)
 
 
 def normalise(image: np.ndarray, out: np.ndarray) -> None:
-    """out = (image - mean) / std of ImageNet in the top left corner, the rest is left as it is.
+    """Writes (image - mean) / std, with ImageNet statistics, to the top left corner of `out`; the rest is unchanged.
 
     Args:
         image: [h, w, 3] uint8.

@@ -6,6 +6,7 @@ from fastkd.detectors.common.two_stage import TwoStage
 from fastkd.detectors.condinst import CondInst
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.fcos import FCOS
+from fastkd.detectors.own import use_detector
 from fastkd.detectors.poto import POTO
 from fastkd.detectors.protocol import Detector
 from fastkd.detectors.retinanet import RetinaNet
@@ -39,4 +40,5 @@ __all__ = [
     "load_backbone_weights",
     "load_detector",
     "save_detector",
+    "use_detector",
 ]

@@ -19,9 +19,11 @@ TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 WITH_MASKS = ("mask_rcnn", "condinst", "solov2")
 WITHOUT_ANCHORS = ("fcos", "atss", "poto", "condinst", "solov2")
 
-_TIMM_NAME = re.compile(
+CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # module:Class
+
+_TIMM_NAME = re.compile(  # no URLs or paths: loading a detector file must not load other files
     r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?"
-)  # no URLs or paths: loading a detector file must not load other files
+)
 
 _POSITIVE_INTEGERS = (
     "num_classes",
@@ -102,6 +104,8 @@ class DetectorConfig:
         instance_head_channels: SOLOv2: width of the towers.
         kernel_channels: SOLOv2: channels of the mask features and of the kernels applied to them.
         grids: SOLOv2: cells along a side of each level's grid.
+        custom: a detector of one's own, "module:Class", built as Class(config) in the place of `detector`, whose
+            defaults (strides, masks) hold for it; set by --detector module:Class (see fastkd/detectors/own.py).
     """
 
     detector: str = "retinanet"
@@ -140,6 +144,7 @@ class DetectorConfig:
     instance_head_channels: int = 512
     kernel_channels: int = 256
     grids: tuple[int, ...] = (40, 36, 24, 16, 12)
+    custom: str | None = None
 
     def __post_init__(self) -> None:
         named = (("detector", DETECTORS), ("norm", NORMS), ("head_norm", HEAD_NORMS), ("p6_source", P6_SOURCES))
@@ -186,6 +191,8 @@ class DetectorConfig:
         good = isinstance(self.grids, (tuple, list)) and len(self.grids) == len(self.strides)
         _check(good and all(_is_integer(v, 1) for v in self.grids), "grids", "five integers >= 1", self.grids)
         object.__setattr__(self, "grids", tuple(self.grids))
+        known = self.custom is None or (isinstance(self.custom, str) and CLASS_NAME.fullmatch(self.custom) is not None)
+        _check(known, "custom", "None or module:Class", self.custom)
 
     def _check_backbone(self) -> None:
         known = isinstance(self.backbone, str) and (self.backbone in BACKBONES or _TIMM_NAME.fullmatch(self.backbone))
@@ -206,6 +213,11 @@ class DetectorConfig:
         good = isinstance(value, (tuple, list)) and len(value) > 0 and all(_is_number(v) and v > 0 for v in value)
         _check(good, name, "None or a non-empty tuple of positive numbers", value)
         object.__setattr__(self, name, tuple(value))
+
+    @property
+    def kind(self) -> str:
+        """Its name in messages: "module:Class" of a detector of one's own, or `detector`."""
+        return self.custom or self.detector
 
     @property
     def two_stage(self) -> bool:

@@ -105,5 +105,5 @@ class Detector(nn.Module):
         Two-stage detectors return the highest objectness of a cell's anchors.
         Raises: ValueError for a detector whose cells have no scores (the default).
         """
-        name = type(self).__name__
-        raise ValueError(f"cell_scores: the detector must score its cells, got a {name}; take a method without scores")
+        name = self.config.custom or type(self).__name__
+        raise ValueError(f"cell_scores: the detector must score its cells, got {name}; take a method without scores")

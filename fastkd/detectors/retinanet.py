@@ -56,6 +56,8 @@ class RetinaNet(Detector):
     Source: Focal Loss for Dense Object Detection (Lin et al., 2017), as torchvision's RetinaNet.
     """
 
+    head: RetinaNetHead
+
     def __init__(self, config: DetectorConfig):
         anchors = PyramidAnchors(
             config.anchor_sizes(), config.aspect_ratios(), config.strides, rounding=config.anchor_rounding

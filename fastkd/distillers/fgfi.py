@@ -60,6 +60,7 @@ class FGFI(Distiller):
             self.register_buffer(f"anchors{level}", boxes.clone(), persistent=False)
         self.adapter = nn.Conv2d(channels, self.teacher_channels, 3, padding=1)
         nn.init.trunc_normal_(self.adapter.weight, std=1e-4, a=-2e-4, b=2e-4)
+        assert self.adapter.bias is not None
         nn.init.zeros_(self.adapter.bias)
 
     def forward(

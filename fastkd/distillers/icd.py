@@ -119,6 +119,7 @@ class ICD(Distiller):
             # A student that inherits the teacher's head starts with features that fit this head. Equal initial
             # projections keep them; independent ones would first pull the student's features away from the head.
             for projection, layer in zip(self.student_values, self.decoder, strict=True):
+                assert isinstance(layer, DecoderLayer)
                 projection.load_state_dict(layer.value.state_dict())
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]]) -> QueryNoise:
@@ -156,7 +157,9 @@ class ICD(Distiller):
             with full_precision(decoded):
                 real_or_fake, ltrb_error = auxiliary_losses(self.auxiliary(decoded), queries)
             mass = attention.mass(queries.mass_mask, self.temperature)
-            values = project_cells(self.student_values[layer], student)
+            projection = self.student_values[layer]
+            assert isinstance(projection, nn.Linear)
+            values = project_cells(projection, student)
             identification.append(real_or_fake)
             localisation.append(ltrb_error)
             distill.append(value_mimic(values, attention.values, mass).mean())  # mean over [B, G]

@@ -56,6 +56,7 @@ def gather_objects(batch: Batch, *, context: bool, use_masks: bool) -> Objects:
         image_index=torch.cat([batch.image_index, dummy_index]),
     )
     if use_masks:
+        assert batch.masks is not None
         y, x = (torch.arange(length, device=device) + 0.5 for length in batch.padded_size)  # pixel centres
         dummy_masks = (y < sizes[:, 1:])[:, :, None] & (x < sizes[:, :1])[:, None, :]
         objects.masks = torch.cat([batch.masks, dummy_masks])

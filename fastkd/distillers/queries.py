@@ -216,4 +216,6 @@ class QueryEncoder(nn.Module):
 
     def forward(self, queries: Queries) -> Tensor:
         """[B, N, channels]."""
-        return self.layers(self.describe(queries).to(self.layers[0].weight.dtype))
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        return self.layers(self.describe(queries).to(first.weight.dtype))

@@ -1,4 +1,4 @@
-"""Metrics of COCO and CrowdHuman data, in one process or several, and the tables that show them."""
+"""COCO and CrowdHuman metrics, in one process or several, and tables of them."""
 
 from fastkd.evaluation.coco import CocoEvaluator, evaluate
 from fastkd.evaluation.crowdhuman import CrowdHumanEvaluator
@@ -21,8 +21,9 @@ def evaluator_of(dataset, max_detections: int | None = None) -> CocoEvaluator:
     """The evaluator of a data set's format.
 
     Args:
-        dataset: has `format`, "coco" or "crowdhuman", and what the evaluator of that format asks for.
-        max_detections: how many of an image's detections count; None for the format's usual 100 or 500.
+        dataset: has `format`, "coco" or "crowdhuman", and the attributes that the evaluator of that format needs.
+        max_detections: number of highest-scoring detections per image to evaluate; None for the format's usual 100 or
+            500.
     """
     if max_detections is not None and max_detections < 1:
         raise ValueError(f"evaluator_of: max_detections must be at least 1, got {max_detections}")

@@ -1,7 +1,7 @@
 """COCO box and mask metrics (AP at IoU 0.50:0.95, per size, per class) with pycocotools.
 
-Works in one process or in several: each adds the images it has seen, `gather` exchanges them, and then all hold the
-same results in the same order. AP and AR are percentages; None stands for "no ground truth to measure on".
+Works in one or several processes: each process adds its images, `gather` exchanges them, and then all processes have
+the same results in the same order. AP and AR are percentages, or None without ground truth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distrib
 from fastkd.evaluation.truth import load_ground_truth
 from fastkd.types import Batch, Detections
 
-if TYPE_CHECKING:  # imported where it is used: training does not need it
+if TYPE_CHECKING:  # imported at run time where it is used: training does not need it
     from pycocotools.coco import COCO
 
 SIZES = {"s": "small", "m": "medium", "l": "large"}
@@ -33,11 +33,11 @@ class CocoEvaluator:
 
     Args:
         dataset: has `annotation_file` (path of the COCO JSON), `image_ids`, `class_names` and `category_ids`
-            (contiguous label -> category id of the file). Only its images and categories are measured.
-        max_detections: how many of an image's highest-scoring detections count, ascending; AP uses the last,
-            AR is given for each.
+            (contiguous label -> category id of the file). Only its images and categories are evaluated.
+        max_detections: limits on the number of highest-scoring detections per image, ascending; AP uses the last, AR
+            is computed for each.
 
-    An image added twice counts once, the later replacing the earlier. Images never added count as missed.
+    Adding an image again replaces its detections. The objects of images that were never added count as missed.
     """
 
     def __init__(self, dataset, *, max_detections: tuple[int, ...] = (1, 10, 100)):
@@ -56,10 +56,10 @@ class CocoEvaluator:
         self._masks = False
 
     def add(self, batch: Batch, detections: list[Detections]) -> None:
-        """Store what was found in the images of `batch`, scaled back to the original images.
+        """Stores the detections of the images of `batch`, rescaled to the original images.
 
         Args:
-            batch: names the images (`image_ids`), their resized (`image_sizes`) and original sizes.
+            batch: has `image_ids`, the resized sizes (`image_sizes`) and the original sizes.
             detections: one per image of the batch, boxes and masks in pixels of the resized image.
         Raises: ValueError if counts disagree, an image is unknown, a label is out of range, or a number is not finite.
         """
@@ -104,7 +104,7 @@ class CocoEvaluator:
         return results
 
     def gather(self) -> None:
-        """Give every process what all have added. All ranks call it, also those without images."""
+        """Exchanges the detections between all processes. All ranks call it, including those without images."""
         if not is_distributed():
             return
         mine = {"masks": self._masks, "images": [[i, found] for i, found in self._images.items()]}
@@ -114,7 +114,7 @@ class CocoEvaluator:
 
     @property
     def unread(self) -> int:
-        """Images that were never added, e.g. because they could not be read; their objects count as missed."""
+        """Number of images that were never added, e.g. unreadable ones; their objects count as missed."""
         return len(self._known) - len(self._images)
 
     def results(self) -> list[dict]:
@@ -122,9 +122,9 @@ class CocoEvaluator:
         return [result for image_id in sorted(self._images) for result in self._images[image_id]]
 
     def compute(self) -> dict[str, dict]:
-        """Metrics of everything added (and gathered).
+        """Metrics of all detections that were added (and gathered).
 
-        Returns: {"bbox": metrics} and, if the detections carry masks, {"segm": metrics}. Metrics are AP, AP50, AP75,
+        Returns: {"bbox": metrics} and, if the detections have masks, {"segm": metrics}. Metrics are AP, AP50, AP75,
             APs, APm, APl, AR1.. AR100, ARs, ARm, ARl, images, unread (of them), instances, and per_class:
             {name: {AP, ..., instances}}. Percentages or None; safe for JSON.
         """
@@ -166,13 +166,13 @@ class CocoEvaluator:
 
 
 def _unique_names(names: list[str], category_ids: list[int]) -> list[str]:
-    """Names usable as keys: a name that several categories share gets its category id appended."""
+    """Unique class names: the category id is appended to names that several categories share."""
     names = [str(name) for name in names]
     return [f"{n} ({c})" if names.count(n) > 1 else n for n, c in zip(names, category_ids)]
 
 
 def _summarize(precision: np.ndarray, recall: np.ndarray, thresholds: np.ndarray, max_detections) -> dict[str, Any]:
-    """The usual means of pycocotools' tables, as percentages; entries of -1 mean no ground truth."""
+    """Means of pycocotools' tables as in its summary, as percentages; entries of -1 mean no ground truth."""
 
     def mean(values: np.ndarray) -> float | None:
         values = values[values > -1]
@@ -191,7 +191,7 @@ def _summarize(precision: np.ndarray, recall: np.ndarray, thresholds: np.ndarray
 
 
 def scale_boxes(boxes: Tensor, size: list[int], target: list[int]) -> Tensor:
-    """Boxes [D, 4] xyxy of an image of `size` (h, w) in pixels of the same image at `target` (h, w), clipped to it."""
+    """Rescales boxes [D, 4] xyxy from an image of `size` (h, w) to `target` (h, w), and clips them to it."""
     (height, width), (target_height, target_width) = size, target
     scale = boxes.new_tensor([target_width / width, target_height / height] * 2)
     limit = boxes.new_tensor([target_width, target_height] * 2)
@@ -199,7 +199,7 @@ def scale_boxes(boxes: Tensor, size: list[int], target: list[int]) -> Tensor:
 
 
 def resize_masks(masks: Tensor, target: list[int]) -> Tensor:
-    """Masks [D, h, w] bool at `target` (h, w): bilinear, then at least one half."""
+    """Resizes masks [D, h, w] bool to `target` (h, w): bilinear, thresholded at 0.5."""
     if list(masks.shape[-2:]) == list(target):
         return masks
     if not len(masks):
@@ -221,7 +221,7 @@ def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
 
 
 def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:
-    """Detections as a COCO object. Built by hand because COCO.loadRes fails without detections."""
+    """Detections as a COCO object. Does not use COCO.loadRes, which fails without detections."""
     from pycocotools import mask as mask_codec
     from pycocotools.coco import COCO
 
@@ -246,14 +246,14 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, dict]:
-    """Run a detector over a loader and measure it; all ranks call it and all get the metrics.
+    """Evaluates a detector on the batches of a loader; all ranks call it and all get the metrics.
 
     Args:
-        detector: has `features(images)` and `detect(pyramid, batch)`; put in eval mode meanwhile and restored after.
-        loader: yields Batch; the evaluator receives every image of it.
-        evaluator: a fresh CocoEvaluator; afterwards it holds the detections of all processes.
-        device: where the detector is.
-        dtype: autocast to this type (torch.bfloat16), or None for the detector's own precision.
+        detector: has `features(images)` and `detect(pyramid, batch)`; evaluated in eval mode, its modes are restored.
+        loader: yields Batch; all its images are added to the evaluator.
+        evaluator: an empty CocoEvaluator; afterwards it has the detections of all processes.
+        device: the detector's device.
+        dtype: autocast to this type (torch.bfloat16), or None for the precision of the weights.
         progress: show a bar with rate and time left (on rank 0).
     Returns: `CocoEvaluator.compute()` of all ranks' images.
     """
@@ -276,7 +276,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _progress(loader, shown: bool):
-    """The loader's batches, with a progress bar where shown."""
+    """The loader's batches, with a progress bar if `shown`."""
     if not shown:
         yield loader
         return

@@ -1,7 +1,7 @@
 """CrowdHuman's three metrics from matched detections (methods.md 5): MR^-2, AP and JI.
 
-Boxes are xyxy in pixels of the image file. A region to ignore takes any number of detections, which are then neither
-right nor wrong.
+Boxes are xyxy in pixels of the image file. A region to ignore matches any number of detections, which then count
+neither as right nor as wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from scipy.optimize import linear_sum_assignment
 
 from fastkd.boxes import box_area, box_intersection, box_iou
 
-OVERLAP = 0.5  # IoU and IoA must exceed it
+OVERLAP = 0.5  # a match needs a larger IoU or IoA
 EPS = 1e-6
 FALSE_POSITIVES_PER_IMAGE = (0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0)
-SMALLEST_MISS_RATE = 1e-10  # a curve that reaches 0 has no logarithm
+SMALLEST_MISS_RATE = 1e-10  # lower limit, since the mean is over logarithms
 SCORES = tuple(i / 10 for i in range(10))
 
 
@@ -36,14 +36,14 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True)
 class ImageMatch:
-    """What became of one image's detections, by falling score.
+    """The matching of one image's detections, by descending score.
 
     Args:
         scores: [D].
         right: [D] int8: 1 matched a box, 0 wrong, -1 in a region to ignore.
-        objects: boxes that are no regions to ignore.
+        objects: number of boxes without regions to ignore.
         matched: [10] matches k of JI at each score threshold.
-        union: [10] m + n - k there.
+        union: [10] m + n - k at each score threshold.
     """
 
     scores: np.ndarray
@@ -56,13 +56,13 @@ class ImageMatch:
 def match_image(
     found: np.ndarray, scores: np.ndarray, truth: np.ndarray, ignored: np.ndarray, size: tuple[int, int]
 ) -> ImageMatch:
-    """Compares the detections of one image with its boxes.
+    """Matches the detections of one image with its boxes.
 
     Args:
         found: [D, 4] detections.
         scores: [D].
         truth: [K, 4] boxes as annotated.
-        ignored: [K] bool, which of them are regions to ignore.
+        ignored: [K] bool, regions to ignore among them.
         size: (width, height) of the image.
     """
     order = np.argsort(-scores, kind="stable")
@@ -76,9 +76,9 @@ def match_image(
 
 
 def _greedy(iou: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """[D] int8: each detection in turn takes the free box of highest IoU, else a region to ignore, else is wrong.
+    """[D] int8: each detection in turn matches the free box of highest IoU, else a region to ignore, else is wrong.
 
-    Only detections that overlap some box enough are walked one by one.
+    The loop covers only detections with enough overlap with some box.
     """
     right = np.where(covered, -1, 0).astype(np.int8)
     free = iou.copy()
@@ -93,10 +93,10 @@ def _greedy(iou: np.ndarray, covered: np.ndarray) -> np.ndarray:
 def _jaccard(
     iou: np.ndarray, scores: np.ndarray, covered: np.ndarray, hidden: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matches and size of the union at each score threshold.
+    """Number of matches and size of the union at each score threshold.
 
-    The matching has as many pairs as possible and among those the highest sum of IoU, so that it is one and the same
-    everywhere; unmatched detections and boxes in regions to ignore do not count.
+    The matching has the maximum number of pairs and, among such matchings, the highest sum of IoU, which makes it
+    unique. Unmatched detections and boxes in regions to ignore do not count.
     """
     matched, union = np.zeros(len(SCORES), np.int64), np.zeros(len(SCORES), np.int64)
     counts = [int((scores >= threshold).sum()) for threshold in SCORES]
@@ -113,21 +113,21 @@ def _jaccard(
 
 
 def _maximum_matching(iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a maximum bipartite matching over IoU > OVERLAP, of the highest total IoU among those."""
+    """Rows and columns of the maximum bipartite matching over IoU > OVERLAP with the highest total IoU."""
     allowed = iou > OVERLAP
     rows, columns = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
     if not len(rows):
         return rows, columns
     part = np.ix_(rows, columns)
     most = min(len(rows), len(columns))
-    gain = np.where(allowed[part], most + 1 + iou[part], 0.0)  # one more pair is worth more than any sum of IoU
+    gain = np.where(allowed[part], most + 1 + iou[part], 0.0)  # an additional pair outweighs any sum of IoU
     chosen_rows, chosen_columns = linear_sum_assignment(gain, maximize=True)
     real = allowed[part][chosen_rows, chosen_columns]
     return rows[chosen_rows[real]], columns[chosen_columns[real]]
 
 
 def summarise(images: list[ImageMatch]) -> dict[str, float | int | None]:
-    """MR (MR^-2), AP, JI and recall as percentages, JI_score, where JI is highest, and counts; None without objects."""
+    """MR (MR^-2), AP, JI and recall as percentages; JI_score, the best JI's threshold; counts. None without objects."""
     objects = sum(image.objects for image in images)
     result: dict[str, float | int | None] = {"instances": objects, "images": len(images)}
     if not objects:
@@ -155,16 +155,16 @@ def summarise(images: list[ImageMatch]) -> dict[str, float | int | None]:
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Area under the raw points of the curve, by trapezoids from the first point on."""
+    """Area under the unsmoothed curve by the trapezoidal rule, from its first point."""
     return float(((precision[1:] + precision[:-1]) / 2 * np.diff(recall)).sum())
 
 
 def log_average_miss_rate(false_positives: np.ndarray, miss_rate: np.ndarray) -> float:
-    """Geometric mean of the miss rate at nine numbers of false positives per image.
+    """Geometric mean of the miss rates at nine values of false positives per image.
 
     Args:
-        false_positives: [n] per image, not falling.
-        miss_rate: [n]; taken at the first point that reaches the number, or at the last.
+        false_positives: [n] per image, non-decreasing.
+        miss_rate: [n]; read at the first point that reaches each value, or at the last point.
     """
     if not len(miss_rate):
         return 1.0

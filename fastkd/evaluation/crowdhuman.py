@@ -16,8 +16,8 @@ class CrowdHumanEvaluator(CocoEvaluator):
     """Collects detections of a CrowdHuman data set and measures them.
 
     Args:
-        dataset: a CrowdHumanDataset (has `truth`, `sizes` and what CocoEvaluator asks for).
-        max_detections: how many of an image's highest-scoring detections count.
+        dataset: a CrowdHumanDataset (has `truth`, `sizes` and the attributes that CocoEvaluator needs).
+        max_detections: number of highest-scoring detections per image to evaluate.
 
     Source: CrowdHuman (Shao et al., 2018); methods.md 5.
     """
@@ -27,10 +27,10 @@ class CrowdHumanEvaluator(CocoEvaluator):
         self.dataset = dataset
 
     def compute(self) -> dict[str, dict]:
-        """Metrics of everything added (and gathered).
+        """Metrics of all detections that were added (and gathered).
 
         Returns: {"bbox": {AP, MR, JI, recall, JI_score, images, unread (of them), instances, ignored, per_class}}. MR
-            is MR^-2, the lower the better; percentages, or None without objects; per_class repeats them for the only
+            is MR^-2, lower is better. Percentages, or None without objects; per_class repeats them for the only
             class. Safe for JSON.
         """
         limit, images, ignored = self.max_detections[-1], [], 0

@@ -1,4 +1,4 @@
-"""Exchange JSON values between the processes of a torch.distributed run, without pickle."""
+"""Exchanges JSON values between the processes of a torch.distributed run, without pickle."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def is_distributed() -> bool:
 
 
 def _device() -> torch.device:
-    """The CPU where the group has a backend for it (gloo); nccl alone moves nothing but GPU memory."""
+    """Device of the exchanged tensors: the CPU if the group has gloo, else the GPU, as nccl needs GPU tensors."""
     if "cpu:" in str(dist.get_backend_config()):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Every process's JSON-safe `value`, in the order of the ranks; one-element list outside a distributed run.
+    """Every process's JSON-safe `value`, in order of rank; a one-element list outside a distributed run.
 
-    Called by all ranks. Values travel as bytes padded to the longest, so ranks may hold any amount, also nothing.
+    Called by all ranks. Values are sent as bytes padded to the longest, so that their sizes may differ between ranks.
     """
     if not is_distributed():
         return [value]

@@ -14,7 +14,7 @@ _SIZE_ROWS = {"s": "small (< 32 x 32 px)", "m": "medium", "l": "large (> 96 x 96
 
 
 def number(value: float | None) -> str:
-    """A percentage with one decimal; "-" where there was nothing to measure."""
+    """A percentage with one decimal; "-" for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -27,7 +27,7 @@ def _table(title: str, first: str, columns: list[str]) -> Table:
 
 
 def summary_table(metrics: dict[str, dict]) -> Table:
-    """One row for boxes, one for masks: AP, AP50, AP75 and the most permissive average recall."""
+    """One row for boxes, one for masks: AP, AP50, AP75 and the average recall at the largest number of detections."""
     table = _table("COCO metrics, %", "", ["AP", "AP50", "AP75", "AR", "images", "objects"])
     for kind, values in metrics.items():
         cells = [number(values[name]) for name in ("AP", "AP50", "AP75", _last_recall(values))]
@@ -36,7 +36,7 @@ def summary_table(metrics: dict[str, dict]) -> Table:
 
 
 def size_table(metrics: dict[str, dict]) -> Table:
-    """AP and AR by the size of the object in the original image; "-" where no object has the size."""
+    """AP and AR by the size of the object in the original image; "-" for sizes without objects."""
     kinds = list(metrics)
     table = _table("by object size, %", "size", _columns(kinds, ("AP", "AR")))
     for letter, label in _SIZE_ROWS.items():
@@ -45,7 +45,7 @@ def size_table(metrics: dict[str, dict]) -> Table:
 
 
 def class_table(metrics: dict[str, dict]) -> Table:
-    """AP of every class; "-" where the dataset has no object of the class."""
+    """AP of every class; "-" for classes without objects."""
     kinds = list(metrics)
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl") if len(kinds) == 1 else ("AP", "AP50")
     table = _table("by class, %", "class", ["objects", *_columns(kinds, names)])
@@ -56,7 +56,7 @@ def class_table(metrics: dict[str, dict]) -> Table:
 
 
 def crowd_table(metrics: dict[str, dict]) -> Table:
-    """One row: AP, MR^-2 (the lower the better), JI with its score threshold, and recall."""
+    """One row: AP, MR^-2 (lower is better), JI with its score threshold, and recall."""
     values = metrics["bbox"]
     table = _table("CrowdHuman metrics, %", "", ["AP", "MR^-2", "JI", "at score", "recall", "images", "people"])
     cells = [number(values[name]) for name in ("AP", "MR", "JI", "JI_score", "recall")]
@@ -65,7 +65,7 @@ def crowd_table(metrics: dict[str, dict]) -> Table:
 
 
 def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> None:
-    """The summary, the sizes and the classes; of CrowdHuman's metrics their one table."""
+    """Prints the tables by summary, size and class; for CrowdHuman's metrics a single table."""
     console = console or Console()
     if metrics["bbox"].get("unread"):
         unread, images = metrics["bbox"]["unread"], metrics["bbox"]["images"]
@@ -78,7 +78,7 @@ def print_metrics(metrics: dict[str, dict], console: Console | None = None) -> N
 
 
 def _columns(kinds: list[str], names: tuple[str, ...]) -> list[str]:
-    """Column titles; boxes and masks are told apart only where both are shown."""
+    """Column titles; they name boxes and masks only if both are shown."""
     return [name if len(kinds) == 1 else f"{name} {KINDS[kind]}" for kind in kinds for name in names]
 
 
@@ -87,7 +87,7 @@ def _last_recall(values: dict[str, Any]) -> str:
 
 
 class RateColumn(ProgressColumn):
-    """How many units a second."""
+    """Progress column with the number of units per second."""
 
     def __init__(self, unit: str):
         super().__init__()
@@ -98,7 +98,7 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar(unit: str) -> Progress:
-    """A rich progress bar with counts, rate and time left, on stderr so that stdout stays clean for results."""
+    """A rich progress bar with counts, rate and time left, on stderr, so that stdout carries results only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

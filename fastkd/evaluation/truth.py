@@ -1,4 +1,4 @@
-"""Ground truth for pycocotools from an annotation file that nobody vouches for."""
+"""Loads ground truth for pycocotools from an untrusted annotation file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported where it is used: training does not need it
+if TYPE_CHECKING:  # imported at run time where it is used: training does not need it
     from pycocotools.coco import COCO
 
 
 def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
-    """The annotations of the given images and categories, as pycocotools wants them.
+    """The annotations of the given images and categories as a pycocotools COCO object.
 
-    What a data set leaves out is left out here: repeated ids, boxes that are not finite, have no area or lie outside
-    the image, and with `masks` objects without a usable segmentation (a crowd then has its box for a mask). A missing
-    `area` is the box's, a missing `iscrowd` 0. Annotations get new ids from 1: pycocotools takes a match with id 0 for
-    no match.
+    Skips the annotations that data sets skip: repeated ids, boxes that are not finite, have no area or lie outside the
+    image, and with `masks` objects without a valid segmentation (a crowd region then uses its box as mask). A missing
+    `area` is replaced by the box's, a missing `iscrowd` by 0. Annotations get new ids from 1, because pycocotools
+    treats a match with id 0 as no match.
 
     Raises: ValueError if masks are wanted and no annotation has one.
     """
@@ -69,7 +69,7 @@ def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids:
 
 
 def _valid_box(box: Any, image: dict) -> list[float] | None:
-    """The box (xywh) as four floats, or None if it is not finite, has no area or does not meet the image."""
+    """The box (xywh) as four floats; None if it is not finite, has no area or lies outside the image."""
     if not isinstance(box, list) or len(box) != 4:
         return None
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
@@ -80,7 +80,7 @@ def _valid_box(box: Any, image: dict) -> list[float] | None:
 
 
 def _box_code(box: list[float], image: dict) -> dict:
-    """The inside of a box (xywh) as a run-length code."""
+    """Run-length code of a box (xywh)."""
     from pycocotools import mask as mask_codec
 
     x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
@@ -88,7 +88,7 @@ def _box_code(box: list[float], image: dict) -> dict:
 
 
 def _mask_code(segmentation: Any, image: dict) -> dict | None:
-    """Polygons or run lengths of an annotation as a run-length code; None if they are missing or malformed."""
+    """Run-length code of an annotation's polygons or run lengths; None if they are missing or malformed."""
     from pycocotools import mask as mask_codec
 
     height, width = image["height"], image["width"]
@@ -101,11 +101,11 @@ def _mask_code(segmentation: Any, image: dict) -> dict | None:
             return segmentation
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         return mask_codec.merge(mask_codec.frPyObjects(polygons, height, width)) if polygons else None
-    except Exception:  # pycocotools raises nearly anything on malformed input
+    except Exception:  # pycocotools raises many types of exceptions on malformed input
         return None
 
 
 def _valid_area(area: Any, box: list[float]) -> float:
-    """The annotated area (it decides the object's size class), or the box's where none is given."""
+    """The annotated area, which determines the object's size class; the box's area if none is given."""
     usable = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
     return float(area) if usable else box[2] * box[3]

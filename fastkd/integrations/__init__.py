@@ -1,6 +1,6 @@
-"""Distillation inside other people's training code: `HostStep`, `Distillation`, and one file for each host.
+"""Distillation in other training frameworks (hosts): `HostStep`, `Distillation`, and one file for each host.
 
-The core imports torch and numpy alone; a host's package is imported by the file of its name and nowhere else.
+The core imports only torch and numpy; a host's package is imported only by the file of its name.
 """
 
 from fastkd.integrations.attachment import Distillation, HostStep

@@ -1,4 +1,4 @@
-"""The core that all hosts share: from inside of one training step to named losses, and what is trained beside it."""
+"""The core shared by all hosts: computes a method's losses in a host's training step and trains its modules."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from fastkd.types import Batch, ClassPriors
 
 FORMAT = 1
 DETACHED_STEPS = 100  # without total_steps: steps in which the distillation loss does not reach the student
-FORGOTTEN_AFTER = 200  # batches without a single step()
+WARN_AFTER = 200  # batches without a single step()
 
 
 @dataclass
 class HostStep:
-    """What a method needs of one training step of a host.
+    """Inputs of a method from one training step of a host.
 
     Args:
-        batch: images exactly as the student saw them, boxes in their pixels.
-        student: L tensors [B, C_l, H_l, W_l], finest first, in the graph of the host's own loss; channels may differ.
+        batch: images exactly as the student got them, boxes in their pixels.
+        student: L tensors [B, C_l, H_l, W_l], finest first, in the autograd graph of the host's loss; channels may
+            differ between levels.
         teacher: levels of the same images, without gradient; None for methods without a teacher.
-        rerun: the host's head and loss on another pyramid of the student's shapes -> {name: scalar}, leaving no trace
-            in its statistics; None if the host cannot, which rules out LGD.
-        scores: L tensors [B, 1, H_l, W_l] in [0, 1], the teacher's highest class probability in each cell of its
-            levels, for methods that need them (score-weighted L2); no host of ours gives them.
+        rerun: runs the host's head and loss on another pyramid of the same shapes -> {name: scalar}, without changing
+            its batch statistics; None if the host cannot, which rules out LGD.
+        scores: L tensors [B, 1, H_l, W_l] in [0, 1], the teacher's highest class probability in each cell, for methods
+            that need them (score-weighted L2); none of the hosts here provides them.
     """
 
     batch: Batch
@@ -48,25 +49,26 @@ class HostStep:
 
 
 class Distillation:
-    """Any method of distillation in any host: `losses = distillation(HostStep(...))`, later `distillation.step()`.
+    """A distillation method in a host: `losses = distillation(HostStep(...))`, later `distillation.step()`.
 
-    The method's modules are built in the first step, when the pyramids are known, without touching the host's random
-    numbers. They are trained by an optimiser of their own, at a rate that follows the fraction of the host's run.
-    It is no module, so that a host that finds it does not train, average or save it.
+    The method's modules are built in the first step, when the pyramids are known, without advancing the host's random
+    generators. They have a separate optimiser, with a learning rate schedule over the host's run. A Distillation is not
+    an nn.Module, so that a host which holds it does not train, average or save it.
 
     Args:
-        method: "icd", "lgd", "fgfi", "pkd", "cwd" or a `Distiller` of your own settings.
+        method: "icd", "lgd", "fgfi", "pkd", "cwd" or a `Distiller`.
         num_classes: object classes, without background.
-        priors: for ICD's fake queries, measured from the training set; None measures them from the first batches.
-        two_stage: the host has a region proposal network (sets the published weights).
+        priors: class priors of the training set, for ICD's fake queries; None measures them from the first batches.
+        two_stage: the host has a region proposal network (selects the published weights).
         anchors: L tensors [A, 4] xyxy of the cell at the origin, for FGFI.
-        channels: width of the method; None = the student's where all its levels have one, else its widest up to 256.
-        total_steps: optimiser steps of the host's run; None = constant rate.
-        detach_steps: first steps in which the distillation loss does not reach the student; None = the published share
-            of total_steps (ICD, FGFI 1/90, LGD 1/6), or 100 steps where that is unknown.
-        lr, weight_decay: of AdamW on the method's modules.
+        channels: width of the method; None takes the student's if all levels have the same, else its largest, at most
+            256.
+        total_steps: optimiser steps of the host's run; None keeps the rate constant.
+        detach_steps: first steps, in which the distillation loss does not reach the student; None takes the published
+            fraction of total_steps (ICD, FGFI 1/90, LGD 1/6), or 100 steps if total_steps is unknown.
+        lr, weight_decay: settings of AdamW for the method's modules.
         weight: factor on all losses of the method that reach the student.
-        seed: of the method's initial weights and draws.
+        seed: seed of the method's initial weights and random numbers.
     """
 
     def __init__(
@@ -114,16 +116,16 @@ class Distillation:
 
     @property
     def fraction(self) -> float:
-        """Share of the host's run that is over, 0 if its length is unknown."""
+        """Completed fraction of the host's run; 0 if its length is unknown."""
         return self.steps / self.total_steps if self.total_steps else 0.0
 
     def __deepcopy__(self, memo: dict) -> Distillation:
         return self
 
     def __call__(self, step: HostStep) -> dict[str, Tensor]:
-        """The weighted losses of a step; their sum joins the host's loss.
+        """The weighted losses of a step; the host adds their sum to its loss.
 
-        Raises: ValueError or TypeError if pyramids or batch do not fit, before anything of the host is changed.
+        Raises: ValueError or TypeError if pyramids or batch do not fit, before any state of the host is changed.
         """
         student = check_pyramid("student", step.student, len(step.batch))
         teacher = None
@@ -138,19 +140,19 @@ class Distillation:
         if distilled.instructive is not None:
             losses |= self._rerun(step, distilled.instructive, network.method)
         self.computed, self.computed_since_step = self.computed + 1, self.computed_since_step + 1
-        self._warn_if_forgotten()
+        self._warn_without_steps()
         if self.probe.due(self.computed):
             self.probe.measure(self.computed, losses, student, step)
         return self.optimizer.watch(losses) if self.optimizer else losses
 
     def step(self) -> None:
-        """Updates the method's modules; call it after the host's optimiser stepped."""
+        """Updates the method's modules; call it after the step of the host's optimiser."""
         self.steps, self.computed_since_step = self.steps + 1, 0
         if self.optimizer is not None:
             self.optimizer.step(self.fraction)
 
     def build(self, spec: PyramidSpec, device: torch.device) -> MethodNetwork:
-        """Makes the method's modules for these pyramids."""
+        """Builds the method's modules for these pyramids."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             method = self.method
@@ -165,7 +167,8 @@ class Distillation:
         return network
 
     def _ready(self, student: list[Tensor], teacher: list[Tensor] | None, batch: Batch) -> MethodNetwork:
-        if self.network is None:
+        network = self.network
+        if network is None:
             spec = match_levels(student, teacher, batch.padded_size)
             if self._loaded is None:
                 return self.build(spec, student[0].device)
@@ -174,10 +177,10 @@ class Distillation:
                     f"Distillation: the checkpoint's pyramids must be those of this run {spec}, got "
                     f"{self._loaded_spec()}; resume with the student and teacher of the first run"
                 )
-            self.build(spec, student[0].device)
+            network = self.build(spec, student[0].device)
             self._restore(self._loaded)
             self._loaded = None
-        network, widths = self.network, tuple(level.shape[1] for level in student)
+        widths = tuple(level.shape[1] for level in student)
         if widths != network.spec.student:
             raise ValueError(
                 f"Distillation: student must have the levels of the first step {network.spec.student}, got {widths}; "
@@ -192,7 +195,7 @@ class Distillation:
         return self.running.priors()
 
     def _measure(self, batch: Batch) -> None:
-        """Brings the priors that ICD draws from up to date; after the first batches they stay."""
+        """Updates ICD's priors during the first batches; afterwards they are fixed."""
         if self.running is None or self.running.steps >= MEASURED_STEPS or self.network is None:
             return
         self.running.add_batch(batch)
@@ -218,16 +221,16 @@ class Distillation:
         prefix = self.method if isinstance(self.method, str) else type(method).__name__.lower()
         return {f"{prefix}_{name}": method.instructive_weight * loss for name, loss in step.rerun(instructive).items()}
 
-    def _warn_if_forgotten(self) -> None:
-        if self.computed_since_step == FORGOTTEN_AFTER:
+    def _warn_without_steps(self) -> None:
+        if self.computed_since_step == WARN_AFTER:
             warnings.warn(
-                f"fastkd: {FORGOTTEN_AFTER} batches without kd.step(): the method's own modules do not learn; call "
+                f"fastkd: {WARN_AFTER} batches without kd.step(): the method's own modules do not learn; call "
                 "kd.step() after optimizer.step()",
                 stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to resume, on the CPU-loadable types of torch.load(weights_only=True)."""
+        """The state for resuming, in types that torch.load(weights_only=True) can load."""
         if self.network is None:
             return self._loaded or {"format": FORMAT, "steps": self.steps, "computed": self.computed, "spec": None}
         return {
@@ -241,7 +244,7 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, at once or, before the first step, in it.
+        """Restores the result of `state_dict`; before the first step, restoring is deferred until that step.
 
         Raises: ValueError for a state of another format or of other pyramids.
         """
@@ -270,15 +273,15 @@ class Distillation:
             self.running.load_state_dict(state["running"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the checkpoint beside the host's, whole or not at all."""
+        """Writes the checkpoint atomically; the host's checkpoint does not include it."""
         partial = f"{os.fspath(path)}.partial"
         torch.save(self.state_dict(), partial)
         os.replace(partial, path)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Continues from a file of `save`; before the first step, too."""
+        """Restores a file written by `save`, also before the first step."""
         self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def report(self) -> str:
-        """What the losses do in this host: see `Probe.text`."""
+        """A report on losses and gradients in this host, see `Probe.text`."""
         return self.probe.text(self)

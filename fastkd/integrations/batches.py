@@ -1,4 +1,4 @@
-"""A host's images and targets as a `Batch`, with the checks that turn bad targets into clear messages."""
+"""Converts a host's images and targets to a `Batch`; checks the targets and raises clear errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastkd.types import Batch
 
 
 def image_seeds(seed: int, step: int, images: int) -> list[int]:
-    """A seed for each image of this process, the same however a batch is split over processes."""
+    """A seed for each image of this process, independent of how a batch is split over processes."""
     first = _rank() * images
     return [(seed * 1_000_003 + step) * 65_537 + first + image for image in range(images)]
 
@@ -39,15 +39,15 @@ def make_batch(
     Boxes are clamped to their image and at least one pixel wide and high.
 
     Args:
-        images: [B, 3, H, W] as the student saw them, padded.
+        images: [B, 3, H, W] as the student got them, padded.
         image_sizes: (height, width) of each image before padding.
         boxes: B tensors [K_b, 4], xyxy in pixels of the padded batch.
         labels: B tensors [K_b], integers in [first_label, first_label + num_classes).
         num_classes: object classes, without background.
-        first_label: the label of the first class (1 where 0 is the background).
+        first_label: the label of the first class (1 if 0 is the background).
         masks: B tensors [K_b, h, w] of the images before padding, or None.
-        seeds: B ints for whatever a method draws.
-        check: look at the values too, which on a GPU waits for it.
+        seeds: B ints, seeds of a method's random numbers.
+        check: also check the values, which synchronises a GPU.
     Raises: ValueError or TypeError if lengths, shapes or labels do not fit.
     """
     if not len(image_sizes) == len(boxes) == len(labels) == images.shape[0]:

@@ -1,4 +1,4 @@
-"""detectron2's detectors with a pyramid, in its trainers or a loop of one's own.
+"""detectron2's detectors with a feature pyramid, in its trainers or in a custom loop.
 
 kd = attach(trainer.model, method="icd", teacher=teacher, num_classes=10)
 trainer.register_hooks([kd.callback])                        # or kd.step() after optimizer.step() in your own loop
@@ -22,7 +22,7 @@ from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 
-LOG_EVERY = 20  # iterations between two writes of the losses, as detectron2's own writers do
+LOG_EVERY = 20  # iterations between two writes of the losses, as in detectron2's writers
 
 
 def attach(
@@ -35,17 +35,17 @@ def attach(
     total_steps: int | None = None,
     **settings: Any,
 ) -> Detectron2Attachment:
-    """Distils in every training call of the model; its dictionary of losses gains those of the method.
+    """Adds a method's losses to the loss dictionary of the model in every training call.
 
     Args:
         model: a plain detectron2 detector with `backbone` and `preprocess_image`.
         method: "icd", "lgd" or a `Distiller`.
         teacher: a trained detector of detectron2, or any module in a `Teacher`. Not for "lgd".
-        num_classes: object classes; None = the model's.
-        priors: for ICD; None measures them from the first batches.
-        total_steps: optimiser steps of the run; `callback` finds it by itself.
+        num_classes: object classes; None takes the model's.
+        priors: class priors for ICD; None measures them from the first batches.
+        total_steps: optimiser steps of the run; set automatically with `callback`.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is none of these, or the classes do not fit.
+    Raises: ValueError or TypeError if the model is not supported, or the classes do not fit.
     """
     check_plain(model)
     missing = [name for name in ("backbone", "preprocess_image", "pixel_mean") if not hasattr(model, name)]
@@ -54,12 +54,12 @@ def attach(
             f"attach: model must be a detectron2 detector, got {type(model).__name__} without {', '.join(missing)}; "
             "use fastkd.integrations.HostStep for others"
         )
-    classes = _model_classes(model)
-    if num_classes is None and classes is None:
+    noted = _model_classes(model)
+    classes = noted if num_classes is None else num_classes
+    if classes is None:
         raise ValueError("attach: num_classes must be given, as this model does not tell it; pass that of the data")
-    if None not in (num_classes, classes) and num_classes != classes:
-        raise ValueError(f"attach: num_classes must be that of the model, {classes}, got {num_classes}; set it there")
-    classes = num_classes if classes is None else classes
+    if noted not in (None, classes):
+        raise ValueError(f"attach: num_classes must be that of the model, {noted}, got {num_classes}; set it there")
     distillation = Distillation(
         method,
         num_classes=classes,
@@ -72,9 +72,9 @@ def attach(
 
 
 class Detectron2Attachment(Attachment):
-    """Hooks before and after the model and behind its backbone; see `attach`."""
+    """Hooks before and after the model and after its backbone; see `attach`."""
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         mean, std = (tuple((value.flatten() / 255).tolist()) for value in (model.pixel_mean, model.pixel_std))
         super().__init__(model, distillation, teacher, Normalization(mean, std))
         self._inputs: list[dict] | None = None
@@ -109,18 +109,22 @@ class Detectron2Attachment(Attachment):
         )
 
         def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
-            """The model's heads and losses on other levels: its forward pass with the backbone replayed."""
-            replay = Replay(dict(zip(features, levels, strict=True)))
+            """The model's heads and losses on other levels: its forward pass with the backbone's output replaced."""
+            replay: Any = Replay(dict(zip(features, levels, strict=True)))
             replay.size_divisibility = self.model.backbone.size_divisibility
             replay.padding_constraints = getattr(self.model.backbone, "padding_constraints", {})
-            with _no_trace(self.model), unrecorded_statistics(self.model), replaced_module(self.model, backbone=replay):
+            with (
+                _without_side_effects(self.model),
+                unrecorded_statistics(self.model),
+                replaced_module(self.model, backbone=replay),
+            ):
                 return self.model.forward(inputs)
 
         return HostStep(batch, list(features.values()), self.pyramid_of_teacher(images, batch.image_sizes), rerun)
 
     @property
     def callback(self) -> Any:
-        """A hook for detectron2's trainers: steps, finds the run's length, saves and resumes with the trainer."""
+        """A hook for detectron2's trainers: steps, sets the run's length, saves and resumes with the trainer."""
         from detectron2.engine import HookBase
 
         attachment = self
@@ -145,8 +149,8 @@ class Detectron2Attachment(Attachment):
 
 
 @contextlib.contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Scalars of the second pass go to a storage of their own, and loss normalisers stay as they were."""
+def _without_side_effects(model: nn.Module) -> Iterator[None]:
+    """Within the context scalars go to a separate EventStorage, and loss normalisers are restored afterwards."""
     from detectron2.utils.events import EventStorage
 
     normalizers = {part: part.loss_normalizer for part in model.modules() if hasattr(part, "loss_normalizer")}
@@ -159,6 +163,6 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def _model_classes(model: nn.Module) -> int | None:
-    """Object classes as the model notes them."""
+    """The model's number of object classes; None if it has no such attribute."""
     owner = getattr(model, "roi_heads", model)
     return getattr(owner, "num_classes", None)

@@ -1,4 +1,4 @@
-"""Forward hooks of which copies and pickles of the host's model keep nothing."""
+"""Forward hooks that are dropped when the host's model is copied or pickled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary
 
 
 class Hook:
-    """A callable whose deep copy and pickle do nothing.
+    """A callable whose deep copy and pickle are no-ops.
 
-    An EMA by deep copy must not distil, and a pickled model must load where fastkd is not installed: both get
-    `nullcontext().__exit__`, which takes any arguments and returns None, as a forward hook that changes nothing.
+    An EMA made by deepcopy must not distil, and a pickled model must load without fastkd. Both get
+    `nullcontext().__exit__` instead: it takes any arguments and returns None, like a forward hook without effect.
 
     Args:
         function: called as function(module, arguments, ...).
@@ -36,9 +36,9 @@ class Hook:
 
 
 def claim(model: nn.Module, owner: object) -> None:
-    """Notes who is attached to a model.
+    """Registers `owner` as the attachment of a model.
 
-    Raises: ValueError if somebody is already.
+    Raises: ValueError if the model already has one.
     """
     if _ATTACHED.get(model) is not None:
         raise ValueError(
@@ -48,12 +48,12 @@ def claim(model: nn.Module, owner: object) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """The model is free again."""
+    """Removes the registered attachment of a model."""
     _ATTACHED.pop(model, None)
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises ValueError for a model that was compiled or wrapped before."""
+    """Raises ValueError for a model that is already compiled or wrapped."""
     kind = type(model).__name__
     if kind == "OptimizedModule":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an attachment to a host's model does in every host: hooks, failures, undo."""
+"""Base class of the attachments to a host's model: hooks, handling of failures, detaching."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastkd.integrations.hooks import Hook, check_plain, claim, release
 from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import preserved_randomness
 
-MAX_FAILURES = 3  # in a row; then the host goes on alone
-CHECKED_STEPS = 20  # first steps in which the values of targets are looked at on a GPU, too
+MAX_FAILURES = 3  # consecutive failed batches, after which distillation stops
+CHECKED_STEPS = 20  # first steps, in which the values of targets are checked on a GPU, too
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an attachment stands.
+    """Progress of an attachment.
 
     Args:
-        attached: the hooks are in place.
+        attached: whether the hooks are attached.
         steps: updates of the method's modules.
         computed: batches whose losses were computed.
-        failures: batches in a row that failed; after the third the host goes on alone.
-        losses: detached values of the last batch by name.
+        failures: consecutive failed batches; after MAX_FAILURES distillation stops.
+        losses: detached losses of the last batch by name.
     """
 
     attached: bool
@@ -41,15 +41,15 @@ class State:
 
 
 class Attachment:
-    """A method attached to a host's model by hooks; `detach` leaves the model as it was.
+    """A method attached to a host's model by hooks; `detach` removes them.
 
-    A failure of the method after its first batch is a warning, and that batch trains the host alone.
+    If the method fails after its first batch, it warns and the batch trains without distillation.
 
     Args:
-        model: the host's plain model.
+        model: the host's model, neither compiled nor wrapped.
         distillation: the method.
-        teacher: for methods that need one.
-        normalization: of the images that the host's model sees.
+        teacher: teacher for methods that need one.
+        normalization: normalisation of the images that the host's model gets.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class Attachment:
             raise ValueError(
                 "attach: this method needs a teacher, got None; pass teacher=<trained detector>, or use method='lgd'"
             )
-        self.model, self.distillation, self.teacher = model, distillation, teacher
+        self.model: Any = model  # its parts are the host's
+        self.distillation, self.teacher = distillation, teacher
         self.normalization = normalization or Normalization()
         self.failures, self._succeeded = 0, False
         self.losses: dict[str, Tensor] = {}
@@ -76,27 +77,27 @@ class Attachment:
         return self
 
     def hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """A forward hook until `detach`."""
+        """Registers a forward hook, which `detach` removes."""
         self._handles.append(module.register_forward_hook(Hook(torch.compiler.disable(function))))
 
     def pre_hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """A forward hook before the module runs, until `detach`: function(module, args, kwargs)."""
+        """Registers a forward pre-hook function(module, args, kwargs), which `detach` removes."""
         hook = Hook(torch.compiler.disable(function))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     @property
     def active(self) -> bool:
-        """Whether this forward pass trains: train mode, gradients, and the method is not given up."""
+        """Whether to distil in this forward pass: train mode, gradients enabled, fewer than MAX_FAILURES failures."""
         return self.model.training and torch.is_grad_enabled() and self.failures < MAX_FAILURES
 
     def check_values(self, device: torch.device) -> bool:
-        """Whether this batch's targets are looked at: always on a CPU, in the first batches elsewhere."""
+        """Whether to check the values of this batch's targets: always on a CPU, in the first batches on a GPU."""
         return device.type == "cpu" or self.distillation.computed < CHECKED_STEPS
 
     def distil(self, device: torch.device, make_step: Callable[[], HostStep]) -> dict[str, Tensor]:
-        """The losses of a batch, or none if the method fails.
+        """The losses of a batch; {} if the method fails.
 
-        Raises: whatever goes wrong in the first batch, as then nothing of the host's run is lost.
+        Raises: any exception of the first batch, since the host's run has made no progress yet.
         """
         try:
             with preserved_randomness(device):
@@ -116,7 +117,7 @@ class Attachment:
         warnings.warn(f"fastkd: the distillation of a batch failed{end}:\n{traceback.format_exc()}", stacklevel=3)
 
     def pyramid_of_teacher(self, images: Tensor, image_sizes: Tensor) -> list[Tensor] | None:
-        """The teacher's levels of the student's images, None if the method needs none."""
+        """The teacher's levels for the student's images; None if the method needs no teacher."""
         if not self.distillation.needs_teacher or self.teacher is None:
             return None
         self.teacher.to(images.device)
@@ -127,7 +128,7 @@ class Attachment:
         self.distillation.step()
 
     def detach(self) -> None:
-        """Removes all hooks; the model is as it was before attaching, apart from what it learned."""
+        """Removes all hooks; afterwards the model differs from before only in its trained weights."""
         for handle in self._handles:
             handle.remove()
         for undo in self.on_detach:
@@ -138,27 +139,27 @@ class Attachment:
 
     @property
     def state(self) -> State:
-        """Where the attachment stands; waits for the device."""
+        """Progress of the attachment; synchronises the device."""
         kd = self.distillation
         values = {name: float(value) for name, value in self.losses.items()}
         return State(bool(self._handles), kd.steps, kd.computed, self.failures, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """To resume; the host's checkpoint does not hold it."""
+        """The state for resuming, which the host's checkpoint does not contain."""
         return self.distillation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Restores the result of `state_dict`."""
         self.distillation.load_state_dict(state)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a checkpoint file of its own."""
+        """Writes a separate checkpoint file."""
         self.distillation.save(path)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Continues from a file of `save`."""
+        """Restores a file written by `save`."""
         self.distillation.load(path)
 
     def report(self) -> str:
-        """What the losses do in this host, with a sentence on what looks wrong."""
+        """A report on losses and gradients in this host, with warnings."""
         return self.distillation.probe.text(self.distillation, self.teacher, self.normalization, self.failures)

@@ -1,4 +1,4 @@
-"""Teachers of the packages that we know, told by their parts, so that none of these packages is imported."""
+"""Teachers from the supported packages, recognised by attributes, so that no package needs to be imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastkd.integrations.teachers import Normalization, Teacher, features_before
 
 
 def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
-    """A detector of any known package as `Teacher`, with a warning where it knows other classes.
+    """A detector of any supported package as `Teacher`; warns if its number of classes differs.
 
     Args:
-        teacher: of torchvision, transformers or Ultralytics, another module, a `Teacher` or None.
+        teacher: a detector of torchvision, transformers or Ultralytics, another module, a `Teacher`, or None.
         num_classes: object classes of the data.
     """
     if teacher is None:
@@ -24,7 +24,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
         picked = teacher
     elif hasattr(teacher, "transform") and hasattr(teacher, "backbone"):
         picked = torchvision_teacher(teacher, num_classes)
-    elif hasattr(teacher, "yaml") or hasattr(getattr(teacher, "model", None), "yaml"):
+    elif yolo_network(teacher) is not None:
         picked = ultralytics_teacher(teacher)
     elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
         picked = transformers_teacher(teacher)
@@ -39,29 +39,30 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
     return picked
 
 
-def output_classes(model: nn.Module) -> int:
-    """Classes of the classifier, a background included."""
+def output_classes(model: Any) -> int:
+    """Number of outputs of the classifier, including a background class."""
     if hasattr(model, "roi_heads"):
         return int(model.roi_heads.box_predictor.cls_score.out_features)
     head = model.head.classification_head
     return int(head.num_columns if hasattr(head, "num_columns") else head.num_classes)
 
 
-def has_background(model: nn.Module) -> bool:
+def has_background(model: Any) -> bool:
     """Whether class 0 of the classifier is the background: two-stage detectors and SSD."""
     return hasattr(model, "roi_heads") or hasattr(model.head.classification_head, "num_columns")
 
 
-def image_normalization(model: nn.Module) -> Normalization:
+def image_normalization(model: Any) -> Normalization:
     return Normalization(tuple(model.transform.image_mean), tuple(model.transform.image_std))
 
 
-def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> Teacher:
-    """A torchvision detector as teacher: only its backbone runs.
+def torchvision_teacher(teacher: Any, num_classes: int | None = None) -> Teacher:
+    """A torchvision detector as teacher; only its backbone is run.
 
     Args:
         teacher: the detector.
-        num_classes: object classes of the data, which tell whether its labels begin at 0 or 1; None = the teacher's.
+        num_classes: object classes of the data, which determine whether the teacher's labels begin at 0 or 1; None
+            takes the teacher's.
     """
     first_label = 1 if has_background(teacher) or output_classes(teacher) == (num_classes or 0) + 1 else 0
     return Teacher(
@@ -74,7 +75,7 @@ def torchvision_teacher(teacher: nn.Module, num_classes: int | None = None) -> T
 
 
 class _Detect:
-    """A teacher's detections on images in [0, 1]: boxes, labels from 0 and scores of each."""
+    """Runs a teacher on images in [0, 1]: boxes, labels from 0 and scores for each image."""
 
     def __init__(self, teacher: nn.Module, first_label: int):
         self.teacher, self.first_label = teacher, first_label
@@ -85,14 +86,14 @@ class _Detect:
 
 
 def normalization_of(processor: Any) -> Normalization:
-    """How an image processor normalises; nothing without one."""
+    """The normalisation of an image processor; the identity without a processor."""
     if processor is None or not getattr(processor, "do_normalize", False):
         return Normalization()
     return Normalization(tuple(processor.image_mean), tuple(processor.image_std))
 
 
-def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teacher:
-    """A detector of this package as teacher: its forward pass ends behind the encoder."""
+def transformers_teacher(teacher: Any, *, processor: Any = None) -> Teacher:
+    """A transformers detector as teacher; its forward pass is stopped after the encoder."""
     return Teacher(
         teacher,
         features_until(teacher, teacher.model.encoder),
@@ -101,9 +102,23 @@ def transformers_teacher(teacher: nn.Module, *, processor: Any = None) -> Teache
     )
 
 
+def yolo_network(teacher: Any) -> nn.Module | None:
+    """The network of a YOLO, or the argument if it is a network; None for any other object."""
+    for network in (teacher, getattr(teacher, "model", None)):
+        if isinstance(getattr(network, "model", None), nn.Sequential) and hasattr(network, "yaml"):
+            return network
+    return None
+
+
 def ultralytics_teacher(teacher: Any) -> Teacher:
-    """A YOLO, or its network, as teacher: its forward pass ends before the head."""
-    network = teacher if hasattr(teacher, "yaml") else teacher.model
-    network.float().eval()  # YOLO hands out networks in train mode
-    head = network.model[-1]
+    """A YOLO, or its network, as teacher; its forward pass is stopped before the head.
+
+    Raises: TypeError for any other object.
+    """
+    network = yolo_network(teacher)
+    if network is None:
+        raise TypeError(f"ultralytics_teacher: teacher must be a YOLO or its network, got {type(teacher).__name__}")
+    network.float().eval()  # a YOLO's network is in train mode
+    layers: Any = network.model
+    head = layers[-1]
     return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)

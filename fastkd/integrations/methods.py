@@ -1,9 +1,10 @@
-"""The methods by name, built for the pyramids of a host."""
+"""Builds methods by name for the pyramids of a host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,13 +22,14 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What a method's settings depend on besides the pyramids.
+    """Properties of a host, besides its pyramids, that determine a method's settings.
 
     Args:
         num_classes: object classes, without background.
-        two_stage: the host has a region proposal network (other published weights).
-        anchors: L tensors [A, 4] xyxy of the cell at the origin, for FGFI; None where the host has no anchors.
-        channels: width of the method; None = the student's where all its levels have one, else the widest up to 256.
+        two_stage: the host has a region proposal network (selects the published weights).
+        anchors: L tensors [A, 4] xyxy of the cell at the origin, for FGFI; None if the host has no anchors.
+        channels: width of the method; None takes the student's if all levels have the same, else its largest, at most
+            256.
     """
 
     num_classes: int
@@ -38,11 +40,11 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a method is trained in a host.
+    """Training settings of a method in a host.
 
     Args:
-        detach_fraction: first part of the run in which the distillation loss does not reach the student.
-        clip: largest gradient norm of the method's modules.
+        detach_fraction: first fraction of the run, in which the distillation loss does not reach the student.
+        clip: maximum gradient norm of the method's modules.
     """
 
     detach_fraction: float = 1 / 90
@@ -50,14 +52,14 @@ class Settings:
 
 
 class LevelwiseICD(ICD):
-    """ICD for a teacher whose levels have different widths: a trained 1x1 projection for each level in front.
+    """ICD for a teacher with levels of different widths: adds a trained 1x1 projection of each level to `channels`.
 
-    The projections learn from the auxiliary task through the values; the teacher stays frozen.
+    The projections are trained by the auxiliary task, through the attention's values; the teacher is frozen.
 
     Args:
-        num_classes, priors, channels: as of ICD.
-        level_channels: of the teacher's levels.
-        **settings: as of ICD.
+        num_classes, priors, channels: as in ICD.
+        level_channels: channels of the teacher's levels.
+        **settings: as in ICD.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class LevelwiseICD(ICD):
         teacher: Sequence[Tensor] | None = None,
         **options,
     ) -> Distilled:
-        """As of ICD, with teacher L tensors [B, level_channels[l], H_l, W_l]."""
+        """As in ICD, with teacher L tensors [B, level_channels[l], H_l, W_l]."""
         return super().forward(student, batch, self.project(teacher or []), **options)
 
     def project(self, teacher: Sequence[Tensor]) -> list[Tensor]:
@@ -81,7 +83,7 @@ class LevelwiseICD(ICD):
         return [layer(level.detach()) for layer, level in zip(self.teacher_projections, teacher, strict=True)]
 
     def decode(self, queries: Queries, teacher: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
-        """As of ICD, but the projected levels are not detached: the values carry gradients to their projections."""
+        """As in ICD, but the projected levels are not detached, so that the values train the projections."""
         levels = [level * self.teacher_scale for level in teacher]
         level_sizes = [(level.shape[2], level.shape[3]) for level in levels]
         positions = position_embeddings(batch.image_sizes.to(levels[0].device), batch.padded_size, level_sizes)
@@ -93,7 +95,7 @@ class LevelwiseICD(ICD):
 
 
 def method_channels(facts: HostFacts, widths: Sequence[int]) -> int:
-    """Width of a method for a student of these widths, divisible by the attention's heads."""
+    """Width of a method for a student with these widths, divisible by the number of attention heads."""
     if facts.channels is not None:
         return facts.channels
     width = widths[0] if len(set(widths)) == 1 else min(max(widths), MAX_CHANNELS)
@@ -102,7 +104,9 @@ def method_channels(facts: HostFacts, widths: Sequence[int]) -> int:
 
 def _icd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
     channels, widths = method_channels(facts, spec.student_widths), spec.teacher_widths
-    published = {"weight": 3.0, "max_queries": 100} if facts.two_stage else {"weight": 8.0, "max_queries": 300}
+    published: dict[str, Any] = {"weight": 8.0, "max_queries": 300}
+    if facts.two_stage:
+        published = {"weight": 3.0, "max_queries": 100}
     if len(set(widths)) == 1:
         return ICD(facts.num_classes, priors, channels, teacher_channels=widths[0], heads=HEADS, **published)
     return LevelwiseICD(facts.num_classes, priors, channels, level_channels=widths, heads=HEADS, **published)
@@ -152,10 +156,10 @@ def check_method(method: str | Distiller) -> None:
 
 
 def needs_teacher(method: str | Distiller) -> bool:
-    """Whether the method asks for the teacher's pyramid."""
+    """Whether the method needs the teacher's pyramid."""
     return METHODS[method][1] if isinstance(method, str) else method.needs_teacher
 
 
 def settings_of(method: Distiller) -> Settings:
-    """The published settings of training, as shares of the run."""
+    """The published training settings."""
     return Settings(method.detach_fraction, method.clip_norm)

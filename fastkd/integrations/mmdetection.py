@@ -1,4 +1,4 @@
-"""mmdetection's detectors with a neck, by one mmengine hook.
+"""mmdetection's detectors with a neck, with an mmengine hook.
 
 kd = attach(runner.model, method="icd", teacher=teacher, num_classes=10)
 runner.register_hook(kd.callback)
@@ -22,7 +22,7 @@ from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import unrecorded_statistics
 from fastkd.types import ClassPriors
 
-KEY = "fastkd"  # of mmengine's checkpoint, beside "state_dict"
+KEY = "fastkd"  # key in mmengine's checkpoint, beside "state_dict"
 
 
 def attach(
@@ -35,17 +35,17 @@ def attach(
     total_steps: int | None = None,
     **settings: Any,
 ) -> MMDetectionAttachment:
-    """Distils in every call of the model with mode="loss"; its dictionary of losses gains those of the method.
+    """Adds a method's losses to the loss dictionary of the model in every call with mode="loss".
 
     Args:
         model: a plain mmdetection detector.
         method: "icd", "lgd" or a `Distiller`.
         teacher: a trained mmdetection detector, or any module in a `Teacher`. Not for "lgd".
-        num_classes: object classes; None = the head's.
-        priors: for ICD; None measures them from the first batches.
-        total_steps: optimiser steps of the run; `callback` finds it by itself.
+        num_classes: object classes; None takes the head's.
+        priors: class priors for ICD; None measures them from the first batches.
+        total_steps: optimiser steps of the run; set automatically with `callback`.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is none of these, or the classes are not known.
+    Raises: ValueError or TypeError if the model is not supported, or the number of classes is unknown.
     """
     check_plain(model)
     missing = [name for name in ("extract_feat", "loss", "data_preprocessor") if not hasattr(model, name)]
@@ -70,12 +70,12 @@ def attach(
 
 
 class MMDetectionAttachment(Attachment):
-    """Hooks before and after the model and behind its neck; see `attach`.
+    """Hooks before and after the model and after its neck; see `attach`.
 
-    mmengine adds up those losses whose name contains "loss", so the method's get that ending.
+    mmengine sums the losses whose name contains "loss", so this suffix is added to the method's losses.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         prepare = model.data_preprocessor
         normalization = Normalization()
         if getattr(prepare, "mean", None) is not None:
@@ -118,20 +118,20 @@ class MMDetectionAttachment(Attachment):
         )
 
         def rerun(others: list[Tensor]) -> dict[str, Tensor]:
-            """The model's heads and losses on other levels; mmdetection gives some losses as lists."""
+            """The model's heads and losses on other levels; mmdetection returns some losses as lists."""
             self.model.extract_feat = lambda *args, **kwargs: tuple(others)
             try:
                 with unrecorded_statistics(self.model):
                     losses = self.model.loss(images, samples)
             finally:
-                del self.model.extract_feat  # the method of the class shows again
+                del self.model.extract_feat  # restores the method of the class
             return {name: _total(value) for name, value in losses.items() if "loss" in name}
 
         return HostStep(batch, levels, self.pyramid_of_teacher(images, batch.image_sizes), rerun)
 
     @property
     def callback(self) -> Any:
-        """A hook for mmengine's Runner: steps, finds the run's length, saves and resumes with its checkpoint."""
+        """A hook for mmengine's Runner: steps, sets the run's length, saves and resumes with its checkpoint."""
         from mmengine.hooks import Hook
 
         attachment = self
@@ -155,7 +155,7 @@ class MMDetectionAttachment(Attachment):
 
 
 def _total(loss: Tensor | list[Tensor]) -> Tensor:
-    """A loss as mmengine adds it up: the mean of a tensor, the sum over a list."""
+    """A loss as reduced by mmengine: the mean of a tensor, summed over a list."""
     if isinstance(loss, Tensor):
         return loss.mean()
     return torch.stack([part.mean() for part in loss]).sum()

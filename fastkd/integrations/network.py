@@ -1,4 +1,4 @@
-"""A method between a host's pyramids: all that is trained beside the host."""
+"""The trained modules of a distillation in a host: the method and its projections."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastkd.types import Batch
 
 
 class MethodNetwork(nn.Module):
-    """The method, the student's projections to its width and those of an instructive pyramid back to the host's.
+    """The method, projections of the student to its width, and projections of an instructive pyramid back.
 
     Args:
         method: the distiller.
-        spec: of the pyramids.
+        spec: widths and matching of the pyramids.
     """
 
     def __init__(self, method: Distiller, spec: PyramidSpec):
@@ -43,10 +43,10 @@ class MethodNetwork(nn.Module):
 
         Args:
             student: the host's levels [B, C_l, H_l, W_l]; receive gradients.
-            batch: as of a distiller.
-            teacher: the teacher's levels; frozen. None if the method needs none.
-            detach_student: as of a distiller.
-            scores: of the teacher's levels, for a method that needs them.
+            batch: as in `Distiller.forward`.
+            teacher: the teacher's levels, without gradient; None if the method needs no teacher.
+            detach_student: as in `Distiller.forward`.
+            scores: class scores of the teacher's cells, for methods that need them.
         """
         dtype = self._dtype(student[0])
         levels = [FiniteGradient.apply(student[mine]) for mine, _ in self.spec.pairs]
@@ -55,7 +55,7 @@ class MethodNetwork(nn.Module):
         if self.method.needs_teacher:
             chosen = [(teacher or [])[theirs].detach().to(dtype) for _, theirs in self.spec.pairs]
             guides = resample(chosen, levels)
-            if self.same_width:  # of different widths the narrow levels get zero channels
+            if self.same_width:  # levels of different widths are padded with zero channels
                 guides = widen(guides, max(self.spec.teacher_widths))
         options = {}
         if self.method.needs_scores:
@@ -71,7 +71,7 @@ class MethodNetwork(nn.Module):
         return distilled
 
     def _dtype(self, level: Tensor) -> torch.dtype:
-        """That of the weights, in which a host without autocast computes; under autocast the level's."""
+        """The dtype of the method's weights; under autocast that of the level."""
         if torch.is_autocast_enabled(level.device.type):
             return level.dtype
         return next((parameter.dtype for parameter in self.parameters()), level.dtype)

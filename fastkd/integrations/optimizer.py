@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class _Scale(torch.autograd.Function):
-    """Identity of a loss that adds the factor of its gradient to a record."""
+    """Identity that records the gradient of a loss, the factor by which the host multiplied it."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, record: Tensor) -> Tensor:
@@ -25,16 +25,16 @@ class _Scale(torch.autograd.Function):
 
 
 class MethodOptimizer:
-    """AdamW with clipping and a cosine over the host's run.
+    """AdamW with clipping and cosine decay over the host's run.
 
-    Gradients are averaged over the processes of a distributed run. The factors with which the host multiplied the
-    losses (a GradScaler's, 1 / accumulated batches) are taken out, so that clipping means the same in every host.
+    Gradients are averaged over the processes of a distributed run. They are divided by the factors with which the host
+    multiplied the losses (a GradScaler's, 1 / accumulated batches), so that clipping is the same in every host.
     Gradients that are not finite count as zero.
 
     Args:
-        parameters: of the method's modules.
-        lr, weight_decay: of AdamW.
-        clip: largest norm of all gradients together.
+        parameters: parameters of the method's modules.
+        lr, weight_decay: settings of AdamW.
+        clip: maximum norm of all gradients together.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, clip: float):
@@ -44,7 +44,7 @@ class MethodOptimizer:
         self.scales: dict[str, Tensor] = {}
 
     def watch(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses, whose factors in the host's backward pass are recorded."""
+        """Returns the losses; their factors are recorded in the host's backward pass."""
         watched = {}
         for name, loss in losses.items():
             if name not in self.scales:
@@ -54,7 +54,7 @@ class MethodOptimizer:
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """Gradients averaged over processes, without the host's factors; missing ones are zero."""
+        """Averages gradients over processes and divides by the host's factors; missing gradients are zero."""
         if not self.parameters or not self.scales:
             return
         flat = torch.cat(
@@ -76,7 +76,7 @@ class MethodOptimizer:
             value.zero_()
 
     def step(self, fraction: float) -> None:
-        """One update at the rate of that fraction of the run; does nothing without gradients."""
+        """One update with the learning rate at `fraction` of the run; does nothing without gradients."""
         if self.adamw is None:
             return
         if all(parameter.grad is None for parameter in self.parameters) and not _distributed():
@@ -89,11 +89,11 @@ class MethodOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, object]:
-        """To resume."""
+        """The state for resuming."""
         return {} if self.adamw is None else self.adamw.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state_dict` was taken."""
+        """Restores the result of `state_dict`."""
         if self.adamw is not None:
             self.adamw.load_state_dict(state)
 

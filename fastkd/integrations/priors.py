@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastkd.types import Batch, ClassPriors
 
-MEASURED_STEPS = 1000  # after this many batches the priors have settled
-UNSEEN_MEAN, UNSEEN_STD = 0.2, 0.1  # box sides of a class without boxes so far, as shares of the image's
+MEASURED_STEPS = 1000  # number of batches to measure the priors on
+UNSEEN_MEAN, UNSEEN_STD = 0.2, 0.1  # box sides of a class without boxes so far, as fractions of the image's
 
 
 class RunningPriors:
@@ -19,7 +19,7 @@ class RunningPriors:
 
     Args:
         num_classes: object classes.
-        device: where the targets are.
+        device: device of the targets.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -30,7 +30,7 @@ class RunningPriors:
     def add(self, boxes: Tensor, labels: Tensor, sizes: Tensor, *, shared: bool = False) -> None:
         """Adds boxes [K, 4] xyxy of classes labels [K] in images of (height, width) sizes [K, 2].
 
-        shared: the boxes of all processes are added; all of them call this together.
+        shared: add the boxes of all processes; all processes must call this together.
         """
         wh = (boxes[:, 2:] - boxes[:, :2]).to(self.sums) / sizes.to(self.sums).flip(1)
         rows = torch.cat([torch.ones_like(wh[:, :1]), wh, wh.square()], dim=1)
@@ -55,11 +55,11 @@ class RunningPriors:
         return ClassPriors(frequency, torch.where(seen, mean, UNSEEN_MEAN), torch.where(seen, std, UNSEEN_STD))
 
     def state_dict(self) -> dict[str, object]:
-        """To resume."""
+        """The state for resuming."""
         return {"sums": self.sums, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state_dict` was taken."""
+        """Restores the result of `state_dict`."""
         self.sums, self.steps = state["sums"].to(self.sums), state["steps"]
 
 
@@ -72,7 +72,7 @@ def measure_priors(
         targets: for each image boxes [K, 4] xyxy in pixels, labels [K] and (height, width).
         num_classes: object classes, without background.
         first_label: the label of the first class.
-    Raises: ValueError if there is no box at all.
+    Raises: ValueError if there are no boxes.
     """
     running = RunningPriors(num_classes)
     for boxes, labels, size in targets:

@@ -1,4 +1,4 @@
-"""Pyramids of different widths and strides: which levels belong together, and the projections between widths."""
+"""Matches the levels of two pyramids by stride, and projects between their widths."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_OCTAVES = 0.5  # levels whose strides differ by more than a factor of sqrt(2) show different things
+MAX_OCTAVES = 0.5  # levels are matched only if their strides differ by at most a factor of sqrt(2)
 
 
 @dataclass(frozen=True)
 class PyramidSpec:
-    """Widths of both pyramids and which levels belong together; found in the first step, saved with the checkpoint.
+    """Widths of both pyramids and the matched levels; determined in the first step, saved in the checkpoint.
 
     Args:
         student: channels of each level of the student.
         teacher: channels of each level of the teacher; empty without a teacher.
-        pairs: (student's level, teacher's level), finest first; without a teacher (level, -1) of every level.
+        pairs: (student's level, teacher's level), finest first; without a teacher (level, -1) for every level.
     """
 
     student: tuple[int, ...]
@@ -29,12 +29,12 @@ class PyramidSpec:
 
     @property
     def student_widths(self) -> tuple[int, ...]:
-        """Channels of the student's levels that take part."""
+        """Channels of the student's matched levels."""
         return tuple(self.student[level] for level, _ in self.pairs)
 
     @property
     def teacher_widths(self) -> tuple[int, ...]:
-        """Channels of the teacher's levels that take part."""
+        """Channels of the teacher's matched levels."""
         return tuple(self.teacher[level] for _, level in self.pairs if level >= 0)
 
 
@@ -58,7 +58,7 @@ def check_pyramid(name: str, levels: object, images: int) -> list[Tensor]:
 
 
 def _strides(levels: Sequence[Tensor], padded_size: tuple[int, int]) -> list[float]:
-    """Pixels from one cell to the next, the geometric mean over both axes."""
+    """The stride of each level in pixels, the geometric mean over both axes."""
     return [math.sqrt(padded_size[0] / level.shape[2] * padded_size[1] / level.shape[3]) for level in levels]
 
 
@@ -67,9 +67,9 @@ def match_levels(
 ) -> PyramidSpec:
     """Pairs each level of the student with the level of the teacher that has the nearest stride.
 
-    Levels without a partner within a factor of sqrt(2) take no part.
+    Levels without a match within a factor of sqrt(2) are left out.
 
-    Raises: ValueError if no level has a partner.
+    Raises: ValueError if no level has a match.
     """
     widths = tuple(level.shape[1] for level in student)
     if teacher is None:
@@ -91,7 +91,7 @@ def match_levels(
 
 
 def resample(levels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Every level at the height and width of its partner, bilinear where they differ."""
+    """Resizes every level bilinearly to the height and width of the matching level."""
     return [
         level
         if level.shape[2:] == other.shape[2:]
@@ -101,7 +101,7 @@ def resample(levels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def widen(levels: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """Zero channels behind those of each level, so that all have as many."""
+    """Pads every level with zero channels to `channels`."""
     return [
         level if level.shape[1] == channels else F.pad(level, (0, 0, 0, 0, 0, channels - level.shape[1]))
         for level in levels
@@ -109,7 +109,7 @@ def widen(levels: Sequence[Tensor], channels: int) -> list[Tensor]:
 
 
 class Projections(nn.Module):
-    """One 1x1 convolution for each level, or nothing where the widths agree.
+    """One 1x1 convolution for each level, or the identity if the widths agree.
 
     Args:
         inputs: channels of each level.

@@ -1,4 +1,4 @@
-"""What the losses of a method do in a host: which levels they reach, how strongly, and what looks wrong."""
+"""Report on a method in a host: its gradients at the student's levels, and warnings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fastkd.integrations.attachment import Distillation, HostStep
     from fastkd.integrations.teachers import Normalization, Teacher
 
-SETTLED = 64  # batches before which shares of the gradient say little
-FEEBLE, SWAMPING = 0.001, 0.9  # share of the levels' gradient that is not worth the step, or drowns the host's loss
+SETTLED = 64  # number of batches from which the gradient shares are reliable
+TOO_WEAK, TOO_STRONG = 0.001, 0.9  # limits of a loss's share of the gradient at the levels
 KNOWN_SCORE, KNOWN_IOU = 0.3, 0.5
 
 
@@ -36,7 +36,7 @@ class Probe:
         return computed & (computed - 1) == 0
 
     def measure(self, number: int, losses: dict[str, Tensor], levels: Sequence[Tensor], step: HostStep) -> None:
-        """Gradient norms of each loss of batch `number` at each level; the total arrives in the backward pass."""
+        """Measures gradient norms of each loss of batch `number` at each level; the total in the backward pass."""
         wanted = [level for level in levels if level.requires_grad]
         if not wanted:
             return
@@ -46,7 +46,7 @@ class Probe:
         if step.teacher is not None:
             self.sizes["teacher"] = [tuple(level.shape[1:]) for level in step.teacher]
         for name, loss in losses.items():
-            grads = [None] * len(wanted)
+            grads: Sequence[Tensor | None] = [None] * len(wanted)
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             self.norms[name] = [loss.new_zeros(()) if grad is None else grad.float().norm() for grad in grads]
@@ -62,7 +62,7 @@ class Probe:
         normalization: Normalization | None = None,
         failures: int = 0,
     ) -> str:
-        """Shapes, levels matched, losses, gradients by level, the teacher's detections, and what looks wrong."""
+        """The report: shapes, matched levels, losses, gradients by level, the teacher's detections, and warnings."""
         if self.batch is None or distillation.network is None:
             return "fastkd: no batch has been distilled yet. Train a step in train mode with gradients first."
         network, lines, wrong = distillation.network, [], []
@@ -105,27 +105,27 @@ class Probe:
         return lines
 
     def _extremes(self, total: list[float | None]) -> list[tuple[float, str]]:
-        """Losses that drown the host's, or that do nothing."""
+        """Losses with too large or too small a share of the gradient."""
         distilled = [name for name in self.norms if name.endswith(("distill", "imitation"))]
         if self.measured < SETTLED or not distilled or not total or any(not value for value in total):
             return []
         ours = sum(float(norm) for name in distilled for norm in self.norms[name])
         share = ours / sum(norm or 0.0 for norm in total)
-        if share > SWAMPING:
+        if share > TOO_STRONG:
             return [(share, "the distillation swamps the detection loss: lower `weight`")]
-        if 0 < share < FEEBLE:
+        if 0 < share < TOO_WEAK:
             return [(share, "the distillation hardly moves the student: raise `weight`")]
         return []
 
     def _teacher_line(self, detections: Sequence[tuple[Tensor, Tensor, Tensor]], wrong: list[str]) -> str:
-        found, boxes = known_objects(self.batch, detections)
+        found, boxes = count_detected(self.batch, detections)
         if boxes and found < 0.2 * boxes:
             wrong.append("the teacher hardly finds these objects: was it trained on these classes and label numbers?")
         return f"the teacher finds {found} of the {boxes} objects of the batch (IoU > {KNOWN_IOU}, same class)"
 
 
 class _Norm:
-    """A gradient hook that notes a norm."""
+    """A gradient hook that records the norm."""
 
     def __init__(self, norms: list[Tensor | None], index: int):
         self.norms, self.index = norms, index
@@ -134,17 +134,17 @@ class _Norm:
         self.norms[self.index] = grad.detach().float().norm()
 
 
-def known_objects(batch: Any, detections: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[int, int]:
-    """How many objects of a batch have a detection of their class, and how many there are."""
+def count_detected(batch: Any, detections: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[int, int]:
+    """Number of objects of a batch that are detected with their class, and number of all objects."""
     found = 0
     for image, (boxes, labels, scores) in enumerate(detections):
         keep, own = scores > KNOWN_SCORE, batch.image_index == image
-        found += int((_same(batch.boxes[own], batch.labels[own], boxes[keep], labels[keep])).sum())
+        found += int((_has_match(batch.boxes[own], batch.labels[own], boxes[keep], labels[keep])).sum())
     return found, len(batch.boxes)
 
 
-def _same(truth: Tensor, classes: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Which of the objects [K] has a detection of its class with enough overlap: [K] bool."""
+def _has_match(truth: Tensor, classes: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Whether each object [K] has a detection of its class with enough overlap: [K] bool."""
     corner = torch.maximum(truth[:, None, :2], boxes[None, :, :2])
     inter = (torch.minimum(truth[:, None, 2:], boxes[None, :, 2:]) - corner).clamp(min=0).prod(2)
     areas = [(value[:, 2:] - value[:, :2]).prod(1) for value in (truth, boxes)]

@@ -1,4 +1,4 @@
-"""A frozen teacher of any architecture: how its pyramid comes out of the student's images."""
+"""A frozen teacher of any architecture, which computes its pyramid from the student's images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastkd.integrations.pyramids import check_pyramid
 
 @dataclass(frozen=True)
 class Normalization:
-    """images = (pixels in [0, 1] - mean) / std, channel by channel."""
+    """images = (pixels in [0, 1] - mean) / std, per channel."""
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -26,18 +26,18 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def renormalize(images: Tensor, image_sizes: Tensor, before: Normalization, after: Normalization) -> Tensor:
-    """The images in another normalisation, zero in the padding again.
+    """Converts images to another normalisation, with zeros in the padding.
 
     Args:
         images: [B, 3, H, W].
         image_sizes: [B, 2] height and width before padding.
-        before, after: what they have and get.
+        before, after: the present and the wanted normalisation.
     """
     if before == after:
         return images
-    scale = [b / a for b, a in zip(before.std, after.std, strict=True)]
-    shift = [(m - n) / a for m, n, a in zip(before.mean, after.mean, after.std, strict=True)]
-    scale, shift = (images.new_tensor(values)[:, None, None] for values in (scale, shift))
+    ratios = [b / a for b, a in zip(before.std, after.std, strict=True)]
+    offsets = [(m - n) / a for m, n, a in zip(before.mean, after.mean, after.std, strict=True)]
+    scale, shift = (images.new_tensor(values)[:, None, None] for values in (ratios, offsets))
     moved = images * scale + shift
     height, width = image_sizes.to(images.device).unbind(1)
     rows = torch.arange(images.shape[2], device=images.device) < height[:, None]
@@ -59,7 +59,7 @@ def corners(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def levels_of(output: Any) -> list[Tensor]:
-    """The levels of whatever a backbone, neck or encoder returns: a tensor, list, dictionary or model output."""
+    """The list of levels in the output of a backbone, neck or encoder: a tensor, list, dictionary or model output."""
     for name in ("feature_maps", "encoder_last_hidden_state", "last_hidden_state"):
         if not isinstance(output, (Tensor, list, tuple)) and getattr(output, name, None) is not None:
             output = getattr(output, name)
@@ -69,15 +69,15 @@ def levels_of(output: Any) -> list[Tensor]:
 
 
 class Teacher:
-    """A frozen teacher. It is never a submodule of the student, so that nobody unfreezes, optimises or saves it.
+    """A frozen teacher. It is never a submodule of the student, so that the host does not unfreeze, train or save it.
 
     Args:
-        module: the teacher; put in eval mode, its parameters frozen.
-        features: images [B, 3, H, W] -> levels; None finds the way by the module's parts: `features(images)`,
-            `backbone(images)` (torchvision), or the module itself.
-        normalization: of the images that it was trained with; None = as the student's.
+        module: the teacher; set to eval mode, its parameters frozen.
+        features: function images [B, 3, H, W] -> levels; None takes the first that exists of `module.features`,
+            `module.extract_feat` (mmdetection), `module.backbone` (torchvision) and `module`.
+        normalization: image normalisation of the teacher's training; None: the same as the student's.
         detect: images [3, h, w] in [0, 1] -> (boxes, labels from 0, scores) of each, for `report`; None if unknown.
-        num_classes: what it was trained on, if known.
+        num_classes: number of classes of the teacher, if known.
     """
 
     def __init__(
@@ -106,21 +106,21 @@ class Teacher:
 
     @torch.no_grad()
     def pyramid(self, images: Tensor, image_sizes: Tensor, normalization: Normalization) -> list[Tensor]:
-        """The levels of the student's images [B, 3, H, W], which have this normalisation."""
-        if self.module.training:  # a host may have put everything it found in train mode
+        """The teacher's levels for the student's images [B, 3, H, W], given with their normalisation."""
+        if self.module.training:  # a host may have set all modules to train mode
             self.freeze()
         images = renormalize(images, image_sizes, normalization, self.normalization or normalization)
         return check_pyramid("teacher", levels_of(self.features(images)), images.shape[0])
 
     def to(self, device: torch.device) -> None:
-        """Moves it to a device unless it is there."""
+        """Moves the teacher to a device, if necessary."""
         first = next(self.module.parameters(), None)
         if first is not None and first.device != device:
             self.module.to(device)
 
 
 def find_features(module: nn.Module) -> Callable[[Tensor], Any]:
-    """The part of a detector that makes its pyramid."""
+    """The part of a detector that computes its pyramid."""
     for name in ("features", "extract_feat", "backbone"):
         part = getattr(module, name, None)
         if callable(part):
@@ -128,8 +128,8 @@ def find_features(module: nn.Module) -> Callable[[Tensor], Any]:
     return module
 
 
-class _Reached(Exception):
-    """Ends a forward pass with the output of a part."""
+class _StopForward(Exception):
+    """Stops a forward pass and carries the captured tensors."""
 
     def __init__(self, output: Any):
         super().__init__()
@@ -137,20 +137,20 @@ class _Reached(Exception):
 
 
 def _stop_after(module: nn.Module, args: Any, output: Any) -> None:
-    raise _Reached(output)
+    raise _StopForward(output)
 
 
 def _stop_before(module: nn.Module, args: Any) -> None:
-    raise _Reached(args[0])
+    raise _StopForward(args[0])
 
 
 def features_until(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
-    """images -> what `part` gives in the module's forward pass, which ends there."""
+    """A function images -> output of `part` in the module's forward pass, which is stopped after `part`."""
     return functools.partial(_run_to, module, part, part.register_forward_hook, _stop_after)
 
 
 def features_before(module: nn.Module, part: nn.Module) -> Callable[[Tensor], Any]:
-    """images -> what `part` is given in the module's forward pass, which ends there."""
+    """A function images -> input of `part` in the module's forward pass, which is stopped before `part`."""
     return functools.partial(_run_to, module, part, part.register_forward_pre_hook, _stop_before)
 
 
@@ -160,7 +160,7 @@ def _run_to(
     handle = register(stop)
     try:
         module(images)
-    except _Reached as reached:
+    except _StopForward as reached:
         return reached.output
     finally:
         handle.remove()

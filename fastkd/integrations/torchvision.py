@@ -1,7 +1,7 @@
 """torchvision's detectors in any loop that calls model(images, targets): RetinaNet, FCOS, SSD, Faster and Mask R-CNN.
 
 kd = attach(model, method="icd", teacher=teacher, num_classes=10)
-...                     # losses = model(images, targets) holds "icd_distill", ... too
+...                     # losses = model(images, targets) includes "icd_distill", ...
 kd.step()               # after optimizer.step()
 """
 
@@ -35,18 +35,19 @@ def attach(
     total_steps: int | None = None,
     **settings: Any,
 ) -> TorchvisionAttachment:
-    """Distils in every training call of the model; its dictionary of losses gains those of the method.
+    """Adds a method's losses to the loss dictionary of the model in every training call.
 
     Args:
         model: a plain torchvision detector, not compiled and not wrapped.
         method: "icd", "lgd", "fgfi" or a `Distiller`.
-        teacher: a trained detector; torchvision's, or any module in a `Teacher`. Not for "lgd".
-        num_classes: object classes without background; None = the model's. A model with one class more has its
-            background at 0, and labels begin at 1.
-        priors: for ICD; the training loader measures them at once, None from the first batches.
+        teacher: a trained torchvision detector, or any module in a `Teacher`. Not for "lgd".
+        num_classes: object classes without background; None takes the model's. If the model has one class more, class 0
+            is its background and labels begin at 1.
+        priors: class priors for ICD, or the training loader to measure them on; None measures them on the first
+            batches.
         total_steps: optimiser steps of the run, for the schedule of the method.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is none of these, or teacher or classes do not fit.
+    Raises: ValueError or TypeError if the model is not supported, or teacher or classes do not fit.
     """
     _check_attach_points(model)
     classes, first_label = _classes(model, num_classes)
@@ -68,11 +69,11 @@ class TorchvisionAttachment(Attachment):
     """Hooks on `transform`, `backbone` and the model; see `attach`.
 
     Args:
-        model, distillation, teacher: as of `Attachment`.
+        model, distillation, teacher: as in `Attachment`.
         first_label: the label of the first class in the targets.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None, first_label: int):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None, first_label: int):
         super().__init__(model, distillation, teacher, image_normalization(model))
         self.first_label = first_label
         self._inputs: Any = None
@@ -114,7 +115,7 @@ class TorchvisionAttachment(Attachment):
         student = [features] if names is None else list(features.values())
 
         def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
-            """The model's head and loss on other levels: its forward pass with transform and backbone replayed."""
+            """The model's head and loss on other levels: its forward pass with recorded transform and given levels."""
             output = levels[0] if names is None else dict(zip(names, levels, strict=True))
             replayed = replaced_module(self.model, transform=_ReplayTransform(inputs), backbone=Replay(output))
             with unrecorded_statistics(self.model), replayed:
@@ -125,15 +126,15 @@ class TorchvisionAttachment(Attachment):
 
 
 class _ReplayTransform(Replay):
-    """A recorded `transform` with the second method that R-CNNs call."""
+    """A recorded `transform`, with the method `postprocess` that R-CNNs call as well."""
 
     def postprocess(self, result: Any, *args: Any) -> Any:
-        """Nothing, as in train mode."""
+        """Returns the result unchanged, as in train mode."""
         return result
 
 
 def priors_of_loader(loader: Iterable[Any], num_classes: int, first_label: int) -> ClassPriors:
-    """Class priors from a loader of (images, targets) in torchvision's format; reads it once."""
+    """Class priors from one pass over a loader of (images, targets) in torchvision's format."""
     triples = (
         (target["boxes"], target["labels"], tuple(image.shape[-2:]))
         for images, targets in loader
@@ -143,7 +144,7 @@ def priors_of_loader(loader: Iterable[Any], num_classes: int, first_label: int) 
 
 
 def _classes(model: nn.Module, num_classes: int | None) -> tuple[int, int]:
-    """Object classes and the label of the first."""
+    """Number of object classes, and the label of the first class."""
     outputs, background = output_classes(model), has_background(model)
     if num_classes is None:
         return (outputs - 1, 1) if background else (outputs, 0)
@@ -157,8 +158,8 @@ def _classes(model: nn.Module, num_classes: int | None) -> tuple[int, int]:
     )
 
 
-def _anchors(model: nn.Module) -> list[Tensor] | None:
-    """The anchors of the cell at the origin, level by level, or None if the model has default boxes of another kind."""
+def _anchors(model: Any) -> list[Tensor] | None:
+    """The anchors of the cell at the origin, level by level; None for other anchor generators (SSD)."""
     generator = model.rpn.anchor_generator if hasattr(model, "rpn") else model.anchor_generator
     return [anchors.clone() for anchors in generator.cell_anchors] if hasattr(generator, "cell_anchors") else None
 

@@ -1,4 +1,4 @@
-"""Second passes through a host's modules that leave no trace in them."""
+"""Context managers for a second forward pass through a host's modules without side effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextlib.contextmanager
 def unrecorded_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms in train mode use the statistics of the batch and record nothing, num_batches_tracked included."""
+    """Within the context batch norms in train mode use batch statistics but do not update their buffers."""
     tracking = [
         part for part in module.modules() if isinstance(part, _BatchNorm) and part.training and part.track_running_stats
     ]
@@ -27,7 +27,7 @@ def unrecorded_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_module(parent: nn.Module, **replacements: nn.Module) -> Iterator[None]:
-    """Children of `parent`, by name, replaced for the time of the block."""
+    """Replaces children of `parent`, by name, within the context."""
     before = {name: parent._modules[name] for name in replacements}
     parent._modules.update(replacements)
     try:
@@ -37,7 +37,7 @@ def replaced_module(parent: nn.Module, **replacements: nn.Module) -> Iterator[No
 
 
 class Replay(nn.Module):
-    """A module that gives back one recorded output, whatever it is called with."""
+    """A module that returns a recorded output for any arguments."""
 
     def __init__(self, output: object):
         super().__init__()
@@ -50,7 +50,7 @@ class Replay(nn.Module):
 
 @contextlib.contextmanager
 def preserved_randomness(device: torch.device) -> Iterator[None]:
-    """The random numbers drawn inside do not advance the host's generators."""
+    """Restores the states of the random generators after the block."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,4 +1,4 @@
-"""Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE; the stock Trainer or a loop of one's own.
+"""Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE; with the Trainer or a custom loop.
 
 kd = attach(model, method="icd", teacher=teacher, num_classes=10)
 trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() after optimizer.step() in your own loop
@@ -37,21 +37,22 @@ def attach(
     processor: Any = None,
     **settings: Any,
 ) -> TransformersAttachment:
-    """Distils in every training call of the model with labels: `outputs.loss` contains the method's losses.
+    """Adds a method's losses to `outputs.loss` in every training call of the model with labels.
 
     Args:
         model: a plain RT-DETR, RT-DETRv2 or D-FINE for object detection.
         method: "icd", "lgd" or a `Distiller`.
-        teacher: a trained detector of this package or torchvision's, or any module in a `Teacher`. Not for "lgd".
-        num_classes: object classes; None = the model's.
-        priors: for ICD; None measures them from the first batches.
-        total_steps: optimiser steps of the run; the callback finds it by itself.
-        processor: the image processor, which tells how images are normalised; None = values in [0, 1].
+        teacher: a trained detector of transformers or torchvision, or any module in a `Teacher`. Not for "lgd".
+        num_classes: object classes; None takes the model's.
+        priors: class priors for ICD; None measures them from the first batches.
+        total_steps: optimiser steps of the run; set automatically with the callback.
+        processor: the image processor, for its normalisation; None: images have values in [0, 1].
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is none of these, or the classes do not fit.
+    Raises: ValueError or TypeError if the model is not supported, or the classes do not fit.
     """
     _check_attach_points(model)
-    classes = model.config.num_labels
+    config: Any = model.config
+    classes = config.num_labels
     if num_classes not in (None, classes):
         raise ValueError(
             f"attach: num_classes must be the labels of the model, {classes}, got {num_classes}; "
@@ -107,7 +108,7 @@ class TransformersAttachment(Attachment):
         )
 
         def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
-            """Decoder and loss on other levels, with denoising queries of its own."""
+            """Decoder and loss on other levels, with newly drawn denoising queries."""
             encoded = BaseModelOutput(last_hidden_state=levels)
             with unrecorded_statistics(self.model):
                 again = self.model.forward(
@@ -120,24 +121,24 @@ class TransformersAttachment(Attachment):
 
 
 class DistillationCallback(transformers.TrainerCallback):
-    """Steps, logs, saves and resumes an attachment with the stock Trainer."""
+    """Steps, logs, saves and resumes an attachment with the Trainer."""
 
     def __init__(self, attachment: TransformersAttachment):
         self.attachment = attachment
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the run's length, and the checkpoint that the Trainer resumes from."""
+        """Sets the run's length; loads the checkpoint that the Trainer resumes from."""
         self.attachment.distillation.total_steps = state.max_steps
         path = self._path(args, state)
         if state.global_step and os.path.exists(path):
             self.attachment.load(path)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimiser's step."""
+        """Steps the method's modules after the optimiser."""
         self.attachment.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Adds the losses as fastkd/<name>."""
+        """Adds the losses to the logs as fastkd/<name>."""
         values = {f"fastkd/{name}": value for name, value in self.attachment.state.losses.items()}
         if logs is not None and "loss" in logs:
             logs.update(values)

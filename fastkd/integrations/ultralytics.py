@@ -1,4 +1,4 @@
-"""Ultralytics' YOLO (v8, 11, 26 and relatives) through a trainer class; the network itself is not touched.
+"""Ultralytics' YOLO (v8, 11, 26 and similar) through a trainer class; the network is not modified.
 
     kd = attach(model, method="icd", teacher=YOLO("teacher.pt"))       # model = YOLO("yolo11n.yaml")
     model.train(data="data.yaml", trainer=kd.trainer)
@@ -39,14 +39,14 @@ def attach(
     priors: ClassPriors | None = None,
     **settings: Any,
 ) -> YoloDistillation:
-    """A distillation whose `trainer` goes into `YOLO.train(trainer=...)`.
+    """A distillation with an attribute `trainer`, to be passed to `YOLO.train(trainer=...)`.
 
     Args:
-        model: the student; looked at only to refuse other tasks than detection.
+        model: the student; only its task is checked.
         method: "icd", "lgd" or a `Distiller`.
         teacher: a trained YOLO, a detector of torchvision or transformers, or any module in a `Teacher`.
-        num_classes: object classes; None = those of the data.
-        priors: for ICD; None measures them from the first batches.
+        num_classes: object classes; None takes those of the data.
+        priors: class priors for ICD; None measures them from the first batches.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
     Raises: ValueError if the model is for another task.
     """
@@ -57,11 +57,11 @@ def attach(
 
 
 class YoloDistillation:
-    """The settings of a distillation, and its attachment once a trainer has built the network.
+    """The settings of a distillation, and its attachment after a trainer has built the network.
 
     Args:
-        method, teacher, num_classes: as of `attach`.
-        settings: of `Distillation`.
+        method, teacher, num_classes: as in `attach`.
+        settings: further arguments of `Distillation`.
     """
 
     def __init__(self, method: str | Distiller, teacher: Any, num_classes: int | None, settings: dict[str, Any]):
@@ -74,7 +74,7 @@ class YoloDistillation:
         return type("DistillationTrainer", (DistillationTrainer,), {"distillation": self})
 
     def start(self, model: nn.Module, num_classes: int) -> YoloAttachment:
-        """Attaches to the network that a trainer has built for data of so many classes."""
+        """Attaches to the network that a trainer has built for data with `num_classes` classes."""
         if self.num_classes not in (None, num_classes):
             raise ValueError(
                 f"attach: num_classes must be that of the data, {num_classes}, got {self.num_classes}; leave it out"
@@ -85,25 +85,26 @@ class YoloDistillation:
 
     @property
     def state(self) -> State | None:
-        """Where the attachment stands, None before training."""
-        return self.attachment and self.attachment.state
+        """Progress of the attachment; None before training."""
+        return self.attachment.state if self.attachment else None
 
     def report(self) -> str:
-        """What the losses do, see `Attachment.report`."""
+        """A report on losses and gradients, see `Attachment.report`."""
         return self.attachment.report() if self.attachment else "fastkd: training has not begun."
 
 
 class YoloAttachment(Attachment):
     """Hooks before and after the network and before its head; see `attach`.
 
-    The network's losses are sums over the batch, so those of the method are multiplied by its size.
+    The network's losses are sums over the batch, so the method's losses are multiplied by the batch size.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation, teacher: Teacher | None):
+    def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
         _check_attach_points(model)
         super().__init__(model, distillation, teacher, Normalization())
         self._batch: dict[str, Any] | None = None
         self._levels: list[Tensor] | None = None
+        self._names: list[str] = []
         self.pre_hook(model, self._keep_batch)
         self.pre_hook(model.model[-1], self._keep_levels)
         self.hook(model, self._add_losses)
@@ -124,10 +125,9 @@ class YoloAttachment(Attachment):
         images = len(batch["img"])
         losses = self.distil(batch["img"].device, lambda: self._host_step(batch, levels))
         if not losses:
-            names = getattr(self.distillation, "names", [])
-            return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in names}}
-        self.distillation.names = list(losses)
-        total = sum(losses.values()) * images
+            return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in self._names}}
+        self._names = list(losses)
+        total = sum(losses.values(), loss.new_zeros(())) * images
         return torch.cat([loss.flatten(), total.view(1).to(loss)]), {**items, **self.losses}
 
     def _host_step(self, batch: dict[str, Any], levels: list[Tensor]) -> HostStep:
@@ -159,7 +159,7 @@ class YoloAttachment(Attachment):
 class DistillationTrainer(DetectionTrainer):
     """Ultralytics' trainer with a distillation attached to its network.
 
-    For several GPUs, which import the trainer by its name, subclass it in a module of yours and set `distillation`.
+    For several GPUs Ultralytics imports the trainer by name: subclass it in a module and set `distillation`.
     """
 
     distillation: YoloDistillation = YoloDistillation("lgd", None, None, {})
@@ -173,7 +173,7 @@ class DistillationTrainer(DetectionTrainer):
         return checkpoint
 
     def resume_training(self, ckpt: Any) -> None:
-        """Takes the run's length, and the checkpoint beside last.pt if the run is resumed."""
+        """Sets the run's length; loads the checkpoint beside last.pt if the run is resumed."""
         super().resume_training(ckpt)
         attachment, path = self._attachment(), Path(self.wdir) / FILE_NAME
         steps = math.ceil(len(self.train_loader) / max(self.accumulate, 1))
@@ -182,7 +182,7 @@ class DistillationTrainer(DetectionTrainer):
             attachment.load(path)
 
     def optimizer_step(self) -> None:
-        """The method's modules after the network."""
+        """Steps the optimiser, then the method's modules."""
         super().optimizer_step()
         self._attachment().step()
 
@@ -193,7 +193,7 @@ class DistillationTrainer(DetectionTrainer):
         return saved
 
     def final_eval(self) -> None:
-        """Detaches first: what is evaluated is the plain network."""
+        """Detaches, then evaluates the plain network."""
         self._attachment().detach()
         super().final_eval()
 

@@ -20,7 +20,7 @@ FEW_ON_GPU = 32  # queries in one block of the GPU kernels
 
 
 def absorbing_is_cheaper(queries: Tensor, channels: int) -> bool:
-    """Whether (W_k^T q) . x takes fewer multiplications than q . (W_k x); on a GPU only for one block of queries."""
+    """Whether (W_k^T q) . x takes fewer multiplications than q . (W_k x); on a GPU False beyond a block of queries."""
     heads, count, depth = queries.shape[1:]
     if queries.is_cuda and count > FEW_ON_GPU:
         return False

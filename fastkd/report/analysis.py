@@ -1,4 +1,4 @@
-"""Why a detector is wrong: each detection right, wrong class, poorly placed, duplicate or background.
+"""Error analysis of detections: right, wrong class, poorly placed, duplicate or background.
 
 Plain numpy on one image at a time; boxes are xyxy in pixels of the image file.
 """
@@ -22,7 +22,7 @@ KIND_MEANING = {
     BACKGROUND: "overlaps no object of its class, and none of another class well",
 }
 SIZES = ("small", "medium", "large")
-SIZE_LIMITS = (32.0**2, 96.0**2)  # COCO's, in square pixels of the image file
+SIZE_LIMITS = (32.0**2, 96.0**2)  # COCO's area limits, in square pixels of the image file
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Truth:
 
 
 @dataclass
-class Found:
-    """The detections of one image in order of falling score: boxes [D, 4], scores [D], labels [D]."""
+class ImageDetections:
+    """The detections of one image in order of descending score: boxes [D, 4], scores [D], labels [D]."""
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -45,8 +45,11 @@ class Found:
 
 @dataclass
 class Verdict:
-    """kinds [D] of the detections (RIGHT ... IGNORED), partner [D] (the box each is judged against, -1: none), and
-    found_score [K]: the score at which each box was found, -1 where it was missed at any score."""
+    """The result of `judge` for one image.
+
+    kinds [D]: kind of each detection, RIGHT ... IGNORED. partner [D]: index of the box it is judged against, -1 for
+    none. found_score [K]: score of the detection that matched each box, -1 for a box without a match.
+    """
 
     kinds: np.ndarray
     partner: np.ndarray
@@ -58,12 +61,13 @@ def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return box_iou(torch.tensor(first)[:, None], torch.tensor(second)).numpy()
 
 
-def judge(truth: Truth, found: Found) -> Verdict:
-    """Says of every detection of an image what it is, matching in order of falling score as COCO does at IoU 0.5.
+def judge(truth: Truth, found: ImageDetections) -> Verdict:
+    """Classifies every detection of an image, matching in order of descending score as COCO does at IoU 0.5.
 
-    A detection takes the unmatched box of its class with the highest IoU >= 0.5 and is right. Else it is a duplicate
-    (such a box exists but is taken), ignored (more than half of it lies in a crowd region), of the wrong class
-    (IoU >= 0.5 with a box of another class), poorly placed (IoU >= 0.1 with a box of its class), or background.
+    A detection is right if it matches the free box of its class with the highest IoU >= 0.5. Otherwise it is a
+    duplicate (such a box exists but is matched already), ignored (more than half of it lies in a crowd region), of the
+    wrong class (IoU >= 0.5 with a box of another class), poorly placed (IoU >= 0.1 with a box of its class), or
+    background.
     """
     iou = pairwise_iou(found.boxes, truth.boxes)  # [D, K]
     same = found.labels[:, None] == truth.labels[None]
@@ -88,10 +92,10 @@ def judge(truth: Truth, found: Found) -> Verdict:
     return Verdict(kinds, partner, found_score)
 
 
-def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> float:
-    """The score with the best F1 = 2 right / (detections + boxes) over all images; 0.5 where nothing is right.
+def best_threshold(verdicts: list[Verdict], founds: list[ImageDetections], boxes: int) -> float:
+    """The score threshold with the best F1 = 2 right / (detections + boxes) over all images; 0.5 if none is right.
 
-    Scores of two detectors are not on one scale, so each is looked at where it does best.
+    Scores of different detectors are not comparable, so each detector is shown at its best threshold.
     """
     scores = np.concatenate([found.scores for found in founds]) if founds else np.zeros(0)
     kinds = np.concatenate([verdict.kinds for verdict in verdicts]) if verdicts else np.zeros(0, dtype=int)
@@ -106,12 +110,12 @@ def best_threshold(verdicts: list[Verdict], founds: list[Found], boxes: int) -> 
 
 
 def size_index(boxes: np.ndarray) -> np.ndarray:
-    """0, 1, 2 = COCO's small, medium, large, by the area of the box in pixels of the image file: [K, 4] -> [K]."""
+    """COCO's size class of each box, 0 small, 1 medium, 2 large, by its area in the image file: [K, 4] -> [K]."""
     return np.searchsorted(SIZE_LIMITS, box_area(torch.tensor(boxes)).numpy(), side="right")
 
 
-def miss_reason(box: int, truth: Truth, found: Found, verdict: Verdict, threshold: float) -> str:
-    """Why box number `box` counts as missed at `threshold`."""
+def miss_reason(box: int, truth: Truth, found: ImageDetections, verdict: Verdict, threshold: float) -> str:
+    """Why the box with index `box` counts as missed at `threshold`."""
     if verdict.found_score[box] >= 0:
         return f"found, but only with score {verdict.found_score[box]:.2f}"
     iou = pairwise_iou(found.boxes, truth.boxes[box : box + 1])[:, 0]
@@ -126,8 +130,8 @@ def miss_reason(box: int, truth: Truth, found: Found, verdict: Verdict, threshol
     return "nothing there"
 
 
-def error_counts(verdicts: list[Verdict], founds: list[Found], threshold: float) -> dict[int, int]:
-    """{kind: detections of score >= threshold}, right ones and ignored ones included."""
+def error_counts(verdicts: list[Verdict], founds: list[ImageDetections], threshold: float) -> dict[int, int]:
+    """{kind: number of detections with score >= threshold}, including right and ignored ones."""
     counts = {kind: 0 for kind in range(len(KINDS))}
     for verdict, found in zip(verdicts, founds):
         for kind in verdict.kinds[found.scores >= threshold]:
@@ -136,7 +140,7 @@ def error_counts(verdicts: list[Verdict], founds: list[Found], threshold: float)
 
 
 def miss_counts(verdicts: list[Verdict], truths: list[Truth], threshold: float) -> dict[str, tuple[int, int]]:
-    """{size: (missed boxes, boxes)} at a score threshold."""
+    """{size class: (missed boxes, boxes)} at a score threshold."""
     missed, total = np.zeros(3, dtype=int), np.zeros(3, dtype=int)
     for verdict, truth in zip(verdicts, truths):
         sizes = size_index(truth.boxes)
@@ -146,6 +150,6 @@ def miss_counts(verdicts: list[Verdict], truths: list[Truth], threshold: float) 
 
 
 def _covered_share(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """[N, 4] and [M, 4] -> [N, M]: the share of each box that lies in each region."""
+    """Share of each box's area that lies in each region: [N, 4], [M, 4] -> [N, M]."""
     box = torch.tensor(boxes)[:, None]
     return (box_intersection(box, torch.tensor(regions)) / box_area(box).clamp_(min=1e-9)).numpy()

@@ -1,4 +1,4 @@
-"""The section about cost: the ledger of methods.md section 4 of every run."""
+"""The cost section: the ledger (methods.md 4) of every run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def entry(run: Run, *keys: str) -> float | None:
 
 
 def needs_teacher(run: Run) -> bool:
-    """True where the run cannot be had without training a teacher first."""
+    """Whether the run requires a trained teacher."""
     return isinstance(run.recipe.get("teacher"), str)
 
 
 def cost_section(runs: list[Run], colours: dict[str, str], book: PictureBook) -> Section:
-    """Seconds a step and peak memory of the student alone, with the method, and with the teacher's own training."""
+    """Step time and peak memory of the student alone, with the method, and including the teacher's training."""
     section = Section("What it cost")
     section.add(
         paragraph(
@@ -129,7 +129,7 @@ def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
 
 
 def _sentences(runs: list[Run]) -> list[str]:
-    """A method's extra cost against that of the method it was published beside."""
+    """Compares a method's extra cost with that of its `compared_with` method, in sentences."""
     lines = []
     for run in runs:
         rival = run.settings and run.settings.compared_with

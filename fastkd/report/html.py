@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything inside. Text is escaped here and nowhere else; no script, no network."""
+"""The self-contained HTML page, without scripts or external resources. All escaping of text happens in this module."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ PAGE = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: text, its CSS classes, and (for the name of a run) the colour of a dot before it."""
+    """A table cell: text, CSS classes, and for a run's name the colour of the dot before it."""
 
     text: str
     kind: str = ""
@@ -105,7 +105,7 @@ class Cell:
 
 @dataclass
 class Section:
-    """A numbered part of the page: its title and finished HTML fragments."""
+    """A numbered section of the page: its title and HTML fragments."""
 
     title: str
     parts: list[str] = field(default_factory=list)
@@ -119,10 +119,10 @@ class Section:
 
 
 class PictureBook:
-    """Turns PNG bytes into <img> tags, and writes them beside the page where a folder is given.
+    """Turns PNG bytes into <img> tags and, if a folder is given, writes them as files.
 
     Args:
-        folder: gets every picture as a PNG file as well, or None.
+        folder: folder to which every picture is also written as a PNG file, or None.
     Attributes: count and bytes of the pictures so far.
     """
 
@@ -134,7 +134,7 @@ class PictureBook:
             folder.mkdir(parents=True, exist_ok=True)
 
     def image(self, png: bytes, name: str, alt: str) -> str:
-        """An <img> with the picture inside. Args: png: bytes; name: file name stem; alt: what the picture shows."""
+        """An <img> with embedded data. Args: png: bytes; name: stem of the file name; alt: alternative text."""
         self.count += 1
         self.bytes += len(png)
         if self.folder is not None:
@@ -149,7 +149,7 @@ class PictureBook:
 
 
 def clean(text, limit: int = 80) -> str:
-    """`text` without control and direction-changing characters, on one line, at most `limit` characters long."""
+    """`text` on one line, without control and bidirectional formatting characters, at most `limit` characters long."""
     characters = (" " if c.isspace() else c for c in str(text))
     kept = "".join(c for c in characters if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
     kept = re.sub(r" +", " ", kept).strip()
@@ -157,12 +157,12 @@ def clean(text, limit: int = 80) -> str:
 
 
 def escape(text, limit: int = 400) -> str:
-    """`text` made safe for HTML text and attributes (file and class names come from unknown files)."""
+    """`text` escaped for HTML text and attributes (file and class names come from untrusted files)."""
     return html.escape(clean(text, limit), quote=True)
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of finished HTML."""
+    """A paragraph with the given HTML."""
     return f'<p class="{kind}">{text}</p>' if kind else f"<p>{text}</p>"
 
 
@@ -177,7 +177,7 @@ def note(lines) -> str:
 
 
 def table(header: list[str], rows: list[list], text_columns: int = 1) -> str:
-    """A table whose first `text_columns` columns are text and whose others are right-aligned numbers.
+    """A table with `text_columns` text columns, followed by right-aligned numbers.
 
     Args: header: plain texts; rows: lists of plain texts or Cells.
     """
@@ -219,17 +219,17 @@ def grid(figures: list[str], width: int = 220) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Content that opens on a click, without JavaScript."""
+    """Collapsed content (<details>), without JavaScript."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def key(colour: str, text: str, dashed: bool = False) -> str:
-    """A small coloured frame and what it means."""
+    """A legend entry: a small coloured frame and its meaning."""
     return f'<span class="key{" dashed" if dashed else ""}" style="--colour:{escape(colour)}"></span>{escape(text)}'
 
 
 def page(title: str, subtitle: str, cards: list[str], sections: list[Section], footer: str) -> str:
-    """The whole page. `subtitle`, `cards` and `footer` are finished HTML; the title is plain text."""
+    """The whole page. `subtitle`, `cards` and `footer` are HTML; the title is plain text."""
     filled = [section for section in sections if section.parts]
     contents = "".join(f'<li><a href="#{s.anchor}">{i}. {escape(s.title)}</a></li>' for i, s in enumerate(filled, 1))
     body = "".join(

@@ -1,4 +1,4 @@
-"""The sections about what the networks see: ICD's attention, and LGD's instructive features beside the student's."""
+"""The sections on the networks' features: ICD's attention, and LGD's instructive features beside the student's."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastkd.report.runs import Run
 
 ATTENTION_IMAGES, INSTANCES_PER_IMAGE = 4, 2
 FEATURE_IMAGES = 3
-UP_TO = 4_200_000  # bytes of all pictures from which on these sections take no more
+MAX_BYTES = 4_200_000  # these sections add no pictures once all pictures together exceed this number of bytes
 
 
 class View(NamedTuple):
-    """What the report shows of the networks of a method: the section's title, and what fills it."""
+    """The report's section on the networks of a method: its title, and the function that fills it."""
 
     title: str
     show: Callable[[Section, Run, Networks, Images, list[int], PictureBook], None]
 
 
 def sections(runs: list[Run], images: Images, chosen: list[int], device: str, book: PictureBook) -> list[Section]:
-    """A section for each method that has something to show; a run whose networks cannot be loaded gets a note."""
+    """One section for each method with a View; a run whose networks cannot be loaded gets a note."""
     views = [(run, run.settings.view()) for run in runs if run.settings is not None]
     found: dict[str, Section] = {}
     for run, view in views:
@@ -46,12 +46,12 @@ def sections(runs: list[Run], images: Images, chosen: list[int], device: str, bo
 
 
 def attention_view(title: str) -> View:
-    """Attention maps of a distiller that has `attention(teacher, batch)`, as ICD."""
+    """The View of attention maps, for a distiller with `attention(teacher, batch)` such as ICD."""
     return View(title, _show_attention)
 
 
 def features_view(title: str) -> View:
-    """Instructive features of a distiller that has `instruct(pyramid, batch)` and `student_adapter`, as LGD."""
+    """The View of instructive features, for a distiller with `instruct(pyramid, batch)` and `student_adapter` (LGD)."""
     return View(title, _show_features)
 
 
@@ -72,9 +72,10 @@ def _show_attention(
             )
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
+    assert loaded.teacher is not None  # whose features the attention is over
     figures = []
     for image_id in chosen[:ATTENTION_IMAGES]:
-        if book.bytes > UP_TO:
+        if book.bytes > MAX_BYTES:
             figures.append(note([LEFT_OUT.format("Further images are")]))
             break
         batch, picture = loaded.batch(images.source, image_id)
@@ -103,19 +104,19 @@ def _show_attention(
 
 
 def _instances(boxes: Tensor) -> list[int]:
-    """The largest box and the one in the middle by area: a scene's main object and a typical one."""
+    """Indices of the largest box and of the box with the median area."""
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).cpu()
     order = areas.argsort(descending=True, stable=True).tolist()
     return list(dict.fromkeys(order[:1] + order[len(order) // 2 : len(order) // 2 + 1]))[:INSTANCES_PER_IMAGE]
 
 
 def attention_over_image(levels: list[Tensor], size: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, float]]]:
-    """The attention of one instance as a density over the padded image, all levels together.
+    """The attention of one instance as a density over the padded image, summed over the levels.
 
     Args:
         levels: L tensors [G, H_l, W_l], summing to 1 over levels and cells for each head.
         size: (H, W) of the padded image.
-    Returns: ([G, H, W] that sums to about 1 for each head, and for each head (level with most of it, its share)).
+    Returns: [G, H, W], summing to about 1 for each head; and for each head (level with most attention, its share).
     """
     total = torch.zeros(levels[0].shape[0], *size)
     for level in levels:
@@ -145,7 +146,7 @@ def _show_features(
         )
     section.add(f"<h3>{escape(run.name)}</h3>")
     for image_id in chosen[:FEATURE_IMAGES]:
-        if book.bytes > UP_TO:
+        if book.bytes > MAX_BYTES:
             section.add(note([LEFT_OUT.format("Further images are")]))
             break
         batch, picture = loaded.batch(images.source, image_id)
@@ -154,10 +155,11 @@ def _show_features(
         adapted = [loaded.distiller.student_adapter(level) for level in student]
         rows, names, cells = [], [], []
         for level, pyramids in enumerate(zip(student, adapted, instructive)):
-            cell = tuple(side / length for side, length in zip(batch.padded_size, pyramids[0].shape[-2:]))
+            height, width = pyramids[0].shape[-2:]
+            cell = (batch.padded_size[0] / height, batch.padded_size[1] / width)
             seen = [math.ceil(side / length) for side, length in zip(picture.shape[:2], cell)]  # without the padding
             if seen[0] * seen[1] < 4:
-                continue  # a map of a few cells has no pattern to compare
+                continue  # too few cells to compare patterns
             maps = feature_maps(*(maps[0] for maps in pyramids))
             rows.append([picture, *(values[: seen[0], : seen[1]] for values in maps)])
             names.append(loaded.level_name(level))
@@ -178,10 +180,10 @@ def _show_features(
 
 
 def feature_maps(student: Tensor, adapted: Tensor, instructive: Tensor) -> list[np.ndarray]:
-    """What the report shows of three maps [C, h, w]: the strength of each, and one component of the last two.
+    """Reduces three feature maps [C, h, w] to 2-D: the strength of each, and one component of the last two.
 
-    Strength = root mean square over the channels after normalising each channel over its cells. The component is
-    the first principal one of the adapted and the instructive map together, so that it means the same in both.
+    Strength = root mean square over the channels after normalising each channel over its cells. The component is the
+    first principal component of the adapted and the instructive map together, so that both are comparable.
     """
     maps = [_normalised(level) for level in (student, adapted, instructive)]
     strengths = [level.square().mean(dim=0).sqrt() for level in maps]

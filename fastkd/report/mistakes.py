@@ -1,4 +1,4 @@
-"""The sections about single images: detections beside ground truth, worst false positives, misses."""
+"""The sections with single images: detections beside ground truth, worst false positives, missed objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.report.analysis import (
     KINDS,
     RIGHT,
     SIZES,
-    Found,
+    ImageDetections,
     Truth,
     Verdict,
 )
@@ -25,41 +25,41 @@ from fastkd.report.runs import Run
 from fastkd.report.sources import ValidationSet
 
 MOST_CROPS = 160
-# Bytes of all pictures from which on a section takes no more. Base64 adds a third, and the page stays under 8 MB.
-DETECTIONS_UP_TO, FALSE_POSITIVES_UP_TO, MISSES_UP_TO = 3_000_000, 4_900_000, 5_700_000
+# A section adds no pictures once all pictures exceed this number of bytes: with base64 (+ 1/3) the page is below 8 MB.
+DETECTIONS_MAX_BYTES, FALSE_POSITIVES_MAX_BYTES, MISSES_MAX_BYTES = 3_000_000, 4_900_000, 5_700_000
 LEFT_OUT = "{} left out here, to keep the file small."
 
 
 @dataclass
 class Judged:
-    """A run's detections on the validation images with the verdict on each, and its own score threshold."""
+    """A run's detections on the validation images, their verdicts, and the run's score threshold."""
 
     run: Run
-    found: dict[int, Found]
+    found: dict[int, ImageDetections]
     verdicts: dict[int, Verdict]
     threshold: float
 
 
 @dataclass
 class Images:
-    """Validation images of a report: where they come from, their ground truth, and the runs judged against it."""
+    """Validation images of a report: their data set, ground truth, and the judged runs."""
 
     source: ValidationSet
     truths: dict[int, Truth]
     judged: list[Judged] = field(default_factory=list)
 
     def crops(self) -> int:
-        """How many crops each kind of mistake of each run gets."""
+        """Number of crops per run and kind of mistake."""
         groups = len(ERROR_KINDS) + len(SIZES)
         return min(4, max(1, MOST_CROPS // (groups * max(1, len(self.judged)))))
 
     def name(self, label: int) -> str:
-        """The name of a class."""
+        """The class name of a label."""
         return clean(self.source.class_names[label], 30)
 
 
 def judge_runs(source: ValidationSet, runs: list[Run]) -> Images:
-    """Judges every run that has detections. Args: source: a ValidationSet (or anything with its methods)."""
+    """Judges every run that has detections. Args: source: a ValidationSet or an object with the same methods."""
     images = Images(source, {image_id: source.truth(image_id) for image_id in source.image_ids})
     boxes = sum(len(truth.labels) for truth in images.truths.values())
     for run in runs:
@@ -73,9 +73,9 @@ def judge_runs(source: ValidationSet, runs: list[Run]) -> Images:
 
 
 def choose_images(images: Images, count: int) -> list[int]:
-    """`count` images at even steps from the easiest to the hardest for the first student; none without boxes.
+    """`count` images with boxes, evenly spaced by rank from the easiest to the hardest for the first student.
 
-    Taking them by rank keeps anyone from picking flattering ones, and shows both ends.
+    Selection by rank avoids hand-picked examples and includes both extremes.
     """
     candidates = [image_id for image_id, truth in images.truths.items() if len(truth.labels)]
     if not candidates or not images.judged or count == 0:
@@ -117,7 +117,7 @@ def detections_section(images: Images, chosen: list[int], book: PictureBook) -> 
         picture, truth = images.source.image(image_id), images.truths[image_id]
         marks = [Mark(tuple(box), TRUTH_COLOUR, images.name(label)) for box, label in zip(truth.boxes, truth.labels)]
         png = pictures.annotated(picture, marks)
-        if place and book.bytes + (1 + len(images.judged)) * len(png) > DETECTIONS_UP_TO:
+        if place and book.bytes + (1 + len(images.judged)) * len(png) > DETECTIONS_MAX_BYTES:
             section.add(note([LEFT_OUT.format(f"The other {len(chosen) - place} of {len(chosen)} images are")]))
             break
         figures = [
@@ -157,7 +157,7 @@ def _run_figure(images: Images, judged: Judged, image_id: int, picture: np.ndarr
 
 
 def false_positives_section(images: Images, book: PictureBook) -> Section:
-    """How many false positives of which kind, and the worst ones."""
+    """Counts of false positives by kind, and the highest-scoring ones."""
     section = Section("Worst false positives")
     meanings = "; ".join(f"<b>{KINDS[kind]}</b> {KIND_MEANING[kind]}" for kind in ERROR_KINDS)
     section.add(
@@ -182,7 +182,7 @@ def false_positives_section(images: Images, book: PictureBook) -> Section:
             _false_positive(images, judged, *place, book)
             for kind in ERROR_KINDS
             for place in _worst(judged, kind, images.crops())
-            if book.bytes < FALSE_POSITIVES_UP_TO
+            if book.bytes < FALSE_POSITIVES_MAX_BYTES
         ]
         legend = paragraph(
             "The highest-scoring false positives of each kind. "
@@ -191,7 +191,7 @@ def false_positives_section(images: Images, book: PictureBook) -> Section:
             + key(TRUTH_COLOUR, "the objects around it")
         )
         none = f"{judged.run.name} has no false positives."
-        content = _crops(legend, figures, none, book.bytes >= FALSE_POSITIVES_UP_TO)
+        content = _crops(legend, figures, none, book.bytes >= FALSE_POSITIVES_MAX_BYTES)
         section.add(folded(f"{clean(judged.run.name, 60)}: the worst of each kind", content))
     return section
 
@@ -201,12 +201,12 @@ def _crops(legend: str, figures: list[str], none: str, full: bool) -> str:
     return shown + note([LEFT_OUT.format("Others are")] if full else [] if figures else [none])
 
 
-def _lists(judged: Judged) -> tuple[list[Verdict], list[Found]]:
+def _lists(judged: Judged) -> tuple[list[Verdict], list[ImageDetections]]:
     return list(judged.verdicts.values()), [judged.found[image_id] for image_id in judged.verdicts]
 
 
 def _worst(judged: Judged, kind: int, count: int) -> list[tuple[int, int]]:
-    """(image id, detection) of the highest scores of a kind above the threshold, at most one an image."""
+    """(image id, detection) of the highest scores of a kind above the threshold, at most one per image."""
     best = []
     for image_id, verdict in judged.verdicts.items():
         places = np.flatnonzero((verdict.kinds == kind) & (judged.found[image_id].scores >= judged.threshold))
@@ -232,7 +232,7 @@ def _false_positive(images: Images, judged: Judged, image_id: int, place: int, b
 
 
 def misses_section(images: Images, book: PictureBook) -> Section:
-    """How many objects of each size are missed, and some of them."""
+    """Counts of missed objects by size, and examples."""
     section = Section("Misses")
     section.add(
         paragraph(
@@ -247,7 +247,7 @@ def misses_section(images: Images, book: PictureBook) -> Section:
             _miss(images, judged, image_id, box, book)
             for size in range(3)
             for image_id, box in _missed(images, judged, size)
-            if book.bytes < MISSES_UP_TO
+            if book.bytes < MISSES_MAX_BYTES
         ]
         legend = paragraph(
             "The largest missed objects of each size, at most one an image. "
@@ -255,7 +255,7 @@ def misses_section(images: Images, book: PictureBook) -> Section:
             + " &nbsp; "
             + key(OTHER_COLOUR, "detections above the threshold, right or wrong")
         )
-        content = _crops(legend, figures, f"{judged.run.name} misses nothing.", book.bytes >= MISSES_UP_TO)
+        content = _crops(legend, figures, f"{judged.run.name} misses nothing.", book.bytes >= MISSES_MAX_BYTES)
         section.add(folded(f"{clean(judged.run.name, 60)}: missed objects", content))
     return section
 

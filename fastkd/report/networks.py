@@ -1,4 +1,4 @@
-"""Loads the networks of a run for looking inside: the student, its distiller, and the teacher where there is one."""
+"""Loads the networks of a run for visualisation: the student, its distiller, and the teacher if there is one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastkd.types import Batch, ClassPriors
 
 @dataclass
 class Networks:
-    """The networks of a run in eval mode on one device, and the sizes at which images enter them."""
+    """The networks of a run in eval mode on one device, and their input sizes."""
 
     student: Detector
     distiller: Any
@@ -33,17 +33,17 @@ class Networks:
     divisor: int
 
     def level_name(self, level: int) -> str:
-        """P3, P4 ... as papers name the pyramid's levels: P_n has stride 2^n."""
+        """The name of a level as in the papers: P_n has stride 2^n."""
         return f"P{int(self.student.strides[level]).bit_length() - 1}"
 
     def batch(self, source: ValidationSet, image_id: int) -> tuple[Batch, np.ndarray]:
-        """One validation image as the networks see it, and the resized picture itself, uint8 [h, w, 3]."""
+        """One validation image as a Batch, and the resized picture, uint8 [h, w, 3]."""
         image = source.image(image_id)
         size = resized_size(image.shape[1], image.shape[0], self.short_side, self.max_side)
         geometry = Geometry(*size, flip=False)
-        padded = tuple(-(-side // self.divisor) * self.divisor for side in size)
+        height, width = (-(-side // self.divisor) * self.divisor for side in size)
         item = (source.position(image_id), image, geometry, 0)
-        return collate(source.dataset, [item], padded).to(self.device), geometry.image(image)
+        return collate(source.dataset, [item], (height, width)).to(self.device), geometry.image(image)
 
 
 def load_networks(run: Run, device: str) -> Networks:
@@ -60,10 +60,12 @@ def load_networks(run: Run, device: str) -> Networks:
     priors = _priors(run.path / "priors.json") if settings.needs_priors else None
     distiller = settings.from_dict(run.recipe["method"]).distiller(student, teacher, priors)
     distiller.load_state_dict(load_file(run.path / "method.safetensors"))
-    device = torch.device(device)
-    networks = [None if network is None else network.to(device).eval() for network in (student, distiller, teacher)]
-    data = run.recipe["data"]
-    return Networks(*networks, device, int(data["val_short_side"]), int(data["max_side"]), int(data["divisor"]))
+    target = torch.device(device)
+    for network in (student, distiller, teacher):
+        if network is not None:
+            network.to(target).eval()
+    sizes = [int(run.recipe["data"][name]) for name in ("val_short_side", "max_side", "divisor")]
+    return Networks(student, distiller, teacher, target, *sizes)
 
 
 def _teacher_file(run: Run) -> Path:

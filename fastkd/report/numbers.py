@@ -1,4 +1,4 @@
-"""The sections made of numbers: AP and gains, classes and sizes, training curves."""
+"""The numerical sections: AP and gains, classes and sizes, training curves."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ AP_PANEL = "AP on the validation images"
 
 
 def run_colours(runs: list[Run]) -> dict[str, str]:
-    """{run name: colour}: grey for a teacher, one colour each for the others."""
+    """{run name: colour}: grey for a teacher, a distinct colour for each other run."""
     others = [run.name for run in runs if not run.is_teacher]
     return {run.name: plots.run_colour(0 if run.is_teacher else 1 + others.index(run.name) % 9) for run in runs}
 
 
 def gain(run: Run, other: Run | None, *keys: str) -> float | None:
-    """AP of `run` less that of `other`, None where either is unknown."""
+    """AP of `run` minus AP of `other`; None if either is unknown."""
     mine = run.score(*keys)
     theirs = None if other is None else other.score(*keys)
     return None if mine is None or theirs is None else mine - theirs
 
 
 def shown(value: float | None, digits: int = 1) -> str:
-    """A number for a table, a dash where it is unknown."""
+    """A number for a table; a dash if it is unknown."""
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
@@ -43,7 +43,7 @@ def gain_cell(value: float | None) -> Cell:
 
 
 def cards(runs: list[Run], colours: dict[str, str]) -> list[str]:
-    """One summary card a run: its AP, and the gain over its baseline."""
+    """One summary card per run: its AP, and the gain over its baseline."""
     result = []
     for run in runs:
         difference = gain(run, baseline_of(run, runs), "bbox", "AP")
@@ -136,6 +136,8 @@ def _unequal_conditions(runs: list[Run]) -> list[str]:
 
 
 def _detector_name(run: Run) -> str:
+    if isinstance(run.detector.get("custom"), str):
+        return str(run.detector["custom"])
     parts = [str(run.detector.get(key)) for key in ("detector", "backbone") if run.detector.get(key)]
     return " ".join(parts) or UNKNOWN
 
@@ -169,7 +171,7 @@ def classes_section(runs: list[Run], colours: dict[str, str], book: PictureBook)
     plotted = classes
     caption = "AP of each class."
     if len(classes) > MOST_CLASSES_IN_PLOT:
-        plotted = _telling_classes(measured, runs, classes)
+        plotted = _differing_classes(measured, runs, classes)
         caption = (
             f"The {len(plotted)} of {len(classes)} classes in which the runs differ most; the table below has all."
         )
@@ -189,7 +191,7 @@ def _classes(runs: list[Run]) -> list[str]:
     return list(names)
 
 
-def _telling_classes(runs: list[Run], all_runs: list[Run], classes: list[str]) -> list[str]:
+def _differing_classes(runs: list[Run], all_runs: list[Run], classes: list[str]) -> list[str]:
     def spread(name: str) -> float:
         scores = (run.score("bbox", "per_class", name, "AP") for run in runs if not run.is_teacher)
         values = [value for value in scores if value is not None]
@@ -252,7 +254,7 @@ def curve_points(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         points[AP_PANEL].append((last, final))
     result = {}
     for title, pairs in points.items():
-        table_ = np.array(sorted(dict(pairs).items()))  # a resumed run may log a step twice: the later counts
+        table_ = np.array(sorted(dict(pairs).items()))  # a resumed run may log a step twice: keep the later record
         values = table_[:, 1]
         if not title.startswith(("learning rate", "AP ")):
             values = plots.smooth(values, max(1, len(values) // 25))
@@ -261,7 +263,7 @@ def curve_points(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _titled(record: dict):
-    """(panel title, value) of the numbers of one log record that are worth a curve."""
+    """(panel title, value) of the numbers in a log record that are plotted."""
     losses = record.get("losses")
     for name, given in (losses if isinstance(losses, dict) else {}).items():
         value = number(given)
@@ -296,7 +298,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def duration(seconds) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
+    """Seconds in a readable unit: 45 s, 12 min, 3.5 h."""
     seconds = number(seconds, 0)
     if seconds is None:
         return UNKNOWN

@@ -1,6 +1,6 @@
-"""Pictures of images: boxes on them, crops, attention over them: uint8 [H, W, 3] arrays in, PNG bytes out.
+"""Pictures of images with boxes, crops and attention maps: uint8 [H, W, 3] arrays in, PNG bytes out.
 
-Small images are enlarged before anything is drawn on them, so that lines and letters stay sharp.
+Small images are enlarged before drawing, so that lines and letters stay sharp.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastkd.report.plots import encode_png
 RIGHT_COLOUR, WRONG_COLOUR, MISSED_COLOUR, TRUTH_COLOUR = "#00d084", "#ff4d3d", "#ffd400", "#35b6ff"
 
 OTHER_COLOUR, SHADE_COLOUR = "#ffffff", "#10141c"
-GREYS = 12  # steps from the dark ground of a text to white, for its soft edges
-# The first colours of every picture's palette: whatever is drawn keeps its colour, however few pixels it has.
+GREYS = 12  # grey levels from a text's dark background to white, for antialiasing
+# The first colours of every picture's palette, so that marks keep their colours even with few pixels.
 KEPT_COLOURS = (
     *(RIGHT_COLOUR, WRONG_COLOUR, MISSED_COLOUR, TRUTH_COLOUR),
     *(f"#{16 + 239 * k // 11:02x}{20 + 235 * k // 11:02x}{28 + 227 * k // 11:02x}" for k in range(GREYS)),
@@ -30,7 +30,7 @@ KEPT_COLOURS = (
 
 @dataclass(frozen=True)
 class Mark:
-    """A box to draw: xyxy in pixels of the image, its colour, a short text ("" for none), solid or dashed."""
+    """A box to draw: xyxy in pixels of the image, colour, short text ("" for none), solid or dashed."""
 
     box: tuple[float, float, float, float]
     colour: str
@@ -39,7 +39,7 @@ class Mark:
 
 
 def annotated(image: np.ndarray, marks: list[Mark]) -> bytes:
-    """The image, enlarged where it is small, with boxes and their texts; texts avoid each other where they can."""
+    """The image, enlarged if small, with boxes and texts; the texts are placed so that they overlap little."""
     picture, scale = _sized(image)
     frames = _draw_boxes(picture, marks, scale)
     taken: list[tuple[float, float, float, float]] = []
@@ -50,7 +50,7 @@ def annotated(image: np.ndarray, marks: list[Mark]) -> bytes:
 
 
 def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 180, margin: float = 0.6) -> bytes:
-    """A square cut-out around the box `focus` and its surroundings, about `side` pixels wide; grey outside."""
+    """A square crop of about `side` pixels around the box `focus`; grey outside the image."""
     x1, y1, x2, y2 = focus
     half = int(np.ceil(max(x2 - x1, y2 - y1, 12.0) * (0.5 + margin)))
     left, top = round((x1 + x2) / 2) - half, round((y1 + y2) / 2) - half
@@ -62,20 +62,20 @@ def crop(image: np.ndarray, marks: list[Mark], focus, side: int = 180, margin: f
 
 
 def attention_strip(image: np.ndarray, box, heads: np.ndarray, titles: list[str], tile: int = 168) -> bytes:
-    """The image with one instance's box, then the attention of each head over it, on one colour scale.
+    """The image with one instance's box, followed by the attention of each head over it, on one colour scale.
 
     Args:
         image: uint8 [H, W, 3].
         box: the instance, xyxy in pixels.
-        heads: [G, H, W] attention as density over the image.
-        titles: G + 1 short texts, the first for the image itself.
+        heads: [G, H, W] attention as a density over the image.
+        titles: G + 1 short texts, the first for the image.
     """
     columns = 5 if len(heads) > 5 else len(heads) + 1
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] / 255
     top = max(float(np.quantile(heads, 0.995)), 1e-12)
     tiles = [(image, titles[0])]
     for head, title in zip(heads, titles[1:]):
-        strength = np.sqrt(np.clip(head / top, 0, 1))  # the root shows faint attention, too
+        strength = np.sqrt(np.clip(head / top, 0, 1))  # the root makes weak attention visible
         colour = colormaps["inferno"](0.15 + 0.85 * strength)[..., :3]
         weight = (0.1 + 0.9 * strength)[..., None]
         tiles.append(((255 * np.clip(grey * 0.8 * (1 - weight) + colour * weight, 0, 1)).astype(np.uint8), title))
@@ -83,7 +83,7 @@ def attention_strip(image: np.ndarray, box, heads: np.ndarray, titles: list[str]
 
 
 def montage(tiles: list[tuple[np.ndarray, str]], columns: int, tile: int, marks=()) -> bytes:
-    """Images of one size in rows of `columns`, each `tile` pixels wide under its title, with the same boxes on all."""
+    """Images of equal size in rows of `columns`, each `tile` pixels wide under its title, all with the same boxes."""
     height, width = tiles[0][0].shape[:2]
     scale = tile / width
     shape = (tile, max(1, round(height * scale)))
@@ -102,10 +102,10 @@ def montage(tiles: list[tuple[np.ndarray, str]], columns: int, tile: int, marks=
 
 
 def _sized(image: np.ndarray, colours: int = 256, enlarged: int = 490, reduced: int = 360) -> tuple[Image.Image, float]:
-    """The image for the page, and the factor: a whole multiple up to `enlarged` pixels, or reduced to `reduced`.
+    """The image resized for the page: enlarged by an integer factor up to `enlarged` pixels, or reduced to `reduced`.
 
-    Whole multiples keep every pixel visible as it is, and compress far better than interpolated ones.
-    Returns: a palette image whose palette begins with KEPT_COLOURS.
+    Integer factors show the original pixels, and compress far better than interpolation.
+    Returns: a palette image whose palette begins with KEPT_COLOURS, and the scale factor.
     """
     picture, scale = _palette_image(image.tobytes(), image.shape[:2], colours, enlarged, reduced)
     return picture.copy(), scale
@@ -134,7 +134,7 @@ def _palette_image(pixels: bytes, size: tuple[int, int], colours: int, enlarged:
 def _draw_boxes(
     picture: Image.Image, marks, scale: float, origin=(0.0, 0.0)
 ) -> list[tuple[float, float, float, float]]:
-    """Draws every mark's box; returns the boxes in pixels of the picture."""
+    """Draws the box of every mark; returns the boxes in pixels of the picture."""
     draw = ImageDraw.Draw(picture)
     frames = []
     for mark in marks:
@@ -145,7 +145,7 @@ def _draw_boxes(
 
 
 def _ink(picture: Image.Image, colour: str) -> int | str:
-    """What to give a pen for one of KEPT_COLOURS: its number in a palette image, else the colour itself."""
+    """A colour for ImageDraw: in a palette image the index in KEPT_COLOURS, otherwise the colour."""
     return KEPT_COLOURS.index(colour) if picture.mode == "P" else colour
 
 
@@ -176,7 +176,7 @@ def _draw_box(draw: ImageDraw.ImageDraw, frame, colour, shade, dashed: bool) -> 
 
 
 def _draw_tag(picture: Image.Image, frame, frames, text: str, colour: str, taken: list) -> None:
-    """Writes `text` at the first place around the box that is inside the picture and overlaps no earlier text."""
+    """Writes `text` at the position around the box, inside the picture, with the least overlap with earlier texts."""
     font, size = _font(13), picture.size
     width, height = math.ceil(font.getlength(text)) + 9, 17
     x1, y1, x2, y2 = frame
@@ -204,7 +204,7 @@ def _draw_tag(picture: Image.Image, frame, frames, text: str, colour: str, taken
 
     spot = min(inside, key=clutter)  # the first of the best
     if sum(_overlap(spot, other) for other in taken) > 0.3 * area:
-        return  # no room: the box speaks for itself
+        return  # no room for a text
     taken.append(spot)
     tag = Image.new("L", (width, height), 0)
     ImageDraw.Draw(tag).text((6, 0.5), text, fill=255, font=font)

@@ -1,4 +1,4 @@
-"""Plots of numbers: AP, training curves, cost, kinds of mistakes. Each function returns the bytes of one PNG."""
+"""Plots of AP, training curves, cost and kinds of mistakes. Each function returns the bytes of one PNG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastkd.report.html import clean
 
-# Distinguishable with the common kinds of colour blindness, on white.
+# Distinguishable on white, also with the common kinds of colour blindness.
 RUN_COLOURS = (
     "#5b6475",
     "#0072b2",
@@ -40,12 +40,12 @@ FONT = 10.0
 
 
 def run_colour(index: int) -> str:
-    """The colour of run number `index`, the same in every plot and table of a report."""
+    """The colour of the run with this index, the same in all plots and tables of a report."""
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
 def ap_bars(names: list[str], values: list[float | None], colours: list[str], axis_label: str = "AP") -> bytes:
-    """One horizontal bar a run. Args: values: AP in percent, None where unknown."""
+    """One horizontal bar per run. Args: values: AP in percent, None where unknown."""
     figure, (axes,) = _figure(9.0, 0.55 + 0.42 * len(names))
     rows = np.arange(len(names))
     axes.barh(rows, [value or 0.0 for value in values], color=colours, height=0.66)
@@ -66,7 +66,7 @@ def ap_bars(names: list[str], values: list[float | None], colours: list[str], ax
 
 
 def grouped_bars(groups: list[str], names: list[str], values: np.ndarray, colours: list[str], axis_label: str) -> bytes:
-    """Bars of every run side by side for each group. Args: values: [runs, groups], NaN where unknown."""
+    """Grouped bars: for each group one bar per run. Args: values: [runs, groups], NaN where unknown."""
     width = min(11.0, max(6.0, 1.2 + 0.2 * len(groups) * (len(names) + 1.2)))
     figure, (axes,) = _figure(width, 3.5)
     step = 0.82 / max(1, len(names))
@@ -89,10 +89,10 @@ def grouped_bars(groups: list[str], names: list[str], values: np.ndarray, colour
 
 
 def curves(panels: list[tuple[str, list[tuple[str, str, np.ndarray, np.ndarray]]]], log_scale=()) -> bytes:
-    """Line plots over the training step, two panels a row.
+    """Line plots over the training step, two panels per row.
 
     Args:
-        panels: (title, lines), a line being (run name, colour, steps, values).
+        panels: (title, lines) of each panel; a line is (run name, colour, steps, values).
         log_scale: titles of the panels with a logarithmic axis.
     """
     rows = (len(panels) + 1) // 2
@@ -129,7 +129,7 @@ def curves(panels: list[tuple[str, list[tuple[str, str, np.ndarray, np.ndarray]]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average over `window` values, narrower at the ends: as many values as came in."""
+    """Centred moving average over `window` values, with a shorter window at the ends; same length as `values`."""
     if window <= 1 or len(values) < 3:
         return values
     half = window // 2
@@ -142,7 +142,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def cost_bars(
     names: list[str], alone: list[float], extra: list[float], teacher: Sequence[float | None], unit: str
 ) -> bytes:
-    """Stacked bars: the student alone, what the method adds, and the teacher's own training where it is counted."""
+    """Stacked bars: the student alone, the extra cost of the method, and the teacher's training if it is included."""
     figure, (axes,) = _figure(9.0, 1.25 + 0.45 * len(names))
     rows = np.arange(len(names))
     axes.barh(rows, alone, color="#9aa7b8", height=0.6, label="student alone")
@@ -178,7 +178,7 @@ def cost_bars(
 
 
 def error_bars(names: list[str], counts: dict[str, list[float]], axis_label: str) -> bytes:
-    """Stacked horizontal bars of the kinds of false positives. Args: counts: {kind: one number a run}."""
+    """Stacked horizontal bars of the kinds of false positives. Args: counts: {kind: one number per run}."""
     figure, (axes,) = _figure(9.0, 1.25 + 0.42 * len(names))
     rows, left = np.arange(len(names)), np.zeros(len(names))
     for kind, values in counts.items():
@@ -210,11 +210,11 @@ def feature_grid(
     scale_groups: list[list[int]],
     boxes=(),
 ) -> bytes:
-    """Feature maps laid over the area of the image, one row a level; maps of a row in one group share a colour scale.
+    """Feature maps scaled to the area of the image, one row per level; maps of a row and group share a colour scale.
 
     Args:
-        maps: a row is the image, uint8 [H, W, 3], followed by 2-D arrays.
-        cells: (height, width) of a cell of each row's maps in pixels of the image.
+        maps: each row is the image, uint8 [H, W, 3], followed by 2-D arrays.
+        cells: (height, width) of one cell in pixels of the image, for each row.
         scale_groups: lists of column numbers that share a colour scale.
         boxes: xyxy in pixels of the image, drawn on every map.
     """
@@ -292,9 +292,9 @@ def _png(figure: Figure, colours: int = 128) -> bytes:
 
 
 def encode_png(image: Image.Image, colours: int = 256) -> bytes:
-    """A PNG with a palette of at most `colours` colours, a third of the size of a full-colour one."""
+    """A PNG with a palette of at most `colours` colours, a third of the size of an RGB one."""
     if image.mode != "P":
-        large = image.width * image.height > 500_000  # where the better method takes seconds
+        large = image.width * image.height > 500_000  # for which the better method takes seconds
         method = Image.Quantize.FASTOCTREE if large else Image.Quantize.MEDIANCUT
         image = image.convert("RGB").quantize(colours, method=method, dither=Image.Dither.NONE)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Reads run directories for the report. A missing or broken file becomes a note that names it, never a crash."""
+"""Reads run directories for the report. A missing or broken file adds a note to the report and never raises."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from fastkd.assets import PREFIX
 
-NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # it may come trained and be measured only
+NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # a shipped teacher has only been evaluated
 
 
 @dataclass
 class Run:
-    """What a run directory holds, as far as it could be read.
+    """The readable contents of a run directory.
 
     Args:
         path: the run directory.
-        name: shown in every table and picture; unique among the runs of a report.
-        recipe, metrics, ledger: the JSON files of those names, {} where there is none.
+        name: name in tables and pictures; unique among the runs of a report.
+        recipe, metrics, ledger: contents of the JSON files with these names; {} if missing.
         log: the records of log.jsonl in order.
-        detections: COCO results of detections.json, or None where there is none.
-        notes: what is missing or malformed, one sentence each.
-        methods: what the report knows of methods of distillation, by kind.
+        detections: COCO results of detections.json; None if missing.
+        notes: one sentence for each missing or malformed file.
+        methods: settings classes of the distillation methods, by kind.
     """
 
     path: Path
@@ -49,12 +49,12 @@ class Run:
 
     @property
     def inherits(self) -> bool:
-        """True where the student's neck and head started from the teacher's."""
+        """Whether the student's neck and head were initialised from the teacher."""
         return bool(self.recipe.get("inherit"))
 
     @property
     def role(self) -> str:
-        """What the run is for, in a few words."""
+        """A short description of the run: teacher, baseline, inheriting alone, or the method."""
         if self.is_teacher:
             return "teacher"
         if self.method is None:
@@ -64,17 +64,17 @@ class Run:
 
     @property
     def settings(self) -> Any:
-        """The class of the method's settings (a fastkd.training.methods.Method); None where it is not known."""
-        return self.methods.get(self.method)
+        """The class of the method's settings (a fastkd.training.methods.Method); None if unknown."""
+        return self.methods.get(self.method) if self.method is not None else None
 
     @property
     def detector(self) -> dict:
-        """The detector's configuration, {} where unknown."""
+        """The detector's configuration; {} if unknown."""
         detector = self.recipe.get("detector")
         return detector if isinstance(detector, dict) else {}
 
     def score(self, *keys: str) -> float | None:
-        """The number under metrics[keys...]; None where it is absent, not a number, or COCO's -1 ("no such boxes")."""
+        """The number at metrics[keys...]; None if it is absent, not a number, or COCO's -1 ("no such boxes")."""
         value = self.metrics
         for key in keys:
             if not isinstance(value, dict) or key not in value:
@@ -95,8 +95,8 @@ def load_run(path: Path, name: str | None = None, methods: Mapping[str, Any] | N
 
     Args:
         path: the directory.
-        name: its name in the report; None takes the directory's.
-        methods: as of `Run`.
+        name: name in the report; None takes the directory's.
+        methods: as in `Run`.
 
     Raises: ValueError if `path` is not a directory.
     """
@@ -116,7 +116,7 @@ def load_run(path: Path, name: str | None = None, methods: Mapping[str, Any] | N
 
 
 def load_runs(run_dirs, methods: Mapping[str, Any] | None = None) -> list[Run]:
-    """Reads several run directories, names them uniquely, and marks the run that is the others' teacher."""
+    """Reads several run directories, gives them unique names, and marks the run that is the teacher of the others."""
     paths = [Path(path) for path in run_dirs]
     if not paths:
         raise ValueError(
@@ -140,9 +140,9 @@ def load_runs(run_dirs, methods: Mapping[str, Any] | None = None) -> list[Run]:
 
 
 def baseline_of(run: Run, runs: list[Run], inherits: bool = False) -> Run | None:
-    """The undistilled run with the same detector and seed (with `inherits`: started from the teacher's head).
+    """The undistilled run with the same detector and seed; with `inherits`, the one that inherits the teacher's head.
 
-    Returns None for a teacher, for the baseline itself and where no such run was given.
+    Returns None for a teacher, for the baseline itself, and if there is no such run.
     """
     if run.is_teacher or (run.method is None and run.inherits == inherits):
         return None
@@ -154,7 +154,7 @@ def baseline_of(run: Run, runs: list[Run], inherits: bool = False) -> Run | None
 
 
 def difference_in_conditions(run: Run, other: Run) -> list[str]:
-    """Names of the settings that should be equal for two APs to be compared, and are not."""
+    """Names of the settings that differ although they must be equal for a comparison of AP."""
     names = []
     for key in ("data", "schedule", "optimizer", "backbone_weights"):
         if _settings(run.recipe.get(key)) != _settings(other.recipe.get(key)):
@@ -165,7 +165,7 @@ def difference_in_conditions(run: Run, other: Run) -> list[str]:
 
 
 def _settings(value):
-    # the number of loader processes changes the speed, never the batches
+    # the number of loader processes affects speed, never the batches
     if not isinstance(value, dict):
         return value
     return {name: item for name, item in value.items() if name not in ("workers", "val_batch_size")}
@@ -176,7 +176,7 @@ def _comparable(run: Run) -> tuple:
 
 
 def _folder_of(teacher) -> Path | None:
-    """The run directory of a teacher's file; None for no teacher and for one that ships with fastkd."""
+    """The run directory of a teacher's file; None without a teacher or for a shipped one."""
     if not isinstance(teacher, str) or not teacher or teacher.startswith(PREFIX):
         return None
     return Path(teacher).resolve().parent

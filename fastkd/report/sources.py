@@ -1,6 +1,6 @@
-"""What the pictures need besides the run directories: validation images with boxes, and detections on them.
+"""Inputs of the pictures besides the run directories: validation images with boxes, and detections on them.
 
-This file and networks.py are the only ones of the report that know other parts of the library.
+Only this file and networks.py of the report import data sets, detectors and training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from fastkd.data.formats import open_dataset
 from fastkd.data.images import BadImageError
-from fastkd.report.analysis import Found, Truth
+from fastkd.report.analysis import ImageDetections, Truth
 from fastkd.report.html import clean
 from fastkd.report.runs import Run
 
@@ -21,9 +21,9 @@ class ValidationSet:
 
     Args:
         annotation_file, image_dir: as in the run's recipe.
-        with_masks: read instance masks, too.
+        with_masks: also read instance masks.
         format, crowd_boxes: as in the run's recipe.
-    Raises: FileNotFoundError or ValueError where the files are missing or malformed.
+    Raises: FileNotFoundError or ValueError if the files are missing or malformed.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ValidationSet:
         self._label = {int(category): label for label, category in enumerate(self.dataset.category_ids)}
 
     def image(self, image_id: int) -> np.ndarray:
-        """The picture, uint8 [H, W, 3]; plain grey where the file cannot be read (named in `unreadable`)."""
+        """The picture, uint8 [H, W, 3]; plain grey if the file cannot be read (listed in `unreadable`)."""
         position = self._position[image_id]
         try:
             return self.dataset.read_image(position)
@@ -64,24 +64,24 @@ class ValidationSet:
         """Boxes, labels and crowd regions of one image."""
         return Truth(*self.dataset.targets(self._position[image_id]))
 
-    def found(self, run: Run) -> dict[int, Found]:
-        """The run's detections by image id, for every image; those of unknown images or classes are dropped."""
+    def found(self, run: Run) -> dict[int, ImageDetections]:
+        """The run's detections by image id, for every image; detections of unknown images or classes are dropped."""
         rows: dict[int, list[tuple]] = {image_id: [] for image_id in self.image_ids}
         for result in run.detections or []:
             label = self._label.get(result["category_id"])
             if label is not None and result["image_id"] in rows:
                 x, y, width, height = result["bbox"]
                 rows[result["image_id"]].append((result["score"], label, x, y, x + width, y + height))
-        return {image_id: self._to_found(image_id, items) for image_id, items in rows.items()}
+        return {image_id: self._to_detections(image_id, items) for image_id, items in rows.items()}
 
-    def _to_found(self, image_id: int, rows: list[tuple]) -> Found:
+    def _to_detections(self, image_id: int, rows: list[tuple]) -> ImageDetections:
         table = np.array(sorted(rows, key=lambda row: -row[0]), dtype=np.float64).reshape(-1, 6)
         limits = np.tile(self.dataset.sizes[self._position[image_id]], 2)
-        return Found(np.clip(table[:, 2:], 0, limits), table[:, 0], table[:, 1].astype(np.int64))
+        return ImageDetections(np.clip(table[:, 2:], 0, limits), table[:, 0], table[:, 1].astype(np.int64))
 
 
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:
-    """The validation set of the first run whose files can be read, or None and why. Runs on other data get a note."""
+    """The validation set of the first run with readable files, or None and why not. Runs on other data get a note."""
     problems: list[str] = []
     source: ValidationSet | None = None
     used: tuple[Path, ...] = ()

@@ -1,4 +1,4 @@
-"""Puts the report together."""
+"""Assembles the report."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def write_report(
 ) -> Path:
     """Writes one self-contained HTML file about one or several runs: numbers, curves, cost, pictures, mistakes.
 
-    Whatever a run directory lacks is named on the page; the rest is shown.
+    Missing files of a run directory are listed on the page.
 
     Args:
-        run_dirs: run directories, in the order in which they are to appear.
+        run_dirs: run directories, in the order in which they appear on the page.
         out: the HTML file; its folder is made.
         title: heading of the page.
-        images: validation images to show, >= 0.
-        device: where the networks run whose attention or features are shown.
-        picture_dir: folder that gets every picture as a PNG file as well, or None.
-        command: the command line to name in the footer; None takes this process's.
-        methods: kind -> settings of the methods of distillation, `fastkd.training.methods.kinds()`: their labels, and
-            what their networks show. Without them runs are named by kind and their networks are left out.
+        images: number of validation images to show, >= 0.
+        device: device of the networks whose attention or features are shown.
+        picture_dir: folder to which every picture is also written as a PNG file, or None.
+        command: the command line to show in the footer; None takes this process's.
+        methods: kind -> settings class, `fastkd.training.methods.kinds()`; gives the methods' labels and views. Without
+            it runs are labelled by kind, and the sections on their networks are omitted.
     Returns: the path of the file.
     Raises: ValueError if there is no run directory or `images` is negative.
     """
@@ -151,7 +151,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this file is in, "unknown" outside one."""
+    """The git commit of this file's checkout; "unknown" outside one."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -14,6 +14,7 @@ from fastkd.training.methods import (
     ScoreL2Config,
 )
 from fastkd.training.recipes.named import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.recipes.options import with_detector
 from fastkd.training.recipes.scaling import scale_to_batch
 from fastkd.training.run.finish import RunResult
 from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
@@ -46,4 +47,5 @@ __all__ = [
     "scale_to_batch",
     "sum_losses",
     "train",
+    "with_detector",
 ]

@@ -1,4 +1,4 @@
-"""From a recipe to data sets, student, method and teacher, with every check that can be made before training."""
+"""Builds data sets, student, method and teacher from a recipe, with every check that can be made before training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from fastkd import assets
 from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.evaluation.coco import load_ground_truth
 from fastkd.training.config import Recipe
 from fastkd.training.methods.protocol import Given
@@ -33,9 +34,9 @@ class Built:
         recipe: resolved against the data.
         train_set, val_set: the data.
         module: student, method and teacher.
-        priors: of the training set where the method needs them; else None.
-        notes: what was loaded and inherited, for metrics.json.
-        teacher_sha256: of the teacher's file, None without.
+        priors: class priors of the training set if the method needs them, else None.
+        notes: the weights that were loaded and inherited, for metrics.json.
+        teacher_sha256: SHA-256 of the teacher's file; None without a teacher.
     """
 
     recipe: Recipe
@@ -53,7 +54,7 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     Raises: FileNotFoundError or ValueError if a file is missing or malformed, or the two disagree about the classes.
     """
     data, root = recipe.data, Path(recipe.data.root)
-    options = {"strict": data.strict, "crowd_boxes": data.crowd_boxes}
+    options: dict[str, Any] = {"strict": data.strict, "crowd_boxes": data.crowd_boxes}
     train_set = open_dataset(
         data.format,
         root / data.train_annotations,
@@ -73,9 +74,9 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
             f"{len(train_set)} images (left out: {train_set.skipped or 'nothing'}); check the file"
         )
     if data.format == "coco":
-        # Reads what the evaluation will read, so that a bad file is found now and not after hours of training.
+        # Load the evaluation's ground truth now, so that a bad file fails here and not after hours of training.
         images = val_set.image_ids.tolist()
-        load_ground_truth(val_set.annotation_file, images, val_set.category_ids, masks=recipe.with_masks)
+        load_ground_truth(Path(val_set.annotation_file), images, val_set.category_ids, masks=recipe.with_masks)
     return train_set, val_set
 
 
@@ -97,7 +98,7 @@ def resolve(recipe: Recipe, train_set: DetectionDataset) -> Recipe:
 
 
 def _how_to_make(path: Path) -> str:
-    """The command that makes a file where recipes look for the result of another; "" for other files."""
+    """A hint with the command that makes `path` if it is the output of a named recipe; "" for other files."""
     from fastkd.training.recipes.named import recipe_names
 
     name = path.parent.name
@@ -107,7 +108,7 @@ def _how_to_make(path: Path) -> str:
 
 
 def _backbone(recipe: Recipe) -> str:
-    """What weights a recipe's backbone takes, in words."""
+    """Describes the weights that fit a recipe's backbone, for messages."""
     name, width = recipe.detector.backbone, recipe.detector.width
     return f"{name} of width {width:g}" if width != 1 else f"torchvision's {name}"
 
@@ -117,6 +118,7 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
 
     Raises: FileNotFoundError or ValueError if the file is missing or broken, or its classes or pyramid do not fit.
     """
+    assert recipe.teacher is not None
     path = assets.resolve(recipe.teacher)
     if not path.is_file():
         raise FileNotFoundError(
@@ -128,10 +130,10 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
         check_teacher(student, teacher)
     except ValueError as error:
         raise ValueError(f"train: teacher {path} does not fit this run: {error}") from error
-    if recipe.inherit and teacher.config.detector != student.config.detector:
+    if recipe.inherit and teacher.config.kind != student.config.kind:
         raise ValueError(
-            f"train: teacher must be a {student.config.detector} for its head to be inherited, got a "
-            f"{teacher.config.detector} in {path}; train a {student.config.detector} teacher or pass --no-inherit"
+            f"train: teacher must be a {student.config.kind} for its head to be inherited, got a "
+            f"{teacher.config.kind} in {path}; train a {student.config.kind} teacher or pass --no-inherit"
         )
     if list(teacher_names) != list(class_names):
         raise ValueError(
@@ -142,12 +144,12 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
 
 
 def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
-    """The distiller of a recipe with fresh weights, drawn from the global generator; several by name."""
+    """The distiller of a recipe with fresh weights from the global generator; an nn.ModuleDict for several methods."""
     return None if recipe.method is None else recipe.method.build(given)
 
 
 def build(recipe: Recipe) -> Built:
-    """Everything of a run. The student's initial weights depend on seed and detector alone, not on the method."""
+    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method."""
     train_set, val_set = open_data(recipe)
     recipe = resolve(recipe, train_set)
     notes: dict[str, Any] = {
@@ -161,7 +163,13 @@ def build(recipe: Recipe) -> Built:
     torch.manual_seed(recipe.seed)
     student = build_detector(recipe.detector)
     if recipe.runtime.recompute:
-        student.parts()["backbone"].recompute()
+        backbone = student.parts()["backbone"]
+        if not isinstance(backbone, Backbone):
+            kind = recipe.detector.kind
+            raise ValueError(
+                f"train: runtime.recompute must be False for {kind}, got True; pass --runtime.no-recompute"
+            )
+        backbone.recompute()
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
@@ -173,6 +181,7 @@ def build(recipe: Recipe) -> Built:
             )
         notes["backbone_weights"] = str(load_backbone_weights(student, weights))
     if recipe.inherit:
+        assert teacher is not None  # a recipe that inherits names one
         notes["inherited"] = str(inherit(student, teacher))
     for name in ("backbone_weights", "inherited"):
         if name in notes:
@@ -182,7 +191,8 @@ def build(recipe: Recipe) -> Built:
     torch.manual_seed(recipe.seed + 1)
     distiller = build_distiller(recipe, Given(student, teacher, priors, recipe.runtime.recompute))
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
-    frozen = FrozenTeacher(teacher, dtype) if method is not None and method.needs_teacher else None
+    needed = method is not None and method.needs_teacher
+    frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
     module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

@@ -1,7 +1,7 @@
-"""What a training run is made of: frozen dataclasses, validated when they are built, that go to JSON and back.
+"""Configuration of a training run: frozen dataclasses, validated on construction, convertible to and from JSON.
 
-Every length of time but `Schedule.steps` is a fraction of the run, so that a shorter or longer run keeps its shape:
-`--schedule.steps 100` moves the warm-up, the learning rate drops and the distillation phases along.
+Every duration except `Schedule.steps` is a fraction of the run: `--schedule.steps 100` also rescales the warm-up, the
+learning rate milestones and the distillation phases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastkd.training.optimizer_config import OptimizerConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images and annotations are and how images enter the network.
+    """Paths of images and annotations, and the preprocessing of images.
 
     Args:
         root: folder of the data set; the four paths below are relative to it (absolute ones are taken as they are).
@@ -25,19 +25,19 @@ class DataConfig:
         train_images: folder of its images.
         val_annotations: annotation file to evaluate on.
         val_images: folder of its images.
-        format: of the annotation files: "coco" (JSON) or "crowdhuman" (odgt, evaluated by AP, MR^-2 and JI).
-        crowd_boxes: what the objects are in the crowdhuman format: "full", "visible" or "head" boxes.
+        format: format of the annotation files: "coco" (JSON) or "crowdhuman" (odgt, evaluated by AP, MR^-2 and JI).
+        crowd_boxes: boxes used as objects in the crowdhuman format: "full", "visible" or "head".
         short_sides: lengths of the short side, pixels; each training image draws one.
         val_short_side: length of the short side in evaluation, pixels.
         max_side: longest side after resizing, pixels.
         flip: flip half of the training images horizontally.
         divisor: batches are padded to a multiple of this, pixels.
-        aspect_grouping: put images of like aspect ratio into one batch (less padding).
-        match_classes: take the number of classes from the training annotations; False makes a difference an error.
-        strict: treat a bad box or image as an error instead of a counted skip.
+        aspect_grouping: batch images of similar aspect ratio together (less padding).
+        match_classes: take the number of classes from the training annotations; if False, a mismatch is an error.
+        strict: raise on a bad box or image instead of skipping and counting it.
         val_batch_size: images of one evaluation batch of one process.
-        workers: loader processes of each rank; changes the speed, never the batches.
-        prefetch: batches each of them makes ahead.
+        workers: loader processes of each rank; affects speed, never the batches.
+        prefetch: batches that each worker loads ahead.
     """
 
     root: str = "data/scenes"
@@ -74,12 +74,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train and on how many images at a time.
+    """Number of steps and batch size.
 
     Args:
         steps: optimiser steps.
-        batch_size: images of one step over all processes and accumulated parts.
-        accumulate: parts a step's images are taken in, one after the other, to save memory.
+        batch_size: images of one step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches of a step (gradient accumulation, saves memory).
     """
 
     steps: int = 600
@@ -99,28 +99,28 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is carried out. Only `precision`, `channels_last`, `compile`, `ops`, `deterministic` and
-    `grad_compression` can change its numbers.
+    """Execution of the run. Only `precision`, `channels_last`, `compile`, `ops`, `deterministic` and
+    `grad_compression` can change its results.
 
     Args:
         precision: "bfloat16" runs under autocast, "float32" does not.
         channels_last: images and weights in channels-last memory order.
         compile: run features, head, method and frozen teacher through torch.compile (needs a C++ compiler, on a GPU
-            Triton): fewer, larger kernels after some minutes of compilation. Rounding alone differs from the run
-            without; a resumed run equals an uninterrupted one up to rounding where images differ in size.
+            Triton): fewer, larger kernels after some minutes of compilation. Results differ from eager mode by
+            rounding only; with images of several sizes a resumed run equals an uninterrupted one up to rounding.
         deterministic: ask torch for deterministic kernels on the GPU, so that resuming there is bit-exact too.
-        recompute: keep no activations inside of the backbone's blocks and of LGD's branches, but compute them again in
-            the backward pass: less memory for more time, the same numbers. ResNets without batch statistics only.
-        ops: "compiled" takes the kernels where there are any, "reference" plain torch for every op: the specification,
-            to compare a run with.
-        grad_compression: type in which several processes send each other their gradients: "bf16" or "fp16" halves the
-            bytes, "none" leaves them in float32. fp16 cannot hold gradients beyond 65504.
+        recompute: activation checkpointing of the backbone's blocks and of LGD's branches: less memory, more time, the
+            same results. Only for ResNets without batch statistics.
+        ops: "compiled" uses compiled kernels where they exist; "reference" uses plain torch for every op, to compare a
+            run with the specification.
+        grad_compression: dtype of the gradients in the all-reduce: "bf16" or "fp16" halves the bytes, "none" keeps
+            float32. fp16 overflows beyond 65504.
         timeout: minutes a process waits for the others before the run ends with an error.
         log_every: steps between two lines of log.jsonl.
         checkpoint_every: steps between two checkpoints.
         keep_last: checkpoints kept.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
-        ledger_pairs: pairs of steps timed for the cost ledger, student alone and with the method; 0 leaves it out.
+        ledger_pairs: pairs of steps timed for the cost ledger, student alone and with the method; 0 writes no ledger.
     """
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -152,22 +152,22 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the outcome of a run.
+    """The complete configuration of a run.
 
     Args:
-        name: of the recipe; also the default name of the run directory.
+        name: name of the recipe; also the default name of the run directory.
         detector: the student.
         data: images, annotations and augmentation.
         method: distillation method; None trains the detector alone.
         teacher: file of a trained detector (a run's student.safetensors), for methods that need one and for inheriting;
             "asset:NAME" is one that ships with fastkd.
-        inherit: start neck and head from the teacher's where names and shapes agree.
-        backbone_weights: file of pretrained weights (torchvision names) or "asset:NAME"; None starts at random.
-        optimizer: of the student, and of the method where `method_optimizer` is None.
-        method_optimizer: of the method's own parameters.
+        inherit: initialise neck and head from the teacher where names and shapes agree.
+        backbone_weights: file of pretrained weights (torchvision names) or "asset:NAME"; None means random weights.
+        optimizer: optimiser of the student, and of the method if `method_optimizer` is None.
+        method_optimizer: optimiser of the method's own parameters.
         schedule: steps and batch size.
         runtime: precision, logging, checkpoints.
-        seed: of initial weights, data order and everything drawn during training.
+        seed: seed of initial weights, data order and all random numbers of training.
     """
 
     name: str
@@ -208,10 +208,10 @@ class Recipe:
         return self.detector.with_masks
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON types; a method says which one it is under "kind"."""
+        """The recipe as JSON types; the key "kind" names the method's class."""
         return encode(self, kinds())
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Recipe:
-        """The recipe `to_dict` wrote; unknown and missing fields raise with their name."""
+        """The inverse of `to_dict`; unknown and missing fields raise with their name."""
         return decode(Recipe, values, "recipe", kinds())

@@ -1,4 +1,4 @@
-"""An optimiser's settings: the student's, and those of methods that have optimisers of their own."""
+"""Settings of an optimiser, for the student and for methods with a separate optimiser."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fastkd.codec import require, require_fraction
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser with its learning rate over the run.
+    """An optimiser and its learning rate schedule.
 
     Args:
         kind: "sgd" or "adamw".
-        learning_rate: the rate after warm-up, for the whole batch.
-        momentum: of SGD.
-        weight_decay: of SGD (in the gradient) or AdamW (decoupled).
-        decay_norm_and_bias: whether weight decay touches biases and normalisation parameters (all of one dimension).
-        clip_norm: largest norm of this optimiser's gradients together; None does not clip.
-        decay: "multistep" multiplies the rate by `gamma` at each milestone; "cosine" lets it fall to 0 at the end.
+        learning_rate: rate after warm-up, for the whole batch.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD (in the gradient) or AdamW (decoupled).
+        decay_norm_and_bias: apply weight decay to biases and normalisation parameters (all 1-D parameters) as well.
+        clip_norm: maximum norm of all gradients of this optimiser; None does not clip.
+        decay: "multistep" multiplies the rate by `gamma` at each milestone; "cosine" decays it to 0 at the end.
         milestones: fractions of the run, ascending.
         gamma: factor at a milestone.
         warmup: fraction of the run over which the rate rises linearly.
-        warmup_factor: where the warm-up starts, as a factor of the rate.
+        warmup_factor: rate at the start of the warm-up, as a factor of `learning_rate`.
     """
 
     kind: Literal["sgd", "adamw"] = "sgd"
@@ -59,5 +59,5 @@ class OptimizerConfig:
         )
 
     def scaled(self, factor: float) -> OptimizerConfig:
-        """The same with the learning rate multiplied by `factor`."""
+        """A copy with the learning rate multiplied by `factor`."""
         return dataclasses.replace(self, learning_rate=self.learning_rate * factor)

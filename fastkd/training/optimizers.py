@@ -1,6 +1,8 @@
-"""The optimisers of a run: which parameters they own, their rates, and their state as named tensors."""
+"""The optimisers of a run: their parameters, learning rates, and state as named tensors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,9 @@ class NamedOptimizer:
     """A torch optimiser with the names of its parameters, so that its state can be stored as plain tensors.
 
     Args:
-        name: "student", "method" or that of one of several methods; prefix of its log entries.
+        name: "student", "method" or the name of one of several methods; prefix of its log entries.
         config: kind, rate and decay.
-        parameters: name -> parameter, also those that get no gradient in some phases.
+        parameters: name -> parameter, including those that get no gradient in some phases.
     """
 
     def __init__(self, name: str, config: OptimizerConfig, parameters: dict[str, nn.Parameter]):
@@ -25,7 +27,7 @@ class NamedOptimizer:
         self.parameters = parameters
         plain = [p for p in parameters.values() if p.ndim <= 1 and not config.decay_norm_and_bias]
         kept = {id(p) for p in plain}
-        groups = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters.values() if id(p) not in kept]}]
         groups += [{"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())  # one kernel for all parameters
@@ -37,7 +39,7 @@ class NamedOptimizer:
                 weight_decay=config.weight_decay,
                 fused=fused,
             )
-            # The fused kernel takes no mixture of old and new buffers; from zero the first step is the same.
+            # The fused kernel needs all momentum buffers to exist; starting from zero gives the same first step.
             for parameter in parameters.values() if config.momentum > 0 else ():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         else:
@@ -53,11 +55,11 @@ class NamedOptimizer:
         return rate
 
     def step(self) -> Tensor:
-        """Clips, updates, drops the gradients; returns the norm before clipping, left on the device."""
+        """Clips the gradients, updates, and drops them; returns the norm before clipping, without a device sync."""
         present = [p for p in self.parameters.values() if p.grad is not None]
         limit = self.config.clip_norm
         with torch.no_grad():
-            norm = nn.utils.get_total_norm([p.grad for p in present])
+            norm = nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
             if limit is not None and present:
                 nn.utils.clip_grads_with_norm_(present, limit, norm)
         self.optimizer.step()
@@ -74,9 +76,9 @@ class NamedOptimizer:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `tensors` gave; entries of other optimisers are left alone.
+        """Restores the state returned by `tensors`; entries of other optimisers are ignored.
 
-        Raises: ValueError for a parameter this optimiser does not own.
+        Raises: ValueError for a parameter that is not in this optimiser.
         """
         for key, value in tensors.items():
             owner, parameter_name, entry = key.split("/")
@@ -85,7 +87,7 @@ class NamedOptimizer:
             if parameter_name not in self.parameters:
                 raise ValueError(f"resume: optimizer state must be of the model's parameters, got {parameter_name}")
             parameter = self.parameters[parameter_name]
-            if entry == "step":  # the fused optimiser has it beside the parameter
+            if entry == "step":  # the fused optimiser keeps it on the parameter's device
                 value = value.to(parameter.device)
             else:
                 value = torch.empty_like(parameter, requires_grad=False).copy_(value)
@@ -93,9 +95,9 @@ class NamedOptimizer:
 
 
 def build_optimizers(recipe: Recipe, module: nn.Module) -> list[NamedOptimizer]:
-    """The optimisers of a StepModule: the student's, and those the method or its parts have of their own.
+    """The optimisers of a StepModule: the student's, and the separate ones of the method or its parts.
 
-    All parameters that train are owned: by the student's where they have none.
+    The student's optimiser takes every trainable parameter that no separate optimiser takes.
     """
     parts = recipe.method.optimizers(recipe.method_optimizer) if recipe.method is not None else {}
     own = {f"distiller.{prefix}": optimizer for prefix, optimizer in parts.items()}

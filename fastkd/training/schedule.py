@@ -12,7 +12,7 @@ from fastkd.training.optimizer_config import OptimizerConfig
 def phase_at(recipe: Recipe, step: int) -> Phase:
     """The phase of step `step` (from 0).
 
-    Freezing applies only to a pretrained backbone (methods 2.5): with `backbone_weights` None nothing is frozen.
+    Only a pretrained backbone is frozen (methods 2.5): with `backbone_weights` None nothing is frozen.
     """
     if recipe.method is None:
         return Phase(distill=False)
@@ -22,8 +22,8 @@ def phase_at(recipe: Recipe, step: int) -> Phase:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of a run of `steps`.
 
-    rate = learning_rate * warm-up * decay; warm-up rises linearly from warmup_factor to 1; decay is gamma to the number
-    of milestones reached, or (1 + cos(pi * step / steps)) / 2.
+    rate = learning_rate * warmup * decay. warmup rises linearly from warmup_factor to 1; decay is
+    gamma ** (milestones reached) or (1 + cos(pi * step / steps)) / 2.
     """
     warmup_steps = steps_of(config.warmup, steps)
     factor = 1.0

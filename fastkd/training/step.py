@@ -1,4 +1,4 @@
-"""One training step as a module: detector and method in, weighted losses by name out. DDP wraps it."""
+"""The forward pass of one training step as a module that DDP can wrap: a batch in, weighted losses by name out."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
 from fastkd.types import Batch
 
-Teacher = Callable[[], list[Tensor]]  # waits for the teacher that was started
+Teacher = Callable[[], list[Tensor]]  # waits for the teacher's forward pass and returns its outputs
 
 
 def sum_losses(losses: dict[str, Tensor]) -> Tensor:
-    """What is differentiated: the sum of all losses, in float32."""
+    """The total loss: the sum of all losses, in float32."""
     return torch.stack([value.float() for value in losses.values()]).sum()
 
 
 def _instructive(distiller: Distiller, supervision: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The detector's losses on the instructive pyramid as they join the sum."""
+    """The detector's losses on the instructive pyramid, prefixed and weighted."""
     weight = distiller.instructive_weight
     return {f"instructive_{name}": value if weight == 1 else weight * value for name, value in supervision.items()}
 
 
 class FrozenTeacher:
-    """A trained detector that only answers: eval mode, no gradient, in nobody's parameters or checkpoint.
+    """A trained detector in eval mode without gradients.
 
-    Not an nn.Module, so whoever holds one does not register it.
+    Not an nn.Module, so that a module with a FrozenTeacher attribute has it neither in its parameters nor in its
+    state dict.
 
-    It takes the form for inference: normalisations with fixed statistics become part of the convolutions before them,
-    and with a `dtype` the convolutions of backbone and neck hold their weights in it, so that no step casts them again.
+    Prepared for inference: frozen normalisations are folded into the preceding convolutions, and with a `dtype` the
+    convolutions of backbone and neck store their weights in it, so that autocast does not cast them in every step.
 
     Args:
-        detector: put in eval mode, its parameters cut from autograd; changed in place.
-        dtype: autocast to this type, or None for the precision of the surrounding autocast.
+        detector: changed in place: set to eval mode, its parameters no longer require gradients.
+        dtype: autocast to this type; None keeps the precision of the surrounding autocast.
     """
 
     def __init__(self, detector: Detector, dtype: torch.dtype | None = None):
@@ -54,14 +55,14 @@ class FrozenTeacher:
                 module.to(dtype)
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FrozenTeacher:
-        """Itself, moved."""
-        self.detector.to(device=device, memory_format=memory_format)
+        """Moves the detector; returns self."""
+        self.detector.to(device).to(memory_format=memory_format)
         return self
 
     def pyramid(self, images: Tensor, regions: Regions | None = None) -> list[Tensor]:
-        """The teacher's pyramid of a batch, without gradient; compiled where `regions` are.
+        """The teacher's pyramid of a batch, without gradient; compiled if `regions` are enabled.
 
-        Not in inference mode: a method's projections keep these levels for their weights' gradients.
+        Not in inference mode, because autograd saves these levels for the weight gradients of a method's projections.
         """
         kind = images.device.type
         low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
@@ -69,7 +70,7 @@ class FrozenTeacher:
             return (regions or Regions())("teacher", _features, self.detector, images)
 
     def cell_scores(self, pyramid: list[Tensor], regions: Regions | None = None) -> list[Tensor]:
-        """The teacher's highest class probability in each cell of its pyramid; as `pyramid`."""
+        """The teacher's highest class probability in each cell of its pyramid: L tensors [B, 1, H_l, W_l]."""
         kind = pyramid[0].device.type
         low = torch.autocast(kind, dtype=self.dtype) if self.dtype is not None else contextlib.nullcontext()
         with torch.no_grad(), low:
@@ -94,9 +95,9 @@ class StepModule(nn.Module):
     Args:
         detector: the student.
         distiller: a Distiller, several by name as an nn.ModuleDict, or None.
-        teacher: for distillers that need one; held, not registered.
+        teacher: for distillers that need one; not registered as a submodule.
         dtype: autocast to this type, or None for float32.
-        regions: what is compiled of the step; None compiles nothing.
+        regions: the functions to compile; None compiles nothing.
 
     Attributes:
         detector_losses: names of the detector's own losses in the last step's result.
@@ -123,18 +124,18 @@ class StepModule(nn.Module):
         self.detector_losses: tuple[str, ...] = ()
 
     def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        """The weighted losses of a batch; their sum is what trains.
+        """The weighted losses of a batch; the total loss is their sum.
 
         Args:
             batch: on the module's device.
-            phase: which parts run.
-        Returns: {name: float scalar}; the detector's, and those of the method where `phase.distill`.
+            phase: switches the method, its gradients and the backbone's updates.
+        Returns: {name: float scalar}; the detector's losses, and the method's if `phase.distill`.
         """
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             teacher = self._start_teacher(batch, phase)
-            pyramid = self.regions("student", _features, self.detector, self.regions.fix_batch(batch.images))
-            with self.regions.inside(self.detector):
+            pyramid = self.regions("student", _features, self.detector, self.regions.mark_batch_static(batch.images))
+            with self.regions.compiled_parts(self.detector):
                 if self.distiller is None or not phase.distill:
                     losses = dict(self.detector.loss(pyramid, batch))
                     self.detector_losses = tuple(losses)
@@ -142,7 +143,7 @@ class StepModule(nn.Module):
                 return self._with_method(pyramid, batch, phase, teacher)
 
     def _start_teacher(self, batch: Batch, phase: Phase) -> Teacher | None:
-        """Starts the teacher, on a GPU beside what follows; None if no active method needs the teacher."""
+        """Starts the teacher's forward pass, on a GPU in a side stream; None if no active method needs the teacher."""
         wanted = [part for name, part in self._parts().items() if part.needs_teacher and phase.of(name).distill]
         if not wanted or self.teacher is None:
             return None
@@ -157,7 +158,7 @@ class StepModule(nn.Module):
     def _with_method(
         self, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None
     ) -> dict[str, Tensor]:
-        """The detector's losses and the methods'. Instructive pyramids share the head's call with the student's."""
+        """The losses of detector and methods; one call of the head handles student and instructive pyramids."""
         made = {
             name: self.distill_by(distiller, pyramid, batch, phase.of(name), teacher)
             for name, distiller in self._parts().items()
@@ -175,7 +176,7 @@ class StepModule(nn.Module):
         return losses
 
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        """The losses of the method alone, on a pyramid of the student; arguments as of `forward`."""
+        """The losses of the method alone on a student's pyramid; other arguments as in `forward`."""
         losses: dict[str, Tensor] = {}
         teacher = self._start_teacher(batch, phase)
         for name, distiller in self._parts().items():
@@ -187,7 +188,7 @@ class StepModule(nn.Module):
         return losses
 
     def _parts(self) -> dict[str, Any]:
-        """The distillers with the names of their phases."""
+        """The distillers by the name of their phase."""
         if self.distiller is None:
             return {}
         return dict(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else {"": self.distiller}
@@ -195,41 +196,43 @@ class StepModule(nn.Module):
     def distill_by(
         self, distiller: Distiller, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None
     ) -> Distilled:
-        """What one method makes of a pyramid of the student.
+        """Runs one method on a student's pyramid.
 
         Args:
-            teacher: gives the teacher's pyramid, and behind it the scores of its cells where a method needs them; None
-                if no method needs the teacher.
+            teacher: returns the teacher's pyramid, followed by the scores of its cells if a method needs them; None if
+                no method needs the teacher.
         """
         regions, options = self.regions, {}
-        batch, pyramid = regions.free_counts(batch), regions.fix_batch(pyramid)
+        batch, pyramid = regions.mark_counts_dynamic(batch), regions.mark_batch_static(pyramid)
         levels = None
         if distiller.needs_teacher and teacher is not None:
-            answer = regions.fix_batch(teacher())
-            levels = answer[: len(pyramid)]
+            outputs = regions.mark_batch_static(teacher())
+            levels = outputs[: len(pyramid)]
             if distiller.needs_scores:
-                options["scores"] = answer[len(pyramid) :]
+                options["scores"] = outputs[len(pyramid) :]
         prepared = distiller.prepare(batch, [(level.shape[2], level.shape[3]) for level in pyramid])
-        options |= {"detach_student": phase.detach_student, "prepared": regions.free_counts(prepared)}
+        options |= {"detach_student": phase.detach_student, "prepared": regions.mark_counts_dynamic(prepared)}
         return regions(type(distiller).__name__, _call, distiller, pyramid, batch, levels, **options)
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
-        """Switches gradients and modes to a phase; returns whether any parameter's requires_grad changed.
+        """Sets requires_grad and train/eval modes for a phase; returns whether any requires_grad changed.
 
         Args:
             phase: the phase.
-            trainable: names of the parameters that train at all (a detector may have frozen stages of its own).
+            trainable: names of the parameters that are ever trained (a detector may have frozen stages).
         """
         self.train()
+        backbone = self.detector.parts()["backbone"]
+        of_backbone = {id(parameter) for parameter in backbone.parameters()}
         changed = False
         for name, parameter in self.named_parameters():
             wanted = name in trainable
             if name.startswith("distiller."):
                 wanted = wanted and phase.of(name.split(".")[1]).distill
-            elif name.startswith("detector.backbone."):
+            elif id(parameter) in of_backbone:
                 wanted = wanted and phase.train_backbone
             changed = changed or parameter.requires_grad != wanted
             parameter.requires_grad_(wanted)
         if not phase.train_backbone:
-            self.detector.parts()["backbone"].eval()  # batch statistics stay as they are, too
+            backbone.eval()  # keeps the running statistics of batch norms, too
         return changed

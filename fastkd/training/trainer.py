@@ -24,9 +24,9 @@ from fastkd.training.cost import ledger as cost
 from fastkd.training.methods.phase import steps_of
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import compiler_settings, require_compiler
-from fastkd.training.parallel.processes import Processes, check_shares, holding_back, processes
+from fastkd.training.parallel.processes import Processes, check_shares, no_sync, processes
 from fastkd.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
-from fastkd.training.run.directory import RunDirectoryError, look_into, open_run_directory
+from fastkd.training.run.directory import RunDirectoryError, inspect_run_directory, open_run_directory
 from fastkd.training.run.finish import Evaluation, RunResult, finish_run
 from fastkd.training.run.jumps import JumpCounter
 from fastkd.training.run.loading import Loading, train_loader
@@ -37,7 +37,7 @@ from fastkd.types import Batch
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient became NaN or infinite. Nothing was saved since; the last checkpoint is good."""
+    """A loss or gradient became NaN or infinite. Nothing was saved since then; the last checkpoint is good."""
 
 
 def train(
@@ -51,20 +51,20 @@ def train(
 ) -> RunResult:
     """Trains a recipe into a run directory. Under torchrun every process calls it.
 
-    SIGTERM and Ctrl-C finish the step, save a checkpoint and return a result with status "interrupted" (exit code 143
-    or 130); a second one leaves at once.
+    After SIGTERM or Ctrl-C it finishes the step, saves a checkpoint and returns a result with status "interrupted"
+    (exit code 143 or 130); a second signal ends the process at once.
 
     Args:
         recipe: what to train.
         run_dir: new or empty, unless resuming.
-        resume: continue the run in `run_dir` bit for bit; start it if nothing is there, do nothing if it is finished.
+        resume: continue the run in `run_dir` bit for bit; start it if there is none; do nothing if it is finished.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
-        console: where progress and tables go; None is standard error.
+        console: prints progress and tables; None is standard error.
         command: recorded in metrics.json; None records this program's arguments.
     Returns: status, metrics and exit code.
-    Raises: RunDirectoryError for a directory of another run; CheckpointError where no checkpoint is intact;
-        NonFiniteLossError; FileNotFoundError and ValueError for data, weights or a teacher that do not fit, all before
-        the first step.
+    Raises: RunDirectoryError for another run's directory; CheckpointError if no checkpoint is intact;
+        FileNotFoundError or ValueError if data, weights or teacher do not fit (all of these before the first step);
+        NonFiniteLossError.
     """
     run_dir, console = Path(run_dir), console or Console(stderr=True)
     with processes(device, recipe.runtime.timeout) as group, StopSignals() as stop:
@@ -72,28 +72,28 @@ def train(
         check_shares(images, recipe.runtime.grad_compression, group.world_size)
         if recipe.runtime.compile:
             require_compiler(group.device)
-        metrics = group.first_does(lambda: look_into(run_dir, recipe, resume=resume))
+        metrics = group.on_rank0(lambda: inspect_run_directory(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
                 console.print(f"{recipe.name}: {run_dir} is finished, nothing to do")
             return RunResult("already finished", metrics, run_dir, 0)
         try:
-            with stop.leaving_at_once():
+            with stop.interrupt_at_once():
                 built = build(recipe)
         except Interrupted as signal:
             console.print(f"{recipe.name}: stopped before the first step", highlight=False)
             return RunResult.interrupted(run_dir, signal.signum)
-        group.first_does(lambda: open_run_directory(run_dir, built.recipe))
+        group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
         with _settings(built.recipe), compiler_settings(recipe.runtime.compile):
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 
 @contextlib.contextmanager
 def _settings(recipe: Recipe) -> Iterator[None]:
-    """The ops' backend, and deterministic kernels where the recipe asks for them; restored afterwards."""
+    """Sets the ops' backend and, if the recipe asks for them, deterministic kernels; restores both afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if recipe.runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on the GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it for deterministic cuBLAS
     torch.use_deterministic_algorithms(recipe.runtime.deterministic or before[0])
     torch.backends.cudnn.benchmark = not recipe.runtime.deterministic and len(recipe.data.short_sides) == 1
     try:
@@ -105,7 +105,7 @@ def _settings(recipe: Recipe) -> Iterator[None]:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's global generator for a step: nothing of its state outlives the step, so none is saved."""
+    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
     return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
 
 
@@ -114,10 +114,10 @@ class Trainer:
 
     Args:
         built: data, student, method, teacher.
-        run_dir: opened for this run.
-        group: the processes.
-        stop: set when the user wants to leave.
-        console: where progress goes.
+        run_dir: the run directory, opened before.
+        group: the processes of the run.
+        stop: records SIGTERM and Ctrl-C.
+        console: prints progress.
         command: recorded with the run.
     """
 
@@ -127,7 +127,7 @@ class Trainer:
         self.built, self.recipe, self.run_dir = built, built.recipe, run_dir
         self.group, self.stop, self.console, self.command = group, stop, console, command
         self.layout = torch.channels_last if self.recipe.runtime.channels_last else torch.contiguous_format
-        self.module = built.module.to(device=group.device, memory_format=self.layout)
+        self.module = built.module.to(group.device).to(memory_format=self.layout)
         if self.module.teacher is not None:
             self.module.teacher.to(group.device, self.layout)
         self.trainable = frozenset(name for name, p in self.module.named_parameters() if p.requires_grad)
@@ -144,7 +144,7 @@ class Trainer:
         self.image_ids: list[int] = []
         self.loader: BatchLoader | None = None
         self.loading = Loading()
-        self.unreadable: Counter[int] = Counter()  # image id -> times, up to where the run was resumed
+        self.unreadable: Counter[int] = Counter()  # image id -> failed reads before the run was resumed
 
     def run(self) -> RunResult:
         """Trains to the end or to a stop signal."""
@@ -152,7 +152,7 @@ class Trainer:
         stopped = self._train() if self.step < self.recipe.schedule.steps else 0
         if not stopped:
             try:
-                with self.stop.leaving_at_once():
+                with self.stop.interrupt_at_once():
                     return finish_run(self)
             except Interrupted as signal:
                 stopped = signal.signum
@@ -162,7 +162,7 @@ class Trainer:
         return RunResult.interrupted(self.run_dir, stopped)
 
     def _restore(self) -> None:
-        path = self.group.first_does(lambda: latest_checkpoint(self.run_dir / "checkpoints"))
+        path = self.group.on_rank0(lambda: latest_checkpoint(self.run_dir / "checkpoints"))
         if path is None:
             return
         checkpoint = load_checkpoint(path)
@@ -199,7 +199,7 @@ class Trainer:
         )
         try:
             if self.group.broadcast(log is not None and not log.evaluated) and self._evaluation_is_due():
-                self._evaluate(log)  # the run was stopped between saving and evaluating
+                self._evaluate(log)  # the run was stopped between checkpoint and evaluation
             self.loader = train_loader(self.built, self.group, self.step)
             with contextlib.closing(iter(self.loader)) as batches:
                 return self._take_steps(batches, log)
@@ -212,7 +212,7 @@ class Trainer:
                 log.close()
 
     def _take_steps(self, batches: Iterator[Batch], log: RunLog | None) -> int:
-        """Steps until the end or a signal, which it returns, and what is due between them."""
+        """Trains to the end or to a signal, and logs, saves and evaluates when due; returns the signal or 0."""
         recent: deque[list[Batch]] = deque(maxlen=max(1, self.recipe.runtime.ledger_pairs))
         watch = Stopwatch(self.seconds)
         while self.step < self.recipe.schedule.steps:
@@ -241,7 +241,7 @@ class Trainer:
         return 0
 
     def _due(self, stopped: int) -> set[str]:
-        """What is to be done after this step: of "log", "ledger", "checkpoint", "evaluation"."""
+        """The actions due after this step, a subset of "log", "ledger", "checkpoint", "evaluation"."""
         runtime, steps = self.recipe.runtime, self.recipe.schedule.steps
         ledger_step = min(steps - 1, max(10, steps // 10))
         wants_ledger = runtime.ledger_pairs > 0 and self.ledger is None and self.step >= ledger_step
@@ -256,22 +256,22 @@ class Trainer:
         return {name for name, wanted in due.items() if wanted}
 
     def _evaluation_is_due(self) -> bool:
-        """Whether the detector is evaluated after this step, short of the end of the run."""
+        """Whether an intermediate evaluation is due after this step."""
         every = self.recipe.runtime.eval_every
         return every > 0 and self.step % every == 0 and 0 < self.step < self.recipe.schedule.steps
 
     def unreadable_images(self) -> dict[str, int]:
-        """How often each image of the training set could not be read so far, by image id; all processes call it."""
+        """Failed reads so far of each training image that could not be read, by image id; all processes call it."""
         counts = Counter(self.unreadable)
         for theirs in self.group.gather(dict(self.loader.bad_images) if self.loader is not None else {}):
             counts.update(theirs)
         return {str(image_id): times for image_id, times in sorted(counts.items())}
 
     def _enter(self, phase: Phase) -> None:
-        """Gradients, modes and DDP of a phase."""
+        """Applies a phase; wraps the module in DDP anew if requires_grad changed."""
         changed = self.module.apply_phase(phase, self.trainable)
         if changed or self.wrapped is None:
-            self.wrapped = None  # the old one's gradient hooks go before new ones come
+            self.wrapped = None  # remove the old gradient hooks before DDP registers new ones
             self.wrapped = self.group.wrap_for(self.recipe, self.module)
         self.phase = phase
 
@@ -280,12 +280,14 @@ class Trainer:
         phase = phase_at(self.recipe, self.step)
         if phase != self.phase:
             self._enter(phase)
+        assert self.wrapped is not None
         torch.manual_seed(step_seed(self.recipe.seed, self.step, self.group.rank))
         rates = {o.name: o.set_rate(self.step, self.recipe.schedule.steps) for o in self.optimizers}
-        stopped, sums = 0, {}
+        stopped = 0
+        sums: dict[str, Tensor] = {}
         for number, batch in enumerate(parts, start=1):
             batch = batch.to(self.group.device, non_blocking=True, memory_format=self.layout)
-            with holding_back(self.wrapped, number < len(parts)):
+            with no_sync(self.wrapped, number < len(parts)):
                 losses = self.wrapped(batch, phase)
                 total = sum_losses(losses)
                 stopped = max(stopped, self._check(total, losses, batch))
@@ -301,13 +303,13 @@ class Trainer:
         return stopped
 
     def _check(self, total: Tensor, losses: dict[str, Tensor], batch: Batch) -> int:
-        """One agreement of all processes a step: is a loss or the last gradient not finite, is anybody to stop?
+        """Checks in all processes that losses and last gradients are finite; returns the stop signal or 0.
 
         Raises: NonFiniteLossError in every process; for a loss, before any of them updates its weights.
         """
         values = torch.stack([total.detach(), *(norm.to(total.dtype) for norm in self.norms.values())])
-        bad = not torch.isfinite(values).all().item()  # the one time a step that anybody waits for the device
-        bad, stopped = self.group.agree([float(bad), float(self.stop.received)])
+        bad = float(not torch.isfinite(values).all().item())  # the only device synchronisation of a step
+        bad, stopped = self.group.all_reduce_max([bad, float(self.stop.received)])
         if bad:
             self._raise_non_finite(losses, batch)
         return int(stopped)
@@ -331,15 +333,16 @@ class Trainer:
         )
 
     def _fp16_remedy(self) -> str:
-        """What else may help: gradients beyond 65504 become infinite on their way."""
+        """A further remedy with fp16 compression, in which gradients beyond 65504 overflow in the all-reduce."""
         return " or --runtime.grad-compression bf16" if self.recipe.runtime.grad_compression == "fp16" else ""
 
     def _log(self, log: RunLog | None, seconds: float, waited: float, steps: int) -> None:
+        assert self.loader is not None
         means = self.interval.take()
         values = [*means.values(), self.loader.take_rate()]
         *values, rate = self.group.mean(torch.tensor(values, dtype=torch.float64)).tolist()
         means = dict(zip(means, values))
-        (waited,) = self.group.agree([waited])  # all wait for the slowest
+        (waited,) = self.group.all_reduce_max([waited])  # the slowest process holds up the others
         images, rate = self.recipe.schedule.batch_size * steps, rate * self.group.world_size
         loading = self.loading.add(images, steps, seconds, waited, rate)
         if log is None:
@@ -357,7 +360,7 @@ class Trainer:
         self.progress.report(record)
 
     def _save(self) -> None:
-        """A checkpoint of this step; the other processes wait for it."""
+        """Saves a checkpoint of this step; the other processes wait until it is written."""
         state = {
             "seconds": self.seconds,
             "interval": self._shared_interval(),
@@ -372,7 +375,7 @@ class Trainer:
         optimizer = {name: tensor for each in self.optimizers for name, tensor in each.tensors().items()}
         checkpoint = Checkpoint(self.step, self.module.state_dict(), optimizer, state)
         folder, keep = self.run_dir / "checkpoints", self.recipe.runtime.keep_last
-        self.group.first_does(lambda: str(save_checkpoint(folder, checkpoint, keep)))
+        self.group.on_rank0(lambda: str(save_checkpoint(folder, checkpoint, keep)))
 
     def _shared_interval(self) -> dict[str, Any]:
         state = self.interval.state()
@@ -382,15 +385,15 @@ class Trainer:
 
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
         measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
-        self.ledger = self.group.broadcast(measured)
-        self.group.first_does(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, self.ledger)))
+        self.ledger = ledger = self.group.broadcast(measured)
+        self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 
     def _evaluate(self, log: RunLog | None) -> None:
-        with self.progress.paused(), self.stop.leaving_at_once():
+        with self.progress.paused(), self.stop.interrupt_at_once():
             metrics, _ = self.evaluation.run(self.module.detector, progress=self.console.is_terminal)
-        self.phase = None  # the detector's modes were changed meanwhile
+        self.phase = None  # evaluation changed the detector's modes: apply the phase again
         if log is not None:
-            record = {"step": self.step}
+            record: dict[str, Any] = {"step": self.step}
             for kind, values in metrics.items():
                 record[kind] = {name: value for name, value in values.items() if name != "per_class"}
             log.write(record)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from benchmarks.step import fastkd_costs
 from benchmarks.step.dispatch_ledger import Counts, count, size_of
 from fastkd import ops
-from fastkd.ops._support import library
+from fastkd.ops._support import checks, library
 
 KIB = 1024
 
@@ -137,8 +137,8 @@ def test_bytes_and_products_of_compiled_ops():
     assert found.bytes_read == 2 * size and found.flops == 10 * size // 4
     boxes, index = torch.tensor([[0.0, 0.0, 20.0, 20.0]]), torch.tensor([0])
     pooled = count(lambda: ops.norm_relu_box_pool(levels, boxes, index, (32, 48)))
-    checks = count(lambda: ops.checks.check_object_values("x", index, 2, boxes))
-    read = pooled.bytes_read - checks.bytes_read
+    checked = count(lambda: checks.check_object_values("x", index, 2, boxes))
+    read = pooled.bytes_read - checked.bytes_read
     assert read == 2 * size + size_of(boxes) + size_of(index)  # statistics first
     queries, weight = torch.randn(2, 2, 3, 4), torch.randn(8, 8)
     rows, columns = ([torch.zeros(2, 2, 3, level.shape[axis]) for level in levels] for axis in (2, 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sources import sources
 
-import benchmarks
+import benchmarks.gpu
 from benchmarks.gpu import report as gpu_report
 from fastkd.ops._support import library
 
@@ -182,7 +182,7 @@ def test_triton_follows(recorded, monkeypatch, capsys):
     module.main = lambda: print("Triton's table")
     module.__spec__ = importlib.machinery.ModuleSpec("benchmarks.gpu.triton_report", None)
     monkeypatch.setitem(sys.modules, "benchmarks.gpu.triton_report", module)
-    monkeypatch.setattr(benchmarks, "triton_report", module, raising=False)
+    monkeypatch.setattr(benchmarks.gpu, "triton_report", module, raising=False)
     gpu_report.main(["--library", str(recorded)])
     assert capsys.readouterr().out.endswith("Triton's table\n")
 

@@ -400,11 +400,11 @@ def test_demo_table_shows_gain_and_cost(capsys):
     }
     student, extra = {"seconds_per_step": 0.2}, {"seconds_per_step": 0.05, "peak_bytes": 3 * 2**20}
     ledger = {"method": "icd", "student": student, "extra": extra, "extra_with_teacher": {"seconds_per_step": 0.4}}
-    demo_module.show_table(metrics, {"icd": ledger, "baseline": None})
+    demo_module.show_table(metrics, {"icd": ledger, "baseline": None}, ["icd"])
     said = capsys.readouterr().out
     rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
     assert "--control also trains what that alone gives" in said
-    demo_module.show_table(metrics | {"inherit": {"bbox": {"AP": 29.0, **box}, "seconds": 60.0}}, {})
+    demo_module.show_table(metrics | {"inherit": {"bbox": {"AP": 29.0, **box}, "seconds": 60.0}}, {}, ["icd"])
     assert "over that it gains -0.5." in capsys.readouterr().out
     for text in ("28.5", "+3.5", "1.5 min", "+25%", "+3 MiB", "+200%"):
         assert text in rows["icd"]

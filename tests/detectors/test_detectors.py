@@ -18,10 +18,10 @@ def total(losses):
     return torch.stack(list(losses.values())).sum()
 
 
-def train(detector, batch, steps):
+def train(detector, batch, steps, rate=2e-3):
     """Loss before each of `steps` steps of AdamW."""
     detector.train()
-    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=rate)
     history = []
     for _ in range(steps):
         loss = total(detector.loss(detector.features(batch.images), batch))
@@ -40,7 +40,8 @@ def gradients(detector):
 def test_an_overfit_detector_finds_its_boxes(kind):
     batch = rectangles([2, 1], masks=kind in WITH_MASKS)
     detector = build_detector(small_config(kind, norm="gn", head_norm="gn", head_convs=2, roi_samples=16))
-    history = train(detector, batch, 60)
+    # At 2e-3 the loss of mask_rcnn still jumps when training ends, and a box may score below the bound.
+    history = train(detector, batch, 60, rate=1e-3 if kind == "mask_rcnn" else 2e-3)
     assert history[-1] < 0.4 * history[0]
     detector.eval()
     with torch.no_grad():

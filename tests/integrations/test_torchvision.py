@@ -403,7 +403,7 @@ class TestBadInput:
             kd.distillation(kd._host_step(inputs, features))
 
     def test_forgotten_step(self, monkeypatch):
-        monkeypatch.setattr("fastkd.integrations.attachment.FORGOTTEN_AFTER", 2)
+        monkeypatch.setattr("fastkd.integrations.attachment.WARN_AFTER", 2)
         model, kd = attached("retinanet", "fgfi")
         with no_warnings():
             loss_of(model, "retinanet")

@@ -197,7 +197,7 @@ def test_info_prints_with_a_wrong_capability(monkeypatch):
     assert "instance_norm_mse" in console.file.getvalue()
 
 
-def test_ci_runs_make_test():
+def test_ci_runs_make_lint_and_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert {"set -euo pipefail", "make test"} <= set(script.read_text().splitlines())
+    assert {"set -euo pipefail", "make lint", "make test"} <= set(script.read_text().splitlines())

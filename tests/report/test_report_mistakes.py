@@ -16,7 +16,7 @@ from fastkd.report.analysis import (
     POOR_LOCALISATION,
     RIGHT,
     WRONG_CLASS,
-    Found,
+    ImageDetections,
     Truth,
 )
 
@@ -29,7 +29,7 @@ def test_each_kind_of_mistake():
     )
     boxes = [[0, 0, 10, 9], [0, 0, 10, 8], [20, 0, 30, 11], [43, 0, 53, 10], [46, 0, 56, 10], [70, 5, 80, 15]]
     boxes += [[200, 200, 210, 210], [5, 5, 5, 5]]
-    found = Found(np.array(boxes, float), np.linspace(0.9, 0.2, 8), np.array([0, 0, 0, 0, 0, 3, 0, 0]))
+    found = ImageDetections(np.array(boxes, float), np.linspace(0.9, 0.2, 8), np.array([0, 0, 0, 0, 0, 3, 0, 0]))
     verdict = analysis.judge(truth, found)
     expected = [RIGHT, DUPLICATE, WRONG_CLASS, RIGHT, POOR_LOCALISATION, IGNORED, BACKGROUND, BACKGROUND]
     assert verdict.kinds.tolist() == expected
@@ -43,9 +43,9 @@ def test_each_kind_of_mistake():
 
 
 def test_without_boxes_or_detections():
-    nothing = Found(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+    nothing = ImageDetections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
     empty = Truth(np.zeros((0, 4)), np.zeros(0, int))
-    one = Found(np.array([[0.0, 0, 5, 5]]), np.array([0.5]), np.array([0]))
+    one = ImageDetections(np.array([[0.0, 0, 5, 5]]), np.array([0.5]), np.array([0]))
     assert analysis.judge(empty, one).kinds.tolist() == [BACKGROUND]
     verdict = analysis.judge(Truth(one.boxes, one.labels), nothing)
     assert verdict.kinds.tolist() == [] and verdict.found_score.tolist() == [-1.0]
@@ -67,7 +67,7 @@ def random_images(rng, images=30, classes=3):
             guesses[near] = boxes[partner] + rng.normal(0, 2.5, (near.sum(), 4))
             guessed[near] = np.where(rng.random(near.sum()) < 0.7, labels[partner], guessed[near])
         truths.append(Truth(boxes, labels))
-        founds.append(Found(guesses, np.sort(rng.random(d))[::-1], guessed))
+        founds.append(ImageDetections(guesses, np.sort(rng.random(d))[::-1], guessed))
     return truths, founds
 
 

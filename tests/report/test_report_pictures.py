@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastkd.report import analysis, insides, mistakes, pictures, plots
 from fastkd.report.analysis import (
-    Found,
+    ImageDetections,
     Truth,
 )
 from fastkd.report.pictures import Mark
@@ -25,7 +25,7 @@ def test_images_from_the_easiest_to_the_hardest():
     truths = {i: Truth(np.concatenate([one] * 4) + 20 * np.arange(4)[:, None], np.zeros(4, int)) for i in range(9)}
     truths[9] = Truth(np.zeros((0, 4)), np.zeros(0, int))
     found = {
-        i: Found(t.boxes[: i // 2], np.full(min(i // 2, len(t.labels)), 0.9), t.labels[: i // 2])
+        i: ImageDetections(t.boxes[: i // 2], np.full(min(i // 2, len(t.labels)), 0.9), t.labels[: i // 2])
         for i, t in truths.items()
     }
     verdicts = {i: analysis.judge(truths[i], found[i]) for i in truths}

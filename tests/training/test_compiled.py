@@ -120,7 +120,10 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
     named = dict(module.named_parameters())
     named.pop("student_adapter.4.bias", None)  # InstanceNorm takes it away again: its gradient is rounding
     parameters = [p for p in named.values() if p.requires_grad]
-    weights = [torch.randn(level.shape) for level in student]  # the detector's loss on the instructive pyramid
+    # The detector's loss on the instructive pyramid. With this draw eager's own gradients in bfloat16 are within 6 % of
+    # float32's; other draws put ReLUs so close to 0 that rounding alone moves a weight's gradient by 15 %.
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(level.shape, generator=draw) for level in student]
     for counts in ([4, 3], [2, 6]):
         batch, found = ragged_batch(counts), []
         for enabled in (False, True):

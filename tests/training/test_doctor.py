@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(doctor, "PRACTICE_STEPS", 2)
+    monkeypatch.setattr(doctor, "FIT_STEPS", 2)
 
 
 @pytest.fixture(scope="module")

@@ -159,8 +159,8 @@ def test_processes_that_do_not_come(monkeypatch):
     store = torch.distributed.HashStore()
     store.set("fastkd/token/1", "of the killed one")
     with pytest.raises(TimeoutError, match=r"2 processes must start .* got none of rank \[1\]"):
-        distributed._common_word(store, 0, 2, timeout=0.002)
+        distributed._rendezvous_key(store, 0, 2, timeout=0.002)
     with ThreadPoolExecutor() as threads:
-        zero = threads.submit(distributed._common_word, store, 0, 3, 1.0)
-        others = [threads.submit(distributed._common_word, store, rank, 3, 1.0) for rank in (2, 1)]
+        zero = threads.submit(distributed._rendezvous_key, store, 0, 3, 1.0)
+        others = [threads.submit(distributed._rendezvous_key, store, rank, 3, 1.0) for rank in (2, 1)]
         assert {zero.result(20)} == {other.result(20) for other in others}

@@ -142,7 +142,7 @@ def test_a_failing_step_leaves_the_compiled_functions(tiny_data):
     recipe = tiny_recipe(tiny_data, method="lgd")
     module = build(recipe).module
     trainable = frozenset(name for name, _ in module.named_parameters())
-    contender = ledger._Contender(recipe, module, trainable, ONE, method=True)
+    candidate = ledger._Candidate(recipe, module, trainable, ONE, method=True)
     with pytest.raises(AttributeError):
-        contender.peak([None], channels_last=False)
-    assert contender.module.regions is module.regions
+        candidate.peak([None], channels_last=False)
+    assert candidate.module.regions is module.regions

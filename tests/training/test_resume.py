@@ -206,7 +206,7 @@ def test_signals():
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
-        with pytest.raises(Interrupted), stop.leaving_at_once():
+        with pytest.raises(Interrupted), stop.interrupt_at_once():
             raise AssertionError("not reached: the signal came before")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class LocationDetector(Detector):
     """
 
     head_class: type[nn.Module]
+    head: Any  # a LocationHead, or torchvision's of FCOS
     centered = True  # locations are cell centres; FCOS uses the upper left corners, as torchvision does
 
     def __init__(self, config: DetectorConfig):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastkd.detectors.backbones.base import Backbone
 from fastkd.detectors.build import build_detector
 from fastkd.detectors.config import DetectorConfig
 from fastkd.detectors.protocol import Detector
@@ -71,17 +72,22 @@ def load_backbone_weights(detector: Detector, path: str | os.PathLike, *, strict
         no tensor, or (strict) not every tensor. On an error the detector is unchanged.
     """
     source = read_state_dict("load_backbone_weights", Path(path))
-    backbone = detector.backbone
+    backbone = detector.parts()["backbone"]
     target = backbone.state_dict()
-    source = {_plain_name(backbone.own_name(name, target), target): value for name, value in source.items()}
-    target = {name: value for name, value in target.items() if name in source or not name.endswith(backbone.fresh)}
+    if isinstance(backbone, Backbone):
+        source = {backbone.own_name(name, target): value for name, value in source.items()}
+    source = {_plain_name(name, target): value for name, value in source.items()}
+    fresh = backbone.fresh if isinstance(backbone, Backbone) else ()
+    target = {name: value for name, value in target.items() if name in source or not name.endswith(fresh)}
     pairs, report = match_tensors(target, source)
+    config = detector.config
+    name = f"backbone of {config.custom}" if config.custom else config.backbone
     if not pairs:
-        raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {detector.config.backbone}; {report}")
+        raise ValueError(f"load_backbone_weights: no tensor of {path} fits a {name}; {report}")
     if strict and not report.complete:
         raise ValueError(
-            f"load_backbone_weights: {path} does not fill a {detector.config.backbone} of width "
-            f"{detector.config.width} with norm {detector.config.norm}: {report}\n"
+            f"load_backbone_weights: {path} does not fill a {name} of width {config.width} with norm {config.norm}: "
+            f"{report}\n"
             "use the file of that backbone, or strict=False to take what fits"
         )
     check_finite("load_backbone_weights", path, {name: source[name] for name in pairs})

@@ -35,5 +35,5 @@ def cat_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 f"got {some.dtype} on {some.device}; convert them alike"
             )
     device = boxes[0].device
-    index = [torch.full((len(some),), image, dtype=torch.int64, device=device) for image, some in enumerate(boxes)]
-    return torch.cat(list(boxes)), torch.cat(index)
+    owners = [torch.full((len(some),), image, dtype=torch.int64, device=device) for image, some in enumerate(boxes)]
+    return torch.cat(list(boxes)), torch.cat(owners)

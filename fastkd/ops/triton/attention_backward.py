@@ -335,12 +335,13 @@ def plan_backward(
         chosen.stages,
     )
 
-    groups = []
-    if for_keys:
-        groups = [(part_queries, queries.shape)]
+    groups: list[tuple[Tensor, Sequence[int]]] = []
+    if part_queries is not None:
+        groups.append((part_queries, queries.shape))
         groups += [(part, table.shape) for part, table in zip(part_rows, row_bias)]
         groups += [(part, table.shape) for part, table in zip(part_columns, column_bias)]
-        groups += [(part_weight, key_weight.shape)] if problem.projected else []
+    if part_weight is not None and key_weight is not None:
+        groups.append((part_weight, key_weight.shape))
     merge, sums = plan_merge(groups)
 
     def gather() -> list[Tensor]:

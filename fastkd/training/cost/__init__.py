@@ -1,1 +1,1 @@
-"""What a method costs: seconds of a step and peak memory."""
+"""Cost of a method: seconds per step and peak memory."""

@@ -1,7 +1,7 @@
-"""The cost ledger (methods.md 4): what a method costs beside the student alone, measured in the same run.
+"""The cost ledger (methods.md 4): cost of a method relative to the student alone, measured in the same run.
 
-Once, after the warm-up, copies of student and method take timed steps on the same batches, turn and turn about: student
-alone, student with the method. The copies are thrown away, so the run itself is untouched.
+Once, after the warm-up, copies of student and method take timed steps on the same batches, alternating between the
+student alone and the student with the method. The copies are discarded, so the run itself is not affected.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fastkd.training.config import Recipe
 from fastkd.training.cost.memory import transient_peak
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import Regions
-from fastkd.training.parallel.processes import Processes, holding_back
+from fastkd.training.parallel.processes import Processes, no_sync
 from fastkd.training.run.directory import read_json
 from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.step import StepModule, sum_losses
 from fastkd.types import Batch
 
 
-class _Contender:
-    """A copy of the student, with or without the method, that can take whole training steps."""
+class _Candidate:
+    """A copy of the student, with or without the method, that takes complete training steps."""
 
     def __init__(
         self, recipe: Recipe, module: StepModule, trainable: frozenset[str], processes: Processes, method: bool
@@ -45,17 +45,17 @@ class _Contender:
         self.processes = processes
 
     def step(self, parts: list[Batch], channels_last: bool) -> None:
-        """One whole step: forward, backward, update."""
+        """One complete step: forward, backward, update."""
         torch.manual_seed(0)
         for number, part in enumerate(parts, start=1):
             part = part.to(self.processes.device, memory_format=torch.channels_last if channels_last else None)
-            with holding_back(self.wrapped, number < len(parts)):
+            with no_sync(self.wrapped, number < len(parts)):
                 (sum_losses(self.wrapped(part, self.phase)) / len(parts)).backward()
         for optimizer in self.optimizers:
             optimizer.step()
 
     def timed(self, parts: list[Batch], channels_last: bool) -> float:
-        """Seconds of one step."""
+        """Time of one step, seconds."""
         self._wait()
         begin = time.perf_counter()
         self.step(parts, channels_last)
@@ -67,7 +67,7 @@ class _Contender:
             torch.cuda.synchronize(self.processes.device)
 
     def resident(self) -> list[Tensor]:
-        """Tensors that stay from step to step: weights, statistics, optimiser states, the frozen teacher."""
+        """Tensors that persist between steps: weights, batch statistics, optimiser states, the frozen teacher."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         tensors += [value for optimizer in self.optimizers for value in optimizer.tensors().values()]
         if self.module.teacher is not None:
@@ -75,10 +75,10 @@ class _Contender:
         return tensors
 
     def peak(self, parts: list[Batch], channels_last: bool) -> int:
-        """Bytes in use at the worst moment of a step; on the CPU of the step as it is without torch.compile."""
+        """Peak memory of a step, bytes; on the CPU measured without torch.compile."""
         resident, regions = self.resident(), self.module.regions
         if self.processes.device.type == "cpu":
-            self.module.regions = Regions()  # of a compiled graph the meter would see the ends alone
+            self.module.regions = Regions()  # the meter cannot see tensors inside a compiled graph
         try:
             transient = transient_peak(lambda: self.step(parts, channels_last), self.processes.device, resident)
         finally:
@@ -93,26 +93,27 @@ def measure(
     batches: list[list[Batch]],
     processes: Processes,
 ) -> dict[str, Any]:
-    """Times and weighs steps of the student alone and with the method. All processes call it together.
+    """Measures time and peak memory of steps of the student alone and with the method; all processes call it.
 
     Args:
-        recipe: of the run; with no method only the student is measured.
-        module: the run's own, left untouched.
-        trainable: names of its parameters that train.
-        batches: some steps' batches, each in its accumulated parts.
-        processes: of the run.
-    Returns: {"student": {...}, "with_method": {...}, "extra": {...}, ...}, seconds are medians.
+        recipe: recipe of the run; without a method only the student is measured.
+        module: module of the run, not changed.
+        trainable: names of its trainable parameters.
+        batches: batches of a few steps, each as a list of micro-batches.
+        processes: processes of the run.
+    Returns: {"student": {...}, "with_method": {...}, "extra": {...}, ...}; times are medians.
     """
     names = ["student", "with_method"] if recipe.method is not None else ["student"]
-    contenders = {n: _Contender(recipe, module, trainable, processes, n == "with_method") for n in names}
-    layout, samples = recipe.runtime.channels_last, {name: [] for name in names}
-    for contender in contenders.values():
-        contender.step(batches[0], layout)
-    peaks = {name: contender.peak(batches[0], layout) for name, contender in contenders.items()}
+    candidates = {n: _Candidate(recipe, module, trainable, processes, n == "with_method") for n in names}
+    layout = recipe.runtime.channels_last
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for candidate in candidates.values():
+        candidate.step(batches[0], layout)
+    peaks = {name: candidate.peak(batches[0], layout) for name, candidate in candidates.items()}
     for pair, parts in zip(range(recipe.runtime.ledger_pairs), itertools.cycle(batches)):
         for name in names if pair % 2 == 0 else reversed(names):
-            samples[name].append(contenders[name].timed(parts, layout))
-    rows = {
+            samples[name].append(candidates[name].timed(parts, layout))
+    rows: dict[str, dict[str, Any]] = {
         name: {"seconds_per_step": statistics.median(taken), "peak_bytes": peaks[name], "samples": taken}
         for name, taken in samples.items()
     }
@@ -132,9 +133,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def teacher_cost(teacher: str) -> dict[str, Any]:
-    """What training a teacher took, as far as its run directory (or a JSON file beside the weights) tells.
+    """Cost of training a teacher, read from its run directory or from a JSON file beside the weights.
 
-    Returns: {"file", "steps", "seconds"}, unknown ones None.
+    Returns: {"file", "steps", "seconds"}; None where unknown.
     """
     path = assets.resolve(teacher)
     metrics = read_json(path.with_suffix(".json")) or read_json(path.parent / "metrics.json") or {}
@@ -142,10 +143,10 @@ def teacher_cost(teacher: str) -> dict[str, Any]:
 
 
 def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
-    """The whole ledger: what was measured, over all steps of the run, without and with the teacher's own training.
+    """The complete ledger: the measured step costs, extrapolated to the run, without and with the teacher's training.
 
-    Adds "run": seconds of the student and extra seconds of the method over the run (only steps that distill cost
-    extra), "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None where the teacher's is unknown.
+    Adds "run": seconds of the student and extra seconds of the method over the run (only distilling steps cost extra),
+    "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None if the teacher's cost is unknown.
     """
     steps = recipe.schedule.steps
     distilled = sum(phase_at(recipe, step).distill for step in range(steps))
@@ -168,8 +169,8 @@ def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
 def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
     """The ledger for the terminal."""
     table = Table(title=f"Cost of {name}", header_style="bold")
-    for column, justify in (("", "left"), ("seconds/step", "right"), ("peak memory", "right"), ("whole run", "right")):
-        table.add_column(column, justify=justify)
+    for column in ("", "seconds/step", "peak memory", "whole run"):
+        table.add_column(column, justify="right" if column else "left")
     run, student, method, whole = (ledger[key] for key in ("run", "student", "with_method", "extra_with_teacher"))
 
     def row(label: str, entry: dict[str, Any], seconds: float | None, sign: str = "") -> None:

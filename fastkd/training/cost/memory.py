@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: the allocator's own count on a GPU, a count of tensor storages on the CPU."""
+"""Peak memory of a function call: from the allocator on a GPU, from a count of tensor storages on the CPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of tensor storages that operators make, and notices when they are freed.
+    """Counts the bytes of the tensor storages that operators allocate, until they are freed.
 
-    Sees every operator of forward, backward and optimiser in this thread, but not scratch memory inside an operator.
+    Covers every operator of forward, backward and optimiser in this thread, but not scratch memory inside an operator.
 
     Attributes:
-        current: bytes made since the start and still alive.
+        current: bytes allocated since the start and not yet freed.
         peak: the largest `current` so far.
     """
 
@@ -50,12 +50,12 @@ class StorageMeter(TorchDispatchMode):
 
 
 def transient_peak(work: Callable[[], object], device: torch.device, known: Iterable[Tensor] = ()) -> int:
-    """Bytes that `work` needs on top of what is there before it.
+    """Peak memory of `work` above the memory in use before, bytes.
 
     Args:
         work: called once.
-        device: a GPU, whose allocator keeps count, or the CPU.
-        known: tensors that exist already and are not to be counted when an operator returns them (weights, states).
+        device: the GPU or CPU that `work` uses.
+        known: existing tensors (weights, states), which are not counted when an operator returns them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

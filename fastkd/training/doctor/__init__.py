@@ -1,1 +1,1 @@
-"""What would spoil a run, before it begins."""
+"""Checks of a recipe before training."""

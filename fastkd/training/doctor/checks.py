@@ -1,7 +1,7 @@
-"""What is wrong with a run before it begins: `examine(recipe)` looks at what makes distilled runs gain nothing.
+"""Checks a recipe before training: `examine(recipe)` looks for the usual reasons why distillation gains nothing.
 
-A class map that does not fit, a teacher that was never trained, a distillation loss that is zero, too weak, too strong
-or made by one level alone, a switch left off, memory that will not do, a loader that is too slow.
+These are: a wrong class map, an untrained teacher, a distillation loss that is zero, too weak, too strong or dominated
+by one level, an option that is off, too little memory, a slow loader.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.step import StepModule, sum_losses
 from fastkd.types import Batch
 
-WEAK, STRONG = 0.01, 0.95  # the method's share of the gradient in the pyramid
-ONE_LEVEL, OWN_LEVEL = 0.9, 0.6  # a level's share of the method's gradient (a sum of norms), of the detector's own
-FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # laterals differ where the backbones do
-PRACTICE_STEPS, PRACTICE_RATE = 12, 1e-3
+WEAK, STRONG = 0.01, 0.95  # limits of the method's share of the gradient at the pyramid
+ONE_LEVEL, OWN_LEVEL = 0.9, 0.6  # one level's share of the sum of gradient norms: of the method, of the detector
+FEW_INHERITED, MOST_INHERITED = 0.5, 0.8  # shares of inherited tensors; laterals differ if the backbones do
+FIT_STEPS, FIT_RATE = 12, 1e-3
 
 
 def examine(
@@ -43,13 +43,13 @@ def examine(
     device: torch.device | str | None = None,
     run_dir: Path | None = None,
 ) -> Iterator[Finding]:
-    """Looks at a recipe, its files and its first steps, and yields what it finds as it goes; trains nothing.
+    """Checks a recipe, its files and its first batches; yields each finding at once. Nothing is trained.
 
     Args:
-        recipe: what is to be trained.
-        batches: batches the teacher is measured on and the losses are taken from, >= 1.
-        device: where the run is to be; None takes a GPU if there is one.
-        run_dir: of an earlier run of the recipe, whose log tells whether its loss jumped; None leaves that out.
+        recipe: the recipe to be trained.
+        batches: number of batches to evaluate the teacher and the losses on, >= 1.
+        device: device of the run; None takes a GPU if there is one.
+        run_dir: directory of an earlier run, to check its log for jumps of the loss; None skips this check.
     Raises: ValueError if batches is less than 1.
     """
     if batches < 1:
@@ -78,7 +78,7 @@ def examine(
 
 
 def check_switches(recipe: Recipe) -> Iterator[Finding]:
-    """Settings that contradict what the methods were published with, or that switch them off."""
+    """Settings that contradict the published ones or switch the method off."""
     found = list(recipe.method.advice(recipe)) if recipe.method is not None else []
     if recipe.backbone_weights is None:
         text = "the backbone starts at random; pass --backbone-weights if that is not meant"
@@ -91,7 +91,7 @@ def check_switches(recipe: Recipe) -> Iterator[Finding]:
 
 
 def check_classes(recipe: Recipe) -> Iterator[Finding]:
-    """Whether data, student and teacher have one class table."""
+    """Whether data, student and teacher have the same classes."""
     try:
         train_set, _ = open_data(recipe)
     except (ValueError, OSError) as error:
@@ -104,7 +104,7 @@ def check_classes(recipe: Recipe) -> Iterator[Finding]:
         status: Status = "warning" if recipe.data.match_classes else "problem"
         yield Finding(status, "classes", f"the recipe says {have} classes, the data have {len(names)}")
     if recipe.teacher is None:
-        yield Finding("ok", "classes", f"{len(names)}: {_some(names)}")
+        yield Finding("ok", "classes", f"{len(names)}: {_shortened(names)}")
         return
     try:
         teacher, theirs = load_detector(assets.resolve(recipe.teacher))
@@ -112,7 +112,7 @@ def check_classes(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("problem", "teacher", str(error))
         return
     if list(theirs) == list(names):
-        yield Finding("ok", "classes", f"teacher, student and data agree on {len(names)}: {_some(names)}")
+        yield Finding("ok", "classes", f"teacher, student and data agree on {len(names)}: {_shortened(names)}")
     else:
         yield Finding("problem", "classes", _difference(list(theirs), list(names)))
     student = dataclasses.replace(recipe.detector, num_classes=teacher.num_classes)
@@ -127,19 +127,19 @@ def _difference(theirs: list[str], ours: list[str]) -> str:
         label = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
         what = f"in another order: label {label} is {theirs[label]!r} to it and {ours[label]!r} in the data"
     else:
-        what = f"{len(theirs)} ({_some(theirs)}) against {len(ours)} of the data ({_some(ours)})"
+        what = f"{len(theirs)} ({_shortened(theirs)}) against {len(ours)} of the data ({_shortened(ours)})"
     return f"the teacher's classes are not the data's: {what}; train or convert a teacher for these classes"
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_start(built: Built, teacher: Detector | None) -> Iterator[Finding]:
-    """What the student starts from."""
+    """The student's initial weights: backbone weights and tensors inherited from the teacher."""
     if "backbone_weights" in built.notes:
         yield Finding("ok", "backbone", built.notes["backbone_weights"].splitlines()[0])
-    if not built.recipe.inherit:
+    if not built.recipe.inherit or teacher is None:
         return
     report = inherit(built.module.detector, teacher)
     total = len(report.matched) + len(report.missing) + len(report.mismatched)
@@ -150,8 +150,9 @@ def check_start(built: Built, teacher: Detector | None) -> Iterator[Finding]:
 
 
 def check_pyramids(built: Built, batch: Batch) -> Iterator[Finding]:
-    """Whether the two pyramids fit each other, and how large the teacher's numbers are."""
+    """Whether the pyramids of student and teacher match, and the method's advice on their values."""
     module, recipe = built.module, built.recipe
+    assert module.teacher is not None
     try:
         check_teacher(module.detector, module.teacher.detector)
     except ValueError as error:
@@ -166,7 +167,7 @@ def check_pyramids(built: Built, batch: Batch) -> Iterator[Finding]:
 
 
 def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """The method's losses, and the norms by level of the detector's and of the method's gradient in the pyramid."""
+    """The method's losses, and the gradient norm at each pyramid level: of the detector, of the method."""
     module, dtype = built.module, built.module.dtype
 
     def norms(losses: dict[str, Tensor]) -> list[float]:
@@ -178,13 +179,14 @@ def _gradients(built: Built, pyramid: list[Tensor], batch: Batch) -> tuple[dict[
     return taught, norms(detected), norms(taught)
 
 
-def _practise(module: StepModule, examples: list[tuple[list[Tensor], Batch]], precision: torch.autocast) -> None:
-    """A few steps of the method alone on fixed pyramids; nothing where it has no parameters."""
+def _fit_method(module: StepModule, examples: list[tuple[list[Tensor], Batch]], precision: torch.autocast) -> None:
+    """Trains the method's parameters, if it has any, for a few steps on fixed pyramids of the student."""
+    assert module.distiller is not None
     parameters = [p for p in module.distiller.parameters() if p.requires_grad]
     if not parameters:
         return
-    optimizer = torch.optim.Adam(parameters, PRACTICE_RATE)
-    for pyramid, batch in itertools.islice(itertools.cycle(examples), PRACTICE_STEPS):
+    optimizer = torch.optim.Adam(parameters, FIT_RATE)
+    for pyramid, batch in itertools.islice(itertools.cycle(examples), FIT_STEPS):
         optimizer.zero_grad()
         with precision:
             loss = sum_losses(module.distill(pyramid, batch, Phase()))
@@ -194,16 +196,16 @@ def _practise(module: StepModule, examples: list[tuple[list[Tensor], Batch]], pr
 
 
 def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
-    """Whether the distillation loss is there, how much of the pyramid's gradient it makes, and on which levels.
+    """Whether the distillation loss is nonzero, its share of the gradient at the pyramid, and its share by level.
 
-    The method practises a few steps by itself first, the student standing still: an adapter as it is drawn hides the
-    gradient that comes later. The run gets fresh modules.
+    The method is first trained for a few steps with a fixed student, because randomly initialised adapters give
+    gradients unlike those of training. A run starts from fresh modules.
     """
     module = built.module.eval()
     precise = torch.autocast(batches[0].images.device.type, module.dtype or torch.bfloat16, module.dtype is not None)
     with torch.no_grad(), precise:
         kept = [module.detector.features(batch.images) for batch in batches]
-    _practise(module, list(zip(kept, batches)), precise)
+    _fit_method(module, list(zip(kept, batches)), precise)
     losses: dict[str, float] = {}
     own, taught = [0.0] * len(kept[0]), [0.0] * len(kept[0])
     for pyramid, batch in zip(kept, batches):
@@ -218,7 +220,7 @@ def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
 
 
 def judge_losses(losses: dict[str, float]) -> Iterator[Finding]:
-    """The finding on the mean losses of a method by name."""
+    """Findings on the mean losses of a method, by name."""
     teaching = {name: value for name, value in losses.items() if name.endswith(("_distill", "_imitation"))}
     for name, value in teaching.items():
         if value == 0:
@@ -228,7 +230,7 @@ def judge_losses(losses: dict[str, float]) -> Iterator[Finding]:
 
 
 def judge_gradients(own: list[float], taught: list[float], levels: list[str]) -> Iterator[Finding]:
-    """The findings on the norms of the detector's and the method's gradient, level by level."""
+    """Findings on the gradient norms of detector and method at each level."""
     total, mine = sum(taught), sum(own)
     shares = [value / (value + other) if value + other else 0.0 for value, other in zip(taught, own)]
     table = ", ".join(f"{name} {share:.0%}" for name, share in zip(levels, shares))
@@ -256,7 +258,7 @@ def judge_gradients(own: list[float], taught: list[float], levels: list[str]) ->
 
 
 def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Batch], float]:
-    """The run's first batches, in parts as it takes them, and seconds a part once the workers run."""
+    """The first micro-batches of the run, and the loading time of one in seconds, without the start of the workers."""
     extra = 2
     loader = train_loader(built, group, parts=count + extra)
     found, begin = [], 0.0
@@ -268,7 +270,7 @@ def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Bat
 
 
 def check_cost(built: Built, parts: list[Batch], loading: float, group: Processes) -> Iterator[Finding]:
-    """Memory of a step, the loader's rate against the step's, and how long the run will take."""
+    """Peak memory of a step, the loader's rate compared with the training rate, and the duration of the run."""
     recipe, module = built.recipe, built.module
     quick = dataclasses.replace(recipe, runtime=dataclasses.replace(recipe.runtime, ledger_pairs=2))
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
@@ -293,7 +295,7 @@ def check_cost(built: Built, parts: list[Batch], loading: float, group: Processe
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes of the device; None where the system does not say."""
+    """Total memory of the device, bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:

@@ -10,12 +10,12 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        status: "problem" is likely to spoil the run, "warning" may be meant.
-        check: what was looked at, in a word or two.
-        message: what was found, and what to do where that is wrong.
+        status: "ok"; "warning" may be intended; "problem" is likely to spoil the run.
+        check: name of the check, one or two words.
+        message: the result, and a remedy if it is a problem.
     """
 
     status: Status

@@ -1,4 +1,4 @@
-"""The doctor's look at how stably a recipe trains: its settings, and the jumps that an earlier run of it counted."""
+"""The doctor's check of training stability: the optimiser's settings, and the loss jumps of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastkd.training.run.jumps import RISE, WINDOW, remedy
 
 
 def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Finding]:
-    """Whether the student's optimiser bounds its steps, and whether the loss of an earlier run jumped.
+    """Whether the student's gradients are clipped, and whether the loss of an earlier run jumped.
 
     Args:
-        recipe: what is to be trained.
-        run_dir: of a run of the recipe, finished or not; None looks at the settings alone.
+        recipe: the recipe to be trained.
+        run_dir: directory of a run of the recipe, finished or not; None checks the settings only.
     """
     optimizer = recipe.optimizer
     if optimizer.kind == "adamw" and optimizer.clip_norm is None:
@@ -39,12 +39,12 @@ def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Fin
 
 
 def _counts(log: Path) -> list[tuple[int, int]]:
-    """(step, jumps so far) of the log's records."""
+    """(step, jumps so far) of each record of the log."""
     found = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         try:
             record = json.loads(line)
             found.append((int(record["step"]), int(record["jumps"])))
         except (ValueError, KeyError, TypeError):
-            continue  # an evaluation, or half a line of a run that writes at this moment
+            continue  # an evaluation, or an incomplete line of a running process
     return found

@@ -1,4 +1,4 @@
-"""Whether a teacher knows its job: its AP on a few batches, and whether boxes that are right have the right classes."""
+"""The doctor's check of the teacher: its AP on a few batches, and the classes of its well-placed boxes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LEAST_NAMED = 0.5
 ENOUGH_LOCATED = 5
 
 
-class _Part:
-    """The images of a data set that were looked at, for an evaluator."""
+class _Subset:
+    """A subset of a data set's images, for an evaluator."""
 
     def __init__(self, dataset, rows: list[int]):
         self.format, self.annotation_file = dataset.format, dataset.annotation_file
@@ -30,18 +30,18 @@ class _Part:
         self._dataset, self._rows = dataset, rows
 
     def truth(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As CrowdHumanDataset's."""
+        """See CrowdHumanDataset.truth."""
         return self._dataset.truth(self._rows[index])
 
 
 def check_quality(teacher: Detector, built: Built, batches: int, device: torch.device) -> Iterator[Finding]:
-    """The teacher's AP on some validation batches; names a wrong class map or an untrained teacher.
+    """Measures the teacher's AP on some validation batches; reports a wrong class map or an untrained teacher.
 
     Args:
-        teacher: on the device.
+        teacher: the teacher, on `device`.
         built: data and recipe of the run.
-        batches: how many.
-        device: where.
+        batches: number of batches.
+        device: device of the teacher.
     """
     data, val_set = built.recipe.data, built.val_set
     loader = build_eval_loader(
@@ -57,7 +57,7 @@ def check_quality(teacher: Detector, built: Built, batches: int, device: torch.d
         with torch.inference_mode():
             seen.append((batch, teacher.detect(teacher.features(batch.images), batch)))
     rows = {int(image_id): row for row, image_id in enumerate(val_set.image_ids)}
-    part = _Part(val_set, [rows[image_id] for batch, _ in seen for image_id in batch.image_ids])
+    part = _Subset(val_set, [rows[image_id] for batch, _ in seen for image_id in batch.image_ids])
     evaluator = evaluator_of(part)
     for batch, found in seen:
         evaluator.add(batch, [Detections(one.boxes, one.scores, one.labels) for one in found])
@@ -85,7 +85,7 @@ def check_quality(teacher: Detector, built: Built, batches: int, device: torch.d
 
 
 def _located(seen: list[tuple[Batch, list[Detections]]]) -> tuple[int, int]:
-    """Objects that some detection overlaps with IoU 0.5, and those of them whose most certain one has their class."""
+    """Numbers of objects with a detection of IoU > 0.5, and of those whose best such detection has the right class."""
     located = named = 0
     for batch, detections in seen:
         for row, found in enumerate(detections):

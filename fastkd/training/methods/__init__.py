@@ -1,4 +1,4 @@
-"""The methods of distillation that recipes can name, one file each."""
+"""The distillation methods of the named recipes, one file each."""
 
 from fastkd.training.methods.cwd import CWDConfig
 from fastkd.training.methods.fgfi import FGFIConfig
@@ -10,7 +10,7 @@ from fastkd.training.methods.pkd import PKDConfig
 from fastkd.training.methods.protocol import Combined, FeatureMethod, Given, Method, Setup, kinds
 from fastkd.training.methods.score_l2 import ScoreL2Config
 
-# Each has a recipe for every detector that it can train: scenes-<detector>-<kind> and coco-<detector>-<kind>.
+# Each has recipes for every detector it supports: scenes-<detector>-<kind> and coco-<detector>-<kind>.
 WITH_RECIPES: tuple[type[Method], ...] = (LGDConfig, ICDConfig, FGFIConfig, PKDConfig, CWDConfig, ScoreL2Config)
 
 __all__ = [

@@ -12,12 +12,12 @@ from fastkd.training.methods.protocol import FeatureMethod, Given
 
 @dataclass(frozen=True)
 class CWDConfig(FeatureMethod):
-    """Channel-wise distillation: each channel of the student looks where the teacher's does.
+    """Channel-wise distillation: KL divergence between the spatial softmax of each teacher and student channel.
 
     Args:
         tau: temperature of the softmax over the cells of a channel.
-        weight: of each level's loss; 10 is published for the COCO recipes.
-        final_fraction: last part of the run without distillation.
+        weight: weight of each level's loss; 10 is published for the COCO recipes.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     kind = "cwd"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastkd.report.insides import View
     from fastkd.training.config import Recipe
 
-UNIT_SIZE = (0.2, 3.0)  # standard deviation of the teacher's pyramid as the decoder sees it
+UNIT_SIZE = (0.2, 3.0)  # accepted standard deviations of the scaled teacher pyramid at the decoder's input
 
 
 def _optimizer(rate: float = 1e-4, warmup: float = 0.0) -> OptimizerConfig:
@@ -39,18 +39,18 @@ def _optimizer(rate: float = 1e-4, warmup: float = 0.0) -> OptimizerConfig:
 
 @dataclass(frozen=True)
 class ICDConfig(FeatureMethod):
-    """Instance-conditional distillation: a decoder asks a frozen teacher where each instance is seen.
+    """Instance-conditional distillation: a decoder's attention over the teacher weights the loss for each instance.
 
     Args:
         heads: attention heads of the decoder.
         layers: decoder layers.
-        rho: fake queries for each real one.
-        max_queries: most queries of an image (unless it has more boxes).
-        temperature: of the attention that weighs the distillation loss.
-        teacher_scale: factor on the teacher's pyramid in the decoder, to bring it to unit size.
-        detach_fraction: first part of the run in which the distillation loss does not reach the student.
-        weight: of the distillation loss: 8 dense, 3 two-stage.
-        final_fraction: last part of the run without distillation.
+        rho: fake queries per real query.
+        max_queries: maximum number of queries per image (more only if it has more boxes).
+        temperature: temperature of the attention that weights the distillation loss.
+        teacher_scale: factor on the teacher's pyramid in the decoder, to bring it to a standard deviation near 1.
+        detach_fraction: first fraction of the run, in which the distillation loss does not reach the student.
+        weight: weight of the distillation loss; published are 8 for dense and 3 for two-stage detectors.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     kind = "icd"
@@ -115,18 +115,21 @@ class ICDConfig(FeatureMethod):
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:
-        """Methods 1.4 and 1.5."""
+        """The published hyper-parameters, methods.md 1.4 and 1.5."""
         method = cls(max_queries=100, weight=3.0) if detector.two_stage else cls()
         return Setup(method, _optimizer(), inherit=True)
 
     @classmethod
     def on_scenes(cls, detector: DetectorConfig) -> Setup:
-        """The published hyper-parameters, but for these.
+        """The published hyper-parameters, except:
 
-        teacher_scale: a normalised head leaves our teachers' pyramids at a standard deviation of 3 to 6.
-        heads: two of 32 channels, the published width of a head, in a pyramid of 64.
+        teacher_scale: the pyramids of the scenes teachers have a standard deviation of 3 to 6, as their heads have
+            normalisation layers.
+        heads: 2, so that a head has 32 channels, as published, in a pyramid of 64 channels.
         """
-        method = dataclasses.replace(cls.published(detector).method, heads=2, teacher_scale=0.2)
+        method = cls.published(detector).method
+        assert isinstance(method, cls)
+        method = dataclasses.replace(method, heads=2, teacher_scale=0.2)
         return Setup(method, _optimizer(3e-4, warmup=0.05), inherit=True)
 
     @classmethod

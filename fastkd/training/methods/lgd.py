@@ -24,19 +24,19 @@ SCENES_OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-3, weight_deca
 
 @dataclass(frozen=True)
 class LGDConfig(FeatureMethod):
-    """Label-guided self-distillation: no teacher; the labels make the instructive features.
+    """Label-guided self-distillation: no teacher; instructive features are computed from labels and student features.
 
     Args:
         heads: attention heads of the relation adapter.
-        context: add the whole image as an object without class.
-        detach_appearance: keep the gradient of the appearance encoder from the student (two-stage detectors).
-        use_masks: pool and paint with instance masks instead of boxes, and describe them to the label encoder.
-        adapter_query: which embeddings ask and which answer in the relation adapter.
-        instructive_weight: of the detector's loss on the instructive pyramid.
-        detach_fraction: first part of the run in which the distillation loss does not reach the student.
-        freeze_fraction: first part in which the backbone below the FPN gets no update; only if it is pretrained.
-        weight: of the distillation loss.
-        final_fraction: last part of the run without distillation.
+        context: add the whole image as an object without a class.
+        detach_appearance: stop the gradient from the appearance encoder to the student (two-stage detectors).
+        use_masks: pool and paint with instance masks instead of boxes, and encode the masks in the label encoder.
+        adapter_query: the embeddings used as queries in the relation adapter, see `RelationAdapter`.
+        instructive_weight: weight of the detector's loss on the instructive pyramid.
+        detach_fraction: first fraction of the run, in which the distillation loss does not reach the student.
+        freeze_fraction: first fraction of the run, in which a pretrained backbone below the FPN is not updated.
+        weight: weight of the distillation loss.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     kind = "lgd"
@@ -85,7 +85,7 @@ class LGDConfig(FeatureMethod):
             raise ValueError(f"Recipe: method.use_masks must be False for {name}, got True; it loads no masks")
 
     def advice(self, recipe: Recipe) -> Iterator[Finding]:
-        yield from Method.advice(self, recipe)  # with weight 0 the labels still train the head
+        yield from Method.advice(self, recipe)  # no warning for weight 0: the instructive loss still trains the head
         two_stage, found = recipe.detector.two_stage, []
         if two_stage != self.detach_appearance:
             wanted = "on for two-stage detectors, off for dense ones"
@@ -99,7 +99,7 @@ class LGDConfig(FeatureMethod):
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:
-        """Methods 2.5. FCOS with R50 is published without a context object; two-stage detectors have none either."""
+        """The published hyper-parameters, methods.md 2.5: no context object in FCOS R50 and two-stage detectors."""
         without_context = detector.detector == "fcos" and detector.backbone == "resnet50"
         method = cls(
             context=not detector.two_stage and not without_context,
@@ -111,22 +111,27 @@ class LGDConfig(FeatureMethod):
 
     @classmethod
     def on_scenes(cls, detector: DetectorConfig) -> Setup:
-        """The published hyper-parameters, but for these.
+        """The published hyper-parameters, except:
 
-        instructive_weight: the head's two losses share a step of AdamW, so at 1 the student's falls behind; LGD's own
-        modules have their own optimiser, which does not mind the factor.
-        weight, and an end after two fifths of the run: so short a run's instructive pyramid is better than the
-        student's own up to about step 220 of 600 and by little; imitating it later, or at full weight, costs AP
-        (docs/results/findings.md).
-        freeze_fraction 0: AdamW's first update moves every weight by the whole rate, and behind the warm-up that is
-        enough to ruin a pretrained backbone (classification loss 0.68 -> 0.77 at the thaw, 0.48 in the plain student).
-        A slower optimiser of its own: with AdamW at the student's 2e-3 the spread of the label embeddings over the
-        objects of a batch fell from 0.36 of their length to 0.05 within 40 steps and 0.003 after 1000, and shuffled
-        labels changed nothing.
+        instructive_weight: AdamW normalises the sum of the head's two losses, so with weight 1 the loss on the
+            student's pyramid decreases more slowly. LGD's modules have a separate AdamW, on which a constant factor
+            has no effect.
+        weight and final_fraction: in such a short run the instructive pyramid is only slightly better than the
+            student's, and only up to about step 220 of 600; a longer distillation or full weight costs AP
+            (docs/results/findings.md).
+        freeze_fraction 0: AdamW's first update changes every weight by the full learning rate. If it comes after the
+            warm-up it damages a pretrained backbone: the classification loss rose from 0.68 to 0.77 when the backbone
+            was unfrozen, against 0.48 in the plain student.
+        optimizer: a separate AdamW with a lower rate. With the student's rate of 2e-3 the label embeddings collapsed
+            (spread over the objects of a batch, relative to their norm: 0.36 at first, 0.05 after 40 steps, 0.003
+            after 1000), and shuffled labels made no difference.
         """
         method = cls.published(detector).method
-        changed = {"weight": 0.25, "instructive_weight": 0.1, "freeze_fraction": 0.0, "final_fraction": 0.6}
-        return Setup(dataclasses.replace(method, **changed), SCENES_OPTIMIZER)
+        assert isinstance(method, cls)
+        method = dataclasses.replace(
+            method, weight=0.25, instructive_weight=0.1, freeze_fraction=0.0, final_fraction=0.6
+        )
+        return Setup(method, SCENES_OPTIMIZER)
 
     @classmethod
     def view(cls) -> View:

@@ -1,4 +1,4 @@
-"""LGD and ICD on one student; any other combination is such a class."""
+"""LGD and ICD on one student. Other combinations are further subclasses of Combined."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LGDICDConfig(Combined):
     """LGD and ICD on one student.
 
     Args:
-        lgd: the label-guided part.
-        icd: the part with the teacher.
-        lgd_optimizer: of LGD's own parameters; None gives them to the student's. ICD's are the recipe's
+        lgd: settings of LGD.
+        icd: settings of ICD.
+        lgd_optimizer: optimiser of LGD's parameters; None uses the student's. ICD's parameters use the recipe's
             `method_optimizer`.
     """
 

@@ -1,4 +1,4 @@
-"""What is switched on in a step of training."""
+"""Phases of distillation: method, gradients and backbone updates of a training step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """What is switched on in a step.
+    """Switches of a training step.
 
     Args:
-        distill: run the method; without it the step is the detector's alone and the method gets no update.
-        detach_student: keep the distillation loss from the student's features (the method still learns).
+        distill: run the method; if False only the detector is trained.
+        detach_student: stop the gradient of the distillation loss to the student (the method is still trained).
         train_backbone: update the backbone below the FPN.
-        parts: the phases of several methods on one student, by name; empty means this one for each.
+        parts: the phase of each of several methods on one student, by name; empty uses this phase for all.
     """
 
     distill: bool = True
@@ -23,10 +23,10 @@ class Phase:
     parts: tuple[tuple[str, Phase], ...] = ()
 
     def of(self, part: str) -> Phase:
-        """The phase of one of several methods."""
+        """The phase of one of several methods, by name."""
         return dict(self.parts).get(part, self)
 
 
 def steps_of(fraction: float, steps: int) -> int:
-    """Number of steps that a fraction of the run stands for, rounded to the nearest."""
+    """Number of steps in a fraction of the run, rounded to the nearest."""
     return math.floor(fraction * steps + 0.5)

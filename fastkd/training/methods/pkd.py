@@ -11,11 +11,11 @@ from fastkd.training.methods.protocol import FeatureMethod, Given
 
 @dataclass(frozen=True)
 class PKDConfig(FeatureMethod):
-    """Distillation by the Pearson correlation: the student's features imitate the teacher's, both standardised.
+    """PKD, distillation via Pearson correlation: squared error between the standardised features of both pyramids.
 
     Args:
-        weight: of each level's loss; the COCO recipes are published with 6, on the four finest levels.
-        final_fraction: last part of the run without distillation.
+        weight: weight of each level's loss; published for COCO is 6, on the four finest levels.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     kind = "pkd"

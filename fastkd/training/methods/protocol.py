@@ -1,4 +1,4 @@
-"""What the trainer asks of a method of distillation: its settings, and what follows from them for a run."""
+"""The interface between trainer and distillation methods: settings, phases, optimisers, advice, recipes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the named recipes train with a method.
+    """Settings of the named recipes of a method.
 
     Args:
-        method: its settings.
-        optimizer: of the method's own parameters; None gives them to the student's.
-        inherit: start the student's neck and head from the teacher's.
-        schedule: of COCO recipes, "1x", "2x" or "3x".
+        method: settings of the method.
+        optimizer: optimiser of the method's parameters; None uses the student's.
+        inherit: initialise the student's neck and head from the teacher.
+        schedule: schedule of the COCO recipes: "1x", "2x" or "3x".
     """
 
     method: Method
@@ -40,13 +40,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Given:
-    """What a distiller is built from.
+    """Inputs of `Method.build`.
 
     Args:
-        student: the detector that learns.
-        trained: the teacher, where there is one.
-        measured: class priors of the training set, where the method needs them.
-        recompute: keep no activations that can be computed again in the backward pass.
+        student: the detector to be trained.
+        trained: the teacher, or None.
+        measured: class priors of the training set, or None if the method does not need them.
+        recompute: use activation checkpointing.
     """
 
     student: Detector
@@ -70,17 +70,18 @@ class Given:
 
 
 class Method:
-    """A method of distillation, as a recipe names it. A subclass is a frozen dataclass of settings with defaults.
+    """Settings of a distillation method in a recipe. A subclass is a frozen dataclass whose fields have defaults.
 
-    A subclass sets `kind` and `label` and implements `build`; the other methods have defaults. `FeatureMethod` below
-    has a weight and an end, as most have.
+    A subclass sets `kind` and `label` and implements `build`; all other methods have defaults. `FeatureMethod` below
+    adds the weight and the final fraction that most methods have.
 
     Attributes:
-        kind: names it in recipe.json and in the names of recipes: lower case, without "-" if it has named recipes.
-        label: names it in tables and messages.
-        needs_teacher: whether a recipe must name a trained teacher; as the distiller's.
-        needs_priors: whether `build` is given the class priors of the training set.
-        compared_with: kind of the method whose extra cost the report compares with; None compares with none.
+        kind: identifier in recipe.json and in recipe names: lower case, without "-" if there are named recipes.
+        label: name in tables and messages.
+        needs_teacher: whether a recipe must name a trained teacher; equal to the distiller's attribute.
+        needs_priors: whether `build` needs the class priors of the training set.
+        compared_with: kind of the method whose extra cost the report compares this method's with; None for no
+            comparison.
     """
 
     kind: ClassVar[str]
@@ -90,31 +91,31 @@ class Method:
     compared_with: ClassVar[str | None] = None
 
     def build(self, given: Given) -> nn.Module:
-        """The distiller with fresh weights from torch's global generator.
+        """Builds the distiller with fresh weights from torch's global generator.
 
-        Returns: a Distiller; of several methods an nn.ModuleDict of them, named as in `parts`.
-        Raises: ValueError if the method cannot work with what is given.
+        Returns: a Distiller; for several methods an nn.ModuleDict of Distillers, with the names of `parts`.
+        Raises: ValueError if student, teacher or priors do not fit the method.
         """
         raise NotImplementedError(f"{type(self).__name__}.build must be implemented")
 
     def distiller(self, student: Detector, teacher: Detector | None, priors: ClassPriors | None) -> nn.Module:
-        """`build` for callers that know no `Given`."""
+        """`build` with plain arguments instead of a `Given`."""
         return self.build(Given(student, teacher, priors))
 
     def parts(self) -> dict[str, Method]:
-        """The methods of which it is made, by name: itself alone as ""."""
+        """The combined methods by name; {"": self} for a single method."""
         return {"": self}
 
     def phase(self, step: int, steps: int, *, pretrained: bool) -> Phase:
-        """What is switched on in step `step` (from 0) of `steps`.
+        """The phase of step `step` (from 0) of `steps`.
 
         Args:
-            pretrained: whether the student's backbone starts from trained weights.
+            pretrained: whether the student's backbone has pretrained weights.
         """
         return Phase()
 
     def optimizers(self, optimizer: OptimizerConfig | None) -> dict[str, tuple[str, OptimizerConfig | None]]:
-        """The optimisers of its own parameters: prefix of their names in the distiller -> (name, settings).
+        """The optimisers of the method's parameters: prefix of the parameter names -> (optimiser name, settings).
 
         Args:
             optimizer: the recipe's `method_optimizer`.
@@ -122,12 +123,12 @@ class Method:
         return {"": ("method", optimizer)}
 
     def scaled(self, factor: float) -> Method:
-        """For batches `factor` times as large: learning rates among the settings are multiplied."""
+        """The settings for batches `factor` times as large: learning rates among them are multiplied by `factor`."""
         return self
 
     @classmethod
     def unfit(cls, detector: DetectorConfig) -> str | None:
-        """Why it cannot train such a detector; None where it can."""
+        """Why the method does not support a detector; None if it does."""
         return None
 
     def check(self, recipe: Recipe) -> None:
@@ -137,7 +138,7 @@ class Method:
             raise ValueError(f"Recipe: method must not be {self.label} for {recipe.detector.detector}, {reason}")
 
     def advice(self, recipe: Recipe) -> Iterator[Finding]:
-        """The doctor's findings on settings that switch it off or contradict what was published."""
+        """The doctor's findings on settings that switch the method off or contradict the published ones."""
         steps = recipe.schedule.steps
         sampled = range(0, steps, max(1, steps // 1000))
         phases = (self.phase(step, steps, pretrained=True) for step in sampled)
@@ -146,22 +147,22 @@ class Method:
             yield Finding("problem", "switches", text)
 
     def pyramid_advice(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[Finding]:
-        """The doctor's findings on a student's and a teacher's pyramid of the same images."""
+        """The doctor's findings on the pyramids of student and teacher for the same images."""
         yield from ()
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:
-        """The published hyper-parameters for a detector: what COCO recipes take."""
+        """The published hyper-parameters for a detector, used by the COCO recipes."""
         return Setup(cls())
 
     @classmethod
     def on_scenes(cls, detector: DetectorConfig) -> Setup:
-        """What recipes on the generated scenes take."""
+        """The settings of the recipes on the generated scenes."""
         return cls.published(detector)
 
     @classmethod
     def view(cls) -> View | None:
-        """What the report shows of the trained networks; None shows nothing."""
+        """The report's section on the trained networks; None for no section."""
         return None
 
     @classmethod
@@ -172,11 +173,11 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMethod(Method):
-    """A method with a weight, which may end before the run does.
+    """A method with a loss weight and an optional final part of the run without distillation.
 
     Args:
-        weight: of the distillation loss.
-        final_fraction: last part of the run without distillation.
+        weight: weight of the distillation loss.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     weight: float = 1.0
@@ -198,11 +199,11 @@ class FeatureMethod(Method):
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """Several methods on one student: their losses add up in every step, each method in its own phases.
+    """Several methods on one student: their losses are summed in every step; each method keeps its own phases.
 
-    A subclass declares one field for each method, named as its part of the distiller, and for all of them but the last
-    `<name>_optimizer`; the last one's optimiser is the recipe's `method_optimizer`. None gives parameters to the
-    student's optimiser.
+    A subclass declares one field per method, with the name of its entry in the distiller's ModuleDict, and for each
+    method except the last a field `<name>_optimizer` (None uses the student's optimiser). The last method uses the
+    recipe's `method_optimizer`.
     """
 
     def __post_init__(self) -> None:
@@ -215,14 +216,14 @@ class Combined(Method):
 
     @classmethod
     def of(cls, first: Method | None, last: Method | None, optimizer: OptimizerConfig | None) -> Combined:
-        """Two methods, and the optimiser of the first one's own parameters."""
+        """Combines two methods; `optimizer` is the optimiser of the first method's parameters."""
         one, two = cls._part_types()
         return cls(**{one: first, two: last, f"{one}_optimizer": optimizer})
 
     @classmethod
     def _part_types(cls) -> dict[str, type[Method]]:
-        """The fields that hold methods, with their classes: a default of each is a fresh one."""
-        found = {item.name: item.default_factory for item in dataclasses.fields(cls)}
+        """The fields that hold methods: name -> class, which is also the field's default factory."""
+        found: dict[str, Any] = {item.name: item.default_factory for item in dataclasses.fields(cls)}
         return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Method)}
 
     def parts(self) -> dict[str, Method]:
@@ -263,7 +264,7 @@ class Combined(Method):
 
 
 def kinds() -> dict[str, type[Method]]:
-    """Every method whose module has been imported, by kind: ours, and a user's own."""
+    """All imported method classes by kind, including the user's."""
     found: dict[str, type[Method]] = {}
     waiting: list[type[Method]] = [Method]
     while waiting:

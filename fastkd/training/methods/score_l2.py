@@ -12,11 +12,11 @@ from fastkd.training.methods.protocol import FeatureMethod, Given
 
 @dataclass(frozen=True)
 class ScoreL2Config(FeatureMethod):
-    """Score-weighted L2: the student's features imitate the teacher's where the teacher sees an object.
+    """Score-weighted L2: squared error between the pyramids, weighted by the teacher's class scores.
 
     Args:
-        weight: of each level's loss; 6 is what Ultralytics ships.
-        final_fraction: last part of the run without distillation.
+        weight: weight of each level's loss; 6 is the default of Ultralytics.
+        final_fraction: last fraction of the run, without distillation.
     """
 
     kind = "scorel2"

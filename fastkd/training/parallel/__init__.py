@@ -1,1 +1,1 @@
-"""Processes, side streams and compiled regions of a step."""
+"""Distributed processes, side streams and torch.compile of a step."""

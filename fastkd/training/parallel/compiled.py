@@ -1,12 +1,13 @@
-"""torch.compile of a training step: which functions are compiled, and what keeps their graphs few.
+"""torch.compile of a training step: the compiled functions, and how the number of graphs is kept small.
 
-Compiled are the student's features, the modules of its head, the frozen teacher's features, and a method's forward. Not
-compiled is what depends on values or on Python numbers of the batch: the assignment of targets and the losses of a few
-positive ones, and what a method prepares from counts and seeds.
+Compiled: the student's features, the modules of its head, the frozen teacher's features, and a method's forward. Not
+compiled is code that depends on values or Python numbers of the batch: target assignment, losses over the positive
+samples, and a method's `prepare`, which uses counts and seeds.
 
-Sizes that differ from batch to batch (boxes, queries) are dynamic from the first graph on. Image sizes are fixed in the
-first graph and dynamic from the second size on, so that training on one size has the faster static graphs and training
-on many has two graphs of each function. A phase that stops gradients or batch statistics adds one to those it concerns.
+Sizes that differ from batch to batch (boxes, queries) are dynamic from the first graph on. Image sizes are static in
+the first graph and dynamic from the second size on: training on one image size uses the faster static graphs, training
+on several sizes compiles two graphs per function. A phase that stops gradients or batch statistics adds one graph to
+each function that it affects.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from fastkd.detectors import Detector
 
-# fields of Batch and of what methods prepare: the dimension that counts boxes or queries
+# Fields of Batch and of the results of `Distiller.prepare` -> the dimension that counts boxes or queries.
 COUNTED = {
     **dict.fromkeys(("boxes", "labels", "image_index", "masks", "mask_crops", "real_index"), 0),
     **dict.fromkeys(("valid", "real", "mass_mask", "noise"), 1),
@@ -31,13 +32,13 @@ COUNTED = {
 }
 
 
-# Inductor's way to make one launch of several kernels that do not depend on each other: the casts of weights, the same
-# step of all levels. torch has it off, as experimental; on a CPU there is nothing to save.
+# Inductor's horizontal fusion: one launch for several independent kernels (casts of weights, the same step of all
+# levels). Experimental and off by default in torch; of no use on a CPU.
 COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2, "combo_kernel_max_num_nodes": 64}
 
 
 def require_compiler(device: torch.device) -> None:
-    """Checks that Inductor, which torch.compile generates its code with, can work for a device.
+    """Checks that the compilers Inductor needs for a device are installed.
 
     Raises: RuntimeError naming what is missing.
     """
@@ -58,24 +59,23 @@ def require_compiler(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiler_settings(enabled: bool) -> Iterator[None]:
-    """Within the context DDP leaves the graphs whole; without torch.compile nothing changes.
+    """Within the context DDP does not split the graphs at its bucket boundaries; no effect without torch.compile.
 
-    They are parts of the step, so that the exchange of gradients overlaps with the backward pass between them; torch
-    would split them at the borders of DDP's buckets.
+    Each graph covers a part of the step only, so the all-reduce still overlaps with the rest of the backward pass.
     """
     with torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext():
         yield
 
 
 class Regions:
-    """Calls the functions of a step, compiled or as they are.
+    """Calls the functions of a step, compiled or eagerly.
 
-    A compiled function is one graph (anything else raises) and takes the modules it uses as arguments: nothing is
-    wrapped, so state dicts keep their names, and copies of the modules share the graphs.
+    A compiled function is one full graph (a graph break raises) and takes the modules it uses as arguments. No module
+    is wrapped, so state-dict keys do not change, and copies of the modules share the graphs.
 
     Args:
         enabled: whether to compile at all.
-        backend: of torch.compile; "aot_eager" makes the same graphs without a compiler, for tests.
+        backend: backend of torch.compile; "aot_eager" makes the same graphs without a compiler, for tests.
     """
 
     def __init__(self, enabled: bool = False, backend: str = "inductor"):
@@ -83,56 +83,57 @@ class Regions:
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """function(*arguments, **options); `name` says which graphs are to be shared."""
+        """Returns function(*arguments, **options); calls with the same `name` share their graphs."""
         if not self.enabled:
             return function(*arguments, **options)
         if name not in self._compiled:
+            assert isinstance(function, types.FunctionType)
             self._compiled[name] = torch.compile(
-                _with_own_code(function),
+                _copy_function(function),
                 fullgraph=True,
                 backend=self.backend,
                 options=self._options(_device_type(arguments)),
             )
-        # Eager's backward pass runs outside of autocast: what a method computes in float32 stays float32 there, which
-        # torch.compile would cast as it casts the forward pass around it.
+        # The eager backward pass runs outside autocast, so that a method's float32 computations stay in float32.
+        # torch.compile would by default apply the autocast of the forward pass to it.
         config = torch._functorch.config
-        with config.patch(_known(config, {"backward_pass_autocast": "off"})):
+        with config.patch(_supported(config, {"backward_pass_autocast": "off"})):
             return self._compiled[name](*arguments, **options)
 
-    def _options(self, device_type: str) -> dict[str, bool | int] | None:
-        """Inductor's options: few launches on a GPU, and free counts of boxes; those that this release of torch knows.
+    def _options(self, device_type: str) -> dict[str, Any] | None:
+        """Inductor's options, as far as this release of torch has them: few launches on a GPU, dynamic box counts.
 
-        Layouts that Inductor chooses for convolutions reach the graph of the backward pass as numbers, and with them
-        the counts: one graph a count. Strides of what is kept for backward, one of them a count, it cannot sort; taken
-        as they are it need not.
+        layout_optimization would pass strides, and with them box counts, to the backward graph as constants: one graph
+        for each count. Inductor cannot sort the strides of saved tensors if one of them is a symbolic count;
+        strict_output_strides makes it keep their order.
         """
         if self.backend != "inductor":
             return None
         import torch._inductor.config as inductor
 
-        wanted = {"layout_optimization": False, "strict_output_strides": True}
+        wanted: dict[str, Any] = {"layout_optimization": False, "strict_output_strides": True}
         if device_type == "cuda":
             wanted |= COMBINED
-        return _known(inductor, wanted)
+        return _supported(inductor, wanted)
 
-    def fix_batch(self, tensors: Any) -> Any:
-        """A tensor or several; the first size is fixed in every graph: a batch size, of which a run has one or two."""
+    def mark_batch_static(self, tensors: Any) -> Any:
+        """Marks dimension 0 of a tensor or of several as static: a run has only one or two batch sizes."""
         if self.enabled:
             for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
                 torch._dynamo.mark_static(tensor, 0)
         return tensors
 
-    def free_counts(self, value: Any) -> Any:
-        """A batch, or what a method prepared of it; the sizes that count boxes or queries are free in every graph."""
+    def mark_counts_dynamic(self, value: Any) -> Any:
+        """Marks the dimensions of a batch, or of a method's prepared inputs, that count boxes or queries as dynamic."""
         for name, dim in COUNTED.items():
             tensor = getattr(value, name, None)
             if self.enabled and tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)  # "maybe": of 0 and of 1 there are graphs of their own
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)  # "maybe", since torch specialises sizes 0 and 1
         return value
 
     @contextlib.contextmanager
-    def inside(self, detector: Detector) -> Iterator[None]:
-        """Within the context the forward of the detector's `tensor_parts` is compiled, whoever calls them."""
+    def compiled_parts(self, detector: Detector) -> Iterator[None]:
+        """Within the context every call of the detector's `tensor_parts` runs their compiled forward."""
         if not self.enabled:
             yield
             return
@@ -147,19 +148,19 @@ class Regions:
 
 
 class _Forward:
-    """A module's own forward in a region."""
+    """Calls a module's forward, compiled."""
 
     def __init__(self, regions: Regions, name: str, module: nn.Module):
         self.regions, self.name, self.module = regions, name, module
 
     def __call__(self, *arguments: Any) -> Any:
         for argument in arguments:
-            self.regions.fix_batch(argument)
+            self.regions.mark_batch_static(argument)
         return self.regions(f"part {self.name}", _forward, self.module, *arguments)
 
 
 def _device_type(arguments: Any) -> str:
-    """Where the first tensor among the arguments is."""
+    """The device type of the first tensor among the arguments; "cpu" if there is none."""
     flat = (one for argument in arguments for one in (argument if isinstance(argument, (list, tuple)) else [argument]))
     return next((one.device.type for one in flat if isinstance(one, Tensor)), "cpu")
 
@@ -168,13 +169,13 @@ def _forward(module: nn.Module, *arguments: Any) -> Any:
     return type(module).forward(module, *arguments)
 
 
-def _known(config: types.ModuleType, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that this release of torch has."""
+def _supported(config: types.ModuleType, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The settings that exist in this release of torch."""
     return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
-def _with_own_code(function: types.FunctionType) -> types.FunctionType:
-    """The function with a code object of its own: torch.compile counts and limits the graphs of a code object."""
+def _copy_function(function: types.FunctionType) -> types.FunctionType:
+    """A copy of the function with a new code object, because torch.compile limits the graphs per code object."""
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,

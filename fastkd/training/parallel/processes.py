@@ -1,4 +1,4 @@
-"""Processes of one run: who am I, and agreeing on small things. One process needs no process group."""
+"""The distributed processes of a run: rank, small collectives, DDP. A single process needs no process group."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COMPRESSIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
+    """Rank, world size and device of this process, and collectives over all processes of the run.
 
     Args:
-        rank: number of this process.
+        rank: rank of this process.
         world_size: number of processes.
-        device: where this process computes.
+        device: device of this process.
     """
 
     rank: int
@@ -42,15 +42,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            self.agree([0.0])
+            self.all_reduce_max([0.0])
 
-    def agree(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """The elementwise maximum over all processes; exchanged on the CPU."""
         if self.world_size == 1:
             return values
@@ -67,7 +67,7 @@ class Processes:
         return shared / self.world_size
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (anything that pickles: it never leaves the run's own processes) in every process."""
+        """Rank 0's value in every process; any picklable object, since only processes of this run exchange it."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -82,7 +82,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def first_does(self, function: Callable[[], Any]) -> Any:
+    def on_rank0(self, function: Callable[[], Any]) -> Any:
         """Rank 0 calls the function; every process gets its result, or raises its error."""
         result, error = None, None
         if self.first:
@@ -96,17 +96,17 @@ class Processes:
         return result
 
     def wrap(self, module: nn.Module, *, accumulates: bool = False, compression: str = "none") -> nn.Module:
-        """The module with gradients averaged over the processes; itself with one process or nothing to train.
+        """The module in DDP; the module itself with a single process or without trainable parameters.
 
-        Batch statistics (norm "bn") belong to each process; buffers are rank 0's, copied before every step. Every
-        parameter that requires a gradient gets one in every step: DDP need not look for others.
+        Batch statistics (norm "bn") are computed per process; buffers are broadcast from rank 0 before every step.
+        Every parameter that requires a gradient gets one in every step, so DDP need not find unused parameters.
 
         Args:
-            module: every process's own, alike.
-            accumulates: whether some backward passes come under `holding_back`. The graph is then not declared static:
-                torch 2.14 counts those passes, too, and leaves out the exchange
+            module: the module of this process, with the same weights in all processes.
+            accumulates: whether some backward passes run under `no_sync`. The graph is then not declared static,
+                because torch 2.14 counts these passes as well and skips the all-reduce
                 (tests/training/test_four_processes.py).
-            compression: "none", or the type gradients are sent in: "bf16" or "fp16".
+            compression: "none", or the dtype of the gradients in the all-reduce: "bf16" or "fp16".
         """
         if self.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
@@ -119,29 +119,29 @@ class Processes:
         return wrapped
 
     def wrap_for(self, recipe: Recipe, module: nn.Module) -> nn.Module:
-        """`wrap` as the steps of a recipe need it."""
+        """`wrap` with the arguments from a recipe."""
         compression = recipe.runtime.grad_compression
         return self.wrap(module, accumulates=recipe.schedule.accumulate > 1, compression=compression)
 
 
-def holding_back(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:
-    """A block whose gradients stay in this process, to go with those of the step's last part.
+def no_sync(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:
+    """DDP's no_sync for gradient accumulation: within the context gradients are not all-reduced.
 
     Args:
-        wrapped: what `Processes.wrap` gave for accumulation.
-        wanted: False for the last part, which exchanges.
+        wrapped: result of `Processes.wrap`.
+        wanted: False for the last micro-batch of a step, which all-reduces the accumulated gradients.
     """
     return wrapped.no_sync() if wanted and isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def check_shares(images: int, compression: str, world_size: int) -> None:
-    """Whether a run can be divided over its processes.
+    """Checks that a run can be divided over its processes.
 
     Args:
-        images: of one forward pass over all processes.
-        compression: of the gradients, as `Processes.wrap` takes it.
+        images: images of one forward pass over all processes.
+        compression: gradient compression, as in `Processes.wrap`.
         world_size: number of processes.
-    Raises: ValueError.
+    Raises: ValueError if `images` is not a multiple of world_size, or a single process compresses gradients.
     """
     if images % world_size:
         raise ValueError(
@@ -156,13 +156,13 @@ def check_shares(images: int, compression: str, world_size: int) -> None:
 
 
 def own_device(device: torch.device | str | None, local_rank: int, several: bool) -> torch.device:
-    """Where a process computes: on the GPU of its number on this machine, where there are GPUs.
+    """The device of a process: on a machine with GPUs, the GPU with index `local_rank`.
 
     Args:
         device: "cpu", "cuda" or a torch.device; None takes a GPU if there is one.
-        local_rank: number of the process on its machine.
+        local_rank: rank of the process on its machine.
         several: whether the run has other processes.
-    Raises: ValueError for a GPU that is not there or that the processes of a machine would share.
+    Raises: ValueError for a GPU that does not exist or that several processes would share.
     """
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
@@ -184,32 +184,32 @@ def own_device(device: torch.device | str | None, local_rank: int, several: bool
 
 
 def _join(backend: str, timeout: float) -> None:
-    """Starts the process group with keys of its own in the common store.
+    """Initialises the process group under a prefix of the store that is unique to this start.
 
-    torchrun keeps that store when it restarts the processes, and in it the addresses of the killed ones: a process that
-    is quicker than the others to start again would connect to those.
+    torchrun keeps its store when it restarts the processes, including the addresses of the killed ones. Without the
+    prefix, a process that restarts before the others would connect to these addresses.
     """
     limit = datetime.timedelta(minutes=timeout)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
-    prefix = _common_word(store, rank, world_size, timeout)
-    own_keys = dist.PrefixStore(prefix, store)
-    dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=limit)
+    prefix = _rendezvous_key(store, rank, world_size, timeout)
+    prefixed = dist.PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
 
 
-def _common_word(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
-    """A word that the living processes share and no earlier ones knew: rank 0's, given to whoever still answers."""
+def _rendezvous_key(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """Rendezvous key, unique to this restart: rank 0 generates it and sends it to every running process."""
     token = uuid.uuid4().hex
     store.set(f"fastkd/token/{rank}", token)
     if rank > 0:
-        word = store.get(f"fastkd/word/{token}").decode()  # waits for it
-        store.set(f"fastkd/thanks/{word}/{rank}", "")
-        return word
+        key = store.get(f"fastkd/key/{token}").decode()  # blocks until rank 0 has set it
+        store.set(f"fastkd/received/{key}/{rank}", "")
+        return key
     end, missing = time.monotonic() + 60 * timeout, set(range(1, world_size))
     while missing:
         for other in missing:
-            if store.check([f"fastkd/token/{other}"]):  # may be a dead one's, which a living one will replace
-                store.set(f"fastkd/word/{store.get(f'fastkd/token/{other}').decode()}", token)
-        missing = {other for other in missing if not store.check([f"fastkd/thanks/{token}/{other}"])}
+            if store.check([f"fastkd/token/{other}"]):  # perhaps of a killed process, until the new one replaces it
+                store.set(f"fastkd/key/{store.get(f'fastkd/token/{other}').decode()}", token)
+        missing = {other for other in missing if not store.check([f"fastkd/received/{token}/{other}"])}
         if missing and time.monotonic() > end:
             raise TimeoutError(
                 f"train: {world_size} processes must start within {timeout:g} minutes, got none of rank "
@@ -221,16 +221,16 @@ def _common_word(store: dist.Store, rank: int, world_size: int, timeout: float) 
 
 @contextlib.contextmanager
 def processes(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> Iterator[Processes]:
-    """Joins the processes that torchrun started (from its environment variables), and leaves them at the end.
+    """Joins the process group that torchrun's environment variables describe; destroys it at the end of the block.
 
-    A process group that exists already is used and left alone. The backend is gloo on the CPU; with GPUs, tensors there
-    go through nccl and small agreements still through gloo.
+    An existing process group is used and not destroyed. The backend is gloo on the CPU; with GPUs, nccl for CUDA
+    tensors and gloo for CPU tensors.
 
     Args:
         device: "cpu", "cuda" or a torch.device; None takes a GPU if there is one, the one numbered LOCAL_RANK.
-        timeout: minutes a process waits for the others before it gives up, > 0.
-    Raises: ValueError for a device that is not there or that several processes would share; TimeoutError or torch's
-        DistStoreError where a process does not come.
+        timeout: minutes a process waits for the others, > 0.
+    Raises: ValueError for a device that does not exist or that several processes would share; TimeoutError or torch's
+        DistStoreError if a process does not start in time.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     device = own_device(device, int(os.environ.get("LOCAL_RANK", 0)), several)

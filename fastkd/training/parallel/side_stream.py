@@ -1,4 +1,4 @@
-"""Work on a GPU stream of its own, beside what the current stream does meanwhile."""
+"""Runs work on a separate CUDA stream, concurrently with the current stream."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class SideStream:
-    """One stream beside the current one, made when it is first needed. On a CPU work is done at once.
+    """One additional stream per device, created when first needed. On a CPU, work runs immediately.
 
     Args:
-        cuda: what gives streams, None for torch.cuda; kinds: the types of device that have them. Others are for tests.
+        cuda: module with the stream functions; None for torch.cuda. Replaced in tests.
+        kinds: device types with streams. Replaced in tests.
     """
 
     def __init__(self, cuda: Any = None, kinds: tuple[str, ...] = ("cuda",)):
@@ -21,12 +22,12 @@ class SideStream:
         self._streams: dict[torch.device, Any] = {}
 
     def start(self, work: Callable[[], list[Tensor]], used: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Starts work that waits for what was asked of the current stream so far.
+        """Starts work on the side stream, after everything queued on the current stream so far.
 
         Args:
-            work: without arguments; gives new tensors.
-            used: tensors of the current stream that it reads; their memory is not given away before it is done.
-        Returns: what gives the results, for the stream that is then the current one, which waits for them.
+            work: function without arguments that returns new tensors.
+            used: tensors of the current stream that `work` reads; their memory is not reused before it has finished.
+        Returns: a function that makes the then current stream wait for `work` and returns the results.
         """
         device, cuda = used[0].device, self.cuda or torch.cuda
         if device.type not in self.kinds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastkd.detectors import DetectorConfig
 from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
@@ -17,10 +18,10 @@ from fastkd.training.methods import LGDConfig, Method
 
 @dataclass(frozen=True)
 class CrowdNumbers:
-    """The numbers of the generated crowd's recipes; those of the plain student hold for all.
+    """Hyper-parameters of the recipes on generated crowds, the same for all students.
 
-    People are upright, 20 .. 88 pixels high, and a quarter of them half hidden. Methods have the settings of the
-    scenes.
+    People are upright, 20 .. 88 pixels high, and a quarter of them are half hidden. Methods use the settings of the
+    scenes recipes.
     """
 
     steps: int = 500
@@ -35,8 +36,8 @@ class CrowdNumbers:
 CROWD = CrowdNumbers()
 
 
-def _files() -> dict[str, str]:
-    """The layout of CrowdHuman's download."""
+def _files() -> dict[str, Any]:
+    """The folder layout of CrowdHuman's download."""
     return {
         "format": "crowdhuman",
         "train_annotations": "annotation_train.odgt",
@@ -66,12 +67,12 @@ def _generated(name: str, method: type[Method] | None) -> Recipe:
         roi_canonical_size=64,
         box_head_channels=256,
     )
-    setup = method and method.on_scenes(detector)
+    setup = method.on_scenes(detector) if method else None
     return Recipe(
         name=name,
         detector=detector,
         data=DataConfig(root="data/crowd", **_files()),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         backbone_weights="asset:scenes-resnet18-backbone.safetensors",
         optimizer=OptimizerConfig(
             kind="adamw",
@@ -80,13 +81,13 @@ def _generated(name: str, method: type[Method] | None) -> Recipe:
             decay="cosine",
             warmup=CROWD.warmup,
         ),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=CROWD.steps, batch_size=CROWD.batch_size),
     )
 
 
 def _crowdhuman(name: str, method: type[Method] | None) -> Recipe:
-    """The settings usual on CrowdHuman: tall anchors, 800 x 1400 pixels, low score threshold, 500 detections."""
+    """The usual settings on CrowdHuman: tall anchors, 800 x 1400 pixels, low score threshold, 500 detections."""
     epochs, images, batch_size = 30, 15_000, 16
     steps = epochs * images // batch_size
     detector = DetectorConfig(
@@ -99,23 +100,23 @@ def _crowdhuman(name: str, method: type[Method] | None) -> Recipe:
         score_threshold=0.01,
         detections_per_image=500,
     )
-    setup = method and method.published(detector)
+    setup = method.published(detector) if method else None
     return Recipe(
         name=name,
         detector=detector,
         data=DataConfig(
             root="data/crowdhuman", short_sides=(800,), val_short_side=800, max_side=1400, workers=4, **_files()
         ),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         backbone_weights="weights/resnet50.pth",
         optimizer=OptimizerConfig(learning_rate=0.02, milestones=(24 / epochs, 27 / epochs), warmup=1000 / steps),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=steps, batch_size=batch_size),
         runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
     )
 
 
-# name -> what makes the recipe of that name
+# recipe name -> function that builds it
 CROWD_RECIPES: dict[str, Callable[[str], Recipe]] = {
     f"{family}-faster-rcnn-{'baseline' if method is None else method.kind}": functools.partial(make, method=method)
     for family, make in (("crowd", _generated), ("crowdhuman", _crowdhuman))

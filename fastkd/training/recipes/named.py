@@ -1,16 +1,16 @@
-"""The named recipes, made by functions: family x detector x method. `fastkd train NAME` runs one.
+"""The named recipes: family x detector x method. `fastkd train NAME` runs one.
 
-    scenes-teacher, scenes-<detector>-teacher      the larger detector the others learn from
-    scenes-resnet18-backbone, scenes-resnet34-backbone   what students and teachers start from
+    scenes-teacher, scenes-<detector>-teacher      the teachers, larger detectors
+    scenes-resnet18-backbone, scenes-resnet34-backbone   pretrain the backbones of students and teachers
     scenes-<detector>-{baseline,inherit,<method>}
     coco-<detector>-{teacher,baseline,inherit,<method>}
     <detector>: retinanet, fcos, faster-rcnn, mask-rcnn, atss, poto, condinst, solov2
-    <method>: the kinds of fastkd.training.methods.WITH_RECIPES, where the method can train the detector
+    <method>: the kinds of fastkd.training.methods.WITH_RECIPES, for the detectors that the method supports
     coco-<detector>-<backbone>-...  the other rows of the papers' tables: see papers.py
     {scenes,coco}-<detector>-lgdicd   both methods on one student (pairs.py)
     {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd.py)
 
-Any recipe trains on one's own COCO-format folder by overriding `data`: --data.root, --data.train-annotations, ...
+Any recipe trains on another COCO-format data set by overriding `data`: --data.root, --data.train-annotations, ...
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITHOUT_ANCHORS
@@ -48,13 +49,12 @@ STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet3
 
 @dataclass(frozen=True)
 class ScenesNumbers:
-    """Every number of the scenes recipes that was tuned, in one place; those of methods are in training/methods.
+    """The tuned hyper-parameters of the scenes recipes; those of methods are in training/methods.
 
     Tuned on the plain student (rate, clipping, warm-up, anchors, steps), never on a method: all students of a detector
-    share all of it. Teachers and backbones keep the rates, and the warm-up without clipping, that the shipped weights
-    were made with.
-    Objects are 8 .. 80 pixels wide and near square, hence few and small anchors; the pyramid is narrow for two CPU
-    cores.
+    share them. Teachers and backbones keep the rates and the warm-up, without clipping, of the shipped weights.
+    Objects are 8 .. 80 pixels wide and nearly square, hence few and small anchors; the pyramid is narrow, so that
+    training runs on two CPU cores.
     """
 
     dense_steps: int = 600
@@ -88,7 +88,7 @@ SCENES = ScenesNumbers()
 def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     """The small detectors of the scenes recipes; the teacher is deeper and wider with the same pyramid and head."""
     numbers, two_stage = SCENES, detector in TWO_STAGE
-    anchors = {"anchor_base": numbers.anchor_base}
+    anchors: dict[str, Any] = {"anchor_base": numbers.anchor_base}
     if detector not in WITHOUT_ANCHORS:
         anchors |= {"anchor_scales": (1.0,) if two_stage else numbers.dense_anchor_scales, "anchor_ratios": (1.0,)}
     return DetectorConfig(
@@ -112,7 +112,7 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
         mask_branch_channels=32,
         instance_head_channels=64,
         kernel_channels=64,
-        grids=(16, 14, 10, 6, 4),  # cells of 8 pixels and more for objects of 8 .. 80 in images of 128
+        grids=(16, 14, 10, 6, 4),  # cells of at least 8 pixels, for objects of 8 .. 80 pixels in images of 128
         **anchors,
     )
 
@@ -139,7 +139,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         name=f"scenes-{detector_name}-{method_name}",
         detector=config,
         data=DataConfig(),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         teacher=_scenes_teacher(detector_name) if _needs_teacher(method_name, setup) else None,
         inherit=_inherits(method_name, setup),
         backbone_weights=(
@@ -150,7 +150,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
             if teacher
             else _scenes_adamw(numbers.rate, numbers.warmup, numbers.clip_norm)
         ),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
 
@@ -164,15 +164,15 @@ def _needs_teacher(method_name: str, setup: Setup | None) -> bool:
 
 
 def _scenes_teacher(detector_name: str) -> str:
-    """The shipped teacher, or where the recipe scenes-<detector>-teacher puts its own."""
+    """The shipped teacher if there is one, else the output file of the recipe scenes-<detector>-teacher."""
     name = f"scenes-{detector_name}-teacher"
     return f"asset:{name}.safetensors" if detector_name in SHIPPED_TEACHERS else f"runs/{name}/student.safetensors"
 
 
 def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
-    """Trains a RetinaNet from random weights of which only the backbone is kept.
+    """Trains a RetinaNet from random weights, of which other recipes use only the backbone.
 
-    The students' on other scenes (seed 1), the teachers' on the scenes the students learn from.
+    The students' backbone is trained on other scenes (seed 1), the teachers' on the students' training scenes.
     """
     numbers, plain = SCENES, scenes_recipe("retinanet", "teacher" if teacher else "baseline")
     base, scales = numbers.backbone_anchors
@@ -191,7 +191,7 @@ def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
 
 
 def coco_recipe(detector_name: str, method_name: str) -> Recipe:
-    """A recipe with the published hyper-parameters: R50 students 1x (LGD 2x), an R101 teacher 3x."""
+    """A COCO recipe with the published hyper-parameters: R50 students 1x (LGD 2x), R101 teachers 3x."""
     detector = DETECTORS[detector_name]
     teacher = method_name == "teacher"
     backbone = "resnet101" if teacher else "resnet50"
@@ -212,7 +212,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
             max_side=1333,
             workers=4,
         ),
-        method=setup and setup.method,
+        method=setup.method if setup else None,
         teacher=f"runs/coco-{detector_name}-teacher/student.safetensors"
         if _needs_teacher(method_name, setup)
         else None,
@@ -221,7 +221,7 @@ def coco_recipe(detector_name: str, method_name: str) -> Recipe:
         optimizer=OptimizerConfig(
             learning_rate=0.02 if detector in TWO_STAGE else 0.01, milestones=milestones, warmup=1000 / steps
         ),
-        method_optimizer=setup and setup.optimizer,
+        method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=steps, batch_size=16),
         runtime=RuntimeConfig(log_every=50, checkpoint_every=5000),
     )
@@ -240,7 +240,7 @@ def recipe_names() -> list[str]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises ValueError with the nearest names. "scenes-teacher" is the RetinaNet teacher."""
+    """The recipe of a name; "scenes-teacher" is the RetinaNet teacher. Raises: ValueError with the nearest names."""
     if name == "scenes-teacher":
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
@@ -279,8 +279,9 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     import tyro  # only the command line needs it
 
     recipe = typed(get_recipe(name))
+    flat: Any = tyro.conf.AvoidSubcommands  # of a class made at run time, with the fields of the recipe's method
     parsed = tyro.cli(
-        tyro.conf.AvoidSubcommands[type(recipe)],  # type: ignore[misc]
+        flat[type(recipe)],
         default=recipe,
         args=list(args),
         prog=f"fastkd train {name}",

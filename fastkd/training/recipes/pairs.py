@@ -1,4 +1,4 @@
-"""Two methods on one student: a recipe made of the two recipes that have one of them each."""
+"""Two methods on one student: combines two recipes with one method each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import dataclasses
 from fastkd.training.config import Recipe
 from fastkd.training.methods import Combined, LGDICDConfig
 
-# name in recipes -> the combination, and the kinds of its parts: the last one's recipe is the base
+# name in recipes -> the combination, and the kinds of its methods; the last method's recipe is the base
 PAIRS: dict[str, tuple[type[Combined], tuple[str, str]]] = {"lgdicd": (LGDICDConfig, ("lgd", "icd"))}
 
 
 def pair_of(combined: type[Combined], first: Recipe, last: Recipe, *, name: str) -> Recipe:
-    """The last recipe with the first one's method added, on the first one's optimiser and schedule.
+    """The recipe `last` with the method of `first` added, and both optimisers and the schedule of `first`.
 
     Args:
-        combined: a combination of the two methods, in this order.
+        combined: the combination class, with the two methods in this order.
         first, last: recipes of the same detector and data.
-        name: of the new recipe.
-    Raises: ValueError if they differ in what the student is or sees, or have other methods.
+        name: name of the new recipe.
+    Raises: ValueError if the recipes differ in student or data, or their methods are not those of `combined`.
     """
     same = ("detector", "data", "backbone_weights", "seed")
     different = [item for item in same if getattr(first, item) != getattr(last, item)]

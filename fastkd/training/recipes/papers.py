@@ -1,9 +1,9 @@
-"""The further rows of the papers' COCO tables, and the AP they report.
+"""Recipes for the other rows of the papers' COCO tables, and the AP reported there.
 
-    coco-<detector>-<backbone>-<schedule>[-ss]-{baseline,lgd}   LGD's tables; -ss trains on one scale, the others on six
+    coco-<detector>-<backbone>-<schedule>[-ss]-{baseline,lgd}   LGD's tables; -ss is single-scale, others use 6 scales
     coco-<detector>-mbv2-{baseline,icd}                         ICD's students on MobileNetV2
 
-Rows with a ResNet-50 on ICD's or LGD's own schedule are the plain coco-<detector>-<method>.
+Rows with a ResNet-50 and the schedule of ICD or LGD are the plain recipes coco-<detector>-<method>.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SINGLE_SCALE = (800,)
 
 @dataclass(frozen=True)
 class Row:
-    """How a row differs from the plain recipe of its detector and method.
+    """A row's differences from the plain recipe of its detector and method.
 
     Args:
-        detector: as in recipe names.
-        method: as in recipe names.
+        detector: name of the detector in recipe names.
+        method: name of the method in recipe names.
         backbone: a key of BACKBONES.
         schedule: "1x", "2x" or "3x".
-        single_scale: train on short sides of 800 pixels only.
+        single_scale: train with a short side of 800 pixels only.
     """
 
     detector: str
@@ -59,7 +59,7 @@ def _rows() -> dict[str, Row]:
             name = f"coco-{detector}-{backbone}-2x{suffix}-{method}"
             rows[name] = Row(detector, method, backbone, "2x", single)
         if backbone == "r50" and not single:
-            del rows[name]  # that is coco-<detector>-lgd
+            del rows[name]  # the same as coco-<detector>-lgd
     for detector in ("atss", "poto"):
         rows[f"coco-{detector}-r50-2x-baseline"] = Row(detector, "baseline", "r50", "2x")
     for detector, method in itertools.product(("retinanet", "mask-rcnn"), ("baseline", "lgd")):
@@ -71,7 +71,7 @@ def _rows() -> dict[str, Row]:
 
 ROWS = _rows()
 
-# Box AP on COCO val (CrowdHuman: against the baseline) as the papers print it; nothing of it was measured with fastkd.
+# Box AP on COCO val (CrowdHuman: difference to the baseline) as printed in the papers, not measured with fastkd.
 PUBLISHED = {
     "coco-retinanet-baseline": "37.4",
     "coco-retinanet-icd": "40.7",
@@ -109,14 +109,14 @@ PUBLISHED = {
 
 
 def published_ap(name: str) -> str:
-    """The AP a paper reports for the recipe, "-" where none does."""
+    """The AP a paper reports for the recipe; "-" if there is none."""
     return PUBLISHED.get(name, "-")
 
 
 def apply_row(recipe: Recipe, row: Row) -> Recipe:
     """The plain recipe of the row's detector and method, with the row's backbone, schedule and scales.
 
-    Swin trains with AdamW at 1e-4, weight decay 0.05 and nothing frozen, as in its own detection recipes.
+    Swin trains with AdamW at 1e-4, weight decay 0.05 and no frozen stages, as in Swin's detection recipes.
     """
     backbone, deformable = BACKBONES[row.backbone]
     steps, milestones = SCHEDULES[row.schedule]

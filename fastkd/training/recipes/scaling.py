@@ -1,4 +1,4 @@
-"""Other batch sizes than the one a recipe was written for."""
+"""Scales a recipe to another batch size."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from fastkd.training.config import Recipe
 
 
 def scale_to_batch(recipe: Recipe, batch_size: int) -> Recipe:
-    """The recipe for another number of images a step, by the linear rule.
+    """The recipe with another batch size, by the linear scaling rule.
 
-    Learning rates (the methods' own, too) are multiplied by batch_size / old, steps by old / batch_size: as many
-    images are seen, and warm-up, milestones and phases, being fractions of the run, come after as many images.
+    Learning rates (including the methods') are multiplied by batch_size / old, steps by old / batch_size. The total
+    number of images stays the same; warm-up, milestones and phases are fractions of the run, so they begin after the
+    same number of images as before.
 
     Args:
-        recipe: for `recipe.schedule.batch_size` images a step.
-        batch_size: images of a step, a multiple of `recipe.schedule.accumulate`.
-    Raises: ValueError if batch_size is below 1 or no such multiple.
+        recipe: written for batches of `recipe.schedule.batch_size` images.
+        batch_size: the new batch size, a multiple of `recipe.schedule.accumulate`.
+    Raises: ValueError if batch_size is below 1 or not such a multiple.
     Source: Accurate, Large Minibatch SGD (Goyal et al., 2017).
     """
     if batch_size < 1:

@@ -1,1 +1,1 @@
-"""The run on disk and on the console: its folder, checkpoints, logs."""
+"""Files and console output of a run: run directory, checkpoints, logs."""

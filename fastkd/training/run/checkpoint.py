@@ -1,10 +1,9 @@
-"""Checkpoints: folders of safetensors and JSON with checksums, written whole or not at all.
+"""Checkpoints: folders of safetensors and JSON files with checksums, written atomically.
 
     checkpoints/step_0000600/model.safetensors  optimizer.safetensors  state.json  checksums.json
 
-A folder is filled under a temporary name, flushed to disk and renamed, so a crash leaves the old ones untouched.
-Nothing is ever unpickled. A checkpoint whose checksums do not agree is set aside as corrupt_step_* and the one before
-it is used.
+A folder is written under a temporary name, flushed to disk and renamed, so a crash leaves older checkpoints untouched.
+Nothing is ever unpickled. A checkpoint with a wrong checksum is renamed to corrupt_step_* and the previous one is used.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 
 class CheckpointError(RuntimeError):
-    """No usable checkpoint where there should be one."""
+    """A checkpoint is damaged, or none is usable."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ def sha256_of(path: Path) -> str:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies that share no memory, as safetensors wants them."""
+    """Contiguous CPU copies that share no memory, as safetensors requires."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all."""
+    """Writes a safetensors file atomically."""
     with replacing(path) as temporary:
         save_tensor_file(temporary, _plain(tensors), metadata)
 
@@ -74,7 +73,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
     """Writes a checkpoint and removes all but the last `keep_last`.
 
-    Raises: FloatingPointError for weights that are not finite: they would only be resumed into the same failure.
+    Raises: FloatingPointError for weights that are not finite, since a resumed run would fail at once.
     """
     broken = [name for name, t in checkpoint.model.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
@@ -102,7 +101,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by rising step, good or not."""
+    """The checkpoints of a folder in order of step, not verified."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -110,7 +109,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> None:
-    """Raises CheckpointError saying what is wrong with a checkpoint, if anything."""
+    """Raises CheckpointError, naming the fault, if a checkpoint is incomplete or damaged."""
     try:
         checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -131,11 +130,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies; None where there is none at all.
+    """The newest intact checkpoint; None if there are no checkpoints.
 
-    Damaged ones newer than it are set aside with a warning that names the fault.
+    Newer, damaged checkpoints are renamed, with a warning that names the fault.
 
-    Raises: CheckpointError if there are checkpoints and none is good.
+    Raises: CheckpointError if there are checkpoints and none is intact.
     """
     found = list_checkpoints(folder)
     faults = []

@@ -1,4 +1,4 @@
-"""A run's folder: may we write here, is it the same recipe, what is stored beside the checkpoints.
+"""The run directory: whether it may be used, and whether it holds a run of the same recipe. Its files:
 
 recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
 priors.json  metrics.json  ledger.json  detections.json
@@ -13,7 +13,7 @@ from typing import Any
 from fastkd.files import write_json
 from fastkd.training.config import Recipe
 
-# Fields that change how a run is carried out and never its result: they may differ when it is resumed.
+# Fields that never change the result of a run: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (
     "data.workers",
     "data.prefetch",
@@ -32,9 +32,9 @@ class RunDirectoryError(RuntimeError):
 
 
 def differing_fields(one: Any, other: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value in one, value in other) of everything in which two JSON values differ."""
+    """The differences of two JSON values: dotted name -> (value in one, value in other)."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found = {}
+        found: dict[str, tuple[Any, Any]] = {}
         for key in [*one, *(key for key in other if key not in one)]:
             name = f"{where}.{key}" if where else key
             found |= differing_fields(one.get(key), other.get(key), name)
@@ -42,16 +42,16 @@ def differing_fields(one: Any, other: Any, where: str = "") -> dict[str, tuple[A
     return {} if one == other else {where: (one, other)}
 
 
-def look_into(path: Path, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
-    """What can be said of a run directory before the data is opened.
+def inspect_run_directory(path: Path, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
+    """Checks a run directory before the data set is opened.
 
     Args:
         path: the run directory, which need not exist.
-        recipe: as asked for.
-        resume: whether to continue what is there.
-    Returns: metrics.json of a finished run of this recipe, which leaves nothing to do; else None.
-    Raises: RunDirectoryError if it holds something and `resume` is False, something that is no run, or another
-        recipe's run.
+        recipe: the recipe to train, before it is resolved against the data.
+        resume: whether to continue the run in `path`.
+    Returns: metrics.json if the run in `path` is finished, else None.
+    Raises: RunDirectoryError if the directory is not empty and `resume` is False, or if it holds anything but a run of
+        this recipe.
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"train: run directory must be a folder, got the file {path}; choose another --run-dir")
@@ -66,18 +66,18 @@ def look_into(path: Path, recipe: Recipe, *, resume: bool) -> dict[str, Any] | N
         raise RunDirectoryError(
             f"train: run directory must hold recipe.json to be resumed, got {path} without it; choose another --run-dir"
         )
-    # The stored recipe has the number of classes of the data, which nobody has opened yet.
+    # The stored recipe has the data set's number of classes, which is not known before the data set is opened.
     check_same_recipe(path, recipe, ignore=("detector.num_classes",) if recipe.data.match_classes else ())
     metrics = read_json(path / "metrics.json")
     return metrics if metrics is not None and metrics.get("finished") else None
 
 
 def open_run_directory(path: Path, recipe: Recipe) -> None:
-    """Makes the directory with recipe.json, or checks once more that what is there is of this recipe.
+    """Makes the directory with recipe.json; if that file exists, checks that it holds this recipe.
 
     Args:
-        path: the run directory, looked into before.
-        recipe: as resolved against the data.
+        path: the run directory, checked by `inspect_run_directory`.
+        recipe: resolved against the data.
     """
     if (path / "recipe.json").is_file():
         check_same_recipe(path, recipe)
@@ -91,8 +91,8 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
     Args:
         path: the run directory.
         recipe: the recipe asked for.
-        ignore: dotted names of fields that may differ besides RESUME_MAY_CHANGE.
-    Raises: RunDirectoryError naming every field that differs, with both values.
+        ignore: dotted names of further fields that may differ, besides RESUME_MAY_CHANGE.
+    Raises: RunDirectoryError with name and both values of every field that differs.
     """
     stored = path / "recipe.json"
     try:
@@ -109,5 +109,5 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; None where there is no such file."""
+    """The content of a JSON file; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -30,10 +30,10 @@ class RunResult:
     """How a call of `train` ended.
 
     Args:
-        status: "finished", "already finished" or "interrupted" (saved, to be resumed).
+        status: "finished", "already finished" or "interrupted" (saved, can be resumed).
         metrics: content of metrics.json; empty if interrupted.
-        run_dir: where everything is.
-        exit_code: 0; 130 after Ctrl-C and 143 after SIGTERM, as shells know them.
+        run_dir: the run directory.
+        exit_code: 0, or the shell's code for a signal: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     status: str
@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def commit() -> str | None:
-    """The git commit of the code, "+" appended where files differ from it; None outside a repository."""
+    """The git commit of the code, with "+" if tracked files are modified; None outside a repository."""
 
     def git(*args: str) -> str | None:
         try:
@@ -90,7 +90,7 @@ def commit() -> str | None:
 
 
 def finish_run(trainer: Trainer) -> RunResult:
-    """Evaluates the trained student and writes the final files; metrics.json last, for it marks the run as finished."""
+    """Evaluates the trained student and writes the final files; metrics.json, which marks the run finished, is last."""
     built, group, run_dir, recipe = trainer.built, trainer.group, trainer.run_dir, trainer.recipe
     module = trainer.module
     metrics, results = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
@@ -126,7 +126,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         write_json(run_dir / "detections.json", results)
         write_json(run_dir / "metrics.json", metrics)
 
-    group.first_does(write)
+    group.on_rank0(write)
     if group.first:
         if trainer.ledger is not None:
             trainer.console.print(cost.ledger_table(recipe.name, cost.totals(recipe, trainer.ledger)))

@@ -1,4 +1,4 @@
-"""Jumps of the loss: a run at the edge of stability loses within a few steps what it learned in hundreds."""
+"""Detects jumps of the loss: an unstable run can undo in a few steps the progress of hundreds of steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from fastkd.training.config import OptimizerConfig, Recipe
 from fastkd.training.parallel.processes import Processes
 
-WINDOW = 50  # steps a mean is taken over
-RISE = 0.15  # a mean this much above the smallest one before it is a jump
+WINDOW = 50  # steps of the moving average
+RISE = 0.15  # a moving average this fraction above its minimum so far is a jump
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Jump:
     """A rise of the loss.
 
     Args:
-        step: finished steps when the mean passed the limit.
-        mean: of the loss over the last WINDOW steps.
-        lowest: the smallest such mean before.
+        step: number of finished steps when the moving average exceeded the limit.
+        mean: moving average of the loss over the last WINDOW steps.
+        lowest: minimum of the moving average before.
     """
 
     step: int
@@ -35,17 +35,17 @@ class Jump:
 
 
 class JumpCounter:
-    """Counts jumps of the detector's own loss, which is the same sum with and without a method and in all its phases.
+    """Counts jumps of the detector's own loss, which is comparable between runs with and without a method.
 
-    A jump begins where the mean of the last WINDOW steps exceeds the smallest such mean so far by more than RISE, and
-    lasts until the mean is back below that limit. Windows begin after the warm-up.
+    A jump begins when the moving average over WINDOW steps exceeds its minimum so far by more than the fraction RISE,
+    and lasts until the average is back below that limit. Warm-up steps are ignored.
 
     Args:
-        warmup_steps: first steps of the run, which are left out.
+        warmup_steps: number of first steps to ignore.
 
     Attributes:
         found: the jumps in order.
-        largest_rise: the largest mean relative to the smallest before it, minus 1; 0 if none was above it.
+        largest_rise: maximum of moving average / minimum before it - 1; 0 if the average never rose.
     """
 
     def __init__(self, warmup_steps: int):
@@ -59,14 +59,14 @@ class JumpCounter:
         self._unread: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
-        """Takes the loss of the next step, a scalar, and leaves it on its device: nobody waits for it until `read`."""
+        """Records the scalar loss of the next step on its device; `read` synchronises."""
         self._unread.append(loss.detach())
 
     def read(self, mean: Callable[[Tensor], Tensor]) -> list[Jump]:
-        """Looks at the steps added since the last call and returns the jumps that begin in them.
+        """Evaluates the steps added since the last call and returns the jumps that begin in them.
 
         Args:
-            mean: makes a CPU tensor its mean over all processes; each of them calls `read` after the same steps.
+            mean: averages a CPU tensor over all processes; every process calls `read` after the same steps.
         """
         if not self._unread:
             return []
@@ -77,7 +77,7 @@ class JumpCounter:
         return new
 
     def warn(self, recipe: Recipe, group: Processes, console: Console) -> None:
-        """Reads the steps added since the last call and prints one line for each new jump; all processes call it."""
+        """Evaluates the steps added since the last call and prints each new jump; all processes call it."""
         for jump in self.read(group.mean):
             if group.first:
                 console.print(f"{recipe.name}: {describe(jump, recipe.optimizer)}", highlight=False)
@@ -97,12 +97,12 @@ class JumpCounter:
         return Jump(self._step, mean, lowest) if self._above and not was_above else None
 
     def summary(self) -> dict[str, Any]:
-        """What metrics.json holds: number and steps of the jumps, and the largest rise."""
+        """The entry of metrics.json: number and steps of the jumps, and the largest rise."""
         steps = [jump.step for jump in self.found]
         return {"count": len(steps), "steps": steps, "largest_rise": self.largest_rise}
 
     def state(self) -> dict[str, Any]:
-        """Everything that was read, as JSON types; call `read` first."""
+        """The state after the last `read`, as JSON types; raises ValueError if steps were added since."""
         if self._unread:
             raise ValueError(f"JumpCounter: all steps must be read before state(), got {len(self._unread)} unread")
         return {
@@ -115,7 +115,7 @@ class JumpCounter:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
+        """Restores the result of `state`."""
         self._step, self._above, self.largest_rise = state["step"], state["above"], state["largest_rise"]
         self._recent = deque(state["recent"], maxlen=WINDOW)
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
@@ -124,7 +124,7 @@ class JumpCounter:
 
 
 def remedy(optimizer: OptimizerConfig) -> str:
-    """What to change in a recipe whose loss jumps."""
+    """Suggests changes to a recipe whose loss jumps."""
     clip = "clip gradients (--optimizer.clip-norm 2)"
     if optimizer.clip_norm is not None:
         clip = f"clip gradients below --optimizer.clip-norm {optimizer.clip_norm:g}"
@@ -133,6 +133,6 @@ def remedy(optimizer: OptimizerConfig) -> str:
 
 
 def describe(jump: Jump, optimizer: OptimizerConfig) -> str:
-    """A warning about one jump."""
+    """The warning for one jump."""
     rise = f"from {jump.lowest:.3g} to {jump.mean:.3g} by step {jump.step}"
     return f"the detector's loss jumped (its mean over {WINDOW} steps rose {rise}); {remedy(optimizer)}"

@@ -1,4 +1,4 @@
-"""The training data of a run: its loader, and whether training waits for it."""
+"""The data loader of a run, and statistics of the time that training waits for it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastkd.training.parallel.processes import Processes
 
 
 def train_loader(built: Built, group: Processes, step: int = 0, parts: int | None = None) -> BatchLoader:
-    """The parts of the steps after `step`, this process's share of each.
+    """This process's share of the micro-batches of all steps after `step`.
 
     Args:
         built: data and recipe.
-        group: the processes the batches are divided over.
+        group: the processes that share each batch.
         step: finished optimiser steps.
-        parts: of the run, counted from its first step; None takes those of all its steps.
+        parts: number of micro-batches of the run, counted from its first step; None takes all.
     """
     recipe, data, schedule = built.recipe, built.recipe.data, built.recipe.schedule
     return build_train_loader(
@@ -42,14 +42,14 @@ def train_loader(built: Built, group: Processes, step: int = 0, parts: int | Non
 
 @dataclass
 class Loading:
-    """Sums over the log intervals since the run was last started: steps, and what they waited for data.
+    """Loading statistics, summed over the log intervals since the run was last started.
 
     Args:
-        images: trained on.
-        steps: taken.
-        seconds: they took in all.
-        waited: of these, waiting for data.
-        made: seconds all processes' loaders would need for the images at their own rate.
+        images: number of training images.
+        steps: number of steps.
+        seconds: total time of these steps.
+        waited: part of `seconds` spent waiting for data.
+        made: seconds that the loaders of all processes need for these images at their measured rate.
     """
 
     images: int = 0
@@ -62,10 +62,10 @@ class Loading:
         """Adds an interval.
 
         Args:
-            images, steps: of all processes.
-            seconds, waited: of the process that waited longest.
-            rate: images a second of all loaders.
-        Returns: what its log record says of it.
+            images, steps: counts of the interval, over all processes.
+            seconds, waited: times of the process that waited longest.
+            rate: images per second of all loaders together.
+        Returns: the entries of the log record.
         """
         self.images, self.steps = self.images + images, self.steps + steps
         self.seconds, self.waited, self.made = self.seconds + seconds, self.waited + waited, self.made + images / rate
@@ -78,7 +78,7 @@ class Loading:
         }
 
     def summary(self) -> dict[str, Any] | None:
-        """The same of all intervals, for metrics.json; None where no step was taken."""
+        """The same entries over all intervals, for metrics.json; None if no step was taken."""
         if not self.steps:
             return None
         return Loading().add(self.images, self.steps, self.seconds, self.waited, self.images / self.made)

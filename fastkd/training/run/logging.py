@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, TensorBoard scalars, one JSON line per interval."""
+"""Output of a run during training: a progress bar, TensorBoard scalars, one JSON line per log interval."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from fastkd.files import write_text
 
 
 class Interval:
-    """Sums of scalars since the last log line, kept on their device: nobody waits for them until they are read."""
+    """Sums of scalars since the last log line, kept on their device to avoid a synchronisation per step."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds one step's scalars. Phases may add other names than before; a name's mean is over all steps."""
+        """Adds one step's scalars. A scalar that is missing in some steps (other phases) counts as 0 there."""
         self.steps += 1
         for name, value in values.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def state(self) -> dict[str, Any]:
-        """The sums as JSON numbers, exactly."""
+        """The sums as JSON numbers, without rounding."""
         return {"steps": self.steps, "sums": {name: value.item() for name, value in self.sums.items()}}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """What `state` gave."""
+        """Restores the result of `state`."""
         self.steps = state["steps"]
         self.sums = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in state["sums"].items()}
 
     def take(self) -> dict[str, float]:
-        """The means, and starts again."""
+        """Returns the means and resets the sums."""
         names = list(self.sums)
         means = (torch.stack([self.sums[n] for n in names]) / max(self.steps, 1)).tolist() if names else []
         self.steps, self.sums = 0, {}
@@ -50,14 +50,14 @@ class Interval:
 
 
 class Stopwatch:
-    """Time spent in training steps, without what is done between them.
+    """Time spent in training steps, excluding logging, checkpoints and evaluations.
 
     Args:
-        total: seconds spent before.
+        total: seconds spent before the run was resumed.
 
     Attributes:
-        total: seconds in all.
-        steps: since the last lap; counted by the caller.
+        total: total seconds.
+        steps: steps since the last lap; incremented by the caller.
     """
 
     def __init__(self, total: float):
@@ -70,20 +70,20 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """Stops the clock and adds what has passed."""
+        """Stops the clock and adds the elapsed time."""
         passed = time.perf_counter() - self._since
         self.total += passed
         self._lap += passed
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block that waits for data."""
+        """Counts the time of the block as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     def take_lap(self) -> tuple[float, float, int]:
-        """Seconds, seconds waited and steps since the last lap, and starts a new one."""
+        """Returns seconds, seconds waited and steps since the last lap, and starts a new lap."""
         lap = self._lap, self._waited, self.steps
         self._lap, self._waited, self.steps = 0.0, 0.0, 0
         return lap
@@ -94,7 +94,7 @@ class RunLog:
 
     Args:
         run_dir: the run directory.
-        start_step: finished steps; records beyond it (of a run that died before saving) are dropped.
+        start_step: finished steps; later records, of a run that crashed before its next checkpoint, are dropped.
 
     Attributes:
         evaluated: whether the log holds an evaluation of `start_step`.
@@ -119,11 +119,11 @@ class RunLog:
                     kept.append(line + "\n")
                     self.evaluated = record["step"] == step and "bbox" in record
             except (ValueError, KeyError, TypeError):
-                continue  # half a line, from a crash in the middle of writing
+                continue  # an incomplete line, from a crash during writing
         write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line; its numbers, also nested ones, become TensorBoard scalars."""
+        """Writes one line; its numbers, nested ones included, become TensorBoard scalars."""
         self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self.file.flush()
         for name, value in _scalars(record):
@@ -131,13 +131,13 @@ class RunLog:
                 self.writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes log.jsonl and TensorBoard."""
         self.file.close()
         self.writer.close()
 
 
 def _finite(value: Any) -> Any:
-    """The record with null for what JSON cannot write (an infinite gradient norm)."""
+    """Replaces numbers that JSON cannot represent (an infinite gradient norm) by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -154,14 +154,14 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 
 
 class RunProgress:
-    """A bar with rate, time left and loss on a terminal; a line per log interval elsewhere; nothing when not shown.
+    """A progress bar with rate, time left and loss on a terminal; otherwise one line per log interval.
 
     Args:
-        name: of the run.
-        steps: of the whole run.
+        name: name of the run.
+        steps: steps of the whole run.
         start_step: finished steps.
-        console: where to write.
-        shown: False for all ranks but the first.
+        console: console to write to.
+        shown: False prints nothing (all ranks but the first).
     """
 
     def __init__(self, name: str, steps: int, start_step: int, console: Console, shown: bool):
@@ -177,7 +177,7 @@ class RunProgress:
             self.task = self.bar.add_task(name, total=steps, completed=start_step, rate="", loss="")
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the bar by one step."""
         if self.bar is not None:
             self.bar.advance(self.task)
 
@@ -195,7 +195,7 @@ class RunProgress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Room for another bar."""
+        """Hides the bar during the block, so that another bar can be shown."""
         if self.bar is not None:
             self.bar.stop()
         yield
@@ -203,7 +203,7 @@ class RunProgress:
             self.bar.start()
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Removes the bar and restores the terminal."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
