@@ -1,7 +1,7 @@
 """A detector of one's own in fastkd's trainer: python examples/own_detector.py [DATA] [RUN_DIR] [STEPS]
 
 Trains a wider one as teacher, then the small one with LGD and with ICD. The same from the command line, in this folder:
-    fastkd train scenes-retinanet-lgd --detector own_detector:TinyDetector --run-dir runs/tiny
+    fastkd train scenes-retinanet-lgd --detector own_detector:TinyDetector --data.root ../data/scenes
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TinyDetector(nn.Module):
         low, high = batch.boxes.split(2, 1)
         own = 2 ** ((high - low).amax(1) / 6).log2().round().clamp(3, 5)  # an object's level, as its stride
         near = ((low + high)[:, None] / 2 - centres).abs().amax(2) < strides  # [K, N]
-        which, cell = (near & (strides == own[:, None])).nonzero(as_tuple=True)
+        which, cell = (near & ((strides - own[:, None]).abs() < 1)).nonzero(as_tuple=True)
         image, count = batch.image_index[which], max(1, len(which))
         wanted = torch.zeros_like(logits)
         wanted[image, cell, batch.labels[which]] = 1

@@ -106,4 +106,4 @@ class Detector(nn.Module):
         Raises: ValueError for a detector whose cells have no scores (the default).
         """
         name = self.config.custom or type(self).__name__
-        raise ValueError(f"cell_scores: the detector must score its cells, got {name}; take a method without scores")
+        raise ValueError(f"cell_scores: the detector must score its cells, got a {name}; take a method without scores")

@@ -265,7 +265,7 @@ class LGD(Distiller):
         )
 
     def prepare(self, batch: Batch, level_sizes: Sequence[tuple[int, int]] = ()) -> Objects:
-        """The objects of a batch, gathered outside of `forward`: one compiled `forward` then serves any box counts."""
+        """The objects of a batch, gathered outside of `forward`, so that one compiled graph serves any box counts."""
         return gather_objects(batch, context=self.context, use_masks=self.use_masks)
 
     def forward(

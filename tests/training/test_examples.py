@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_tiny_data
 
 import fastkd
+from fastkd.cli import run as run_command
 
 EXAMPLES = Path(fastkd.__file__).parent.parent / "examples"
 
@@ -54,3 +55,42 @@ def test_own_method(example, tmp_path, tmp_path_factory, monkeypatch):
     assert 0 < record["losses"]["cosine_distill"] < 4
     assert load_file(tmp_path / "run/method.safetensors").keys() == {"adapter.weight", "adapter.bias"}
     assert len((EXAMPLES / "own_method.py").read_text().splitlines()) <= 80
+
+
+def test_own_detector(example, tmp_path, tmp_path_factory, monkeypatch):
+    """Teacher, LGD and ICD with a detector of one's own; then the commands, which import it on --detector alone."""
+    own_detector = example("own_detector")
+    whole = own_detector.recipe_of
+    monkeypatch.setattr(own_detector, "recipe_of", lambda *arguments: tiny(whole(*arguments)))
+    data, run = make_tiny_data(tmp_path_factory), tmp_path / "run"
+    results = own_detector.main(data, run, steps=2)
+    assert [result.status for result in results] == ["finished"] * 3
+    name = "own_detector:TinyDetector"
+    assert json.loads((run / "icd/recipe.json").read_text())["detector"]["custom"] == name
+    losses = {
+        method: json.loads((run / method / "log.jsonl").read_text().splitlines()[0])["losses"]
+        for method in ("lgd", "icd")
+    }
+    assert losses["lgd"].keys() >= {"classification", "box", "instructive_box", "lgd_distill"}
+    assert losses["icd"].keys() >= {"classification", "box", "icd_distill"} and losses["icd"]["icd_distill"] > 0
+    assert results[2].metrics["inherited"].startswith("4 of 4 tensors")
+
+    monkeypatch.setattr("fastkd.detectors.own._used", {})  # as in another process
+    again = ["train", str(run / "lgd/recipe.json"), "--run-dir", str(run / "lgd"), "--resume", "--device", "cpu"]
+    on_data = ["--annotations", str(data / "annotations/val.json"), "--images", str(data / "val"), "--device", "cpu"]
+    evaluate = ["evaluate", str(run / "icd"), *on_data, "--out", str(tmp_path / "metrics.json")]
+    export = ["export", str(run / "icd"), "--out", str(tmp_path / "export")]
+    with pytest.raises(ValueError, match=f"{name} must be imported by the user.*pass --detector {name}"):
+        run_command([*evaluate])
+    run_command([*evaluate, "--detector", name])
+    measured = json.loads((tmp_path / "metrics.json").read_text())["bbox"]
+    assert measured["images"] == results[2].metrics["bbox"]["images"]
+    assert measured["AP"] == pytest.approx(results[2].metrics["bbox"]["AP"], abs=0.01)
+    run_command([*again, "--detector", name])  # the same recipe, finished: it would raise otherwise
+    with pytest.raises(ValueError, match=f"must be one of fastkd's, got {name}; pass --no-onnx"):
+        run_command([*export, "--detector", name])
+    run_command([*export, "--detector", name, "--no-onnx"])
+    assert json.loads((tmp_path / "export/model.json").read_text())["levels"][2]["stride"] == 32
+    page = tmp_path / "report.html"
+    run_command(["report", str(run / "icd"), "--out", str(page), "--images", "1", "--detector", name])
+    assert name in page.read_text() and "nothing to show" not in page.read_text()
