@@ -164,7 +164,7 @@ def test_equal_boxes_of_atss_share_no_location():
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 12), (2, 7), (9, 9), (20, 13)], ids=str)
 @pytest.mark.parametrize("size", [3, 9])
-def test_near_cells_hold_the_nearest(grid, size):
+def test_candidate_cells_hold_the_nearest(grid, size):
     points = torch.rand(30, 2) * torch.tensor([grid[1], grid[0]]) * 8
     found = candidate_cells(points, grid, 8, size)
     assert found.shape == (30, min(size, grid[0]) * min(size, grid[1]))

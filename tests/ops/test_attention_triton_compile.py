@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.gpu.triton_report import PROJECTIONS, SHARED_LIMIT, Case, Row, read_kernel  # noqa: E402
+from benchmarks.gpu.triton_report import SHARED_LIMIT, Case, Row, read_kernel  # noqa: E402
 
 CARDS = [80, 90, 100]
 CASES = [
@@ -23,7 +23,6 @@ CASES = [
     Case("forward", projected=True, dtype=torch.float32),
     Case("backward", projected=True, last=False, dtype=torch.float32),
     Case("backward", projected=True, dtype=torch.float64),
-    *(Case(kernel, last=last) for kernel in PROJECTIONS for last in (True, False)),
 ]
 INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 
