@@ -93,4 +93,4 @@ def test_own_detector(example, tmp_path, tmp_path_factory, monkeypatch):
     assert json.loads((tmp_path / "export/model.json").read_text())["levels"][2]["stride"] == 32
     page = tmp_path / "report.html"
     run_command(["report", str(run / "icd"), "--out", str(page), "--images", "1", "--detector", name])
-    assert name in page.read_text() and "nothing to show" not in page.read_text()
+    assert "Where the teacher looks (ICD)" in page.read_text() and "nothing to show" not in page.read_text()
