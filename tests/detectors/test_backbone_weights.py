@@ -221,7 +221,7 @@ def test_hostile_detector_files(tmp_path):
     refused("has no format", {"format": "other"})
     refused("header of .* is not readable", {"config": "{"})
     refused("header of .* is not readable: DetectorConfig must be an object", {"config": "[]"})
-    refused("unknown fields", other(colour=1))
+    refused(r"must be made of the fields of DetectorConfig, got \['colour'\]", other(colour=1))
     refused("num_classes must be", other(num_classes=-1))
     refused("channels must be", other(channels="32"))
     refused("header of .* is not readable", {"config": "[" * 100_000})
