@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hosts.scenes import SIDE, Scenes, write_yolo
-from fastkd.integrations.methods import METHODS, needs_teacher
+from fastkd.integrations import methods
 
 CLASSES, BATCH, WARM_UP = 10, 8, 5
 Found = list[tuple[Tensor, Tensor, Tensor]]
@@ -47,7 +47,7 @@ class Job:
     @property
     def distils(self) -> bool:
         """Whether the run uses fastkd."""
-        return self.method in METHODS
+        return self.method in methods.METHODS
 
 
 class Clock:
@@ -106,7 +106,7 @@ def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -
     if not job.distils:
         return None
     teacher = None
-    if needs_teacher(job.method):
+    if methods.needs_teacher(job.method):
         teacher = retinanet("resnet34").eval()
         teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
         teacher.to(job.device)
@@ -220,7 +220,7 @@ def transformers(job: Job, clock: Clock) -> Found:
 
     model, callbacks = rt_detr(job), [Tick()]
     if job.distils:
-        teacher = type(model).from_pretrained(job.teacher).eval() if needs_teacher(job.method) else None
+        teacher = type(model).from_pretrained(job.teacher).eval() if methods.needs_teacher(job.method) else None
         kd = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed)
         callbacks.append(kd.callback)
     arguments = hf.TrainingArguments(
@@ -261,7 +261,7 @@ def ultralytics(job: Job, clock: Clock) -> Found:
     model = YOLO("yolo11s.yaml" if job.method == "teacher" else "yolo11n.yaml")
     model.add_callback("on_train_batch_end", clock.tick)
     if job.distils:
-        teacher = YOLO(job.teacher) if needs_teacher(job.method) else None
+        teacher = YOLO(job.teacher) if methods.needs_teacher(job.method) else None
         settings["trainer"] = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed).trainer
     elif job.method == "own":
         settings["distill_model"] = str(job.teacher)

@@ -247,7 +247,7 @@ def test_info_names_what_every_op_runs(monkeypatch):
         library, "why_no_kernel", lambda op, device="cpu": reasons.get(op) if device == "cuda" else None
     )
     found = info.collect()["ops"]
-    assert sorted(found) == OPS
+    assert set(found) == {*OPS, "focal_loss"}  # which has no kernel for GPUs
     assert found["box_pool"] == {"cpu": "compiled", "cuda": "plain torch: it is not built"}
     assert found["attention_mass"]["cuda"] == "compiled by Triton when first called"
     assert found["box_paint"]["cuda"] == "compiled"
