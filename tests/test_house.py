@@ -58,7 +58,7 @@ parse = functools.cache(ast.parse)
 
 
 def imports(texts: dict[str, str], module: str) -> Iterator[Import]:
-    """What a module imports of `texts`, wherever in the file, type checking aside. All our imports are absolute."""
+    """The modules of `texts` that a module imports anywhere but for type checking; all our imports are absolute."""
     tree = parse(texts[module])
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):

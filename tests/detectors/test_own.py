@@ -59,7 +59,7 @@ def config_of(detector, **changes):
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    """What a test brings into use is forgotten after it."""
+    """Forgets the classes that a test registered with `use_detector`."""
     monkeypatch.setattr("fastkd.detectors.own._used", {})
 
 

@@ -28,7 +28,7 @@ def arguments(count=12, images=2, per_cell=9, psi=0.5, dtype=torch.float32):
 
 
 def raw_arguments(call):
-    """What the public function hands to the raw op."""
+    """The arguments that the public function passes to the raw op."""
     boxes, index, anchors, strides, images, sizes, psi = call
     return [
         boxes,

@@ -218,7 +218,7 @@ def test_gradcheck(op, layout):
 
 
 def raw_arguments(op, given):
-    """What the public function hands to the raw op."""
+    """The arguments that the public function passes to the raw op."""
     first, *rest = given
     first = list(first) if isinstance(first, (list, tuple)) else first
     if op.endswith("paint"):
