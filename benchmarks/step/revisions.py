@@ -77,7 +77,7 @@ class Checkout:
 
 def cases(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The steps to compare, in order of cost."""
-    for form in ("bfloat16", "float32"):
+    for form in chosen.forms:
         for images in chosen.images:
             for detector in chosen.detectors:
                 for method in chosen.methods:
@@ -107,18 +107,21 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Whole steps before and after a change",
         "",
-        f"`{found['command']}`: commit {found['commits']['before']} against {found['commits']['after']},",
+        *(f"`{command}`" for command in found["commands"]),
+        "",
+        f"Commit {found['commits']['before']} against {found['commits']['after']},",
         f"{found['machine']['cpu']}, {found['threads']} threads, torch {found['machine']['torch']}.",
         "Minima over the turns, peak memory of one step beyond what was held before it; in brackets after / before.",
         "",
-        "| step | B | dtype | before, s | after, s | peak before, MiB | peak after, MiB |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| step | B | image | dtype | before, s | after, s | peak before, MiB | peak after, MiB |",
+        "|---|---|---|---|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
         fast = {name: min(times) for name, times in row["seconds"].items()}
         size = {name: peak / 2**20 for name, peak in row["peak"].items()}
         lines.append(
-            f"| {row['problem']['detector']}, {row['method']} | {row['problem']['images']} | {row['form']} "
+            f"| {row['problem']['detector']}, {row['method']} | {row['problem']['images']} "
+            f"| {row['problem']['height']} x {row['problem']['width']} | {row['form']} "
             f"| {fast['before']:.3f} | {fast['after']:.3f} ({fast['after'] / fast['before']:.3f}) "
             f"| {size['before']:,.0f} | {size['after']:,.0f} ({size['after'] / size['before']:.3f}) |"
         )
@@ -135,6 +138,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--detectors", nargs="+", default=["retinanet", "faster-rcnn"])
     parser.add_argument("--methods", nargs="+", default=["lgd", "icd"])
+    parser.add_argument("--forms", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--append", action="store_true", help="keep the rows of the file, as of another image size")
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2], help="images of a batch")
     parser.add_argument("--boxes", type=int, default=7, help="boxes of an image")
     parser.add_argument("--height", type=int, default=800)
@@ -142,12 +147,18 @@ def main() -> None:
     chosen = parser.parse_args()
     sides = [Checkout(folder.resolve(), chosen.threads) for folder in (chosen.before, chosen.after)]
     found = {
-        "command": f"python -m benchmarks.step.revisions {shlex.join(sys.argv[1:])}",
+        "commands": [f"python -m benchmarks.step.revisions {shlex.join(sys.argv[1:])}"],
         "commits": dict(zip(("before", "after"), (commit(folder) for folder in (chosen.before, chosen.after)))),
         "machine": machine(torch.device("cpu")),
         "threads": chosen.threads,
         "rows": [],
     }
+    if chosen.append:
+        earlier = json.loads(chosen.out.with_suffix(".json").read_text(encoding="utf-8"))
+        if earlier["commits"] != found["commits"]:
+            raise SystemExit(f"revisions: {chosen.out} compares {earlier['commits']}, not {found['commits']}")
+        found["commands"] = earlier["commands"] + found["commands"]
+        found["rows"] = earlier["rows"]
     for case in cases(chosen):
         found["rows"].append(compare(*sides, case, chosen.turns))
         chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
