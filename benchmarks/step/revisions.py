@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,17 +113,21 @@ def page(found: dict[str, Any]) -> str:
         f"Commit {found['commits']['before']} against {found['commits']['after']},",
         f"{found['machine']['cpu']}, {found['threads']} threads, torch {found['machine']['torch']}.",
         "Minima over the turns, peak memory of one step beyond what was held before it; in brackets after / before.",
+        "The quartiles of the turns' own ratios show what this machine can tell.",
         "",
-        "| step | B | image | dtype | before, s | after, s | peak before, MiB | peak after, MiB |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| step | B | image | dtype | turns | before, s | after, s | quartiles | peak before, MiB | peak after, MiB |",
+        "|---|---|---|---|---:|---:|---:|---|---:|---:|",
     ]
     for row in found["rows"]:
         fast = {name: min(times) for name, times in row["seconds"].items()}
+        ratios = [after / before for before, after in zip(row["seconds"]["before"], row["seconds"]["after"])]
+        low, middle, high = statistics.quantiles(ratios, n=4)
         size = {name: peak / 2**20 for name, peak in row["peak"].items()}
         lines.append(
             f"| {row['problem']['detector']}, {row['method']} | {row['problem']['images']} "
             f"| {row['problem']['height']} x {row['problem']['width']} | {row['form']} "
-            f"| {fast['before']:.3f} | {fast['after']:.3f} ({fast['after'] / fast['before']:.3f}) "
+            f"| {len(ratios)} | {fast['before']:.3f} | {fast['after']:.3f} ({fast['after'] / fast['before']:.3f}) "
+            f"| {low:.3f}, {middle:.3f}, {high:.3f} "
             f"| {size['before']:,.0f} | {size['after']:,.0f} ({size['after'] / size['before']:.3f}) |"
         )
     return "\n".join(lines) + "\n"
