@@ -203,9 +203,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="checkout with the older code and its _cpu.so")
     parser.add_argument("--after", type=Path, default=Path.cwd(), help="checkout with the newer code")
     parser.add_argument("--out", type=Path, default=Path("docs/results/step-revisions"), help="without a suffix")
-    parser.add_argument(
-        "--turns", type=int, default=3, help="steps of each side in each case; 0 with --append: the method alone"
-    )
+    parser.add_argument("--turns", type=int, default=3, help="steps of each side in each case; 0: none")
     parser.add_argument("--own-turns", type=int, default=20, help="turns of the method alone in each case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--detectors", nargs="+", default=["retinanet", "faster-rcnn"])
