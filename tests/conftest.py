@@ -45,6 +45,16 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in SLOW)
 
 
+def pytest_make_parametrize_id(val):
+    """Short containers as they are written, and a dict of tensors by its keys: pytest would number them."""
+    if isinstance(val, (dict, list, tuple)):
+        text = str(val)
+        if len(text) <= 60 and "<" not in text and "tensor(" not in text:
+            return text
+        return ", ".join(map(str, val)) if isinstance(val, dict) else None
+    return None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
