@@ -70,7 +70,7 @@ def test_share_inside_boxes(counts):
 
 
 def imitators():
-    """Distiller and further inputs of each method that imitates a whole pyramid, with other channels for the teacher."""
+    """The methods that imitate a whole pyramid, with other channels for the teacher."""
     torch.manual_seed(0)
     return {
         "pkd": PKD(8, teacher_channels=12),
@@ -205,7 +205,7 @@ def test_icd_of_equal_values():
 
 
 def test_only_lgd_instructs():
-    student, teacher = pyramids(2, 8, 8, torch.float32)
+    student, _ = pyramids(2, 8, 8, torch.float32)
     batch, lgd = ragged_batch((2, 0)), LGD(3, 8, heads=2)
     assert lgd.instructs and lgd.diagnostics(student, batch) == {}
     torch.testing.assert_close(lgd.instruct(student, batch), lgd(student, batch).instructive)

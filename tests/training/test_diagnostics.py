@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import make_tiny_data, silent, tiny_recipe
 
 from fastkd.data import build_eval_loader
 from fastkd.detectors import load_detector
+from fastkd.distillers import ICD
 from fastkd.evaluation import evaluate, evaluator_of
 from fastkd.report import write_report
-from fastkd.training import LGDConfig, get_recipe, train
+from fastkd.training import LGDConfig, train
 from fastkd.training.build import build
 from fastkd.training.config import RuntimeConfig, Schedule
 from fastkd.training.doctor.median_box import median_box
@@ -312,8 +314,6 @@ def test_the_doctor_reads_a_run(scenes, folder, tmp_path):
 
 def test_the_median_box_by_hand():
     """Three boxes of 20, 40 and 60 pixels in images twice as large as the student sees them."""
-    import numpy as np
-
     boxes = np.array([[0, 0, 40, 40], [0, 0, 120, 120], [10, 10, 90, 90]], dtype=np.float32)
     sizes = np.full((3, 2), (400, 256))
     found = median_box(boxes, sizes, (128, 256), [], (8, 16, 32))
@@ -351,16 +351,9 @@ def test_the_report_shows_the_diagnostics(scenes, folder, tmp_path):
 
 
 def test_measuring_takes_only_logged_steps(scenes, tmp_path, monkeypatch):
-    from fastkd.distillers import ICD
-
     called, original = [], ICD.diagnostics
     monkeypatch.setattr(ICD, "diagnostics", lambda self, *a, **o: called.append(1) or original(self, *a, **o))
     recipe = tiny_recipe(scenes, method="icd", schedule=Schedule(steps=7, batch_size=2))
     recipe = dataclasses.replace(recipe, runtime=dataclasses.replace(FLOAT, log_every=3))
     train(recipe, tmp_path / "run", device="cpu", console=silent())
     assert len(called) == len(log_of(tmp_path / "run")) == 3  # steps 3, 6 and the last
-
-
-def test_scenes_recipes_name_their_boxes():
-    """The check needs no more than a recipe's own settings."""
-    assert get_recipe("scenes-retinanet-lgd").method.needs_masks is False
