@@ -11,7 +11,7 @@ USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-di
 
 Look for what makes a distilled run gain nothing, before it costs a day: class tables, the teacher's AP, inherited
 tensors, the distillation loss and its share of the gradient level by level, memory, the loader, the time it will take.
-With --run-dir also whether the loss of an earlier run of the recipe jumped.
+With --run-dir also whether the loss of a run of the recipe jumped, and whether its method had anything to teach.
 Takes the options of `fastkd train`; exits with 2 if there is a problem.
 """
 MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROBLEM", "bold red")}
@@ -58,7 +58,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             recipe: The recipe.
             batches: Number of batches to evaluate the teacher and the losses on.
             device: auto, cpu, cuda or cuda:N.
-            run_dir: Directory of an earlier run of the recipe, to check whether its loss jumped.
+            run_dir: Directory of a run of the recipe, finished or not, to check its log.
         """
         return untyped(recipe), batches, device, run_dir
 

@@ -47,6 +47,12 @@ class Built:
     notes: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: str | None = None
 
+    @property
+    def data_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the training set, to check that a resumed run has the same."""
+        data = self.train_set
+        return {"images": len(data), "class_names": list(data.class_names), "sha256": data.fingerprint}
+
 
 def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of a recipe.
@@ -62,7 +68,13 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
         with_masks=recipe.with_masks,
         **options,
     )
-    val_set = open_dataset(data.format, root / data.val_annotations, root / data.val_images, **options)
+    val_set = open_dataset(
+        data.format,
+        root / data.val_annotations,
+        root / data.val_images,
+        with_masks=recipe.method is not None and recipe.method.needs_masks,
+        **options,
+    )
     if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
         raise ValueError(
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "

@@ -1,7 +1,7 @@
 """The run directory: whether it may be used, and whether it holds a run of the same recipe. Its files:
 
 recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
-priors.json  metrics.json  ledger.json  detections.json
+priors.json  teacher.json  metrics.json  ledger.json  detections.json
 """
 
 from __future__ import annotations
