@@ -19,6 +19,11 @@ def phase_at(recipe: Recipe, step: int) -> Phase:
     return recipe.method.phase(step, recipe.schedule.steps, pretrained=recipe.backbone_weights is not None)
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
+    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
+
+
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of a run of `steps`.
 
