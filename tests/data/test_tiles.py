@@ -1,5 +1,6 @@
 """Tiles: their places, the rule of the visible part, masks, the command."""
 
+import itertools
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ def test_starts_cover_the_length_with_the_overlap():
     for length in range(101, 900, 7):
         starts = tiling.starts(length)
         assert starts[0] == 0 and starts[-1] == length - 100
-        assert all(before + 100 - after >= 20 for before, after in zip(starts, starts[1:]))
+        assert all(before + 100 - after >= 20 for before, after in itertools.pairwise(starts))
 
 
 def write_image(root):
