@@ -76,6 +76,7 @@ def run(args: list[str]) -> None:
     data_group = tyro.extras.SubcommandApp()
     data_group.command(name="scenes")(data.scenes)
     data_group.command(name="crowd")(data.crowd)
+    data_group.command(name="tile")(data.tile)
     app = tyro.extras.SubcommandApp()
     app.command(name="demo")(demo.demo)
     app.command(data_group, name="data")

@@ -42,7 +42,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     from fastkd.training.recipes.options import typed, untyped, with_detector
 
     detectors, args = take_detectors(args)
-    recipe = find_recipe(name)
+    recipe = find_recipe(name, args)
     default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
     kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 

@@ -16,6 +16,7 @@ from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.detectors.backbones.base import Backbone
 from fastkd.evaluation.coco import load_ground_truth
+from fastkd.training.balance import Balance
 from fastkd.training.config import Recipe
 from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import Regions
@@ -205,6 +206,8 @@ def build(recipe: Recipe) -> Built:
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     needed = method is not None and method.needs_teacher
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
-    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
+    ratio, every = recipe.distill.balance, recipe.distill.balance_every
+    regions = Regions(recipe.runtime.compile, keeps_graphs=ratio is not None)
+    module = StepModule(student, distiller, frozen, dtype, regions, Balance(ratio, every))
     digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

@@ -24,6 +24,11 @@ def is_logged(recipe: Recipe, step: int) -> bool:
     return step == recipe.schedule.steps or step % recipe.runtime.log_every == 0
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
+    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
+
+
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of a run of `steps`.
 

@@ -13,6 +13,7 @@ from fastkd.detectors import Detector
 from fastkd.detectors.common.folding import fold_norms
 from fastkd.distillers import Distilled, Distiller
 from fastkd.distillers.protocol import Ratio
+from fastkd.training.balance import Balance
 from fastkd.training.methods.phase import Phase
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
@@ -116,6 +117,7 @@ class StepModule(nn.Module):
         teacher: for distillers that need one; not registered as a submodule.
         dtype: autocast to this type, or None for float32.
         regions: the functions to compile; None compiles nothing.
+        balance: scales the methods' losses; None scales nothing.
 
     Attributes:
         detector_losses: names of the detector's own losses in the last step's result.
@@ -131,6 +133,7 @@ class StepModule(nn.Module):
         teacher: FrozenTeacher | None = None,
         dtype: torch.dtype | None = None,
         regions: Regions | None = None,
+        balance: Balance | None = None,
     ):
         super().__init__()
         self.detector = detector
@@ -141,6 +144,7 @@ class StepModule(nn.Module):
         self.teacher = teacher
         self.dtype = dtype
         self.regions = regions or Regions()
+        self.balance = balance or Balance()
         self.side = SideStream()
         self.detector_losses: tuple[str, ...] = ()
         self.measures = False
@@ -198,7 +202,8 @@ class StepModule(nn.Module):
             for name, values in supervision.items():
                 self.diagnostics |= _of_part(name, gaps(student, values))
         for name, one in made.items():
-            losses |= one.losses
+            teaches = not phase.of(name).detach_student
+            losses |= self.balance.scaled(name, one.losses, student, pyramid) if teaches else one.losses
             if name in supervision:
                 losses |= _instructive(self.parts()[name], supervision[name])
         return losses

@@ -32,7 +32,7 @@ from fastkd.training.run.finish import Evaluation, RunResult, finish_run
 from fastkd.training.run.jumps import JumpCounter
 from fastkd.training.run.loading import Loading, train_loader
 from fastkd.training.run.logging import Interval, RunLog, RunProgress, Stopwatch
-from fastkd.training.schedule import Phase, is_logged, phase_at
+from fastkd.training.schedule import Phase, is_logged, phase_at, step_seed
 from fastkd.training.step import sum_losses
 from fastkd.types import Batch
 
@@ -103,11 +103,6 @@ def _settings(recipe: Recipe) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
-    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
 
 
 class Trainer:
@@ -184,8 +179,9 @@ class Trainer:
             optimizer.load_tensors(checkpoint.optimizer)
         self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
         self.interval.load_state(state["interval"], self.group.device)
-        if "jumps" in state:  # older checkpoints have none
+        if "jumps" in state:  # older checkpoints have neither
             self.jumps.load_state(state["jumps"])
+        self.module.balance.load_state(state.get("balance", {}))
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
@@ -282,6 +278,7 @@ class Trainer:
         if phase != self.phase:
             self._enter(phase)
         assert self.wrapped is not None
+        self.module.balance.begin(self.step, self.group.mean)
         torch.manual_seed(step_seed(self.recipe.seed, self.step, self.group.rank))
         rates = {o.name: o.set_rate(self.step, self.recipe.schedule.steps) for o in self.optimizers}
         self.module.measures = is_logged(self.recipe, self.step + 1)
@@ -359,6 +356,7 @@ class Trainer:
             "grad_norm": {n.removeprefix("grad_norm/"): v for n, v in means.items() if n.startswith("grad_norm/")},
             "jumps": len(self.jumps.found),
             "diagnostics": diagnostics,
+            **self.module.balance.report(),
             **loading,
         }
         log.write(record)
@@ -370,6 +368,7 @@ class Trainer:
             "seconds": self.seconds,
             "interval": self.interval.state(self.group.mean),
             "jumps": self.jumps.state(),
+            "balance": self.module.balance.state(),
             "ledger": self.ledger,
             "teacher_sha256": self.built.teacher_sha256,
             "data": self.built.data_state,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files import write_json
-from fastkd.training.config import Recipe
+from fastkd.training.config import Recipe, complete
 
 # Fields that never change the result of a run: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (
@@ -96,7 +96,7 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
     """
     stored = path / "recipe.json"
     try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
+        before = complete(json.loads(stored.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"train: {stored} must be JSON, got {error}; choose another --run-dir") from error
     different = differing_fields(before, json.loads(json.dumps(recipe.to_dict())))
