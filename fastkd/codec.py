@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -68,6 +69,7 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
         require(value in typing.get_args(annotation), where, f"one of {typing.get_args(annotation)}", value)
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) <= sys.float_info.max, where, "a number below 2e308", f"{value.bit_length()} bits")
         return float(value)
     if isinstance(annotation, type):
         right = isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool)

@@ -85,11 +85,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
     for stale in folder.glob(".part_*"):
         shutil.rmtree(stale)
     temporary = folder / f".part_step_{checkpoint.step:07d}"
-    temporary.mkdir()
-    save_tensors(temporary / "model.safetensors", checkpoint.model)
-    save_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
-    write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state}, allow_nan=True)
-    write_json(temporary / "checksums.json", {name: sha256_of(temporary / name) for name in _FILES})
+    try:
+        _write_files(temporary, checkpoint)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
+        raise
     final = folder / f"step_{checkpoint.step:07d}"
     if final.exists():
         shutil.rmtree(final)
@@ -98,6 +98,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
     return final
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Makes the folder of a checkpoint and writes its files, the checksums last."""
+    folder.mkdir()
+    save_tensors(folder / "model.safetensors", checkpoint.model)
+    save_tensors(folder / "optimizer.safetensors", checkpoint.optimizer)
+    write_json(folder / "state.json", {"step": checkpoint.step, **checkpoint.state}, allow_nan=True)
+    write_json(folder / "checksums.json", {name: sha256_of(folder / name) for name in _FILES})
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -112,12 +121,16 @@ def verify(path: Path) -> None:
     """Raises CheckpointError, naming the fault, if a checkpoint is incomplete or damaged."""
     try:
         checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: checksums.json cannot be read ({error})") from error
     for name in _FILES:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if not isinstance(checksums, dict) or sha256_of(path / name) != checksums.get(name):
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:  # a bad sector of the disk
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from error
+        if not isinstance(checksums, dict) or found != checksums.get(name):
             raise CheckpointError(f"{path}: {name} does not have the recorded SHA-256")
 
 
