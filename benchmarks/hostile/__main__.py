@@ -92,11 +92,11 @@ def page(figures: dict[str, Any]) -> str:
             )
     return (
         "# Hostile files\n\n`python -m benchmarks.hostile` (figures in [hostile.json](hostile.json); the same command "
-        "goes on with what is missing; a case is reproduced by reader and number). Each file is mutated by a grammar of "
-        "its format: values, types, structure, text and encoding of JSON, 100,000 levels of nesting, numbers of "
-        "10,000 digits, control characters, paths out of the folder; chunks and segments of pictures with right checksums, "
-        "decompression bombs; headers and offsets of safetensors; instructions of pickles, with code; members of "
-        "zips.\n\n"
+        "goes on with what is missing; a case is reproduced by reader and number). Each file is mutated by a grammar "
+        "of its format: values, types, structure, text and encoding of JSON, 100,000 levels of nesting, numbers of "
+        "10,000 digits, control characters, paths out of the folder; chunks and segments of pictures with right "
+        "checksums, decompression bombs; headers and offsets of safetensors; instructions of pickles, with code; "
+        "members of zips.\n\n"
         "*read*: the file was accepted and what it holds was used. *refused*: a ValueError or OSError that names the "
         "file. *wrong*: anything else, code that ran, a file outside of the folder that was opened, more than "
         f"{SECONDS:g} s or {MEGABYTES} MB. Time and memory are the largest of a case.\n\n"
