@@ -27,8 +27,8 @@ try:
     import torch
 except ModuleNotFoundError:  # with build isolation pip installs it for the build
     sys.exit(
-        "fastkd: torch must be installed to build without isolation, got none; run pip install 'torch>=2.10' numpy ninja "
-        "first, or leave out --no-build-isolation"
+        "fastkd: torch must be installed to build without isolation, got none; run pip install 'torch>=2.10' numpy "
+        "ninja first, or leave out --no-build-isolation"
     )
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension

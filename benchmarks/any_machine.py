@@ -1,8 +1,8 @@
-"""The wheel on other Pythons and torches: python -m benchmarks.any_machine --environments python3.10=2.10.0 python3.13.
+"""The wheel on other Pythons and torches: python -m benchmarks.any_machine --environments python3.10=2.10.0.
 
-Builds a wheel without GPU kernels, installs it into a fresh environment for each PYTHON[=TORCH] (newest torch if none is
-named) and runs the tests of the ops there; runs them in this environment with every FASTKD_CPU_CAPABILITY that this CPU
-has; and asks pip to build the project where there is no torch. Figures go to docs/results/any-machine.json and .md; a
+Builds a wheel without GPU kernels, installs it into a fresh environment for each PYTHON[=TORCH] (the newest torch
+without one) and runs the tests of the ops there; runs them in this environment with every FASTKD_CPU_CAPABILITY of this
+CPU; and asks pip to build the project where there is no torch. Figures go to docs/results/any-machine.json and .md; a
 row that is there is not made again unless --again is given. Downloads torch.
 """
 

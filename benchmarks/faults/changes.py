@@ -69,7 +69,7 @@ IMAGE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "grown": (grow, "changed after the data set was opened"),
     "emptied": (lambda path: os.truncate(path, 0), "cannot be read"),
     "deleted": (lambda path: path.unlink(), "cannot be read"),
-    "a folder": (to_folder, "cannot be read"),
+    "a folder": (to_folder, "not a regular file"),
     "a named pipe": (to_pipe, "not a regular file"),
 }
 FILE_FAULTS: dict[str, Callable[[Path], None]] = {

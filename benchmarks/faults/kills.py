@@ -87,10 +87,12 @@ def kill_once(start: Callable[[], int], watch: Watch, rng: random.Random, second
         os.read(watch.read_end, 64)
     pid = start()
     if saving:
+        ended = os.pidfd_open(pid)
         for _ in range(rng.randint(1, 4)):  # a later one is not reached where the run ends before
-            if not select.select([watch.read_end], [], [], 2 * seconds + 5)[0]:
+            if watch.read_end not in select.select([watch.read_end, ended], [], [], tiny.PATIENCE)[0]:
                 break
             os.read(watch.read_end, 1)
+        os.close(ended)
         time.sleep(rng.uniform(0, 0.03))
     else:
         time.sleep(rng.uniform(0, seconds))
@@ -177,7 +179,7 @@ def one_of_two(folder: Path, wanted: Recipe, seed: int) -> Iterator[dict[str, An
         end = time.monotonic() + tiny.PATIENCE
         while not watch.pid(rank) and time.monotonic() < end:
             time.sleep(0.002)
-        if rng.random() < 1 / 3 and select.select([watch.read_end], [], [], 2 * seconds)[0]:
+        if rng.random() < 1 / 3 and select.select([watch.read_end], [], [], tiny.PATIENCE)[0]:
             time.sleep(rng.uniform(0, 0.03))
         else:
             time.sleep(rng.uniform(0, 0.8 * seconds))

@@ -82,6 +82,18 @@ def test_a_failed_checkpoint_leaves_its_space_free(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_killed_while_it_pruned_leaves_nothing(tiny_data, tmp_path):
+    recipe = tiny_recipe(tiny_data)
+    run(recipe, tmp_path)
+    folder = tmp_path / "checkpoints"
+    before = sorted(path.name for path in folder.iterdir())
+    (tmp_path / "metrics.json").unlink()
+    (folder / "step_0000001").mkdir()  # a part of it is deleted
+    (folder / ".part_step_0000007").mkdir()
+    run(recipe, tmp_path, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_a_full_disk_says_how_to_go_on(capsys, monkeypatch):
     def fails(args):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a/log.jsonl")

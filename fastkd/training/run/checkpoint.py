@@ -82,8 +82,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
             f"{checkpoint.step}; lower the learning rate or clip gradients; earlier checkpoints are kept"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".part_*"):
-        shutil.rmtree(stale)
+    remove_stale(folder)
     temporary = folder / f".part_step_{checkpoint.step:07d}"
     try:
         _write_files(temporary, checkpoint)
@@ -95,9 +94,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
         shutil.rmtree(final)
     os.replace(temporary, final)
     flush(folder)
+    prune(folder, keep_last)
+    return final
+
+
+def remove_stale(folder: Path) -> None:
+    """Deletes what a process that was killed while it saved has left."""
+    for stale in folder.glob(".part_*"):
+        shutil.rmtree(stale)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Deletes all checkpoints but the last `keep_last`."""
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
-    return final
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -169,3 +179,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
             "resume: no checkpoint is intact: " + "; ".join(faults) + "; delete the run directory to start again"
         )
     return None
+
+
+def recover_checkpoint(folder: Path, keep_last: int) -> Path | None:
+    """`latest_checkpoint`; then deletes what a process that was killed while it saved or pruned has left."""
+    path = latest_checkpoint(folder)
+    remove_stale(folder)
+    prune(folder, keep_last)
+    return path
