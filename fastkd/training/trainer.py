@@ -25,7 +25,7 @@ from fastkd.training.methods.phase import steps_of
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import compiler_settings, require_compiler
 from fastkd.training.parallel.processes import Processes, check_shares, no_sync, processes
-from fastkd.training.run.checkpoint import Checkpoint, load_checkpoint, recover_checkpoint, save_checkpoint
+from fastkd.training.run.checkpoint import Checkpoint, load_checkpoint, recover, save_checkpoint
 from fastkd.training.run.directory import RunDirectoryError, inspect_run_directory, open_run_directory
 from fastkd.training.run.finish import Evaluation, RunResult, finish_run
 from fastkd.training.run.jumps import JumpCounter
@@ -64,7 +64,7 @@ def train(
     Returns: status, metrics and exit code.
     Raises: RunDirectoryError for another run's directory; CheckpointError if no checkpoint is intact;
         FileNotFoundError or ValueError if data, weights or teacher do not fit (all of these before the first step);
-        NonFiniteLossError; LoaderError.
+        NonFiniteLossError; LoaderError if a loader process dies.
     """
     run_dir, console = Path(run_dir), console or Console(stderr=True)
     with processes(device, recipe.runtime.timeout) as group, StopSignals() as stop:
@@ -162,8 +162,7 @@ class Trainer:
         return RunResult.interrupted(self.run_dir, stopped)
 
     def _restore(self) -> None:
-        folder, keep = self.run_dir / "checkpoints", self.recipe.runtime.keep_last
-        path = self.group.on_rank0(lambda: recover_checkpoint(folder, keep))
+        path = self.group.on_rank0(lambda: recover(self.run_dir / "checkpoints", self.recipe.runtime.keep_last))
         if path is None:
             return
         checkpoint = load_checkpoint(path)

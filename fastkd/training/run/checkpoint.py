@@ -181,7 +181,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def recover_checkpoint(folder: Path, keep_last: int) -> Path | None:
+def recover(folder: Path, keep_last: int) -> Path | None:
     """`latest_checkpoint`; then deletes what a process that was killed while it saved or pruned has left."""
     path = latest_checkpoint(folder)
     remove_stale(folder)
