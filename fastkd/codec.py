@@ -14,7 +14,7 @@ Kinds = dict[str, type]
 def require(condition: bool, name: str, must: str, got: object, remedy: str = "") -> None:
     """Raises ValueError("<name> must be <must>, got <got>") unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
+        raise ValueError(f"{name} must be {must}, got {got!r:.300}" + (f"; {remedy}" if remedy else ""))
 
 
 def require_fraction(owner: object, *names: str) -> None:

@@ -54,12 +54,14 @@ def main() -> int:
     unknown = sorted(set(options.parts) - {"kills", "two", *PARTS})
     if unknown:
         parser.error(f"PART must be one of kills, two, {', '.join(PARTS)}, got {unknown}")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a process with threads must not fork
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     figures = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     end = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a shared disk's fsync takes longer than a step
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=memory) as folder:
         data = tiny.make_data(Path(folder) / "data")
+        tiny.run(tiny.recipe(data, workers=0), Path(folder) / "warm")  # what the first run loads, forked ones have
         for name in options.parts or ["kills", "two", *PARTS]:
             if time.monotonic() < end:
                 run_part(name, Path(folder), data, figures, options, end)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import select
 import signal
 import tempfile
@@ -84,6 +85,8 @@ def result(run_dir: Path) -> dict[str, Any]:
     files = [*newest.glob("*.safetensors"), *run_dir.glob("*.safetensors"), run_dir / "detections.json"]
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     names = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()]
+    earlier = re.compile(r"checkpoints/step_\d+/")  # a run that was stopped has kept others
+    names = [name for name in names if not earlier.match(name) or name.startswith(f"checkpoints/{newest.name}/")]
     return {
         "digests": {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)},
         "log": [{key: value for key, value in line.items() if key not in TIMED} for line in lines],

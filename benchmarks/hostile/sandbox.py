@@ -21,6 +21,7 @@ from benchmarks.hostile.readers import Reader
 SECONDS, MEGABYTES = 5.0, 600  # the most that a case may take
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pty.spawn")
 MARK = "hostile-mark"
+MEASURED = ("/proc/self/clear_refs", "/proc/self/status")  # read here, for the memory of a case
 CHUNK = 500  # cases of one process
 
 
@@ -43,7 +44,7 @@ def judge(reader: Reader, path: Path, violations: list[str]) -> dict[str, Any]:
         reader.read(path)
     except (ValueError, OSError) as error:
         kind, said = "refused", f"{type(error).__name__}: {error}"
-        if str(path) not in said:
+        if str(path.parent) not in said:  # the file, or an image that it names
             kind, said = "wrong", f"does not name the file: {said}"
         elif len(said) > 2000:
             kind, said = "wrong", f"{len(said)} characters: {said[:300]}"
@@ -120,14 +121,15 @@ def _child(reader: Reader, chunk: range, content: bytes, folder: Path, sink: int
 
 def _hook(folder: Path, violations: list[str]) -> Callable[[str, tuple], None]:
     """An audit hook that notes started programs, connections, and files opened outside of the folder."""
-    allowed = (str(folder), sys.prefix, sys.base_prefix, "/proc/self/", "/dev/", "/usr/lib", "/sys/", "/etc/localtime")
+    allowed = (str(folder), sys.prefix, sys.base_prefix, *MEASURED, "/dev/", "/usr/lib", "/sys/", "/etc/localtime")
     allowed += tuple(str(Path(name).resolve()) for name in sys.path if name)
 
     def hook(event: str, args: tuple) -> None:
         if event in FORBIDDEN:
             violations.append(f"{event} {args!r:.200}")
         elif event == "open" and isinstance(args[0], (str, bytes)):
-            path = os.path.realpath(os.fsdecode(args[0]))
+            name = os.fsdecode(args[0])
+            path = name if name in MEASURED else os.path.realpath(name)
             if not path.startswith(allowed):
                 violations.append(f"open {path:.200}")
 
@@ -135,11 +137,11 @@ def _hook(folder: Path, violations: list[str]) -> Callable[[str, tuple], None]:
 
 
 def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path(MEASURED[0]).write_text("5")
 
 
 def _peak() -> int:
     """Peak resident size, KiB, since it was reset."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(r"VmHWM:\s+(\d+)", Path(MEASURED[1]).read_text())
     assert found is not None
     return int(found[1])
