@@ -68,22 +68,28 @@ class Clock:
         return statistics.median(steps[WARM_UP:] or steps)
 
 
-def retinanet(width: str) -> nn.Module:
-    """torchvision's RetinaNet with a randomly initialised ResNet."""
+def retinanet(teacher: bool) -> nn.Module:
+    """torchvision's RetinaNet on a randomly initialised ResNet: 18 layers and 64 channels, teachers 34 and 128."""
+    from torchvision.models import resnet18, resnet34
     from torchvision.models.detection import RetinaNet
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-    body = resnet_fpn_backbone(
-        backbone_name=width, weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d, returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
+    channels = 128 if teacher else 64
+    body = (resnet34 if teacher else resnet18)(weights=None)
+    body = BackboneWithFPN(
+        body, {"layer2": "0", "layer3": "1", "layer4": "2"}, [128, 256, 512], channels,
+        extra_blocks=LastLevelP6P7(channels, channels),
     )  # fmt: skip
-    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE)
+    sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64, 128, 256))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors)
 
 
 def torchvision_model(job: Job) -> nn.Module:
-    """ResNet-18 for students, ResNet-34 for teachers."""
-    return retinanet("resnet34" if job.method == "teacher" else "resnet18")
+    """The student, or the teacher for its own run."""
+    return retinanet(job.method == "teacher")
 
 
 def batches(job: Job) -> torch.utils.data.DataLoader:
@@ -107,7 +113,7 @@ def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -
         return None
     teacher = None
     if methods.needs_teacher(job.method):
-        teacher = retinanet("resnet34").eval()
+        teacher = retinanet(teacher=True).eval()
         teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
         teacher.to(job.device)
     return attach(model, job.method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)

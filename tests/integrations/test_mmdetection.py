@@ -106,7 +106,7 @@ def test_the_hook_steps_saves_and_resumes(monkeypatch):
     _, again = attached("icd")
     again.callback.after_load_checkpoint(runner, checkpoint)
     assert again.state.steps == 1
-    again.callback.after_load_checkpoint(runner, {"state_dict": {}})  # of a run without distillation
+    again.callback.after_load_checkpoint(runner, {"state_dict": {}})  # state of a run without distillation
 
 
 def test_bad_input():

@@ -59,7 +59,7 @@ def test_losses_appear_and_reach_the_backbone(name, method):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_detach_restores_the_plain_model(name):
-    """Outputs, state dict, batch statistics and random numbers are those of a model that nobody attached to."""
+    """Outputs, state dict, batch statistics and random numbers are those of an unattached model."""
     model, plain = detector(name).train(), detector(name).train()
     kd = attach(model, "lgd", num_classes=CLASSES, detach_steps=0)
     torch.manual_seed(3)
@@ -151,7 +151,7 @@ def test_channels_last_gives_the_same_losses(method):
 
 
 def test_compiled_after_attaching():
-    """Compiled as a whole, and its backbone alone; the backend "eager" shows the graphs without a C++ compiler."""
+    """The model compiled as a whole, and its backbone alone; backend "eager" traces graphs without a C++ compiler."""
     expected, _ = loss_of(attached("retinanet")[0], "retinanet")
     whole, _ = attached("retinanet")
     parts, _ = attached("retinanet")
@@ -169,7 +169,7 @@ def gradients(kd):
 
 
 def test_gradient_accumulation_and_a_grad_scaler_change_nothing():
-    """Factors of the host's loss are taken out before clipping."""
+    """Factors of the host's loss (accumulation, gradient scaling) are divided out before clipping."""
     wanted = None
     for scale in (1.0, 1 / 4, 1024.0):
         model, kd = attached("retinanet")
@@ -282,7 +282,7 @@ def test_a_method_object_with_settings_of_ones_own():
 
 
 def test_a_teacher_of_another_architecture_stride_and_normalisation():
-    """A two-stage teacher of /4../64 and a dense student of /8../128: four levels have partners."""
+    """A two-stage teacher of /4../64 and a dense student of /8../128: four levels match."""
     teacher = teacher_of("faster-rcnn")
     teacher.transform.image_mean, teacher.transform.image_std = [0.5] * 3, [0.5] * 3
     model = detector("retinanet").train()

@@ -78,7 +78,7 @@ def test_no_distillation_without_labels_or_training():
 
 
 def test_a_torchvision_detector_teaches():
-    """Another architecture and normalisation; the strides /8, /16, /32 have partners."""
+    """Another architecture and normalisation; the levels of strides 8, 16, 32 match."""
     model = model_of().train()
     kd = attach(model, "icd", teacher=detector("retinanet", channels=64).eval(), num_classes=CLASSES, detach_steps=0)
     model(**batch()).loss.backward()
