@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.commands.train import find_recipe, split_recipe
+from fastkd.text import printable
 
 USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
 
@@ -76,7 +77,8 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
     for finding in examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir):
         mark, style = MARKS[finding.status]
         counts[finding.status] += 1
-        console.print(Text(f"{mark:8}", style=style) + Text(f"{finding.check:11}{finding.message}", style=""))
+        line = printable(f"{finding.check:11}{finding.message}")
+        console.print(Text(f"{mark:8}", style=style) + Text(line, style=""))
     if counts["problem"]:
         raise RecipeProblems(f"doctor: {recipe.name} has {counts['problem']} problem(s), see above")
     rest = f", {counts['warning']} thing(s) to look at" if counts["warning"] else ""

@@ -208,6 +208,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
+        require(self.name.isprintable(), "Recipe: name", "printable text", self.name)
         method = self.method
         needs = method.label if method is not None and method.needs_teacher else "inherit" if self.inherit else None
         if needs and self.teacher is None:

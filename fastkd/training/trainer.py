@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastkd.data import BatchLoader
+from fastkd.data import BatchLoader, explaining_dead_workers
 from fastkd.files import write_json
 from fastkd.ops import use_backend
 from fastkd.signals import Interrupted, StopSignals
@@ -25,7 +25,7 @@ from fastkd.training.methods.phase import steps_of
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import compiler_settings, require_compiler
 from fastkd.training.parallel.processes import Processes, check_shares, no_sync, processes
-from fastkd.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastkd.training.run.checkpoint import Checkpoint, load_checkpoint, recover, save_checkpoint
 from fastkd.training.run.diagnostics import StepDiagnostics, evaluate_teachers
 from fastkd.training.run.directory import RunDirectoryError, inspect_run_directory, open_run_directory
 from fastkd.training.run.finish import Evaluation, RunResult, finish_run
@@ -65,7 +65,7 @@ def train(
     Returns: status, metrics and exit code.
     Raises: RunDirectoryError for another run's directory; CheckpointError if no checkpoint is intact;
         FileNotFoundError or ValueError if data, weights or teacher do not fit (all of these before the first step);
-        NonFiniteLossError.
+        NonFiniteLossError; LoaderError if a loader process dies.
     """
     run_dir, console = Path(run_dir), console or Console(stderr=True)
     with processes(device, recipe.runtime.timeout) as group, StopSignals() as stop:
@@ -76,16 +76,16 @@ def train(
         metrics = group.on_rank0(lambda: inspect_run_directory(run_dir, recipe, resume=resume))
         if metrics is not None:
             if group.first:
-                console.print(f"{recipe.name}: {run_dir} is finished, nothing to do")
+                console.print(f"{recipe.name}: {run_dir} is finished, nothing to do", markup=False)
             return RunResult("already finished", metrics, run_dir, 0)
         try:
             with stop.interrupt_at_once():
                 built = build(recipe)
         except Interrupted as signal:
-            console.print(f"{recipe.name}: stopped before the first step", highlight=False)
+            console.print(f"{recipe.name}: stopped before the first step", highlight=False, markup=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
-        with _settings(built.recipe), compiler_settings(recipe.runtime.compile):
+        with _settings(built.recipe), compiler_settings(recipe.runtime.compile), explaining_dead_workers():
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 
@@ -155,11 +155,11 @@ class Trainer:
                 stopped = signal.signum
         if self.group.first:
             what = f"stopped and saved after step {self.step} of {self.recipe.schedule.steps}"
-            self.console.print(f"{self.recipe.name}: {what}; --resume continues it", highlight=False)
+            self.console.print(f"{self.recipe.name}: {what}; --resume continues it", highlight=False, markup=False)
         return RunResult.interrupted(self.run_dir, stopped)
 
     def _restore(self) -> None:
-        path = self.group.on_rank0(lambda: latest_checkpoint(self.run_dir / "checkpoints"))
+        path = self.group.on_rank0(lambda: recover(self.run_dir / "checkpoints", self.recipe.runtime.keep_last))
         if path is None:
             return
         checkpoint = load_checkpoint(path)
@@ -184,7 +184,7 @@ class Trainer:
         self.module.balance.load_state(state.get("balance", {}))
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
-            self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False)
+            self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False, markup=False)
 
     def _train(self) -> int:
         """Steps until the end; returns the signal that stopped it, or 0. The last step taken is always saved."""

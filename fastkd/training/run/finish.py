@@ -136,7 +136,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         if unreadable:
             times = sum(unreadable.values())
             what = f"{len(unreadable)} training images could not be read, others took their place {times} times"
-            trainer.console.print(f"{recipe.name}: {what}", highlight=False)
+            trainer.console.print(f"{recipe.name}: {what}", highlight=False, markup=False)
         print_metrics({kind: metrics[kind] for kind in ("bbox", "segm") if kind in metrics}, console=trainer.console)
-        trainer.console.print(f"{recipe.name}: finished, see {run_dir}", highlight=False)
+        trainer.console.print(f"{recipe.name}: finished, see {run_dir}", highlight=False, markup=False)
     return RunResult("finished", metrics, run_dir)
