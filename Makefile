@@ -48,7 +48,7 @@ $(STAMPS)/created:
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
-	$(BIN)/python .ci/requirements.py test onnx timm lint > $(STAMPS)/requirements.txt
+	$(BIN)/python .ci/requirements.py test onnx timm lint hosts > $(STAMPS)/requirements.txt
 	$(PIP) install -r $(STAMPS)/requirements.txt
 	touch $@
 

@@ -149,7 +149,7 @@ class ICD(Distiller):
         Returns: losses "icd_identification", "icd_localisation" and "icd_distill".
         Raises: ValueError or TypeError if pyramids or batch do not fit.
         """
-        teacher = self._checked(teacher)
+        teacher = self.teacher_levels(teacher)
         check_levels("ICD", "student", student, channels=self.channels)
         check_same_sizes("ICD", "student", student, "teacher", teacher)
         if detach_student:
@@ -179,11 +179,8 @@ class ICD(Distiller):
         noise = self.prepare(batch, []) if noise is None else noise
         return draw_queries(batch, noise, ClassPriors(self.prior_frequency, self.prior_mean, self.prior_std))
 
-    def decode(self, queries: Queries, teacher: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
-        """Yields each layer's decoded queries [B, N, C] and attention."""
-        levels = [level.detach() for level in teacher]
-        if self.teacher_scale != 1:
-            levels = [level * self.teacher_scale for level in levels]
+    def decode(self, queries: Queries, levels: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
+        """Yields each layer's decoded queries [B, N, C] and attention; `levels` are those of `teacher_levels`."""
         level_sizes = [(level.shape[2], level.shape[3]) for level in levels]
         positions = position_embeddings(batch.image_sizes.to(levels[0].device), batch.padded_size, level_sizes)
         with full_precision(queries.boxes):
@@ -229,14 +226,16 @@ class ICD(Distiller):
         Summed over all levels a map is 1.
         """
         queries = self.queries(batch)
-        *_, (_, attention) = self.decode(queries, self._checked(teacher), batch)
+        *_, (_, attention) = self.decode(queries, self.teacher_levels(teacher), batch)
         return attention.maps(batch.image_index, queries.real_index % queries.real.shape[1])
 
-    def _checked(self, teacher: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def teacher_levels(self, teacher: Sequence[Tensor] | None) -> list[Tensor]:
+        """The levels to which the queries attend: the teacher's, checked, without gradient, times `teacher_scale`."""
         if teacher is None:
             raise ValueError("ICD: teacher must be given, got None; pass the frozen teacher's pyramid")
         check_levels("ICD", "teacher", teacher, channels=self.teacher_channels)
-        return teacher
+        levels = [level.detach() for level in teacher]
+        return levels if self.teacher_scale == 1 else [level * self.teacher_scale for level in levels]
 
 
 def _inside_own_box(maps: Sequence[Tensor], batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
