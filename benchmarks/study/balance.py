@@ -84,8 +84,9 @@ def page(found: dict[str, dict], chosen: argparse.Namespace) -> str:
         f"{chosen.ratio:g} --seeds {' '.join(map(str, chosen.seeds))}`; commit {', '.join(commits)}, torch",
         f"{torch.__version__}, float32, one thread. Scenes: {chosen.train_images} training and {chosen.val_images} "
         f"validation images. FGFI, taught by the shipped RetinaNet teacher; its weight is the recipe's (2e-4) times",
-        "the factor. `loss` is the detector's own over the last quarter of the run, `ratio` the mean of the logged ratios",
-        "of the gradients at the pyramid. The runs are short: they show the sensitivity, not what the method gains.",
+        "the factor. `loss` is the detector's own over the last quarter of the run, `ratio` the mean of the logged",
+        "ratios of the gradients at the pyramid. The runs are short: they show the",
+        "sensitivity, not what the method gains.",
         "",
         "| detector | seed | weight | loss, as is | loss, balanced | AP, as is | AP, balanced | ratio | s/step, as is "
         "| s/step, balanced |",
