@@ -1,4 +1,4 @@
-"""Sensitivity to a method's weight, with and without balancing (methods.md 9): `python -m benchmarks.study.balance`.
+"""Sensitivity to a method's weight, with and without balancing (methods.md 10): `python -m benchmarks.study.balance`.
 
 Trains two detectors with FGFI, its weight times 0.1, 1, 10 and 100, without balancing and with it, and each detector
 alone. Resumable; writes docs/results/balance.md and .json after every run.
@@ -83,10 +83,9 @@ def page(found: dict[str, dict], chosen: argparse.Namespace) -> str:
         f"Command: `python -m benchmarks.study.balance --steps {chosen.steps} --batch-size {chosen.batch_size} --ratio "
         f"{chosen.ratio:g} --seeds {' '.join(map(str, chosen.seeds))}`; commit {', '.join(commits)}, torch",
         f"{torch.__version__}, float32, one thread. Scenes: {chosen.train_images} training and {chosen.val_images} "
-        f"validation images. FGFI, taught by the shipped RetinaNet teacher; its weight is the recipe's (2e-4) times",
+        "validation images. FGFI, taught by the shipped RetinaNet teacher; its weight is the recipe's (2e-4) times",
         "the factor. `loss` is the detector's own over the last quarter of the run, `ratio` the mean of the logged",
-        "ratios of the gradients at the pyramid. The runs are short: they show the",
-        "sensitivity, not what the method gains.",
+        "ratios of the gradients at the pyramid. The runs are short: they show the sensitivity, not the method's gain.",
         "",
         "| detector | seed | weight | loss, as is | loss, balanced | AP, as is | AP, balanced | ratio | s/step, as is "
         "| s/step, balanced |",

@@ -52,7 +52,7 @@ def find_recipe(name: str, args: Sequence[str] = ()):
             raise ValueError(f"RECIPE must be a recipe's name or a recipe.json, got {name}, which does not exist")
         try:
             return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"RECIPE must be a recipe.json of this version, got {name}: {error}") from error
     recipe, facts = fitted_recipe(name, args)
     if facts is not None and os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""Weights that balance themselves (methods 9): keeps the distillation gradient at a given ratio to the detector's."""
+"""Weights that balance themselves (methods 10): keeps the distillation gradient at a given ratio to the detector's."""
 
 from __future__ import annotations
 

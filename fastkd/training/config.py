@@ -104,7 +104,7 @@ class DistillConfig:
 
     Args:
         balance: scale the losses of the method so that their gradient at the pyramid has this ratio to the gradient of
-            the detector's loss (methods.md 9); None takes the method's weight as it is.
+            the detector's loss (methods.md 10); None takes the method's weight as it is.
         balance_every: steps from one measurement of the two gradients to the next.
     """
 
@@ -208,6 +208,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
+        require(self.name.isprintable(), "Recipe: name", "printable text", self.name)
         method = self.method
         needs = method.label if method is not None and method.needs_teacher else "inherit" if self.inherit else None
         if needs and self.teacher is None:
