@@ -97,7 +97,8 @@ class Regions:
             )
         # The eager backward pass runs outside autocast, so that a method's float32 computations stay in float32.
         # torch.compile would by default apply the autocast of the forward pass to it.
-        config, wanted = torch._functorch.config, {"backward_pass_autocast": "off"}
+        config = torch._functorch.config
+        wanted: dict[str, Any] = {"backward_pass_autocast": "off"}
         if self.keeps_graphs:
             wanted["donated_buffer"] = False  # a compiled backward pass would otherwise overwrite saved tensors
         with config.patch(_supported(config, wanted)):
