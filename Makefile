@@ -18,6 +18,8 @@
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 #   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
 #                       it takes the interpreter at hand; DEVICE=cpu rehearses it at toy sizes
+#   make any-machine    the wheel under other Pythons and torches, the ops as on older CPUs (downloads)
+#   make faults         a thousand kills, full disks, damaged files; make hostile   mutated files for every reader (hours)
 #   make stack          an older torch and its Triton (STACK), in an environment of its own (downloads)
 PYTHON ?= python3
 VENV := .venv
@@ -47,7 +49,7 @@ $(STAMPS)/created:
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
-	$(BIN)/python .ci/requirements.py test onnx timm lint > $(STAMPS)/requirements.txt
+	$(BIN)/python .ci/requirements.py test onnx timm lint hosts > $(STAMPS)/requirements.txt
 	$(PIP) install -r $(STAMPS)/requirements.txt
 	touch $@
 
@@ -131,6 +133,18 @@ stack: $(STAMPS)/dependencies
 	--ignore-glob="tests/ops/*_cuda.py" --ignore-glob="tests/ops/test_simt*" --ignore=tests/ops/test_launch_checks.py \
 	--ignore=tests/ops/test_planted_bugs.py
 	cd build/stack && venv/bin/python -m benchmarks.gpu.triton_report
+
+# The wheel in fresh environments (PYTHON=TORCH, the newest torch where none is named), the op tests with the
+# instructions of older CPUs, and pip without torch: docs/results/any-machine.md.
+ENVIRONMENTS ?= python3.10=2.10.0 python3.13
+.PHONY: any-machine
+any-machine: build
+	$(BIN)/python -m benchmarks.any_machine --environments $(ENVIRONMENTS)
+
+# Resumable: what is missing in docs/results/faults.json and hostile.json.
+.PHONY: faults hostile
+faults hostile: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$@
 
 demo: build
 	$(BIN)/fastkd demo
