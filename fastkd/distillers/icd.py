@@ -202,7 +202,8 @@ class ICD(Distiller):
         """Imitation error, and the share of the last layer's attention inside the box of its own instance."""
         queries = self.queries(batch, prepared)
         errors, with_boxes = [], batch.boxes.new_zeros(())
-        for projection, (_, attention) in zip(self.student_values, self.decode(queries, self._checked(teacher), batch)):
+        layers = self.decode(queries, self.teacher_levels(teacher), batch)
+        for projection, (_, attention) in zip(self.student_values, layers):
             assert isinstance(projection, nn.Linear)
             mass = attention.mass(queries.mass_mask, self.temperature)
             error = value_mimic(project_cells(projection, student), attention.values, mass)  # [B, G], 0 without boxes
