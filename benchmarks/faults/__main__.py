@@ -3,7 +3,8 @@
 Kills, full and read-only disks, a clock that jumps, damaged checkpoints, changing data, dead workers and a swapped
 teacher, each followed by a resumed run whose weights, optimiser states, log and detections must be bit-equal to those
 of an undisturbed run. Figures go to docs/results/faults.json after every case, tables to faults.md at the end; the same
-command goes on where the last one stopped, and a part that is named is made again. Needs Linux, and root for the parts `full-disk` and `read-only`.
+command goes on where the last one stopped, and a part that is named is made again. Needs Linux, and root for the parts
+`full-disk` and `read-only`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def page(figures: dict[str, Any]) -> str:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
                 f"## {title}\n\n**{own['cases']} cases** ({own['run']}): {_count(own)}. "
-                f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n| fault | last line of the output |\n|---|---|\n{rows}"
+                f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
+                f"| fault | last line of the output |\n|---|---|\n{rows}"
             )
     return "\n".join(parts)
 
