@@ -387,7 +387,8 @@ class Trainer:
         return {"steps": state["steps"], "sums": dict(zip(names, means))}
 
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
-        measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
+        with self.progress.paused():
+            measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
         self.ledger = ledger = self.group.broadcast(measured)
         self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 

@@ -287,7 +287,7 @@ def test_bad_entries_are_left_out_and_counted(scenes, tmp_path):
     (run / "detections.json").write_text(json.dumps([good, *bad]))
     (run / "log.jsonl").write_text('{"step": 10, "loss": 1.0}\nhalf a li\n[1]\n{"step": 20, "loss": NaN}\n')
     loaded = load_run(run)
-    assert loaded.detections == [good] and len(loaded.log) == 2
+    assert len(loaded.detections) == 1 and loaded.detections.scores.tolist() == [0.5] and len(loaded.log) == 2
     assert "detections.json has 5 entries" in " ".join(loaded.notes) and "log.jsonl has 2 line" in " ".join(
         loaded.notes
     )

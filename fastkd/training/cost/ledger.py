@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastkd import assets
+from fastkd.progress import track
 from fastkd.training.config import Recipe
 from fastkd.training.cost.memory import transient_peak
 from fastkd.training.cost.pairs import compare
@@ -116,7 +117,8 @@ def measure(
     for candidate in candidates.values():
         candidate.step(batches[0], layout)
     peaks = {name: candidate.peak(batches[0], layout) for name, candidate in candidates.items()}
-    for pair, parts in zip(range(recipe.runtime.ledger_pairs), itertools.cycle(batches)):
+    pairs = track(range(recipe.runtime.ledger_pairs), "measure the cost", "pairs of steps")
+    for pair, parts in zip(pairs, itertools.cycle(batches)):
         for name in names if pair % 2 == 0 else reversed(names):
             samples[name].append(candidates[name].timed(parts, layout))
     rows: dict[str, dict[str, Any]] = {
