@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastkd.data import BadImageError, CocoDataset, measure_priors
-from fastkd.data.segmentation import decode_run_lengths, pack_runs
+from fastkd.masks import decode_run_lengths, pack_runs
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastkd.data import BadImageError, CocoDataset
-from fastkd.data.segmentation import decode_run_lengths
+from fastkd.masks import decode_run_lengths
 
 NAN, INF = float("nan"), float("inf")
 
