@@ -50,7 +50,10 @@ class Work:
         self._done, now = done, time.perf_counter()
         if self._display is not None and (now - self._last >= EVERY or total is not None):
             self._last = now
-            self._display.update(self._task, completed=done, **({} if total is None else {"total": total}))
+            if total is None:
+                self._display.update(self._task, completed=done)
+            else:
+                self._display.update(self._task, completed=done, total=total)
 
 
 @contextlib.contextmanager

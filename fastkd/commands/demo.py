@@ -21,6 +21,7 @@ METHODS = ("baseline", "lgd", "fgfi", "inherit", "icd")  # inherit is the contro
 CROWD_METHODS = ("baseline", "lgd")
 REPORT_IMAGES = 6
 QUICK_STEPS, QUICK_TRAIN, QUICK_VAL = 90, 1200, 100
+TABLE_WIDTH = 124  # so that no cell is broken if the output is not a terminal
 QUICK_PAIRS = 6  # of steps for the cost ledger; fewer give no interval
 
 
@@ -76,7 +77,7 @@ def demo(
     out = out or Path(f"runs/demo{suffix}")
     data = data or Path(f"data/{'crowd' if crowd else 'scenes'}{'-quick' if quick else ''}")
     size = demo_size(crowd=crowd, quick=quick, steps=steps, train=images, val=val_images)
-    options = {"data": data, "size": size, "precision": precision(where)}
+    options: dict[str, Any] = {"data": data, "size": size, "precision": precision(where)}
     recipes: dict[str, Any] = {}
     for number in range(seed, seed + seeds):
         one = (
@@ -86,7 +87,7 @@ def demo(
         )
         recipes |= {name if number == seed else f"{name}-seed{number}": recipe for name, recipe in one.items()}
     (write_crowd if crowd else write_scenes)(data, train=size.train, val=size.val)
-    before = []
+    before: list[Path] = []
     if not crowd:
         teacher_file = Path(next(recipe.teacher for recipe in recipes.values() if recipe.teacher))
         evaluate_teacher(teacher_file, next(iter(recipes.values())), out / "teacher", where)
@@ -267,7 +268,7 @@ def show_table(runs: list[Run]) -> None:
             _minutes(members[0]),
             *_extra(members[0]),
         )
-    Console().print(table)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table)
     seeds = "" if several else " One seed is one draw; --seeds 3 adds confidence intervals."
     for line in (
         f"gain: AP over the baseline.{seeds}",

@@ -185,14 +185,15 @@ def _comparison(run: Run, other: Run, value: tuple[str, str], ends: tuple[str, s
     mine, theirs = entry(run, *value), entry(other, *value)
     if mine is None or theirs is None:
         return ""
-    names = f"{escape(run.name)} ({{}}) and {escape(other.name)} ({{}})"
     first, second = interval(run, *ends), interval(other, *ends)
     if first is None or second is None:
+        names = f"{escape(run.name)} ({duration(mine)}) and {escape(other.name)} ({duration(theirs)})"
         return (
-            f"Extra time {words} of {names.format(duration(mine), duration(theirs))}: not compared, since their "
-            "ledgers hold too few pairs of steps for an interval."
+            f"Extra time {words} of {names}: not compared, since their ledgers hold too few pairs of steps for an "
+            "interval."
         )
-    names = names.format(_with_interval(mine, first), _with_interval(theirs, second))
+    names = f"{escape(run.name)} ({_with_interval(mine, first)}) and {escape(other.name)} "
+    names += f"({_with_interval(theirs, second)})"
     if first[0] <= second[1] and second[0] <= first[1]:
         return f"Extra time {words}: this measurement cannot tell {names} apart, as their intervals overlap."
     less = first[1] < second[0]
