@@ -208,14 +208,15 @@ class Trainer:
 
     def _take_steps(self, batches: Iterator[Batch], log: RunLog | None) -> int:
         """Trains to the end or to a signal, and logs, saves and evaluates when due; returns the signal or 0."""
-        recent: deque[list[Batch]] = deque(maxlen=max(1, self.recipe.runtime.ledger_pairs))
+        recent: deque[list[Batch]] = deque(maxlen=min(cost.BATCHES, self.recipe.runtime.ledger_pairs))
         watch = Stopwatch(self.seconds)
         while self.step < self.recipe.schedule.steps:
             with watch.waiting():
                 parts = [next(batches) for _ in range(self.recipe.schedule.accumulate)]
             stopped = self._take_step(parts)
             watch.steps += 1
-            recent.append(parts)
+            if self.ledger is None:
+                recent.append(parts)
             self.progress.advance()
             due = self._due(stopped)
             if due:
@@ -226,6 +227,7 @@ class Trainer:
                     self._log(log, *watch.take_lap())
                 if "ledger" in due:
                     self._measure_cost(list(recent))
+                    recent.clear()  # frees the batches
                 if "checkpoint" in due:
                     self._save()
                 if "evaluation" in due:
@@ -382,7 +384,8 @@ class Trainer:
         self.group.on_rank0(lambda: str(save_checkpoint(folder, checkpoint, keep)))
 
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
-        measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
+        with self.progress.paused():
+            measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
         self.ledger = ledger = self.group.broadcast(measured)
         self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 
