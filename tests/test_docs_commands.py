@@ -31,7 +31,8 @@ def commands(text: str) -> list[list[str]]:
     blocks = [code for language, code in FENCE.findall(text) if language in ("", "sh")]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = [" ".join(code.split()) for code in INLINE.findall(FENCE.sub("", text))]
-    lines += [code + " --help" if re.fullmatch(r"fastkd \w+", code) else code for code in inline]  # names of commands
+    name = re.compile(r"fastkd (data )?\w+")  # a command that a sentence speaks of
+    lines += [code + " --help" if name.fullmatch(code) else code for code in inline]
     found = []
     for line in lines:
         match = re.search(r"(?:^|\s)(?:fastkd|-m fastkd\.cli)\s+([a-z].*)", line)
