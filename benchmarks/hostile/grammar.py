@@ -77,7 +77,7 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
             other, place = rng.choice(found)
             if place in other if isinstance(other, dict) else place < len(other):
                 owner[key] = copy.deepcopy(other[place])
-        elif kind == 3 and type(owner[key]) in (int, float):
+        elif kind == 3 and type(owner[key]) in (int, float) and abs(owner[key]) < 1e300:
             owner[key] = rng.choice((-owner[key], owner[key] * 1e6, owner[key] + 1, str(owner[key]), float(owner[key])))
         elif kind == 4 and isinstance(owner, dict):
             owner[rng.choice(EVIL_TEXTS)] = owner.pop(key)

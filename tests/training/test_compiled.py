@@ -76,6 +76,7 @@ def test_compiled_equals_eager_in_few_graphs(fresh, method, wanted):
     assert quick.state_dict().keys() == eager.state_dict().keys()
 
 
+@pytest.mark.long
 def test_a_run_through_compile_learns_the_same(fresh, tmp_path_factory, tmp_path, monkeypatch):
     data = make_tiny_data(tmp_path_factory)
     monkeypatch.setattr(building, "Regions", functools.partial(Regions, backend="aot_eager"))
@@ -126,7 +127,7 @@ def test_backward_of_float32_parts_stays_float32_under_autocast(fresh):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lgd", "icd"])
+@pytest.mark.parametrize("name", [pytest.param("lgd", marks=pytest.mark.long), "icd"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""
     torch.manual_seed(0)
