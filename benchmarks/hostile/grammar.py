@@ -147,7 +147,7 @@ def png(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.randint(1, 3)):
         where, kind = rng.randrange(len(chunks)), rng.randrange(7)
         name, data = chunks[where]
-        if kind == 0 and chunks[0][1]:
+        if kind == 0 and len(chunks[0][1]) == 13:
             header = bytearray(chunks[0][1])
             number = rng.choice((0, 1, 64, 10_000, 2**16, 2**31 - 1, 2**32 - 1))
             struct.pack_into(">I", header, rng.choice((0, 4)), number)
