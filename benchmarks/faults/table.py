@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkd.text import printable
+
 TITLES = {
     "full-disk": "A disk that becomes full",
     "read-only": "A read-only file system",
@@ -45,7 +47,7 @@ def page(figures: dict[str, Any]) -> str:
         if own:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
-                f"## {title}\n\n**{own['cases']} cases** ({own.get('run', 'scenes-retinanet-lgd')}): {_count(own)}. "
+                f"## {title}\n\n**{own['cases']} cases** ({own['run']}): {_count(own)}. "
                 f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
                 f"| fault | last line of the output |\n|---|---|\n{rows}"
             )
@@ -61,5 +63,5 @@ def _count(own: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Text for a table cell, at most 260 characters."""
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    text = printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= 260 else text[:259] + "…"
