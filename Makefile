@@ -4,7 +4,7 @@
 #   make test     build, the CMake build (with the emulation of CUDA), the GPU code where nvcc is, all tests
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
-#   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
+#   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)
 #   make check    `make lint` and the tests that compile, train and start nothing: for every edit
 #   make lint     ruff's rules and format, mypy
 #   make build    the virtual environment with the compiled package;   make clean
