@@ -13,10 +13,13 @@
 #   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
 #   make cuda           csrc/*/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
+#   make docs           the documentation site, built strictly, into build/site; needs no compiler and no torch
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 #   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
 #                       it takes the interpreter at hand; DEVICE=cpu rehearses it at toy sizes
+#   make any-machine    the wheel under other Pythons and torches, the ops as on older CPUs (downloads)
+#   make faults         a thousand kills, full disks, damaged files; make hostile   mutated files for every reader (hours)
 #   make stack          an older torch and its Triton (STACK), in an environment of its own (downloads)
 PYTHON ?= python3
 VENV := .venv
@@ -33,7 +36,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: portable demo test study bench bench-step build cmake lint check test-install sanitize sanitize-simt clean
+.PHONY: portable demo test study bench bench-step build cmake lint check docs test-install sanitize sanitize-simt clean
 
 build: $(STAMPS)/built
 
@@ -46,7 +49,7 @@ $(STAMPS)/created:
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
-	$(BIN)/python .ci/requirements.py test onnx timm lint > $(STAMPS)/requirements.txt
+	$(BIN)/python .ci/requirements.py test onnx timm lint hosts > $(STAMPS)/requirements.txt
 	$(PIP) install -r $(STAMPS)/requirements.txt
 	touch $@
 
@@ -131,6 +134,18 @@ stack: $(STAMPS)/dependencies
 	--ignore=tests/ops/test_planted_bugs.py
 	cd build/stack && venv/bin/python -m benchmarks.gpu.triton_report
 
+# The wheel in fresh environments (PYTHON=TORCH, the newest torch where none is named), the op tests with the
+# instructions of older CPUs, and pip without torch: docs/results/any-machine.md.
+ENVIRONMENTS ?= python3.10=2.10.0 python3.13
+.PHONY: any-machine
+any-machine: build
+	$(BIN)/python -m benchmarks.any_machine --environments $(ENVIRONMENTS)
+
+# Resumable: what is missing in docs/results/faults.json and hostile.json.
+.PHONY: faults hostile
+faults hostile: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$@
+
 demo: build
 	$(BIN)/fastkd demo
 
@@ -147,6 +162,15 @@ lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict --quiet
+
+$(STAMPS)/docs: pyproject.toml | $(STAMPS)/created
+	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
+	$(BIN)/python .ci/requirements.py --only docs > $(STAMPS)/docs.txt
+	$(PIP) install -r $(STAMPS)/docs.txt
+	touch $@
 
 # Left out: what compiles, traces or trains, starts a process, or runs the slow random cases.
 CHECKED := $(wildcard tests/test_*.py) tests/evaluation tests/distillers/test_cwd.py tests/distillers/test_fgfi.py \

@@ -20,9 +20,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    import torch
+except ModuleNotFoundError:  # with build isolation pip installs it for the build
+    sys.exit(
+        "fastkd: torch must be installed to build without isolation, got none; run pip install 'torch>=2.10' numpy "
+        "ninja first, or leave out --no-build-isolation"
+    )
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 

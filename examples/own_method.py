@@ -3,24 +3,18 @@
 The student's features take the direction of the teacher's: 1 - cosine of the angle, averaged over cells and levels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from fastkd.data import generate_scenes
 from fastkd.distillers import Distilled, Distiller
-from fastkd.training import FeatureMethod, Recipe, RunResult, get_recipe, train
-from fastkd.training.methods import Given
-from fastkd.types import Batch
+from fastkd.training import FeatureMethod, RunResult, get_recipe, train
 
 
 class Cosine(Distiller):
@@ -30,17 +24,9 @@ class Cosine(Distiller):
         super().__init__()
         self.weight, self.adapter = weight, nn.Conv2d(channels, teacher_channels, 1)
 
-    def forward(
-        self,
-        student: Sequence[Tensor],
-        batch: Batch,
-        teacher: Sequence[Tensor] | None = None,
-        *,
-        detach_student: bool = False,
-        prepared: Any = None,
-    ) -> Distilled:
+    def forward(self, student, batch, teacher=None, *, detach_student=False, prepared=None) -> Distilled:
         levels = [level.detach() if detach_student else level for level in student]
-        pairs = zip(levels, teacher or (), strict=True)
+        pairs = zip(levels, teacher, strict=True)  # [B, C, H_l, W_l] each
         angles = [1 - F.cosine_similarity(self.adapter(level), target, dim=1).mean() for level, target in pairs]
         return Distilled({"cosine_distill": self.weight * torch.stack(angles).mean()})
 
@@ -49,25 +35,22 @@ class Cosine(Distiller):
 class CosineConfig(FeatureMethod):
     kind, label, needs_teacher = "cosine", "Cosine", True
 
-    def build(self, given: Given) -> Cosine:
+    def build(self, given) -> Cosine:
         return Cosine(given.student.channels, given.teacher.channels, self.weight)
 
 
-def recipe_of(data: Path, steps: int) -> Recipe:
+def main(data: Path = Path("data/scenes"), run_dir: Path = Path("runs/cosine"), steps: int = 600) -> RunResult:
+    if not data.exists():
+        generate_scenes(data, train=8000, val=500)
     recipe = get_recipe("scenes-retinanet-pkd")  # the same student, teacher and schedule
-    return dataclasses.replace(
+    recipe = dataclasses.replace(
         recipe,
         name="cosine",
         data=dataclasses.replace(recipe.data, root=str(data)),
         method=CosineConfig(weight=2.0, final_fraction=0.2),
         schedule=dataclasses.replace(recipe.schedule, steps=steps),
     )
-
-
-def main(data: Path = Path("data/scenes"), run_dir: Path = Path("runs/cosine"), steps: int = 600) -> RunResult:
-    if not data.exists():
-        generate_scenes(data, train=8000, val=500)
-    return train(recipe_of(data, steps), run_dir)
+    return train(recipe, run_dir)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Only the standard li
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from fastkd.signals import Interrupted
+from fastkd.text import PrintableFormatter, printable
 
 DESCRIPTION = """Train object detectors with knowledge distillation.
 
@@ -36,7 +38,9 @@ def run_and_explain(args: list[str]) -> int:
     """Run the command; print an error as one line and return the exit code."""
     debug = "--debug" in args or os.environ.get("FASTKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="fastkd: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("fastkd: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("fastkd").setLevel(logging.INFO)
     try:
         run(args)
@@ -51,7 +55,7 @@ def run_and_explain(args: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        complain(f"error: {one_line(error)}")
+        complain(f"error: {one_line(error)}{how_to_make_room(error, args)}")
         if not explained(error):
             print("(the same command with --debug shows the traceback)", file=sys.stderr)
         return 2 if bad_input(error) else 1
@@ -76,6 +80,7 @@ def run(args: list[str]) -> None:
     data_group = tyro.extras.SubcommandApp()
     data_group.command(name="scenes")(data.scenes)
     data_group.command(name="crowd")(data.crowd)
+    data_group.command(name="tile")(data.tile)
     app = tyro.extras.SubcommandApp()
     app.command(name="demo")(demo.demo)
     app.command(data_group, name="data")
@@ -125,9 +130,15 @@ def how_to_continue(args: list[str]) -> str:
     return f"; continue with: fastkd {shlex.join(again)}"
 
 
+def how_to_make_room(error: BaseException, args: list[str]) -> str:
+    """What to do about a full disk; empty for other errors."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"; free some space{how_to_continue(args)}" if full else ""
+
+
 def complain(message: str) -> None:
     """Prints a message with the program's name on stderr."""
-    print(f"fastkd: {message}", file=sys.stderr)
+    print(f"fastkd: {printable(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

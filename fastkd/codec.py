@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -13,7 +14,7 @@ Kinds = dict[str, type]
 def require(condition: bool, name: str, must: str, got: object, remedy: str = "") -> None:
     """Raises ValueError("<name> must be <must>, got <got>") unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name} must be {must}, got {got!r}" + (f"; {remedy}" if remedy else ""))
+        raise ValueError(f"{name} must be {must}, got {got!r:.300}" + (f"; {remedy}" if remedy else ""))
 
 
 def require_fraction(owner: object, *names: str) -> None:
@@ -68,6 +69,7 @@ def decode(annotation: Any, value: Any, where: str, kinds: Kinds) -> Any:
         require(value in typing.get_args(annotation), where, f"one of {typing.get_args(annotation)}", value)
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) <= sys.float_info.max, where, "a number below 2e308", f"{value.bit_length()} bits")
         return float(value)
     if isinstance(annotation, type):
         right = isinstance(value, annotation) and not (isinstance(value, bool) and annotation is not bool)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_LEFTOVER = re.compile(r"\..+\.\d+\.part|\.tmp[A-Za-z0-9]{6}")
 
 
 def flush(path: Path) -> None:
@@ -21,15 +24,44 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; renames it to `path` after the block, or deletes it if the block raises."""
+    """Yields a temporary path to write to; renames it to `path` after the block, or deletes it if the block raises.
+
+    Raises: OSError that names `path` if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # must not hide the error of the block
+            temporary.unlink()
     flush(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Puts the name of `path` into an OSError that names no file, as one of a full disk, or names `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or error.filename == str(temporary)
+        if error.errno is None or not unnamed:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that a killed process left in a folder: those of `replacing` and of safetensors."""
+    for path in folder.iterdir():
+        if is_leftover(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file name is that of a temporary file of `replacing` or of safetensors."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +23,15 @@ def save_tensor_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
         path: overwritten; not atomic.
         tensors: contiguous, on the CPU, sharing no memory.
         metadata: entries of the file header's "__metadata__".
+    Raises: OSError that names the file if it cannot be written.
     """
-    save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+    try:
+        save_file(tensors, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the system's error as text
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     if not metadata:
         return
     with open(path, "r+b") as file:

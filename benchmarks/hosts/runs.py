@@ -68,22 +68,39 @@ class Clock:
         return statistics.median(steps[WARM_UP:] or steps)
 
 
-def retinanet(width: str) -> nn.Module:
-    """torchvision's RetinaNet with a randomly initialised ResNet."""
+def stage(wide_in: int, wide_out: int, blocks: int) -> nn.Sequential:
+    """Residual blocks at half the resolution."""
+    from torchvision.models.resnet import BasicBlock
+
+    shortcut = nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride=2, bias=False), nn.BatchNorm2d(wide_out))
+    first = BasicBlock(wide_in, wide_out, 2, shortcut)
+    return nn.Sequential(first, *(BasicBlock(wide_out, wide_out) for _ in range(blocks - 1)))
+
+
+def retinanet(teacher: bool) -> nn.Module:
+    """torchvision's RetinaNet on a narrow ResNet: students 16 to 128 channels and a pyramid of 32, teachers thrice."""
     from torchvision.models.detection import RetinaNet
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops import Conv2dNormActivation
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-    body = resnet_fpn_backbone(
-        backbone_name=width, weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d, returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )  # fmt: skip
-    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE)
+    width, blocks = (48, 2) if teacher else (16, 1)
+    stages = {f"layer{level}": stage(width << max(level - 2, 0), width << level - 1, blocks) for level in range(1, 5)}
+    body = nn.Sequential()
+    body.add_module("stem", Conv2dNormActivation(3, width, 3, stride=2))
+    for name, layers in stages.items():
+        body.add_module(name, layers)
+    levels, pyramid = {"layer2": "0", "layer3": "1", "layer4": "2"}, 2 * width
+    body = BackboneWithFPN(body, levels, [2 * width, 4 * width, 8 * width], pyramid, LastLevelP6P7(pyramid, pyramid))
+    sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64, 128, 256))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors)
 
 
 def torchvision_model(job: Job) -> nn.Module:
-    """ResNet-18 for students, ResNet-34 for teachers."""
-    return retinanet("resnet34" if job.method == "teacher" else "resnet18")
+    """The student, or the teacher for its own run."""
+    return retinanet(job.method == "teacher")
 
 
 def batches(job: Job) -> torch.utils.data.DataLoader:
@@ -107,7 +124,7 @@ def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -
         return None
     teacher = None
     if methods.needs_teacher(job.method):
-        teacher = retinanet("resnet34").eval()
+        teacher = retinanet(teacher=True).eval()
         teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
         teacher.to(job.device)
     return attach(model, job.method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
@@ -185,12 +202,12 @@ def rt_detr(job: Job) -> nn.Module:
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     big = job.method == "teacher"
-    sizes = [64, 128, 256, 512] if big else [32, 64, 96, 128]
+    sizes = [64, 128, 192, 256] if big else [16, 32, 64, 96]
     backbone = RTDetrResNetConfig(
         embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    width = 256 if big else 128
+    width = 128 if big else 64
     config = RTDetrConfig(
         backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
         d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,

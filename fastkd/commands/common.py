@@ -21,7 +21,9 @@ def say(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text(message))
+    from fastkd.text import printable
+
+    Console(stderr=True, soft_wrap=True).print(Text(printable(message)))
 
 
 def progress_bar(unit: str):
@@ -130,5 +132,5 @@ def image_size(checkpoint: Path, short_side: int | None, max_side: int | None) -
     try:
         data = json.loads(path.read_text(encoding="utf-8"))["data"]
         return ImageSize(int(data["val_short_side"]), int(data["max_side"]), int(data["divisor"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} must be a recipe, got {error!r}; pass --short-side and --max-side") from error

@@ -70,7 +70,7 @@ def evaluate(
 
     import torch
 
-    from fastkd.data import build_eval_loader, open_dataset
+    from fastkd.data import build_eval_loader, explaining_dead_workers, open_dataset
     from fastkd.detectors import load_detector
     from fastkd.evaluation import evaluate as run
     from fastkd.evaluation import evaluator_of, print_metrics
@@ -81,7 +81,7 @@ def evaluate(
     dataset = open_dataset(format, annotations, images, strict=strict, with_masks=masks, crowd_boxes=crowd_boxes)
     require_same_classes(class_names, dataset.class_names, checkpoint, annotations)
     size = image_size(checkpoint, short_side, max_side)
-    with processes(device_argument(device)) as group:
+    with processes(device_argument(device)) as group, explaining_dead_workers():
         loader = build_eval_loader(
             dataset,
             batch_size=batch_size,

@@ -1,12 +1,13 @@
 """Data: generated scenes and crowds, COCO and CrowdHuman folders, transforms, loaders and class priors."""
 
+from fastkd.data.batch_loader import BatchLoader, LoaderError, explaining_dead_workers
 from fastkd.data.coco import CocoDataset, DetectionDataset, Sample
 from fastkd.data.crowd import generate_crowd
 from fastkd.data.crowd_render import CrowdStyle
 from fastkd.data.crowdhuman import CrowdHumanDataset
 from fastkd.data.formats import open_dataset
 from fastkd.data.images import BadImageError
-from fastkd.data.loader import BatchLoader, build_eval_loader, build_train_loader
+from fastkd.data.loader import build_eval_loader, build_train_loader
 from fastkd.data.priors import measure_priors
 from fastkd.data.scenes import SCENE_CLASSES, generate_scenes
 from fastkd.data.scenes_render import SceneStyle
@@ -23,10 +24,12 @@ __all__ = [
     "CrowdHumanDataset",
     "CrowdStyle",
     "DetectionDataset",
+    "LoaderError",
     "Sample",
     "SceneStyle",
     "build_eval_loader",
     "build_train_loader",
+    "explaining_dead_workers",
     "generate_crowd",
     "generate_scenes",
     "measure_priors",

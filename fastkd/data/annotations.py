@@ -6,6 +6,7 @@ skipped, counted and logged, or raises with strict.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -69,7 +70,7 @@ class AnnotationArrays:
 
     category_ids [C] and class_names [C] by label; image_ids [n] int64; sizes [n, 2] int32 (width, height); name_bytes
     uint8 and name_ends [n + 1] int64 (file names, UTF-8); starts [n + 1] int64 into the boxes; boxes [K, 4] float32
-    xyxy clipped to the image; labels [K] int32; crowd [K] bool; annotation_ids [K] int64.
+    xyxy clipped to the image; labels [K] int32; crowd [K] bool; annotation_ids [K] int64; sha256 of the file.
     """
 
     category_ids: list[int]
@@ -85,6 +86,7 @@ class AnnotationArrays:
     annotation_ids: np.ndarray
     segmentations: Segmentations | None
     clipped: int
+    sha256: str | None = None
 
     def keep_images(self, rows: np.ndarray) -> AnnotationArrays:
         """A copy with only these images; `rows` ascending."""
@@ -105,10 +107,12 @@ class AnnotationArrays:
             self.annotation_ids[boxes],
             None if self.segmentations is None else self.segmentations.take(boxes),
             self.clipped,
+            self.sha256,
         )
 
 
-def _load_json(path: str) -> dict:
+def _load_json(path: str) -> tuple[dict, str]:
+    """Content and SHA-256 of a COCO file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"CocoDataset: annotation_file must be an existing file, got {path!r}; "
@@ -116,7 +120,8 @@ def _load_json(path: str) -> dict:
         )
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read())
+            text = file.read()
+        content, digest = json.loads(text), hashlib.sha256(text).hexdigest()
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"CocoDataset: annotation_file must be a COCO JSON file, got {path!r} which is not JSON "
@@ -128,7 +133,7 @@ def _load_json(path: str) -> dict:
         if not isinstance(content.get(key), list):
             found = f"a {type(content[key]).__name__}" if key in content else "nothing"
             raise ValueError(f"CocoDataset: {path}: {key!r} must be a list, got {found}; see the COCO data format")
-    return content
+    return content, digest
 
 
 def _is_id(value) -> bool:
@@ -156,7 +161,7 @@ def _read_categories(path: str, categories: list) -> tuple[list[int], list[str]]
 def read_class_names(path: str | os.PathLike) -> list[str]:
     """The class names of a COCO annotation file, in label order. Raises: FileNotFoundError, ValueError."""
     path = os.fspath(path)
-    return _read_categories(path, _load_json(path)["categories"])[1]
+    return _read_categories(path, _load_json(path)[0]["categories"])[1]
 
 
 def _check_image(item, known: dict, folder: ImageFolder, max_pixels: int) -> None:
@@ -295,7 +300,7 @@ def read_annotations(
     Returns: the arrays, and the counts of skipped entries.
     Raises: FileNotFoundError, ValueError.
     """
-    content = _load_json(path)
+    content, digest = _load_json(path)
     category_ids, class_names = _read_categories(path, content["categories"])
     problems = Problems(path, strict)
     images, left_out, sizes, name_bytes, name_ends = _read_images(content["images"], folder, max_pixels, problems)
@@ -333,5 +338,6 @@ def read_annotations(
         np.array(reader.ids, np.int64)[order],
         reader.masks.finish().take(order) if reader.masks is not None else None,
         reader.clipped,
+        digest,
     )
     return arrays, problems

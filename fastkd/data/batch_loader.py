@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastkd.data.images import BadImageError
 from fastkd.types import Batch
 
 log = logging.getLogger("fastkd.data")
+
+
+class LoaderError(RuntimeError):
+    """A loader process ended before its time."""
+
+
+@contextlib.contextmanager
+def explaining_dead_workers() -> Iterator[None]:
+    """Raises LoaderError for torch's error about a dead loader process, which may interrupt any line of the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise LoaderError(
+            f"data: a loader process died ({text.splitlines()[0].rstrip('. ')}), perhaps for lack of memory; earlier "
+            "checkpoints are kept: use fewer workers or a smaller prefetch, and resume"
+        ) from error
 
 
 def _start_worker(_: int) -> None:
@@ -40,14 +61,20 @@ def _as_is(item):
 
 
 class _Timed(Dataset):
-    """Wraps a data set: each item comes with the seconds it took to load."""
+    """Wraps a data set: each item, or the BadImageError in its place, comes with the seconds it took to load.
+
+    An error that is raised in a worker would reach the main process with the worker's traceback as its message.
+    """
 
     def __init__(self, batches):
         self.batches = batches
 
     def __getitem__(self, number: int):
         begin = time.perf_counter()
-        item = self.batches[number]
+        try:
+            item = self.batches[number]
+        except BadImageError as error:
+            item = error
         return item, time.perf_counter() - begin
 
 
@@ -94,7 +121,10 @@ class BatchLoader:
         # which would then wait for them forever, because they ignore its SIGTERM.
         atexit.register(stop)
         try:
-            for (batch, bad), seconds in iterator:
+            for item, seconds in iterator:
+                if isinstance(item, BadImageError):
+                    raise item
+                batch, bad = item
                 self._note(bad)
                 self._seconds += seconds
                 if batch is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,8 @@ class DetectionDataset:
     skipped: dict[str, int]
     clipped: int
     _arrays: AnnotationArrays
+    _opened = float("inf")  # time of opening; infinity never warns
+    _changed: set[int]
 
     @property
     def has_objects(self) -> bool:
@@ -74,8 +77,14 @@ class DetectionDataset:
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
+    @property
+    def annotation_sha256(self) -> str | None:
+        """SHA-256 of the annotation file as it was read; None for formats whose evaluation does not read it again."""
+        return self._arrays.sha256
+
     def _note(self, problems: Problems) -> None:
         """Stores and logs the counts of skipped and clipped entries."""
+        self._opened, self._changed = time.time(), set()
         self.skipped, self.clipped = dict(problems.counts), self._arrays.clipped
         kind = type(self).__name__
         if self.skipped:
@@ -136,12 +145,15 @@ class DetectionDataset:
         owner = np.repeat(np.arange(len(self)), np.diff(self._arrays.starts))
         return self._arrays.boxes[rows], self._arrays.labels[rows], owner[rows]
 
+    def annotated(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All annotations of an image: boxes [k, 4] xyxy in pixels of the file, labels [k], crowd [k] bool."""
+        span = slice(self._arrays.starts[index], self._arrays.starts[index + 1])
+        return self._arrays.boxes[span], self._arrays.labels[span], self._arrays.crowd[span]
+
     def targets(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ground truth of an image: boxes [k, 4] xyxy, labels [k] int64, ignore boxes [i, 4], pixels of the file."""
-        span = slice(self._arrays.starts[index], self._arrays.starts[index + 1])
-        crowd = self._arrays.crowd[span]
-        boxes = self._arrays.boxes[span]
-        return boxes[~crowd], self._arrays.labels[span][~crowd].astype(np.int64), boxes[crowd]
+        boxes, labels, crowd = self.annotated(index)
+        return boxes[~crowd], labels[~crowd].astype(np.int64), boxes[crowd]
 
     def masks(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Masks of the objects of an image, in the order of `targets`, at `size` (height, width); None: original size.
@@ -163,7 +175,18 @@ class DetectionDataset:
         """Pixels of an image: [H, W, 3] uint8 RGB. Raises: BadImageError naming the file."""
         width, height = (int(v) for v in self._arrays.sizes[index])
         path = os.path.join(self.image_dir, self.file_name(index))
+        self._warn_if_changed(index, path)
         return read_image(path, (width, height), self.max_pixels)
+
+    def _warn_if_changed(self, index: int, path: str) -> None:
+        """Logs once, in each process, that an image file changed after the data set was opened."""
+        try:
+            changed = os.stat(path).st_ctime > self._opened and index not in self._changed
+        except (OSError, ValueError):
+            return  # read_image says why
+        if changed:
+            self._changed.add(index)
+            log.warning("image %s: changed after the data set was opened; its new content is used", path)
 
     def load(self, index: int) -> Sample:
         """Image and ground truth before resizing. Raises: BadImageError naming the file."""

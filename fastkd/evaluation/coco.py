@@ -33,7 +33,8 @@ class CocoEvaluator:
 
     Args:
         dataset: has `annotation_file` (path of the COCO JSON), `image_ids`, `class_names` and `category_ids`
-            (contiguous label -> category id of the file). Only its images and categories are evaluated.
+            (contiguous label -> category id of the file). Only its images and categories are evaluated. With an
+            `annotation_sha256` the file must still have that SHA-256 when the metrics are computed.
         max_detections: limits on the number of highest-scoring detections per image, ascending; AP uses the last, AR
             is computed for each.
 
@@ -51,6 +52,7 @@ class CocoEvaluator:
         self.category_ids = [int(i) for i in dataset.category_ids]
         self.class_names = _unique_names(dataset.class_names, self.category_ids)
         self.max_detections = tuple(int(n) for n in max_detections)
+        self._sha256 = getattr(dataset, "annotation_sha256", None)
         self._known = set(self.image_ids)
         self._images: dict[int, list[dict]] = {}
         self._masks = False
@@ -128,7 +130,9 @@ class CocoEvaluator:
             APs, APm, APl, AR1.. AR100, ARs, ARm, ARl, images, unread (of them), instances, and per_class:
             {name: {AP, ..., instances}}. Percentages or None; safe for JSON.
         """
-        truth = load_ground_truth(self.annotation_file, self.image_ids, self.category_ids, masks=self._masks)
+        truth = load_ground_truth(
+            self.annotation_file, self.image_ids, self.category_ids, masks=self._masks, sha256=self._sha256
+        )
         found = self.results()
         metrics = {"bbox": self._measure(truth, found, "bbox")}
         if self._masks:

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from fastkd.text import printable
+
 KINDS = {"bbox": "boxes", "segm": "masks"}
 _SIZE_ROWS = {"s": "small (< 32 x 32 px)", "m": "medium", "l": "large (> 96 x 96 px)"}
 
@@ -51,7 +53,7 @@ def class_table(metrics: dict[str, dict]) -> Table:
     table = _table("by class, %", "class", ["objects", *_columns(kinds, names)])
     for label, values in metrics[kinds[0]]["per_class"].items():
         cells = [number(metrics[kind]["per_class"][label][name]) for kind in kinds for name in names]
-        table.add_row(Text(label), str(values["instances"]), *cells)  # Text: a class may be called "[bold]"
+        table.add_row(Text(printable(label)), str(values["instances"]), *cells)  # Text: a class may be called "[bold]"
     return table
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
-import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastkd.masks import check_polygons, pack_runs
 
 if TYPE_CHECKING:  # imported at run time where it is used: training does not need it
     from pycocotools.coco import COCO
 
 
-def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids: list[int], *, masks: bool) -> COCO:
+def load_ground_truth(
+    annotation_file: Path,
+    image_ids: list[int],
+    category_ids: list[int],
+    *,
+    masks: bool,
+    sha256: str | None = None,
+) -> COCO:
     """The annotations of the given images and categories as a pycocotools COCO object.
 
     Skips the annotations that data sets skip: repeated ids, boxes that are not finite, have no area or lie outside the
@@ -21,29 +31,38 @@ def load_ground_truth(annotation_file: Path, image_ids: list[int], category_ids:
     `area` is replaced by the box's, a missing `iscrowd` by 0. Annotations get new ids from 1, because pycocotools
     treats a match with id 0 as no match.
 
-    Raises: ValueError if masks are wanted and no annotation has one.
+    Args:
+        sha256: of the file when the data set was opened; None does not check it.
+    Raises: ValueError if masks are wanted and no annotation has one, or if the file changed.
     """
-    with open(annotation_file, encoding="utf-8") as file:
-        content = json.load(file)
+    text = annotation_file.read_bytes()
+    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+        raise ValueError(
+            f"CocoEvaluator: annotation_file must be as it was when the data set was opened, got {annotation_file} "
+            "with another content; restore it, and resume if this was a training run"
+        )
+    content = json.loads(text)
     wanted, categories = set(image_ids), set(category_ids)
     images: dict[int, dict] = {}
     for image in content["images"]:
-        if isinstance(image, dict) and image.get("id") in wanted:
+        if isinstance(image, dict) and _is_size(image) and type(image.get("id")) is int and image["id"] in wanted:
             images.setdefault(image["id"], {key: image[key] for key in ("id", "width", "height")})
     kept: list[dict[str, Any]] = []
     seen: set[Any] = set()
     without = 0
     for annotation in content["annotations"]:
-        if not isinstance(annotation, dict) or annotation.get("id") in seen:
+        if not isinstance(annotation, dict):
             continue
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
-        if image_id not in images or category not in categories:
+        number, image_id, category = (annotation.get(key) for key in ("id", "image_id", "category_id"))
+        if not type(number) is type(image_id) is type(category) is int or number in seen:
+            continue
+        if image_id not in images or category not in categories or annotation.get("iscrowd", 0) not in (0, 1):
             continue
         image = images[image_id]
         box = _valid_box(annotation.get("bbox"), image)
         if box is None:
             continue
-        seen.add(annotation.get("id"))
+        seen.add(number)
         entry = {"image_id": image["id"], "category_id": category, "bbox": box}
         entry |= {"area": _valid_area(annotation.get("area"), box), "iscrowd": int(bool(annotation.get("iscrowd", 0)))}
         if masks:
@@ -72,7 +91,7 @@ def _valid_box(box: Any, image: dict) -> list[float] | None:
     """The box (xywh) as four floats; None if it is not finite, has no area or lies outside the image."""
     if not isinstance(box, list) or len(box) != 4:
         return None
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+    if not all(map(_is_number, box)):
         return None
     x, y, width, height = (float(value) for value in box)
     meets = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
@@ -80,10 +99,11 @@ def _valid_box(box: Any, image: dict) -> list[float] | None:
 
 
 def _box_code(box: list[float], image: dict) -> dict:
-    """Run-length code of a box (xywh)."""
+    """Run-length code of a box (xywh), clipped to the image: pycocotools needs memory proportional to its length."""
     from pycocotools import mask as mask_codec
 
-    x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    x1, y1 = max(box[0], 0.0), max(box[1], 0.0)
+    x2, y2 = min(box[0] + box[2], float(image["width"])), min(box[1] + box[3], float(image["height"]))
     return mask_codec.frPyObjects([[x1, y1, x2, y1, x2, y2, x1, y2]], image["height"], image["width"])[0]
 
 
@@ -94,18 +114,22 @@ def _mask_code(segmentation: Any, image: dict) -> dict | None:
     height, width = image["height"], image["width"]
     try:
         if isinstance(segmentation, dict):
-            if list(segmentation["size"]) != [height, width]:
-                return None
-            if isinstance(segmentation["counts"], list):
-                return mask_codec.frPyObjects(segmentation, height, width)
-            return segmentation
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        return mask_codec.merge(mask_codec.frPyObjects(polygons, height, width)) if polygons else None
-    except Exception:  # pycocotools raises many types of exceptions on malformed input
+            return {"size": [height, width], "counts": pack_runs(segmentation, height, width)}
+        polygons = check_polygons(segmentation, height, width)
+    except (ValueError, TypeError):
         return None
+    return mask_codec.merge(mask_codec.frPyObjects([points.tolist() for points in polygons], height, width))
 
 
 def _valid_area(area: Any, box: list[float]) -> float:
     """The annotated area, which determines the object's size class; the box's area if none is given."""
-    usable = isinstance(area, (int, float)) and math.isfinite(area) and area > 0
-    return float(area) if usable else box[2] * box[3]
+    return float(area) if _is_number(area) and area > 0 else box[2] * box[3]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can represent; math.isfinite raises for integers beyond that."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_size(image: dict) -> bool:
+    return all(type(image.get(side)) is int and image[side] >= 1 for side in ("width", "height"))

@@ -9,6 +9,8 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastkd.files import naming
+
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1a1f2b; --soft: #5b6475; --line: #dfe3ea;
   --accent: #0b6bcb; --good: #0a7d4f; --bad: #b3361f; --shade: #f0f3f8; --note: #fff6dd; --note-line: #e2b93b; }
@@ -138,7 +140,9 @@ class PictureBook:
         self.count += 1
         self.bytes += len(png)
         if self.folder is not None:
-            (self.folder / f"{self.count:03d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:80]}.png").write_bytes(png)
+            path = self.folder / f"{self.count:03d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:80]}.png"
+            with naming(path):
+                path.write_bytes(png)
         data = base64.b64encode(png).decode("ascii")
         width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
         return f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}">'

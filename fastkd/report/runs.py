@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ def number(value, minimum: float = -math.inf) -> float | None:
     """`value` as a finite float of at least `minimum`, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) and value >= minimum else None
+    return float(value) if abs(value) <= sys.float_info.max and value >= minimum else None  # int of any size, NaN
 
 
 def load_run(path: Path, name: str | None = None, methods: Mapping[str, Any] | None = None) -> Run:
@@ -212,7 +213,7 @@ def _read_log(run: Run) -> list[dict]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 records.append(record)

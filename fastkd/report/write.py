@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files import write_text
-from fastkd.report import cost, html, insides, mistakes, numbers, sources
+from fastkd.report import cost, html, insides, mistakes, numbers, sources, teaching
 from fastkd.report.html import PictureBook, Section, clean, escape
 from fastkd.report.runs import Run, load_runs
 
@@ -60,6 +60,7 @@ def write_report(
         numbers.results_section(runs, colours, book),
         numbers.classes_section(runs, colours, book),
         numbers.curves_section(runs, colours, book),
+        teaching.teaching_section(runs, colours, book),
         cost.cost_section(runs, colours, book),
         *_picture_sections(runs, images, device, book),
         _notes_section(runs),

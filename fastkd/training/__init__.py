@@ -1,6 +1,6 @@
 """Training: recipes, the trainer, checkpoints, the cost ledger."""
 
-from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.config import DataConfig, DistillConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
 from fastkd.training.methods import (
     Combined,
     CWDConfig,
@@ -24,6 +24,7 @@ __all__ = [
     "CWDConfig",
     "Combined",
     "DataConfig",
+    "DistillConfig",
     "FGFIConfig",
     "FeatureMethod",
     "FrozenTeacher",

@@ -16,6 +16,7 @@ from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.detectors.backbones.base import Backbone
 from fastkd.evaluation.coco import load_ground_truth
+from fastkd.training.balance import Balance
 from fastkd.training.config import Recipe
 from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import Regions
@@ -47,6 +48,12 @@ class Built:
     notes: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: str | None = None
 
+    @property
+    def data_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the training set, to check that a resumed run has the same."""
+        data = self.train_set
+        return {"images": len(data), "class_names": list(data.class_names), "sha256": data.fingerprint}
+
 
 def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of a recipe.
@@ -62,7 +69,13 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
         with_masks=recipe.with_masks,
         **options,
     )
-    val_set = open_dataset(data.format, root / data.val_annotations, root / data.val_images, **options)
+    val_set = open_dataset(
+        data.format,
+        root / data.val_annotations,
+        root / data.val_images,
+        with_masks=recipe.method is not None and recipe.method.needs_masks,
+        **options,
+    )
     if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
         raise ValueError(
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
@@ -75,8 +88,9 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
         )
     if data.format == "coco":
         # Load the evaluation's ground truth now, so that a bad file fails here and not after hours of training.
-        images = val_set.image_ids.tolist()
-        load_ground_truth(Path(val_set.annotation_file), images, val_set.category_ids, masks=recipe.with_masks)
+        images, file = val_set.image_ids.tolist(), Path(val_set.annotation_file)
+        digest = val_set.annotation_sha256
+        load_ground_truth(file, images, val_set.category_ids, masks=recipe.with_masks, sha256=digest)
     return train_set, val_set
 
 
@@ -143,6 +157,12 @@ def load_teacher(recipe: Recipe, student: Detector, class_names: list[str]) -> D
     return teacher
 
 
+def teacher_digest(recipe: Recipe) -> str | None:
+    """SHA-256 of the teacher's file; None without a teacher, or if there is no such file."""
+    path = assets.resolve(recipe.teacher) if recipe.teacher is not None else None
+    return sha256_of(path) if path is not None and path.is_file() else None
+
+
 def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
     """The distiller of a recipe with fresh weights from the global generator; an nn.ModuleDict for several methods."""
     return None if recipe.method is None else recipe.method.build(given)
@@ -170,7 +190,10 @@ def build(recipe: Recipe) -> Built:
                 f"train: runtime.recompute must be False for {kind}, got True; pass --runtime.no-recompute"
             )
         backbone.recompute()
+    digest = teacher_digest(recipe)  # before and after reading: the file may be replaced in between
     teacher = load_teacher(recipe, student, train_set.class_names) if recipe.teacher is not None else None
+    if teacher_digest(recipe) != digest:
+        raise ValueError(f"train: teacher must not change while it is read, got another content in {recipe.teacher}")
     if recipe.backbone_weights is not None:
         weights = assets.resolve(recipe.backbone_weights)
         if not weights.is_file():
@@ -193,6 +216,7 @@ def build(recipe: Recipe) -> Built:
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     needed = method is not None and method.needs_teacher
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
-    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
-    digest = sha256_of(assets.resolve(recipe.teacher)) if recipe.teacher is not None else None
+    ratio, every = recipe.distill.balance, recipe.distill.balance_every
+    regions = Regions(recipe.runtime.compile, keeps_graphs=ratio is not None)
+    module = StepModule(student, distiller, frozen, dtype, regions, Balance(ratio, every))
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

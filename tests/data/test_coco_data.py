@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastkd.data import BadImageError, CocoDataset, measure_priors
-from fastkd.data.segmentation import decode_run_lengths, pack_runs
+from fastkd.masks import decode_run_lengths, pack_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ def test_load_gives_the_file(folder):
 
 def test_images_without_objects_can_be_dropped(tmp_path):
     coco = coco_files.content()
-    coco["images"].append({"id": 1, "file_name": "d.png", "width": 9, "height": 9})  # has a crowd only
+    coco["images"].append({"id": 1, "file_name": "d.png", "width": 9, "height": 9})  # only a crowd annotation
     coco["annotations"].append({"id": 1, "image_id": 1, "category_id": 3, "bbox": [0, 0, 3, 3], "iscrowd": 1})
     file = coco_files.write_folder(tmp_path, coco)
     whole = CocoDataset(*file, with_masks=True)
@@ -81,7 +81,7 @@ def test_dropping_every_image_is_an_error(tmp_path):
 def test_boxes_reaching_out_are_clipped(tmp_path):
     coco = coco_files.content()
     coco["annotations"][1]["bbox"] = [-3, -2, 30, 5.5]
-    coco["annotations"][3]["bbox"] = [6, 1, 4.5, 5]  # half a pixel out: rounding, not counted
+    coco["annotations"][3]["bbox"] = [6, 1, 4.5, 5]  # half a pixel outside: rounding, not counted
     data = CocoDataset(*coco_files.write_folder(tmp_path, coco), strict=True)
     assert data.targets(0)[0].tolist() == [[0, 0, 10, 3.5], [6, 1, 10, 6]]
     assert data.clipped == 1
@@ -184,7 +184,7 @@ def test_run_lengths_against_pycocotools(seed):
 
 
 def reachable(data) -> int:
-    """Objects that a reference count could be written to."""
+    """Number of Python objects reachable from the data set; each has a reference count that a worker would write."""
     seen, waiting = set(), [vars(data)]
     while waiting:
         item = waiting.pop()
@@ -237,7 +237,7 @@ def test_workers_do_not_grow_with_the_annotation_file():
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
     growth = {(row["held as"], row["boxes"]): row["growth of a worker, MB"] for row in rows}
     assert growth["arrays", 100_000] - growth["arrays", 1_000] < 5
-    assert growth["objects", 100_000] > 15  # the measurement sees what it should
+    assert growth["objects", 100_000] > 15  # the measured memory is that of the boxes
 
 
 # priors

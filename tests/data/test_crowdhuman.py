@@ -67,7 +67,7 @@ def test_boxes_and_regions(tmp_path):
     whole, ignored = data.truth(0)
     assert whole.tolist() == [[-4, 2, 10, 22], [20, 4, 30, 24], [5, 5, 25, 15]] and ignored.tolist() == [0, 1, 1]
     assert data.skipped == {"box outside the image": 1} and data.clipped == 1
-    assert data.truth(2)[0].tolist() == [[3, 3, 11, 19], [90, 3, 98, 19]]  # the metrics miss what nobody could learn
+    assert data.truth(2)[0].tolist() == [[3, 3, 11, 19], [90, 3, 98, 19]]  # misses of hidden people count
     assert len(data.truth(1)[0]) == 0 and len(data.targets(1)[0]) == 0
 
 
@@ -226,7 +226,7 @@ def test_crowd_arguments(tmp_path):
 
 
 def test_crowd_is_a_crowd(crowd):
-    """People overlap, reach out of the picture, and every box is where it says."""
+    """People overlap and extend beyond the image, and each box encloses its painted person."""
     people = [render_crowd(np.random.default_rng(i), CrowdStyle(throngs=1.0)) for i in range(12)]
     assert all(len(regions) == 1 for _, _, regions in people)
     found = [p for _, some, _ in people for p in some]
@@ -291,7 +291,7 @@ def test_training_evaluation_and_report(crowd, tmp_path, capsys):
     arguments = ["--annotations", crowd / "annotation_val.odgt", "--images", crowd / "Images", "--out", out]
     assert main(["evaluate", str(run), "--format", "crowdhuman", *map(str, arguments), "--workers", "0"]) == 0
     assert json.loads(out.read_text())["bbox"] == result.metrics["bbox"]
-    assert main(["evaluate", str(run), *map(str, arguments)]) == 2  # an odgt file is no COCO file
+    assert main(["evaluate", str(run), *map(str, arguments)]) == 2  # an odgt file is not a COCO file
     assert "not JSON" in capsys.readouterr().err
     page = write_report([run], tmp_path / "report.html", images=1, methods=kinds()).read_text()
     assert "(CrowdHuman" in page and "lower is better" in page and "with pycocotools" not in page
@@ -317,7 +317,7 @@ def test_recipes():
 
 
 def test_demo(capsys, monkeypatch, tmp_path):
-    """Makes the data, trains alone and with LGD under equal conditions, and shows crowd metrics."""
+    """The command generates the data, trains a baseline and LGD under equal conditions and prints crowd metrics."""
     trained = []
 
     def fake_train(recipe, run_dir, **options):

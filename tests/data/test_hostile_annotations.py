@@ -1,4 +1,4 @@
-"""Annotation files and image folders that are broken or malicious: each a clear error, or a counted and logged skip."""
+"""Broken or malicious annotation files and image folders: each gives a clear error or a counted and logged skip."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastkd.data import BadImageError, CocoDataset
-from fastkd.data.segmentation import decode_run_lengths
+from fastkd.masks import decode_run_lengths
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,13 +30,13 @@ def change(coco: dict, place: tuple, value) -> dict:
 
 
 def write_changed(root, place, value, with_images=True):
-    """The good folder with one entry changed in the annotation file only."""
+    """A copy of the valid folder with one entry of the annotation file changed."""
     file, images = coco_files.write_folder(root)
     file.write_text(json.dumps(change(coco_files.content(), place, value)))
     return file, images
 
 
-# the file as a whole: always an error, which names the file
+# errors of the whole file: always raised, and they name the file
 
 
 WHOLE = [
@@ -113,7 +113,7 @@ def test_byte_order_mark_is_fine(tmp_path):
     assert len(CocoDataset(file, images, strict=True)) == 3
 
 
-# single boxes: left out and counted, or an error naming file and annotation
+# errors of a single box: skipped and counted, or an error that names file and annotation
 
 
 ANNOTATIONS = [  # change of annotation 12 (second in the file, first of image 5), reason
@@ -159,7 +159,7 @@ ANNOTATIONS = [  # change of annotation 12 (second in the file, first of image 5
     (("bbox",), [1, 2, 3, -1e-9], "box of no size"),
     (("bbox",), [1, 2, 1e-30, 4], "box of no size"),
     (("bbox",), [1, 2, 0.009, 4], "box of no size"),
-    (("bbox",), [9.995, 2, 7, 4], "box outside the image"),  # but for a sliver
+    (("bbox",), [9.995, 2, 7, 4], "box outside the image"),  # all but a sliver is outside
     (("bbox",), [10, 2, 3, 4], "box outside the image"),
     (("bbox",), [1, 8, 3, 4], "box outside the image"),
     (("bbox",), [-5, 2, 5, 4], "box outside the image"),
@@ -232,7 +232,7 @@ SEGMENTATIONS = [
     [[1, 1, 2, 2, 3, INF]],
     [[1, 1, 2, 2, 3, None]],
     [[1, 1, 2, 2, 3, 10**400]],
-    [[1, 1, 2, 2, 1e9, 1e9]],  # drawing it would need a terabyte
+    [[1, 1, 2, 2, 1e9, 1e9]],  # rasterising it would need a terabyte
     [[1, 1, 2, 2, 3, 500]],
     [[1, 1, 5, 1, 5, 5], "x"],
     {"size": [8, 10]},
@@ -249,7 +249,7 @@ SEGMENTATIONS = [
     {"size": [8, 10], "counts": []},
     {"size": [8, 10], "counts": ""},
     {"size": [8, 10], "counts": 80},
-    {"size": [8, 10], "counts": "oooooooooooooooooooo"},  # never ends a number
+    {"size": [8, 10], "counts": "oooooooooooooooooooo"},  # the last number has no end
     {"size": [8, 10], "counts": "0"},
     {"size": [8, 10], "counts": "zzzz"},
     {"size": [8, 10], "counts": "ooooooooooo0"},
@@ -262,7 +262,7 @@ SEGMENTATIONS = [
 @pytest.mark.parametrize("segmentation", SEGMENTATIONS, ids=repr)
 def test_bad_segmentation(tmp_path, segmentation):
     file, images = write_changed(tmp_path, ("annotations", 1, "segmentation"), segmentation)
-    assert len(CocoDataset(file, images, strict=True).targets(0)[0]) == 2  # nobody asked for masks
+    assert len(CocoDataset(file, images, strict=True).targets(0)[0]) == 2  # masks were not requested
     data = CocoDataset(file, images, with_masks=True)
     assert data.skipped == {"bad segmentation": 1}
     assert data.masks(0).shape == (1, 8, 10) and data.masks(0).sum() == 15
@@ -286,7 +286,7 @@ def test_random_run_length_strings_never_reach_the_decoder():
         assert runs.dtype == np.int64 and len(runs)
 
 
-# single images
+# errors of a single image
 
 
 IMAGES = [  # change of image 2 (second in the file, in a sub-folder), reason
@@ -333,7 +333,7 @@ IMAGES = [  # change of image 2 (second in the file, in a sub-folder), reason
 
 @pytest.fixture
 def surroundings(tmp_path):
-    """A picture outside the image folder, links to it, a pipe."""
+    """An image outside the image folder, links to it, and a named pipe."""
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
     (tmp_path / "outside").mkdir()
@@ -384,11 +384,11 @@ def test_links_inside_the_folder_are_fine(tmp_path):
     assert [data.load(i).image.shape for i in range(3)] == [(8, 10, 3), (6, 12, 3), (8, 8, 3)]
 
 
-# image files: found when they are read
+# errors of image files, found when they are decoded
 
 
 def png(width: int, height: int, data: bytes) -> bytes:
-    """A PNG by hand, whatever its header says."""
+    """Bytes of a PNG with the given header, valid or not."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -398,7 +398,7 @@ def png(width: int, height: int, data: bytes) -> bytes:
 
 
 def cut(path, kind):
-    """The bytes of a picture saved in a format, the last third missing."""
+    """Bytes of an image encoded in a format, without the last third."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, format=kind)
     return path.read_bytes()[: path.stat().st_size * 2 // 3]

@@ -55,7 +55,7 @@ def assert_same(a: Batch, b: Batch) -> None:
 OPTIONS = dict(batch_size=8, total_steps=12, seed=5, short_sides=(24, 32, 40), max_side=64)  # more than two epochs
 
 
-# the same batches whatever the workers, the start, the processes
+# the same batches for any number of workers, any start step, any number of processes
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -146,7 +146,7 @@ def test_signals_do_not_reach_the_workers(data):
 
 
 def test_a_failing_program_ends(tmp_path):
-    """Also when the traceback keeps the iteration, and with it the workers, alive to the end."""
+    """Also when a traceback keeps the iterator, and with it the workers, alive until the process ends."""
     coco_files.write_folder(tmp_path, coco_files.many_images(20))
     code = f"""
 from fastkd.data import CocoDataset, build_train_loader
@@ -168,7 +168,7 @@ def test_leaving_early_ends_the_workers(data):
     assert not set(multiprocessing.active_children()) - before
 
 
-# which images
+# which images a batch holds
 
 
 def test_an_epoch_takes_each_image_once(data):
@@ -218,7 +218,7 @@ def test_fewer_images_than_a_batch(tmp_path):
 
 
 def painted(tmp_path, width=96, height=64, box=(20, 10, 30, 24), with_masks=True):
-    """One black image whose box is white, also as polygon and as run lengths; its mirror half is a crowd, grey."""
+    """One black image with a white box, given as box, polygon and run-length mask; its mirror image is a grey crowd."""
     x, y, w, h = box
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[y : y + h, x : x + w] = 255
@@ -246,7 +246,7 @@ def test_boxes_masks_and_crowds_follow_the_pixels(tmp_path, flip, short_side):
     (batch,) = build_train_loader(data, batch_size=1, total_steps=1, short_sides=sides, flip=flip, divisor=1)
     scale = (short_side or 64) / 64
     assert batch.image_sizes.tolist() == [[round(64 * scale), round(96 * scale)]]
-    white = batch.images[0, 0] > 0.1  # between the normalised black and white
+    white = batch.images[0, 0] > 0.1  # values between normalised black and white
     rows, columns = torch.where(white.any(1))[0], torch.where(white.any(0))[0]
     seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=torch.float32)
     assert batch.boxes.shape == (2, 4) and torch.equal(batch.boxes[0], batch.boxes[1])
@@ -352,12 +352,12 @@ def test_evaluation_does_not_flip_and_reports_sizes(tmp_path):
     assert batch.image_sizes.tolist() == [[32, 48]] and batch.original_sizes.tolist() == [[64, 96]]
 
 
-# images that turn out bad
+# images that cannot be decoded
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Like `data`, with two images cut short and one that is none."""
+    """Like `data`, with two truncated images and one file that is not an image."""
     file, images = coco_files.write_folder(tmp_path, coco_files.many_images(20))
     for name in ("3.png", "4.png"):
         (images / name).write_bytes((images / name).read_bytes()[:-400])
@@ -386,7 +386,7 @@ def test_damaged_images_are_replaced_counted_and_logged(damaged, workers, caplog
     bad = {int(data.image_ids[i]) for i in (3, 4, 11)}
     assert len(got) == 10 and not bad & {i for batch in got for i in batch.image_ids}
     assert set(loader.bad_images) == bad
-    assert loader.bad_images.total() == 2 * 4  # two epochs; image 3 meets 4 on the way to 5
+    assert loader.bad_images.total() == 2 * 4  # two epochs; 4, the replacement of 3, is bad as well
     assert len(caplog.messages) == 3 and all("replaced by the next image" in m for m in caplog.messages)
     assert any("3.png" in m for m in caplog.messages) and any("11.png" in m for m in caplog.messages)
 

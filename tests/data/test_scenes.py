@@ -1,4 +1,4 @@
-"""The generated data set: deterministic, COCO on disk, as varied as promised."""
+"""Generated scenes: deterministic, in COCO's format on disk, with the documented variety."""
 
 import json
 import subprocess
@@ -100,7 +100,7 @@ def test_annotations_are_coco(scenes):
         mask = coco_mask.decode(a["segmentation"]).astype(bool)
         assert mask.shape == sizes[a["image_id"]][::-1]
         assert a["bbox"] == coco_mask.toBbox(a["segmentation"]).tolist() and a["area"] == mask.sum() >= 6
-        assert not (union.get(a["image_id"], np.zeros_like(mask)) & mask).any()  # visible parts exclude each other
+        assert not (union.get(a["image_id"], np.zeros_like(mask)) & mask).any()  # visible parts are disjoint
         union[a["image_id"]] = union.get(a["image_id"], np.zeros_like(mask)) | mask
 
 
@@ -170,14 +170,14 @@ def test_size_and_rotation_arguments():
     assert sides(typical=(10.0, 14.0))[0] < 16 < sides(typical=(30.0, 40.0))[0]
     upright, turned = (sides(rotation=r, max_objects=1)[1] for r in (0.0, 1.5))
     square = [m.sum() / np.prod([np.ptp(a) + 1 for a in np.nonzero(m)]) for m in upright]
-    assert max(square) == 1.0  # an upright square fills its box
+    assert max(square) == 1.0  # an axis-aligned square fills its box
     assert np.mean([m.sum() for m in turned]) > 0 and not all(
         np.array_equal(a, b) for a, b in zip(upright, turned, strict=False)
     )
 
 
 def test_objects_differ_from_what_they_cover():
-    """The mask is where the object is painted: pixels inside it change when the object is left out, others do not."""
+    """The mask is where the object is painted: without the object exactly the pixels inside the mask change."""
     style = SceneStyle(max_objects=1, noise=0.0, blur=0.0, clutter=0.0, empty=0.0)
     changed = []
     for seed in range(30):

@@ -49,7 +49,7 @@ def test_perfect_detections():
 
 
 def test_by_hand():
-    """Two images, three boxes: right, wrong, right; a detection in the region counts as nothing."""
+    """Two images, three boxes; detections right, wrong, right, and one in an ignore region, which counts as nothing."""
     one = image([ON_A, NOWHERE, IN_REGION], [0.9, 0.8, 0.85], [A, B], [REGION])
     two = image([C], [0.35], [C])
     assert one.right.tolist() == [1, -1, 0] and one.objects == 2
@@ -57,7 +57,7 @@ def test_by_hand():
     # recall 1/3, 1/3, 2/3 with precision 1, 1/2, 2/3
     assert result["AP"] == pytest.approx(100 * (1 / 3) * (1 / 2 + 2 / 3) / 2)
     # miss rates 2/3, 2/3, 1/3 at 0, 0.5, 0.5 false positives an image. 0.01 .. 0.3162: the first point at or past them
-    # is the second, as is that of nothing past 0.5: there the last point, 1/3, is taken, for 0.5623 and 1.0
+    # is the second; above 0.5 no point is left, so the last one, 1/3, is taken for 0.5623 and 1.0
     assert result["MR"] == pytest.approx(100 * ((2 / 3) ** 7 * (1 / 3) ** 2) ** (1 / 9))
     # from 0.4 to 0.8 the first image has k = 1, n = 2 without the one in the region, m = 2; the second is empty of
     # detections: k = 0, n = 0, m = 1. Up to 0.3: 1 / 3 and 1. At 0.9: 1 / 2 and 0.
@@ -68,7 +68,7 @@ def test_by_hand():
 def test_best_free_box_is_taken_and_only_once():
     between = [0, 0, 20, 40]
     found = image([between, between], [0.9, 0.8], [[0, 0, 20, 36], [0, 0, 20, 40], [0, 0, 20, 30]])
-    assert found.right.tolist() == [1, 1]  # IoU 1 first, then the free one of 0.9
+    assert found.right.tolist() == [1, 1]  # the box of IoU 1 first, then the unmatched box of IoU 0.9
     three = image([between] * 4, [0.9, 0.8, 0.7, 0.6], [[0, 0, 20, 36], [0, 0, 20, 40], [0, 0, 20, 30]])
     assert three.right.tolist() == [1, 1, 1, 0]
 
@@ -85,7 +85,7 @@ def test_iou_of_one_half_does_not_match():
 
 
 def test_matching_is_maximum_where_greedy_is_not():
-    """The first detection fits both boxes, the second only the first one's favourite."""
+    """The first detection matches both boxes; the second matches only the box that the first matches best."""
     left, right = [0, 0, 20, 40], [6, 0, 26, 40]
     found = image([[2, 0, 22, 40], [-4, 0, 14, 40]], [0.9, 0.8], [left, right])
     assert found.right.tolist() == [1, 0] and found.matched[0] == 2 and found.union[0] == 2
@@ -96,7 +96,7 @@ def test_boxes_in_regions_count_only_when_matched():
     assert image([], [], [inside], [REGION]).union.tolist() == [0] * 10
     assert image([inside], [0.95], [inside], [REGION]).union.tolist() == [1] * 10
     empty = summarise([image([], [], [inside], [REGION]), image([A], [0.95], [A])])
-    assert empty["JI"] == pytest.approx(100)  # an image of nothing is not averaged in
+    assert empty["JI"] == pytest.approx(100)  # an image without boxes and detections is left out of the mean
 
 
 def test_nothing_found_and_nothing_there():
@@ -146,7 +146,7 @@ def slow_greedy(found, truth, ignored):
 
 
 def slow_matching(found, boxes):
-    """All matchings tried: most pairs, then the highest sum of IoU."""
+    """The best of all matchings: most pairs, then the highest sum of IoU."""
     best = (0, 0.0, ())
 
     def extend(row, pairs, total):
@@ -214,7 +214,7 @@ def test_against_the_slow_transcription(seed):
 
 
 def test_five_hundred_detections_an_image():
-    """As many as CrowdHuman's submissions may have; equal to the walk over all of them."""
+    """As many detections as a CrowdHuman submission may have; equal to the loop over all of them."""
     rng = np.random.default_rng(9)
     truth = np.concatenate([corner := rng.uniform(0, 900, (60, 2)), corner + rng.uniform(20, 80, (60, 2))], 1)
     found = truth[rng.integers(0, 60, 500)] + rng.normal(0, 6, (500, 4))

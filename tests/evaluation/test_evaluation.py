@@ -1,4 +1,4 @@
-"""COCO metrics against cases worked out by hand, in one process and in two."""
+"""COCO metrics against cases computed by hand, in one process and in two."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from fastkd.evaluation import CocoEvaluator, class_table, evaluate, print_metric
 from fastkd.evaluation.coco import encode_masks, scale_boxes
 from fastkd.types import Batch, Detections
 
-NAMES, CATEGORIES = ["cat", "dog", "emu"], [7, 90, 13]  # sparse ids, not in order; nothing is an emu
+NAMES, CATEGORIES = ["cat", "dog", "emu"], [7, 90, 13]  # sparse ids, not in order; no object is an emu
 # image id -> (label, xywh): one small, one medium, one large object, then four equal ones
 TRUTH = {
     100: [(0, [10, 10, 20, 20]), (1, [40, 10, 50, 50])],
@@ -26,7 +26,7 @@ TRUTH = {
 
 
 def write_dataset(folder, truth=TRUTH, size=200, masks=False, **extra):
-    """A COCO file of `truth` and the little an evaluator wants of a dataset. Annotation ids start at 0 on purpose."""
+    """A COCO file of `truth` and what an evaluator reads of a data set. Annotation ids start at 0 on purpose."""
     annotations = []
     for image_id, objects in truth.items():
         for label, (x, y, w, h) in objects:
@@ -86,7 +86,7 @@ def test_perfect_detections_have_ap_100(tmp_path):
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl"):
         assert values[name] == pytest.approx(100), name
     assert (values["images"], values["instances"]) == (4, 7)
-    assert values["AR1"] == pytest.approx(100 * (1 + 2 / 5) / 2)  # one box an image: all 2 cats, 2 of the 5 dogs
+    assert values["AR1"] == pytest.approx(100 * (1 + 2 / 5) / 2)  # one box per image: both cats, 2 of the 5 dogs
     assert values["per_class"]["cat"]["AP"] == pytest.approx(100)
     assert [values["per_class"][name]["instances"] for name in NAMES] == [2, 5, 0]
 
@@ -102,7 +102,7 @@ def test_a_better_scored_mistake_halves_the_precision(tmp_path):
     truth = {5: TRUTH[5]}
     found = detections([(0, [150, 0, 40, 40]), *TRUTH[5]], scores=[0.9, 0.8])
     assert measure(write_dataset(tmp_path, truth), {5: found})["bbox"]["AP"] == pytest.approx(50)
-    found = detections([(0, [150, 0, 40, 40]), *TRUTH[5]], scores=[0.7, 0.8])  # a worse-scored one costs nothing
+    found = detections([(0, [150, 0, 40, 40]), *TRUTH[5]], scores=[0.7, 0.8])  # below all hits: free
     assert measure(write_dataset(tmp_path, truth), {5: found})["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -123,7 +123,7 @@ def test_wrong_class_is_wrong(tmp_path):
 def test_no_detections_at_all(tmp_path):
     metrics = measure(write_dataset(tmp_path, masks=True), {i: detections([]) for i in TRUTH})
     assert metrics["bbox"]["AP"] == 0 and metrics["bbox"]["AR100"] == 0
-    assert CocoEvaluator(write_dataset(tmp_path)).compute()["bbox"]["AP"] == 0  # nor any image added
+    assert CocoEvaluator(write_dataset(tmp_path)).compute()["bbox"]["AP"] == 0  # and no image is added
 
 
 def test_what_cannot_be_measured_is_none(tmp_path):
@@ -175,7 +175,7 @@ def test_crowds_are_neither_right_nor_wrong(tmp_path):
     found[8] = detections([(0, [10, 10, 20, 20]), (0, [50, 50, 30, 30])], scores=[0.99, 0.98])
     values = measure(write_dataset(tmp_path, annotations=[crowd]), found)["bbox"]
     assert values["AP"] == pytest.approx(100) and values["instances"] == 7
-    assert measure(write_dataset(tmp_path), found)["bbox"]["AP"] < 100  # without the crowd they are mistakes
+    assert measure(write_dataset(tmp_path), found)["bbox"]["AP"] < 100  # now false positives
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_perfect_masks(tmp_path):
 
 def test_masks_are_measured_by_their_own_overlap(tmp_path):
     truth = {5: [(0, [0, 0, 100, 100])]}
-    half = box_masks([(0, [0, 0, 100, 62])], 200)  # the right box around a mask of IoU 0.62
+    half = box_masks([(0, [0, 0, 100, 62])], 200)  # the exact box with a mask of IoU 0.62
     metrics = measure(write_dataset(tmp_path, truth, masks=True), {5: detections(truth[5], masks=half)})
     assert metrics["bbox"]["AP"] == pytest.approx(100)
     assert metrics["segm"]["AP"] == pytest.approx(30)
@@ -311,7 +311,7 @@ def test_nothing_is_printed(tmp_path, capsys):
 
 
 class FakeDetector(torch.nn.Module):
-    """Finds exactly the objects whose number in the image is even; needs eval mode."""
+    """Detects exactly the objects with an even index in the image; asserts eval mode."""
 
     def features(self, images):
         return [images]
@@ -347,7 +347,7 @@ def _evaluate_rank(rank, folder, dataset):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Also when one process has no images, or both have seen the same one."""
+    """Also when one process has no images, or both have evaluated the same one."""
     dataset = write_dataset(tmp_path, masks=True)
     evaluator = CocoEvaluator(dataset)
     metrics = evaluate(FakeDetector(), [batch_of(TRUTH)], evaluator, progress=False)

@@ -57,6 +57,13 @@ def test_metadata():
     assert [script.value for script in scripts] == ["fastkd.cli:main"]
 
 
+def test_a_build_without_torch_says_what_to_do():
+    blocked = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "pip install 'torch>=2.10' numpy ninja first, or leave out --no-build-isolation" in done.stderr
+
+
 def test_no_version_is_capped():
     build = re.search(r"^requires = \[(.*)\]$", PYPROJECT, re.MULTILINE).group(1)
     assert '"torch' in build

@@ -279,7 +279,7 @@ def _read_safetensors(who: str, path: Path) -> tuple[dict[str, str], dict[str, T
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fastkd import assets
@@ -168,7 +169,7 @@ def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
 
 def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
     """The ledger for the terminal."""
-    table = Table(title=f"Cost of {name}", header_style="bold")
+    table = Table(title=Text(f"Cost of {name}", style="table.title"), header_style="bold")
     for column in ("", "seconds/step", "peak memory", "whole run"):
         table.add_column(column, justify="right" if column else "left")
     run, student, method, whole = (ledger[key] for key in ("run", "student", "with_method", "extra_with_teacher"))

@@ -24,6 +24,7 @@ from fastkd.training.cost import ledger as cost
 from fastkd.training.doctor.finding import Finding, Status
 from fastkd.training.doctor.stability import check_stability
 from fastkd.training.doctor.teacher import check_quality
+from fastkd.training.doctor.teaching import check_boxes, check_teaching
 from fastkd.training.parallel.processes import Processes, processes
 from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase, phase_at
@@ -49,19 +50,23 @@ def examine(
         recipe: the recipe to be trained.
         batches: number of batches to evaluate the teacher and the losses on, >= 1.
         device: device of the run; None takes a GPU if there is one.
-        run_dir: directory of an earlier run, to check its log for jumps of the loss; None skips this check.
+        run_dir: directory of an earlier run, to check its log for jumps of the loss and for what the method taught;
+            None skips both checks.
     Raises: ValueError if batches is less than 1.
     """
     if batches < 1:
         raise ValueError(f"examine: batches must be at least 1, got {batches}")
     yield from check_switches(recipe)
     yield from check_stability(recipe, run_dir)
+    if run_dir is not None:
+        yield from check_teaching(recipe, run_dir)
     yield from check_classes(recipe)
     try:
         built = build(recipe)
     except (ValueError, OSError) as error:
         yield Finding("problem", "set-up", f"the run cannot begin: {error}")
         return
+    yield from check_boxes(built)
     with processes(device) as group:
         module = built.module.to(group.device)
         teacher = None if recipe.teacher is None else load_detector(assets.resolve(recipe.teacher))[0].to(group.device)

@@ -76,10 +76,11 @@ class Regions:
     Args:
         enabled: whether to compile at all.
         backend: backend of torch.compile; "aot_eager" makes the same graphs without a compiler, for tests.
+        keeps_graphs: allow several backward passes through one forward pass (retain_graph); costs memory.
     """
 
-    def __init__(self, enabled: bool = False, backend: str = "inductor"):
-        self.enabled, self.backend = enabled, backend
+    def __init__(self, enabled: bool = False, backend: str = "inductor", *, keeps_graphs: bool = False):
+        self.enabled, self.backend, self.keeps_graphs = enabled, backend, keeps_graphs
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -96,8 +97,10 @@ class Regions:
             )
         # The eager backward pass runs outside autocast, so that a method's float32 computations stay in float32.
         # torch.compile would by default apply the autocast of the forward pass to it.
-        config = torch._functorch.config
-        with config.patch(_supported(config, {"backward_pass_autocast": "off"})):
+        config, wanted = torch._functorch.config, {"backward_pass_autocast": "off"}
+        if self.keeps_graphs:
+            wanted["donated_buffer"] = False  # a compiled backward pass would otherwise overwrite saved tensors
+        with config.patch(_supported(config, wanted)):
             return self._compiled[name](*arguments, **options)
 
     def _options(self, device_type: str) -> dict[str, Any] | None:

@@ -82,22 +82,41 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
             f"{checkpoint.step}; lower the learning rate or clip gradients; earlier checkpoints are kept"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".part_*"):
-        shutil.rmtree(stale)
+    remove_stale(folder)
     temporary = folder / f".part_step_{checkpoint.step:07d}"
-    temporary.mkdir()
-    save_tensors(temporary / "model.safetensors", checkpoint.model)
-    save_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
-    write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state}, allow_nan=True)
-    write_json(temporary / "checksums.json", {name: sha256_of(temporary / name) for name in _FILES})
+    try:
+        _write_files(temporary, checkpoint)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
+        raise
     final = folder / f"step_{checkpoint.step:07d}"
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
     flush(folder)
+    prune(folder, keep_last)
+    return final
+
+
+def remove_stale(folder: Path) -> None:
+    """Deletes what a process that was killed while it saved has left."""
+    for stale in folder.glob(".part_*"):
+        shutil.rmtree(stale)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Deletes all checkpoints but the last `keep_last`."""
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
-    return final
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Makes the folder of a checkpoint and writes its files, the checksums last."""
+    folder.mkdir()
+    save_tensors(folder / "model.safetensors", checkpoint.model)
+    save_tensors(folder / "optimizer.safetensors", checkpoint.optimizer)
+    write_json(folder / "state.json", {"step": checkpoint.step, **checkpoint.state}, allow_nan=True)
+    write_json(folder / "checksums.json", {name: sha256_of(folder / name) for name in _FILES})
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -112,12 +131,16 @@ def verify(path: Path) -> None:
     """Raises CheckpointError, naming the fault, if a checkpoint is incomplete or damaged."""
     try:
         checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: checksums.json cannot be read ({error})") from error
     for name in _FILES:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if not isinstance(checksums, dict) or sha256_of(path / name) != checksums.get(name):
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:  # a bad sector of the disk
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from error
+        if not isinstance(checksums, dict) or found != checksums.get(name):
             raise CheckpointError(f"{path}: {name} does not have the recorded SHA-256")
 
 
@@ -156,3 +179,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
             "resume: no checkpoint is intact: " + "; ".join(faults) + "; delete the run directory to start again"
         )
     return None
+
+
+def recover(folder: Path, keep_last: int) -> Path | None:
+    """`latest_checkpoint`; then deletes what a process that was killed while it saved or pruned has left."""
+    path = latest_checkpoint(folder)
+    remove_stale(folder)
+    prune(folder, keep_last)
+    return path

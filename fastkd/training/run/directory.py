@@ -1,7 +1,7 @@
 """The run directory: whether it may be used, and whether it holds a run of the same recipe. Its files:
 
 recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
-priors.json  metrics.json  ledger.json  detections.json
+priors.json  teacher.json  metrics.json  ledger.json  detections.json
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastkd.files import write_json
-from fastkd.training.config import Recipe
+from fastkd.files import is_leftover, remove_leftovers, write_json
+from fastkd.training.config import Recipe, complete
 
 # Fields that never change the result of a run: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (
@@ -55,7 +55,7 @@ def inspect_run_directory(path: Path, recipe: Recipe, *, resume: bool) -> dict[s
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"train: run directory must be a folder, got the file {path}; choose another --run-dir")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(is_leftover(item.name) for item in path.iterdir()):  # killed before recipe.json
         return None
     if not resume:
         raise RunDirectoryError(
@@ -69,7 +69,7 @@ def inspect_run_directory(path: Path, recipe: Recipe, *, resume: bool) -> dict[s
     # The stored recipe has the data set's number of classes, which is not known before the data set is opened.
     check_same_recipe(path, recipe, ignore=("detector.num_classes",) if recipe.data.match_classes else ())
     metrics = read_json(path / "metrics.json")
-    return metrics if metrics is not None and metrics.get("finished") else None
+    return metrics if isinstance(metrics, dict) and metrics.get("finished") else None
 
 
 def open_run_directory(path: Path, recipe: Recipe) -> None:
@@ -82,6 +82,7 @@ def open_run_directory(path: Path, recipe: Recipe) -> None:
     if (path / "recipe.json").is_file():
         check_same_recipe(path, recipe)
     path.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     write_json(path / "recipe.json", recipe.to_dict())
 
 
@@ -96,8 +97,8 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
     """
     stored = path / "recipe.json"
     try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = complete(json.loads(stored.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
         raise RunDirectoryError(f"train: {stored} must be JSON, got {error}; choose another --run-dir") from error
     different = differing_fields(before, json.loads(json.dumps(recipe.to_dict())))
     different = {name: values for name, values in different.items() if name not in (*RESUME_MAY_CHANGE, *ignore)}
@@ -109,5 +110,13 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The content of a JSON file; None if there is no such file.
+
+    Raises: RunDirectoryError if it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"train: {path} must be JSON, got {error}; delete it or restore it") from error

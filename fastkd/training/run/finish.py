@@ -20,6 +20,7 @@ from fastkd.training.build import Built
 from fastkd.training.cost import ledger as cost
 from fastkd.training.parallel.processes import Processes
 from fastkd.training.run.checkpoint import save_tensors
+from fastkd.training.run.diagnostics import evaluate_teachers
 
 if TYPE_CHECKING:
     from fastkd.training.trainer import Trainer
@@ -94,6 +95,7 @@ def finish_run(trainer: Trainer) -> RunResult:
     built, group, run_dir, recipe = trainer.built, trainer.group, trainer.run_dir, trainer.recipe
     module = trainer.module
     metrics, results = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
+    diagnostics = evaluate_teachers(trainer)
     unreadable = trainer.unreadable_images()
     metrics = {
         "finished": True,
@@ -105,6 +107,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         "seconds": trainer.seconds,
         "loading": trainer.loading.summary(),
         "jumps": trainer.jumps.summary(),
+        "diagnostics": diagnostics,
         "parameters": sum(p.numel() for p in module.detector.parameters()),
         "method_parameters": sum(p.numel() for p in module.distiller.parameters()) if module.distiller else 0,
         **built.notes,
@@ -133,7 +136,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         if unreadable:
             times = sum(unreadable.values())
             what = f"{len(unreadable)} training images could not be read, others took their place {times} times"
-            trainer.console.print(f"{recipe.name}: {what}", highlight=False)
+            trainer.console.print(f"{recipe.name}: {what}", highlight=False, markup=False)
         print_metrics({kind: metrics[kind] for kind in ("bbox", "segm") if kind in metrics}, console=trainer.console)
-        trainer.console.print(f"{recipe.name}: finished, see {run_dir}", highlight=False)
+        trainer.console.print(f"{recipe.name}: finished, see {run_dir}", highlight=False, markup=False)
     return RunResult("finished", metrics, run_dir)

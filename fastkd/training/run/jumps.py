@@ -80,7 +80,7 @@ class JumpCounter:
         """Evaluates the steps added since the last call and prints each new jump; all processes call it."""
         for jump in self.read(group.mean):
             if group.first:
-                console.print(f"{recipe.name}: {describe(jump, recipe.optimizer)}", highlight=False)
+                console.print(f"{recipe.name}: {describe(jump, recipe.optimizer)}", highlight=False, markup=False)
 
     def _advance(self, loss: float) -> Jump | None:
         self._step += 1

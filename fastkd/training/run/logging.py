@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastkd.files import write_text
+from fastkd.files import naming, write_text
+from fastkd.training.run.directory import read_json
 
 
 class Interval:
@@ -32,9 +33,14 @@ class Interval:
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON numbers, without rounding."""
-        return {"steps": self.steps, "sums": {name: value.item() for name, value in self.sums.items()}}
+    def state(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The sums as JSON numbers, without rounding.
+
+        Args:
+            mean: averages a CPU tensor over all processes.
+        """
+        sums = torch.tensor([value.item() for value in self.sums.values()], dtype=torch.float64)
+        return {"steps": self.steps, "sums": dict(zip(self.sums, mean(sums).tolist()))}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Restores the result of `state`."""
@@ -47,6 +53,20 @@ class Interval:
         means = (torch.stack([self.sums[n] for n in names]) / max(self.steps, 1)).tolist() if names else []
         self.steps, self.sums = 0, {}
         return dict(zip(names, means))
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl, without incomplete lines, and metrics.json as the last one; [] without the files."""
+    records = []
+    log, metrics = run_dir / "log.jsonl", read_json(run_dir / "metrics.json")
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # of a running process, or of one that crashed
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records if metrics is None else [*records, metrics | {"step": metrics["steps"]}]
 
 
 class Stopwatch:
@@ -112,28 +132,32 @@ class RunLog:
 
     def _drop_after(self, step: int) -> None:
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
                 if record["step"] <= step:
                     kept.append(line + "\n")
                     self.evaluated = record["step"] == step and "bbox" in record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # an incomplete line, from a crash during writing
         write_text(self.path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one line; its numbers, nested ones included, become TensorBoard scalars."""
-        self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self.file.flush()
         for name, value in _scalars(record):
             if name != "step":
                 self.writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flushes and closes log.jsonl and TensorBoard."""
-        self.file.close()
-        self.writer.close()
+        try:
+            with naming(self.path):
+                self.file.close()
+        finally:
+            self.writer.close()
 
 
 def _finite(value: Any) -> Any:
@@ -169,10 +193,18 @@ class RunProgress:
         self.bar: Progress | None = None
         if shown and console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"),
-                console=console, refresh_per_second=2, speed_estimate_period=60.0,
-            )  # fmt: skip
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+                console=console,
+                refresh_per_second=2,
+                speed_estimate_period=60.0,
+            )
             self.bar.start()
             self.task = self.bar.add_task(name, total=steps, completed=start_step, rate="", loss="")
 
@@ -190,7 +222,9 @@ class RunProgress:
         elif self.shown:
             left = (self.steps - record["step"]) * record["seconds_per_step"]
             self.console.print(
-                f"{self.name}  step {record['step']}/{self.steps}  {loss}  {rate}  {left:.0f} s left", highlight=False
+                f"{self.name}  step {record['step']}/{self.steps}  {loss}  {rate}  {left:.0f} s left",
+                highlight=False,
+                markup=False,
             )
 
     @contextlib.contextmanager
