@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -29,7 +30,7 @@ def measure(quick: bool = False, repetitions: int = 7) -> dict[str, dict[str, fl
     return rates
 
 
-def _seconds(call) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
