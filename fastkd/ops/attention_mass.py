@@ -13,7 +13,6 @@ from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import register
 from fastkd.ops.instance_attention import (
     attention_logits_reference,
-    bias_tables,
     check_attention,
     check_dtype_and_device,
     kernel_arguments,
@@ -34,7 +33,6 @@ def attention_mass_reference(
     temperature: float = 1.0,
 ) -> list[Tensor]:
     """Plain torch of `attention_mass`."""
-    row_bias, column_bias = bias_tables(queries, levels, row_bias, column_bias)
     with full_precision(queries):
         logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias) / temperature
         if logsumexp is None:

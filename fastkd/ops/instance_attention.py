@@ -31,8 +31,8 @@ def attention_logits_reference(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
 ) -> Tensor:
     """Logits [B, G, N, S] of `instance_attention`: q . (W_k x) + row bias + column bias, levels concatenated.
 
@@ -49,6 +49,7 @@ def attention_logits_reference(
         keys = weight.flatten(0, 1).expand(len(cells), -1, -1) @ cells
         keys = keys.unflatten(1, (heads, depth))  # [B, G, d, S]
         logits = widen(queries) @ keys
+    row_bias, column_bias = bias_tables(queries, levels, row_bias, column_bias)
     bias = [
         (widen(row)[..., :, None] + widen(column)[..., None, :]).flatten(3)
         for row, column in zip(row_bias, column_bias, strict=True)
@@ -79,7 +80,6 @@ def instance_attention_reference(
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Plain torch of `instance_attention`."""
-    row_bias, column_bias = bias_tables(queries, levels, row_bias, column_bias)
     with full_precision(queries):
         logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias)
         value = flatten_pyramid(values).unflatten(1, (queries.shape[1], -1))  # [B, G, d_v, S]
