@@ -81,7 +81,8 @@ def test_mmengines_runner_steps_saves_and_resumes(tmp_path, monkeypatch):
             self.backbone, self.neck, self.bbox_head = parts.backbone, parts.neck, parts.bbox_head
 
     def run(name, **options):
-        loader = torch.utils.data.DataLoader([data(seed) for seed in range(8)], batch_size=None)
+        batches = [data(seed) for seed in range(8)]
+        loader = torch.utils.data.DataLoader(batches, batch_size=1, collate_fn=lambda items: items[0])
         runner = runners.Runner(
             Trained(), str(tmp_path / name), loader, train_cfg={"by_epoch": False, "max_iters": 8},
             optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.001}, "accumulative_counts": 2}, experiment_name=name,
