@@ -222,6 +222,5 @@ def build(recipe: Recipe, data: tuple[DetectionDataset, DetectionDataset] | None
     needed = method is not None and method.needs_teacher
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
     ratio, every = recipe.distill.balance, recipe.distill.balance_every
-    regions = Regions(recipe.runtime.compile, keeps_graphs=ratio is not None)
-    module = StepModule(student, distiller, frozen, dtype, regions, Balance(ratio, every))
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile), Balance(ratio, every))
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

@@ -104,7 +104,7 @@ class DistillConfig:
 
     Args:
         balance: scale the losses of the method so that their gradient at the pyramid has this ratio to the gradient of
-            the detector's loss (methods.md 9); None takes the method's weight as it is.
+            the detector's loss (methods.md 10); None takes the method's weight as it is.
         balance_every: steps from one measurement of the two gradients to the next.
     """
 

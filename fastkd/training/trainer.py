@@ -85,7 +85,8 @@ def train(
             console.print(f"{recipe.name}: stopped before the first step", highlight=False, markup=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
-        with _settings(built.recipe), compiler_settings(recipe.runtime.compile), explaining_dead_workers():
+        compiling = compiler_settings(recipe.runtime.compile, recipe.distill.balance is not None)
+        with _settings(built.recipe), compiling, explaining_dead_workers():
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastkd.data import build_eval_loader
-from fastkd.detectors import Detector, save_detector
+from fastkd.detectors import save_detector
 from fastkd.evaluation import CocoEvaluator, evaluator_of, print_metrics
 from fastkd.evaluation.coco import evaluate
 from fastkd.files import write_json, write_json_list
@@ -54,7 +55,7 @@ class Evaluation:
     def __init__(self, built: Built, group: Processes):
         self.built, self.group = built, group
 
-    def run(self, detector: Detector, *, progress: bool) -> tuple[dict[str, Any], CocoEvaluator]:
+    def run(self, detector: nn.Module, *, progress: bool) -> tuple[dict[str, Any], CocoEvaluator]:
         """Metrics of all images, and the evaluator with their detections, in every process."""
         recipe, group = self.built.recipe, self.group
         loader = build_eval_loader(
