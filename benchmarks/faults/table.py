@@ -47,7 +47,7 @@ def page(figures: dict[str, Any]) -> str:
         if own:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
-                f"## {title}\n\n**{own['cases']} cases** ({own['run']}): {_count(own)}. "
+                f"## {title}\n\n**{own['cases']} cases** ({own.get('run', 'scenes-retinanet-lgd')}): {_count(own)}. "
                 f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
                 f"| fault | last line of the output |\n|---|---|\n{rows}"
             )
