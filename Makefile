@@ -1,10 +1,11 @@
 # Everything needed is set up in .venv by the first target that needs it; only python3 (with venv), a C++ compiler and
 # make have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
-#   make test     build, the CMake build (with the emulation of CUDA), the GPU code where nvcc is, all tests
+#   make test     build, the CMake build with the emulation of CUDA, the tests, with other random cases in every run
+#   make test-long    before a release: the GPU code too where nvcc is, all tests, many random cases (pytest --long)
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
-#   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
+#   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)
 #   make check    `make lint` and the tests that compile, train and start nothing: for every edit
 #   make lint     ruff's rules and format, mypy
 #   make build    the virtual environment with the compiled package;   make clean
@@ -13,6 +14,7 @@
 #   make portable       the C++ kernels by clang and for aarch64 (PORTABLE_CXX), where those compilers are
 #   make cuda           csrc/*/*.cu into fastkd/_cuda.so, for the cards of TORCH_CUDA_ARCH_LIST or 8.0, 9.0, 10.0 and PTX;
 #                       needs nvcc, no GPU;   make gpu-report   what the compiler made of them;   make roofline   PREDICTED times
+#   make docs           the documentation site, built strictly, into build/site; needs no compiler and no torch
 #   make wheel          dist/fastkd-*.whl with CPU and GPU kernels, and a check of it
 #   make test-gpu, bench-gpu, sanitize-gpu   on a GPU: the tests marked gpu, the benchmark, compute-sanitizer
 #   make gpu-check      eight minutes on a GPU: build, tests and measurements into OUT; needs no network; with VENV=none
@@ -35,7 +37,7 @@ SIMT = -DFASTKD_SIMT=$(shell $(BIN)/python -c "import os, sysconfig; print('ON' 
 CMAKE = $(shell command -v cmake 2>/dev/null || echo $(BIN)/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: portable demo test study bench bench-step build cmake lint check test-install sanitize sanitize-simt clean
+.PHONY: portable demo test study bench bench-step build cmake lint check docs test-install sanitize sanitize-simt clean
 
 build: $(STAMPS)/built
 
@@ -45,11 +47,12 @@ $(STAMPS)/created:
 	mkdir -p $(STAMPS)
 	touch $@
 
+# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000.
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
-	$(BIN)/python .ci/requirements.py test onnx timm lint > $(STAMPS)/requirements.txt
-	$(PIP) install -r $(STAMPS)/requirements.txt
+	$(BIN)/python .ci/requirements.py test onnx timm lint hosts > $(STAMPS)/requirements.txt
+	$(PIP) install --no-compile -r $(STAMPS)/requirements.txt
 	touch $@
 
 $(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
@@ -67,7 +70,7 @@ $(STAMPS)/cmake: $(STAMPS)/built CMakeLists.txt $(EMULATED)
 
 .PHONY: cuda gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
 
-# Asked for by name it fails where it cannot be built; for `make test` setup.py then says why, and tests skip.
+# Asked for by name it fails where it cannot be built; for `make test-long` setup.py then says why, and tests skip.
 cuda: export FASTKD_CUDA := 1
 cuda: $(STAMPS)/cuda
 
@@ -75,8 +78,14 @@ $(STAMPS)/cuda: $(STAMPS)/built $(CUDA_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace --only-cuda
 	test ! -e fastkd/_cuda.so || touch $@
 
-test: build cmake $(STAMPS)/cuda
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# The GPU code takes nvcc six minutes of one core: `make test` keeps it up to date only after a `make cuda`.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+.PHONY: test-long
+test: build cmake $(wildcard $(STAMPS)/cuda)
+	$(PYTEST)
+
+test-long: build cmake $(STAMPS)/cuda
+	$(PYTEST) --long
 
 gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json
@@ -161,6 +170,15 @@ lint: $(STAMPS)/dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict --quiet
+
+$(STAMPS)/docs: pyproject.toml | $(STAMPS)/created
+	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
+	$(BIN)/python .ci/requirements.py --only docs > $(STAMPS)/docs.txt
+	$(PIP) install -r $(STAMPS)/docs.txt
+	touch $@
 
 # Left out: what compiles, traces or trains, starts a process, or runs the slow random cases.
 CHECKED := $(wildcard tests/test_*.py) tests/evaluation tests/distillers/test_cwd.py tests/distillers/test_fgfi.py \

@@ -1,4 +1,7 @@
-"""Prints what the project needs, read from pyproject.toml: build system, run time and the extras named as arguments."""
+"""Prints what the project needs, read from pyproject.toml: build system, run time and the extras named as arguments.
+
+After `--only` the extras alone.
+"""
 
 import sys
 
@@ -9,7 +12,10 @@ except ModuleNotFoundError:  # Python 3.10
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)
+extras = sys.argv[1:]
 wanted = project["build-system"]["requires"] + project["project"]["dependencies"]
-for extra in sys.argv[1:]:
+if extras[:1] == ["--only"]:
+    wanted, extras = [], extras[1:]
+for extra in extras:
     wanted += project["project"]["optional-dependencies"][extra]
 print("\n".join(dict.fromkeys(wanted)))

@@ -68,20 +68,31 @@ class Clock:
         return statistics.median(steps[WARM_UP:] or steps)
 
 
+def stage(wide_in: int, wide_out: int, blocks: int) -> nn.Sequential:
+    """Residual blocks at half the resolution."""
+    from torchvision.models.resnet import BasicBlock
+
+    shortcut = nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride=2, bias=False), nn.BatchNorm2d(wide_out))
+    first = BasicBlock(wide_in, wide_out, 2, shortcut)
+    return nn.Sequential(first, *(BasicBlock(wide_out, wide_out) for _ in range(blocks - 1)))
+
+
 def retinanet(teacher: bool) -> nn.Module:
-    """torchvision's RetinaNet on a randomly initialised ResNet: 18 layers and 64 channels, teachers 34 and 128."""
-    from torchvision.models import resnet18, resnet34
+    """torchvision's RetinaNet on a narrow ResNet: students 16 to 128 channels and a pyramid of 32, teachers thrice."""
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops import Conv2dNormActivation
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-    channels = 128 if teacher else 64
-    body = (resnet34 if teacher else resnet18)(weights=None)
-    body = BackboneWithFPN(
-        body, {"layer2": "0", "layer3": "1", "layer4": "2"}, [128, 256, 512], channels,
-        extra_blocks=LastLevelP6P7(channels, channels),
-    )  # fmt: skip
+    width, blocks = (48, 2) if teacher else (16, 1)
+    stages = {f"layer{level}": stage(width << max(level - 2, 0), width << level - 1, blocks) for level in range(1, 5)}
+    body = nn.Sequential()
+    body.add_module("stem", Conv2dNormActivation(3, width, 3, stride=2))
+    for name, layers in stages.items():
+        body.add_module(name, layers)
+    levels, pyramid = {"layer2": "0", "layer3": "1", "layer4": "2"}, 2 * width
+    body = BackboneWithFPN(body, levels, [2 * width, 4 * width, 8 * width], pyramid, LastLevelP6P7(pyramid, pyramid))
     sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64, 128, 256))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors)
@@ -191,12 +202,12 @@ def rt_detr(job: Job) -> nn.Module:
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     big = job.method == "teacher"
-    sizes = [64, 128, 256, 512] if big else [32, 64, 96, 128]
+    sizes = [64, 128, 192, 256] if big else [16, 32, 64, 96]
     backbone = RTDetrResNetConfig(
         embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    width = 256 if big else 128
+    width = 128 if big else 64
     config = RTDetrConfig(
         backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
         d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,

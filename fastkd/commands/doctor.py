@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.commands.train import find_recipe, split_recipe
+from fastkd.progress import showing
 from fastkd.text import printable
 
 USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
 
 Look for what makes a distilled run gain nothing, before it costs a day: class tables, the teacher's AP, inherited
 tensors, the distillation loss and its share of the gradient level by level, memory, the loader, the time it will take.
-With --run-dir also whether the loss of an earlier run of the recipe jumped.
+With --run-dir also whether the loss of a run of the recipe jumped, and whether its method had anything to teach.
 Takes the options of `fastkd train`; exits with 2 if there is a problem.
 """
 MARKS = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "problem": ("PROBLEM", "bold red")}
@@ -43,7 +44,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     from fastkd.training.recipes.options import typed, untyped, with_detector
 
     detectors, args = take_detectors(args)
-    recipe = find_recipe(name)
+    recipe = find_recipe(name, args)
     default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
     kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
@@ -59,7 +60,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
             recipe: The recipe.
             batches: Number of batches to evaluate the teacher and the losses on.
             device: auto, cpu, cuda or cuda:N.
-            run_dir: Directory of an earlier run of the recipe, to check whether its loss jumped.
+            run_dir: Directory of a run of the recipe, finished or not, to check its log.
         """
         return untyped(recipe), batches, device, run_dir
 
@@ -74,7 +75,12 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
     from fastkd.training.doctor.checks import examine
 
     console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
-    for finding in examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir):
+    findings = examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir)
+    while True:
+        with showing("examine the recipe"):
+            finding = next(findings, None)
+        if finding is None:
+            break
         mark, style = MARKS[finding.status]
         counts[finding.status] += 1
         line = printable(f"{finding.check:11}{finding.message}")

@@ -6,6 +6,7 @@ the other arguments with that recipe as the default.
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +26,9 @@ RECIPE is a name from `fastkd recipes` or a recipe.json written by an earlier ru
 Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --data.root my-data;
 `fastkd train RECIPE --help` shows all fields with their values.
 
-  your own images   fastkd train scenes-retinanet-baseline --data.root my-data
-                    where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/
+  your own images   fastkd train custom-retinanet-baseline --data.root my-data
+                    where my-data holds annotations/train.json, annotations/val.json (COCO format), train/ and val/;
+                    steps, sides, anchors and rates are chosen from the annotations (docs/custom-data.md)
   interrupted?      give the same command again with --resume; it continues where it stopped, bit for bit
   other batches     --scale-batch 4 takes 4 images a step and scales learning rates and steps along
   own detector      --detector my_module:MyDetector trains a class with features, loss, detect and parts; given again
@@ -35,13 +37,14 @@ Everything of a recipe can be changed, e.g. --seed 1 --schedule.steps 1000 --dat
 """
 
 
-def find_recipe(name: str):
-    """The recipe with a name, or in a recipe.json file.
+def find_recipe(name: str, args: Sequence[str] = ()):
+    """The recipe with a name, or in a recipe.json file; a custom recipe is fitted to the data set that `args` name.
 
     Raises: ValueError with the nearest names if there is none.
     """
     from fastkd.training.config import Recipe
-    from fastkd.training.recipes.named import get_recipe
+    from fastkd.training.recipes.custom import summary
+    from fastkd.training.recipes.named import fitted_recipe
 
     if name.endswith(".json"):
         path = Path(name)
@@ -51,7 +54,10 @@ def find_recipe(name: str):
             return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"RECIPE must be a recipe.json of this version, got {name}: {error}") from error
-    return get_recipe(name)
+    recipe, facts = fitted_recipe(name, args)
+    if facts is not None and os.environ.get("RANK", "0") == "0":
+        say(f"{name}: {summary(facts, recipe.detector.detector)}")
+    return recipe
 
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -89,7 +95,7 @@ def parse(name: str, args: Sequence[str]) -> tuple:
     from fastkd.training.recipes.scaling import scale_to_batch
 
     detectors, args = take_detectors(args)
-    recipe = find_recipe(name)
+    recipe = find_recipe(name, args)
     default = typed(with_detector(recipe, detectors[0]) if detectors else recipe)
     kind: Any = type(default)  # made at run time, with the fields of the recipe's method
 
@@ -171,7 +177,7 @@ def recipes() -> None:
             name,
             recipe.detector.backbone + width + (" DCNv2" if recipe.detector.deformable else ""),
             method,
-            str(recipe.schedule.steps),
+            "by data" if name.startswith("custom-") else str(recipe.schedule.steps),
             published_ap(name),
         )
     Console(width=max(Console().width, TABLE_WIDTH)).print(table)

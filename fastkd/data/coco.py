@@ -145,12 +145,15 @@ class DetectionDataset:
         owner = np.repeat(np.arange(len(self)), np.diff(self._arrays.starts))
         return self._arrays.boxes[rows], self._arrays.labels[rows], owner[rows]
 
+    def annotated(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All annotations of an image: boxes [k, 4] xyxy in pixels of the file, labels [k], crowd [k] bool."""
+        span = slice(self._arrays.starts[index], self._arrays.starts[index + 1])
+        return self._arrays.boxes[span], self._arrays.labels[span], self._arrays.crowd[span]
+
     def targets(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ground truth of an image: boxes [k, 4] xyxy, labels [k] int64, ignore boxes [i, 4], pixels of the file."""
-        span = slice(self._arrays.starts[index], self._arrays.starts[index + 1])
-        crowd = self._arrays.crowd[span]
-        boxes = self._arrays.boxes[span]
-        return boxes[~crowd], self._arrays.labels[span][~crowd].astype(np.int64), boxes[crowd]
+        boxes, labels, crowd = self.annotated(index)
+        return boxes[~crowd], labels[~crowd].astype(np.int64), boxes[crowd]
 
     def masks(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Masks of the objects of an image, in the order of `targets`, at `size` (height, width); None: original size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.checks import check_pyramids
-from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.protocol import Distilled, Distiller, Ratio
 from fastkd.ops._support.coverage import widen
 from fastkd.types import Batch
 
@@ -66,12 +67,33 @@ class CWD(Distiller):
         Raises: ValueError or TypeError if the pyramids disagree.
         """
         teacher = check_pyramids("CWD", student, teacher, self.channels, self.teacher_channels)
-        losses = []
-        for level, target in zip(student, teacher, strict=True):
-            adapted = self.adapter(level.detach() if detach_student else level)
-            divergence = F.kl_div(self._log_p(adapted), self._log_p(target.detach()), reduction="sum", log_target=True)
-            losses.append(divergence * (self.tau**2 / (target.shape[0] * target.shape[1])))
+        student = [level.detach() for level in student] if detach_student else student
+        pairs = zip(student, teacher, strict=True)
+        losses = [self._divergence(self._log_p(self.adapter(level)), self._log_p(target)) for level, target in pairs]
         return Distilled({"cwd_distill": self.weight * torch.stack(losses).sum()})
+
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: Any = None,
+        scores: Any = None,
+    ) -> dict[str, Ratio]:
+        """Imitation error: the divergence relative to that of a student whose distributions are uniform."""
+        teacher = check_pyramids("CWD", student, teacher, self.channels, self.teacher_channels)
+        errors, of_uniform = [], []
+        for level, target in zip(student, teacher, strict=True):
+            log_p = self._log_p(target)
+            errors.append(self._divergence(self._log_p(self.adapter(level)), log_p))
+            of_uniform.append(self._divergence(torch.full_like(log_p, -math.log(log_p.shape[2])), log_p))
+        return {"imitation_error": (torch.stack(errors).sum(), torch.stack(of_uniform).sum())}
+
+    def _divergence(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """tau^2 * KL(p || q), averaged over images and channels, of [B, C, H * W]; no gradient to p."""
+        divergence = F.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+        return divergence * (self.tau**2 / (log_p.shape[0] * log_p.shape[1]))
 
     def _log_p(self, level: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H * W], at least float32."""

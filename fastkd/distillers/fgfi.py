@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.checks import check_pyramids
-from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.diagnostics import share_inside_boxes
+from fastkd.distillers.protocol import Distilled, Distiller, Ratio
 from fastkd.ops import imitation_mask, masked_mse
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch
@@ -90,6 +91,22 @@ class FGFI(Distiller):
         error, count = masked_mse(adapted, teacher, self.masks(student, batch))
         cells = global_mean(count)
         return Distilled({"fgfi_imitation": self.weight / 2 * error / torch.where(cells > 0, cells, 1.0)})
+
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: None = None,
+        scores: Sequence[Tensor] | None = None,
+    ) -> dict[str, Ratio]:
+        """Imitation error, relative to the teacher's features, and the share of imitation cells inside the boxes."""
+        teacher = check_pyramids("FGFI", student, teacher, self.channels, self.teacher_channels)
+        masks = self.masks(student, batch)
+        error, _ = masked_mse([F.relu(self.adapter(level)) for level in student], teacher, masks)
+        size, _ = masked_mse([torch.zeros_like(level) for level in teacher], teacher, masks)
+        return {"imitation_error": (error, size), **share_inside_boxes(masks, batch)}
 
     def masks(self, pyramid: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The imitation cells: L tensors [B, H_l, W_l] bool."""

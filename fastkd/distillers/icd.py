@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.decoder import Attention, DecoderLayer, position_embeddings, project_cells, xavier_linear
-from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.diagnostics import cell_overlap
+from fastkd.distillers.protocol import Distilled, Distiller, Ratio
 from fastkd.distillers.queries import Queries, QueryEncoder, QueryNoise, draw_queries, make_noise, mlp
 from fastkd.ops import value_mimic
 from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.coverage import full_precision, widen
 from fastkd.ops._support.normalizer import global_mean
 from fastkd.types import Batch, ClassPriors
+
+MEASURED_INSTANCES = 8  # whose attention the diagnostics compute: each takes a copy of its image's pyramid
 
 
 def auxiliary_losses(outputs: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
@@ -146,7 +149,7 @@ class ICD(Distiller):
         Returns: losses "icd_identification", "icd_localisation" and "icd_distill".
         Raises: ValueError or TypeError if pyramids or batch do not fit.
         """
-        teacher = self._checked(teacher)
+        teacher = self.teacher_levels(teacher)
         check_levels("ICD", "student", student, channels=self.channels)
         check_same_sizes("ICD", "student", student, "teacher", teacher)
         if detach_student:
@@ -176,11 +179,8 @@ class ICD(Distiller):
         noise = self.prepare(batch, []) if noise is None else noise
         return draw_queries(batch, noise, ClassPriors(self.prior_frequency, self.prior_mean, self.prior_std))
 
-    def decode(self, queries: Queries, teacher: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
-        """Yields each layer's decoded queries [B, N, C] and attention."""
-        levels = [level.detach() for level in teacher]
-        if self.teacher_scale != 1:
-            levels = [level * self.teacher_scale for level in levels]
+    def decode(self, queries: Queries, levels: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
+        """Yields each layer's decoded queries [B, N, C] and attention; `levels` are those of `teacher_levels`."""
         level_sizes = [(level.shape[2], level.shape[3]) for level in levels]
         positions = position_embeddings(batch.image_sizes.to(levels[0].device), batch.padded_size, level_sizes)
         with full_precision(queries.boxes):
@@ -190,17 +190,68 @@ class ICD(Distiller):
             yield decoded, attention
 
     @torch.no_grad()
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: QueryNoise | None = None,
+        scores: Sequence[Tensor] | None = None,
+    ) -> dict[str, Ratio]:
+        """Imitation error, and the share of the last layer's attention inside the box of its own instance."""
+        queries = self.queries(batch, prepared)
+        errors, with_boxes = [], batch.boxes.new_zeros(())
+        layers = self.decode(queries, self.teacher_levels(teacher), batch)
+        for projection, (_, attention) in zip(self.student_values, layers):
+            assert isinstance(projection, nn.Linear)
+            mass = attention.mass(queries.mass_mask, self.temperature)
+            error = value_mimic(project_cells(projection, student), attention.values, mass)  # [B, G], 0 without boxes
+            errors.append(error.sum() / 2)  # half the squared distance of normalised values is 1 - their correlation
+            with_boxes = with_boxes + queries.real.any(1).sum() * error.shape[1]
+        rows = torch.arange(len(batch.boxes), device=batch.boxes.device)
+        rows = rows[:: max(1, -(-len(rows) // MEASURED_INSTANCES))]
+        maps = attention.maps(batch.image_index[rows], queries.real_index[rows] % queries.real.shape[1])
+        inside, area = _inside_own_box(maps, batch, rows)
+        number = torch.full_like(area, len(rows))
+        return {
+            "imitation_error": (torch.stack(errors).sum(), with_boxes),
+            "inside_boxes": (inside, number),
+            "inside_if_even": (area, number),
+        }
+
+    @torch.no_grad()
     def attention(self, teacher: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The last layer's attention maps of the real queries, in the order of batch.boxes: L tensors [K, G, H_l, W_l].
 
         Summed over all levels a map is 1.
         """
         queries = self.queries(batch)
-        *_, (_, attention) = self.decode(queries, self._checked(teacher), batch)
+        *_, (_, attention) = self.decode(queries, self.teacher_levels(teacher), batch)
         return attention.maps(batch.image_index, queries.real_index % queries.real.shape[1])
 
-    def _checked(self, teacher: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def teacher_levels(self, teacher: Sequence[Tensor] | None) -> list[Tensor]:
+        """The levels to which the queries attend: the teacher's, checked, without gradient, times `teacher_scale`."""
         if teacher is None:
             raise ValueError("ICD: teacher must be given, got None; pass the frozen teacher's pyramid")
         check_levels("ICD", "teacher", teacher, channels=self.teacher_channels)
-        return teacher
+        levels = [level.detach() for level in teacher]
+        return levels if self.teacher_scale == 1 else [level * self.teacher_scale for level in levels]
+
+
+def _inside_own_box(maps: Sequence[Tensor], batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over instances: the share of attention inside its box (mean over the heads), its box's share of the image.
+
+    Args:
+        maps: L tensors [K, G, H_l, W_l], each map's sum over all levels being 1.
+        batch: images and boxes.
+        rows: [K], the rows of the instances in batch.boxes.
+    """
+    boxes = batch.boxes[rows]
+    shares = [
+        (level * cell_overlap(boxes, batch.padded_size, level.shape[2:])[:, None]).sum((1, 2, 3)) / level.shape[1]
+        for level in maps
+    ]
+    image_area = batch.image_sizes.to(boxes.device)[batch.image_index[rows]].prod(1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / image_area
+    return torch.stack(shares).sum(), area.sum()

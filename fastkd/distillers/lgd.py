@@ -220,6 +220,7 @@ class LGD(Distiller):
     Source: docs/methods.md section 2.
     """
 
+    instructs = True
     detach_fraction = 30 / 180
 
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.distillers.checks import check_pyramids
-from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.protocol import Distilled, Distiller, Ratio
 from fastkd.ops._support.coverage import widen
 from fastkd.types import Batch
 
@@ -71,9 +71,25 @@ class PKD(Distiller):
         Returns: losses "pkd_distill".
         Raises: ValueError or TypeError if the pyramids disagree.
         """
+        student = [level.detach() for level in student] if detach_student else student
+        return Distilled({"pkd_distill": self.weight * self._level_losses(student, teacher).sum()})
+
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: Any = None,
+        scores: Any = None,
+    ) -> dict[str, Ratio]:
+        """Imitation error: the unweighted loss of a level, 1 minus the correlation, averaged over the levels."""
+        losses = self._level_losses(student, teacher)
+        return {"imitation_error": (losses.sum(), torch.full_like(losses[0], len(losses)))}
+
+    def _level_losses(self, student: Sequence[Tensor], teacher: Sequence[Tensor] | None) -> Tensor:
+        """The unweighted loss of each level, [L]."""
         teacher = check_pyramids("PKD", student, teacher, self.channels, self.teacher_channels)
-        losses = []
-        for level, target in zip(student, teacher, strict=True):
-            adapted = self.adapter(level.detach() if detach_student else level)
-            losses.append(F.mse_loss(standardise(adapted), standardise(target.detach())) / 2)
-        return Distilled({"pkd_distill": self.weight * torch.stack(losses).sum()})
+        pairs = zip(student, teacher, strict=True)
+        errors = [F.mse_loss(standardise(self.adapter(level)), standardise(target.detach())) for level, target in pairs]
+        return torch.stack(errors) / 2

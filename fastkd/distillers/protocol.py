@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fastkd.types import Batch
 
+# A figure as a sum and the number it is divided by, float scalars: both are added over processes and micro-batches.
+Ratio = tuple[Tensor, Tensor]
+
 
 @dataclass
 class Distilled:
@@ -34,6 +37,7 @@ class Distiller(nn.Module):
         needs_teacher: whether `forward` must be given the teacher's pyramid.
         needs_scores: whether `forward` must also be given `scores`, L tensors [B, 1, H_l, W_l] in [0, 1]: the teacher's
             highest class probability in each cell. Only such a distiller has this keyword argument.
+        instructs: whether `forward` returns an instructive pyramid, which `instruct` then computes alone.
         detach_fraction: initial fraction of a run with `detach_student`, as published; set by the caller.
         clip_norm: norm to which the caller should clip the gradients of the distiller's parameters, as published.
         instructive_weight: factor on the detector's loss on `Distilled.instructive`.
@@ -41,6 +45,7 @@ class Distiller(nn.Module):
 
     needs_teacher: bool = False
     needs_scores: bool = False
+    instructs: bool = False
     detach_fraction: float = 1 / 90
     clip_norm: float = 1.0
     instructive_weight: float = 1.0
@@ -75,3 +80,30 @@ class Distiller(nn.Module):
             prepared: the result of `prepare` for this batch; None makes it here.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward must be implemented")
+
+    def instruct(self, pyramid: Sequence[Tensor], batch: Batch, objects: Any = None) -> list[Tensor]:
+        """The instructive pyramid, L tensors like the student's `pyramid`; only where `instructs` is True.
+
+        Args:
+            objects: the result of `prepare` for this batch; None makes it here.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.instruct must be implemented")
+
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: Any = None,
+        scores: Sequence[Tensor] | None = None,
+    ) -> dict[str, Ratio]:
+        """How well the method teaches, by name (methods 9); called without gradients in the steps that are logged.
+
+        The names must not depend on the batch: a figure that no object defines is (0, 0).
+
+        Args:
+            student, batch, teacher, prepared: as in `forward`.
+            scores: as in `forward`, where `needs_scores` is True.
+        """
+        return {}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distillers.checks import check_pyramids
-from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.distillers.diagnostics import share_inside_boxes
+from fastkd.distillers.protocol import Distilled, Distiller, Ratio
 from fastkd.ops._support.checks import check_levels, check_same_sizes
 from fastkd.ops._support.coverage import widen
 from fastkd.ops._support.normalizer import global_mean
@@ -70,6 +71,35 @@ class ScoreL2(Distiller):
         Returns: losses "scorel2_distill"; 0 where all scores are 0.
         Raises: ValueError or TypeError if the pyramids or scores disagree.
         """
+        teacher, scores = self._checked(student, teacher, scores)
+        losses = []
+        for adapter, level, target, score in zip(self.adapters, student, teacher, scores, strict=True):
+            error = _weighted_square(adapter(level.detach() if detach_student else level), target, score)
+            score_sum = widen(score.detach()).sum()
+            losses.append(error / (global_mean(score_sum) * self.teacher_channels + 1e-9))
+        return Distilled({"scorel2_distill": self.weight * torch.stack(losses).sum()})
+
+    def diagnostics(
+        self,
+        student: Sequence[Tensor],
+        batch: Batch,
+        teacher: Sequence[Tensor] | None = None,
+        *,
+        prepared: Any = None,
+        scores: Sequence[Tensor] | None = None,
+    ) -> dict[str, Ratio]:
+        """Imitation error, relative to the teacher's features, and the share of the scores inside the boxes."""
+        teacher, scores = self._checked(student, teacher, scores)
+        levels = list(zip(self.adapters, student, teacher, scores, strict=True))
+        errors = [_weighted_square(adapter(level), target, score) for adapter, level, target, score in levels]
+        sizes = [_weighted_square(torch.zeros_like(target), target, score) for _, _, target, score in levels]
+        inside = share_inside_boxes([score[:, 0] for score in scores], batch)
+        return {"imitation_error": (torch.stack(errors).sum(), torch.stack(sizes).sum()), **inside}
+
+    def _checked(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor] | None, scores: Sequence[Tensor] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Teacher and scores. Raises: ValueError or TypeError if the pyramids or scores disagree."""
         teacher = check_pyramids("ScoreL2", student, teacher, self.channels, self.teacher_channels)
         if scores is None:
             raise ValueError("ScoreL2: scores must be given, got None; pass those of the frozen teacher")
@@ -79,9 +109,10 @@ class ScoreL2(Distiller):
             raise ValueError(
                 f"ScoreL2: student must have {len(self.adapters)} levels, got {len(student)}; build with levels="
             )
-        losses = []
-        for adapter, level, target, score in zip(self.adapters, student, teacher, scores, strict=True):
-            adapted, score = adapter(level.detach() if detach_student else level), widen(score.detach())
-            error = (widen(adapted) - widen(target.detach())).square().sum(1, keepdim=True)  # [B, 1, H_l, W_l]
-            losses.append((error * score).sum() / (global_mean(score.sum()) * self.teacher_channels + 1e-9))
-        return Distilled({"scorel2_distill": self.weight * torch.stack(losses).sum()})
+        return teacher, scores
+
+
+def _weighted_square(adapted: Tensor, target: Tensor, score: Tensor) -> Tensor:
+    """Sum of score * (adapted - target)^2 over [B, C, H_l, W_l]; no gradient to target and score [B, 1, H_l, W_l]."""
+    error = (widen(adapted) - widen(target.detach())).square().sum(1, keepdim=True)  # [B, 1, H_l, W_l]
+    return (error * widen(score.detach())).sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.distillers.protocol import Distiller
-from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_teacher, settings_of
+from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
 from fastkd.integrations.optimizer import MethodOptimizer
 from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
@@ -37,8 +37,8 @@ class HostStep:
         teacher: levels of the same images, without gradient; None for methods without a teacher.
         rerun: runs the host's head and loss on another pyramid of the same shapes -> {name: scalar}, without changing
             its batch statistics; None if the host cannot, which rules out LGD.
-        scores: L tensors [B, 1, H_l, W_l] in [0, 1], the teacher's highest class probability in each cell, for methods
-            that need them (score-weighted L2); none of the hosts here provides them.
+        scores: L tensors [B, 1, H_l, W_l] in [0, 1], the highest class probability in each cell of the teacher's
+            levels, for methods that need them (score-weighted L2). An `Attachment` takes them from its teacher.
     """
 
     batch: Batch
@@ -56,7 +56,7 @@ class Distillation:
     an nn.Module, so that a host which holds it does not train, average or save it.
 
     Args:
-        method: "icd", "lgd", "fgfi", "pkd", "cwd" or a `Distiller`.
+        method: "icd", "lgd", "fgfi", "pkd", "cwd", "scorel2" or a `Distiller`.
         num_classes: object classes, without background.
         priors: class priors of the training set, for ICD's fake queries; None measures them from the first batches.
         two_stage: the host has a region proposal network (selects the published weights).
@@ -108,6 +108,11 @@ class Distillation:
     def needs_teacher(self) -> bool:
         """Whether a HostStep must hold the teacher's pyramid."""
         return needs_teacher(self.method)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a HostStep must hold the teacher's class scores."""
+        return needs_scores(self.method)
 
     @property
     def wants_masks(self) -> bool:

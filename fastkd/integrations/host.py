@@ -64,6 +64,11 @@ class Attachment:
             raise ValueError(
                 "attach: this method needs a teacher, got None; pass teacher=<trained detector>, or use method='lgd'"
             )
+        if distillation.needs_scores and teacher is not None and teacher.scores is None:
+            raise ValueError(
+                f"attach: this method needs class scores of the teacher's cells, got a {type(teacher.module).__name__} "
+                "for which fastkd has none; pass Teacher(module, scores=...), or use another method such as 'icd'"
+            )
         self.model: Any = model  # its parts are the host's
         self.distillation, self.teacher = distillation, teacher
         self.normalization = normalization or Normalization()
@@ -76,9 +81,10 @@ class Attachment:
     def __deepcopy__(self, memo: dict) -> Attachment:
         return self
 
-    def hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Registers a forward hook, which `detach` removes."""
-        self._handles.append(module.register_forward_hook(Hook(torch.compiler.disable(function))))
+    def hook(self, module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Registers a forward hook function(module, args[, kwargs], output), which `detach` removes."""
+        hook = Hook(torch.compiler.disable(function))
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
     def pre_hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Registers a forward pre-hook function(module, args, kwargs), which `detach` removes."""
@@ -101,7 +107,10 @@ class Attachment:
         """
         try:
             with preserved_randomness(device):
-                losses = self.distillation(make_step())
+                step = make_step()
+                if self.distillation.needs_scores and self.teacher is not None and step.teacher is not None:
+                    step.scores = self.teacher.cell_scores(step.teacher)
+                losses = self.distillation(step)
         except Exception:
             if not self._succeeded:
                 raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.integrations.scores import cell_scores, of_ultralytics
 from fastkd.integrations.teachers import Normalization, Teacher, features_before, features_until
 
 
@@ -29,7 +31,7 @@ def pick_teacher(teacher: Any, num_classes: int) -> Teacher | None:
     elif hasattr(getattr(teacher, "model", None), "encoder") and hasattr(teacher, "config"):
         picked = transformers_teacher(teacher)
     else:
-        picked = Teacher(teacher)
+        picked = Teacher(teacher, scores=cell_scores(teacher))
     if picked.num_classes not in (None, num_classes):
         warnings.warn(
             f"fastkd: the teacher knows {picked.num_classes} classes, the student {num_classes}; a teacher teaches "
@@ -71,6 +73,7 @@ def torchvision_teacher(teacher: Any, num_classes: int | None = None) -> Teacher
         normalization=image_normalization(teacher),
         detect=_Detect(teacher, first_label),
         num_classes=output_classes(teacher) - first_label,
+        scores=cell_scores(teacher),
     )
 
 
@@ -99,6 +102,7 @@ def transformers_teacher(teacher: Any, *, processor: Any = None) -> Teacher:
         features_until(teacher, teacher.model.encoder),
         normalization=normalization_of(processor),
         num_classes=teacher.config.num_labels,
+        scores=cell_scores(teacher),
     )
 
 
@@ -121,4 +125,10 @@ def ultralytics_teacher(teacher: Any) -> Teacher:
     network.float().eval()  # a YOLO's network is in train mode
     layers: Any = network.model
     head = layers[-1]
-    return Teacher(network, features_before(network, head), normalization=Normalization(), num_classes=head.nc)
+    return Teacher(
+        network,
+        features_before(network, head),
+        normalization=Normalization(),
+        num_classes=head.nc,
+        scores=functools.partial(of_ultralytics, head),
+    )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd.distillers import CWD, FGFI, ICD, LGD, PKD
-from fastkd.distillers.decoder import Attention, position_embeddings
-from fastkd.distillers.protocol import Distilled, Distiller
-from fastkd.distillers.queries import Queries
+from fastkd.distillers import CWD, FGFI, ICD, LGD, PKD, ScoreL2
+from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.pyramids import PyramidSpec
-from fastkd.ops._support.coverage import full_precision
-from fastkd.types import Batch, ClassPriors
+from fastkd.types import ClassPriors
 
 HEADS = 8
 MAX_CHANNELS = 256
@@ -66,32 +63,23 @@ class LevelwiseICD(ICD):
         self, num_classes: int, priors: ClassPriors, channels: int, *, level_channels: Sequence[int], **settings
     ):
         super().__init__(num_classes, priors, channels, **settings)
+        self.level_channels = list(level_channels)
         self.teacher_projections = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in level_channels)
 
-    def forward(
-        self,
-        student: Sequence[Tensor],
-        batch: Batch,
-        teacher: Sequence[Tensor] | None = None,
-        **options,
-    ) -> Distilled:
-        """As in ICD, with teacher L tensors [B, level_channels[l], H_l, W_l]."""
-        return super().forward(student, batch, self.project(teacher or []), **options)
+    def teacher_levels(self, teacher: Sequence[Tensor] | None) -> list[Tensor]:
+        """The teacher's levels, each projected to `channels`, times `teacher_scale`; gradients reach the projections.
 
-    def project(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """The teacher's levels at the width of the decoder; the projections receive gradients."""
-        return [layer(level.detach()) for layer, level in zip(self.teacher_projections, teacher, strict=True)]
-
-    def decode(self, queries: Queries, teacher: Sequence[Tensor], batch: Batch) -> Iterator[tuple[Tensor, Attention]]:
-        """As in ICD, but the projected levels are not detached, so that the values train the projections."""
-        levels = [level * self.teacher_scale for level in teacher]
-        level_sizes = [(level.shape[2], level.shape[3]) for level in levels]
-        positions = position_embeddings(batch.image_sizes.to(levels[0].device), batch.padded_size, level_sizes)
-        with full_precision(queries.boxes):
-            decoded = self.encoder(queries)
-        for layer in self.decoder:
-            decoded, attention = layer(decoded, levels, positions)
-            yield decoded, attention
+        Args:
+            teacher: L tensors [B, level_channels[l], H_l, W_l].
+        """
+        widths = [level.shape[1] for level in teacher or []]
+        if widths != self.level_channels:
+            raise ValueError(
+                f"ICD: teacher must have levels of {self.level_channels} channels, got {widths}; pass the frozen "
+                "teacher's pyramid"
+            )
+        levels = zip(self.teacher_projections, teacher or [], strict=True)
+        return [layer(level.detach()) * self.teacher_scale for layer, level in levels]
 
 
 def method_channels(facts: HostFacts, widths: Sequence[int]) -> int:
@@ -133,14 +121,20 @@ def _cwd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
     return CWD(method_channels(facts, spec.student_widths), teacher_channels=max(spec.teacher_widths))
 
 
-METHODS: dict[str, tuple[Callable[[HostFacts, PyramidSpec, ClassPriors], Distiller], bool]] = {
-    "icd": (_icd, True),
-    "lgd": (_lgd, False),
-    "fgfi": (_fgfi, True),
-    "pkd": (_pkd, True),
-    "cwd": (_cwd, True),
+def _score_l2(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
+    channels = method_channels(facts, spec.student_widths)
+    return ScoreL2(channels, teacher_channels=max(spec.teacher_widths), levels=len(spec.pairs))
+
+
+METHODS: dict[str, tuple[Callable[[HostFacts, PyramidSpec, ClassPriors], Distiller], type[Distiller]]] = {
+    "icd": (_icd, ICD),
+    "lgd": (_lgd, LGD),
+    "fgfi": (_fgfi, FGFI),
+    "pkd": (_pkd, PKD),
+    "cwd": (_cwd, CWD),
+    "scorel2": (_score_l2, ScoreL2),
 }
-"""Builder of each method, and whether it needs a teacher."""
+"""Builder and class of each method."""
 
 
 def check_method(method: str | Distiller) -> None:
@@ -157,7 +151,17 @@ def check_method(method: str | Distiller) -> None:
 
 def needs_teacher(method: str | Distiller) -> bool:
     """Whether the method needs the teacher's pyramid."""
-    return METHODS[method][1] if isinstance(method, str) else method.needs_teacher
+    return kind_of(method).needs_teacher
+
+
+def needs_scores(method: str | Distiller) -> bool:
+    """Whether the method needs the teacher's class scores."""
+    return kind_of(method).needs_scores
+
+
+def kind_of(method: str | Distiller) -> type[Distiller] | Distiller:
+    """The class of a method by name, or the given object: both have the attributes of `Distiller`."""
+    return METHODS[method][1] if isinstance(method, str) else method
 
 
 def settings_of(method: Distiller) -> Settings:

@@ -58,6 +58,17 @@ def corners(boxes: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([center - size / 2, center + size / 2], 1) * boxes.new_tensor([width, height, width, height])
 
 
+def levels_of_tokens(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Tokens [B, sum of H_l * W_l, C] of levels of these sizes (H_l, W_l) -> L tensors [B, C, H_l, W_l]."""
+    parts = tokens.split([height * width for height, width in sizes], dim=1)
+    return [part.transpose(1, 2).unflatten(2, tuple(size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def tokens_of_levels(levels: Sequence[Tensor]) -> Tensor:
+    """The inverse of `levels_of_tokens`."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+
+
 def levels_of(output: Any) -> list[Tensor]:
     """The list of levels in the output of a backbone, neck or encoder: a tensor, list, dictionary or model output."""
     for name in ("feature_maps", "encoder_last_hidden_state", "last_hidden_state"):
@@ -78,6 +89,8 @@ class Teacher:
         normalization: image normalisation of the teacher's training; None: the same as the student's.
         detect: images [3, h, w] in [0, 1] -> (boxes, labels from 0, scores) of each, for `report`; None if unknown.
         num_classes: number of classes of the teacher, if known.
+        scores: levels -> L tensors [B, 1, H_l, W_l] in [0, 1], the highest class probability of each cell, for
+            score-weighted L2; None if unknown.
     """
 
     def __init__(
@@ -88,8 +101,9 @@ class Teacher:
         normalization: Normalization | None = None,
         detect: Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor, Tensor]]] | None = None,
         num_classes: int | None = None,
+        scores: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ):
-        self.module, self.features = module, features or find_features(module)
+        self.module, self.features, self.scores = module, features or find_features(module), scores
         self.normalization, self.detect, self.num_classes = normalization, detect, num_classes
         if any(part.training for part in module.modules()):
             warnings.warn(
@@ -111,6 +125,11 @@ class Teacher:
             self.freeze()
         images = renormalize(images, image_sizes, normalization, self.normalization or normalization)
         return check_pyramid("teacher", levels_of(self.features(images)), images.shape[0])
+
+    @torch.no_grad()
+    def cell_scores(self, levels: Sequence[Tensor]) -> list[Tensor] | None:
+        """The highest class probability in each cell of its levels; None if the teacher has no `scores`."""
+        return None if self.scores is None else list(self.scores(list(levels)))
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher to a device, if necessary."""
@@ -136,11 +155,13 @@ class _StopForward(Exception):
         self.output = output
 
 
-def _stop_after(module: nn.Module, args: Any, output: Any) -> None:
+def _stop_after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if "spatial_shapes_list" in kwargs:  # Deformable DETR flattens its levels
+        output = levels_of_tokens(output.last_hidden_state, kwargs["spatial_shapes_list"])
     raise _StopForward(output)
 
 
-def _stop_before(module: nn.Module, args: Any) -> None:
+def _stop_before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     raise _StopForward(args[0])
 
 
@@ -157,7 +178,7 @@ def features_before(module: nn.Module, part: nn.Module) -> Callable[[Tensor], An
 def _run_to(
     module: nn.Module, part: nn.Module, register: Callable[..., Any], stop: Callable[..., None], images: Tensor
 ) -> Any:
-    handle = register(stop)
+    handle = register(stop, with_kwargs=True)
     try:
         module(images)
     except _StopForward as reached:

@@ -1,4 +1,4 @@
-"""Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE; with the Trainer or a custom loop.
+"""Hugging Face's detectors with a pyramid: RT-DETR, RT-DETRv2, D-FINE, Deformable DETR; Trainer or a custom loop.
 
 kd = attach(model, method="icd", teacher=teacher, num_classes=10)
 trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() after optimizer.step() in your own loop
@@ -19,8 +19,8 @@ from fastkd.integrations.batches import image_seeds, make_batch
 from fastkd.integrations.hooks import check_plain
 from fastkd.integrations.host import Attachment
 from fastkd.integrations.known_teachers import normalization_of, pick_teacher
-from fastkd.integrations.teachers import Normalization, Teacher, corners
-from fastkd.integrations.traces import unrecorded_statistics
+from fastkd.integrations.teachers import Normalization, Teacher, corners, levels_of_tokens, tokens_of_levels
+from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 
 FILE_NAME = "fastkd.pt"
@@ -40,7 +40,7 @@ def attach(
     """Adds a method's losses to `outputs.loss` in every training call of the model with labels.
 
     Args:
-        model: a plain RT-DETR, RT-DETRv2 or D-FINE for object detection.
+        model: a plain RT-DETR, RT-DETRv2, D-FINE or Deformable DETR for object detection.
         method: "icd", "lgd" or a `Distiller`.
         teacher: a trained detector of transformers or torchvision, or any module in a `Teacher`. Not for "lgd".
         num_classes: object classes; None takes the model's.
@@ -63,33 +63,53 @@ def attach(
 
 
 class TransformersAttachment(Attachment):
-    """Hooks before and after the model; see `attach`."""
+    """Hooks before and after the model; for Deformable DETR also after its backbone and its encoder; see `attach`."""
 
     def __init__(
         self, model: nn.Module, distillation: Distillation, teacher: Teacher | None, normalization: Normalization
     ):
         super().__init__(model, distillation, teacher, normalization)
         self._inputs: dict[str, Any] = {}
+        self._maps: Any = None  # Deformable DETR: output of the backbone,
+        self._levels: list[Tensor] | None = None  # and of the encoder as levels
         self.callback = DistillationCallback(self)
         self.pre_hook(model, self._keep_inputs)
+        if _flattens_levels(model):
+            self.hook(self.model.model.backbone, self._keep_maps)
+            self.hook(self.model.model.encoder, self._keep_levels, with_kwargs=True)
         self.hook(model, self._add_losses)
 
     def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         names = ("pixel_values", "pixel_mask")
         self._inputs = dict(zip(names, args)) | kwargs if self.active else {}
+        self._maps = self._levels = None
+
+    def _keep_maps(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._inputs:
+            self._maps = output
+
+    def _keep_levels(self, module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+        """Splits the encoder's tokens into levels and joins them again, so that the host's loss depends on them."""
+        if not self._inputs:
+            return None
+        self._levels = levels_of_tokens(output.last_hidden_state, kwargs["spatial_shapes_list"])
+        output.last_hidden_state = tokens_of_levels(self._levels)
+        return output
 
     def _add_losses(self, module: nn.Module, args: Any, output: Any) -> Any:
-        inputs, self._inputs = self._inputs, {}
+        inputs, levels, maps = self._inputs, self._levels, self._maps
+        self._inputs, self._levels, self._maps = {}, None, None
         labels, images = inputs.get("labels"), inputs.get("pixel_values")
         if not self.active or labels is None or images is None:
             return None
-        losses = self.distil(images.device, lambda: self._host_step(inputs, output))
+        levels = list(output.encoder_last_hidden_state) if levels is None else levels
+        losses = self.distil(images.device, lambda: self._host_step(inputs, levels, maps))
         if losses:
             output.loss = output.loss + sum(losses.values())
             output.loss_dict = {**(output.loss_dict or {}), **losses}
         return output
 
-    def _host_step(self, inputs: dict[str, Any], output: Any) -> HostStep:
+    def _host_step(self, inputs: dict[str, Any], student: list[Tensor], maps: Any) -> HostStep:
         images, labels, mask = inputs["pixel_values"], inputs["labels"], inputs.get("pixel_mask")
         height, width = images.shape[-2:]
         sizes = [(height, width)] * len(images)
@@ -109,15 +129,20 @@ class TransformersAttachment(Attachment):
 
         def rerun(levels: list[Tensor]) -> dict[str, Tensor]:
             """Decoder and loss on other levels, with newly drawn denoising queries."""
-            encoded = BaseModelOutput(last_hidden_state=levels)
             with unrecorded_statistics(self.model):
-                again = self.model.forward(
-                    pixel_values=None, inputs_embeds=levels[0], encoder_outputs=encoded, labels=labels
-                )
+                if maps is None:
+                    encoded = BaseModelOutput(last_hidden_state=levels)
+                    again = self.model.forward(
+                        pixel_values=None, inputs_embeds=levels[0], encoder_outputs=encoded, labels=labels
+                    )
+                else:  # Deformable DETR takes tokens, and the sizes of its levels from the backbone's output
+                    encoded = BaseModelOutput(last_hidden_state=tokens_of_levels(levels))
+                    with replaced_module(self.model.model, backbone=Replay(maps)):
+                        again = self.model.forward(images, mask, encoder_outputs=encoded, labels=labels)
             return {"loss": again.loss}
 
         teacher = self.pyramid_of_teacher(images, batch.image_sizes)
-        return HostStep(batch, list(output.encoder_last_hidden_state), teacher, rerun)
+        return HostStep(batch, student, teacher, rerun)
 
 
 class DistillationCallback(transformers.TrainerCallback):
@@ -154,13 +179,23 @@ class DistillationCallback(transformers.TrainerCallback):
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE_NAME)
 
 
-def _check_attach_points(model: nn.Module) -> None:
+def _flattens_levels(model: Any) -> bool:
+    """Whether the encoder returns the tokens of several levels in one tensor: Deformable DETR."""
+    return hasattr(model.model, "level_embed") and hasattr(model.model, "backbone")
+
+
+def _check_attach_points(model: Any) -> None:
     """Raises TypeError unless the model has the parts that `attach` needs."""
     check_plain(model)
     base = getattr(model, "model", None)
-    if not hasattr(base, "encoder") or not hasattr(base, "decoder_input_proj") or not hasattr(model, "config"):
-        raise TypeError(
-            "attach: model must be RT-DETR, RT-DETRv2 or D-FINE for object detection, whose encoder gives a pyramid, "
-            f"got {type(model).__name__} (transformers {transformers.__version__}); use fastkd.integrations.HostStep "
-            "for others"
-        )
+    if hasattr(base, "encoder") and hasattr(model, "config"):
+        if hasattr(base, "decoder_input_proj") or _flattens_levels(model):
+            return
+        reason = "whose encoder gives tokens of a single level, not a pyramid"
+    else:
+        reason = "which has no encoder"
+    raise TypeError(
+        f"attach: model must be RT-DETR, RT-DETRv2, D-FINE or Deformable DETR for object detection, got "
+        f"{type(model).__name__}, {reason} (transformers {transformers.__version__}); use "
+        "fastkd.integrations.HostStep with other levels, for instance the backbone's"
+    )

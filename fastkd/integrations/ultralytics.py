@@ -165,11 +165,18 @@ class DistillationTrainer(DetectionTrainer):
     distillation: YoloDistillation = YoloDistillation("lgd", None, None, {})
 
     def setup_model(self) -> Any:
-        """Attaches to the plain network, before it is compiled, wrapped and copied."""
-        if self.args.compile:
-            raise ValueError("fastkd: compile must be False to distil in Ultralytics, got True; pass compile=False")
+        """Attaches to the plain network, before it is wrapped and copied; compiles its layers if asked to.
+
+        Ultralytics would compile the network as a whole and compute the loss outside of its forward pass, where the
+        hooks do not see it. The layers before the head are compiled one by one instead.
+        """
         checkpoint = super().setup_model()
         self.distillation.start(self.model, self.data["nc"])
+        if self.args.compile:
+            mode = "default" if self.args.compile is True else self.args.compile
+            for layer in self.model.model[:-1]:
+                layer.compile(mode=mode)
+            self.args.compile = False
         return checkpoint
 
     def resume_training(self, ckpt: Any) -> None:

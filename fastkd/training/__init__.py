@@ -1,6 +1,6 @@
 """Training: recipes, the trainer, checkpoints, the cost ledger."""
 
-from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
+from fastkd.training.config import DataConfig, DistillConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
 from fastkd.training.methods import (
     Combined,
     CWDConfig,
@@ -13,7 +13,7 @@ from fastkd.training.methods import (
     PKDConfig,
     ScoreL2Config,
 )
-from fastkd.training.recipes.named import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.recipes.named import all_recipes, fitted_recipe, get_recipe, parse_cli, recipe_names
 from fastkd.training.recipes.options import with_detector
 from fastkd.training.recipes.scaling import scale_to_batch
 from fastkd.training.run.finish import RunResult
@@ -24,6 +24,7 @@ __all__ = [
     "CWDConfig",
     "Combined",
     "DataConfig",
+    "DistillConfig",
     "FGFIConfig",
     "FeatureMethod",
     "FrozenTeacher",
@@ -41,6 +42,7 @@ __all__ = [
     "ScoreL2Config",
     "StepModule",
     "all_recipes",
+    "fitted_recipe",
     "get_recipe",
     "parse_cli",
     "recipe_names",

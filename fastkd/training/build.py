@@ -16,6 +16,7 @@ from fastkd.data import DetectionDataset, measure_priors, open_dataset
 from fastkd.detectors import Detector, build_detector, check_teacher, inherit, load_backbone_weights, load_detector
 from fastkd.detectors.backbones.base import Backbone
 from fastkd.evaluation.coco import load_ground_truth
+from fastkd.training.balance import Balance
 from fastkd.training.config import Recipe
 from fastkd.training.methods.protocol import Given
 from fastkd.training.parallel.compiled import Regions
@@ -47,6 +48,12 @@ class Built:
     notes: dict[str, Any] = field(default_factory=dict)
     teacher_sha256: str | None = None
 
+    @property
+    def data_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the training set, to check that a resumed run has the same."""
+        data = self.train_set
+        return {"images": len(data), "class_names": list(data.class_names), "sha256": data.fingerprint}
+
 
 def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of a recipe.
@@ -62,7 +69,13 @@ def open_data(recipe: Recipe) -> tuple[DetectionDataset, DetectionDataset]:
         with_masks=recipe.with_masks,
         **options,
     )
-    val_set = open_dataset(data.format, root / data.val_annotations, root / data.val_images, **options)
+    val_set = open_dataset(
+        data.format,
+        root / data.val_annotations,
+        root / data.val_images,
+        with_masks=recipe.method is not None and recipe.method.needs_masks,
+        **options,
+    )
     if (train_set.class_names, train_set.category_ids) != (val_set.class_names, val_set.category_ids):
         raise ValueError(
             f"train: categories of {data.val_annotations} must be those of {data.train_annotations}, got "
@@ -155,9 +168,14 @@ def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
     return None if recipe.method is None else recipe.method.build(given)
 
 
-def build(recipe: Recipe) -> Built:
-    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method."""
-    train_set, val_set = open_data(recipe)
+def build(recipe: Recipe, data: tuple[DetectionDataset, DetectionDataset] | None = None) -> Built:
+    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method.
+
+    Args:
+        recipe: the recipe.
+        data: `open_data(recipe)` if it was called before; reading large annotation files takes a minute.
+    """
+    train_set, val_set = open_data(recipe) if data is None else data
     recipe = resolve(recipe, train_set)
     notes: dict[str, Any] = {
         "data": {
@@ -203,5 +221,6 @@ def build(recipe: Recipe) -> Built:
     dtype = torch.bfloat16 if recipe.runtime.precision == "bfloat16" else None
     needed = method is not None and method.needs_teacher
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
-    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile))
+    ratio, every = recipe.distill.balance, recipe.distill.balance_every
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile), Balance(ratio, every))
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

@@ -6,6 +6,7 @@ learning rate milestones and the distillation phases.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,6 +99,26 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Settings of distillation that are common to all methods.
+
+    Args:
+        balance: scale the losses of the method so that their gradient at the pyramid has this ratio to the gradient of
+            the detector's loss (methods.md 10); None takes the method's weight as it is.
+        balance_every: steps from one measurement of the two gradients to the next.
+    """
+
+    balance: float | None = None
+    balance_every: int = 10
+
+    def __post_init__(self) -> None:
+        ratio = self.balance
+        good = ratio is None or (math.isfinite(ratio) and ratio > 0)
+        require(good, "DistillConfig: balance", "positive and finite, or None", ratio, "0.1 to 1 are usual")
+        require(self.balance_every >= 1, "DistillConfig: balance_every", "at least 1", self.balance_every)
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Execution of the run. Only `precision`, `channels_last`, `compile`, `ops`, `deterministic` and
     `grad_compression` can change its results.
@@ -121,6 +142,7 @@ class RuntimeConfig:
         keep_last: checkpoints kept.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         ledger_pairs: pairs of steps timed for the cost ledger, student alone and with the method; 0 writes no ledger.
+            Fewer than 6 give no confidence interval.
     """
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -135,7 +157,7 @@ class RuntimeConfig:
     checkpoint_every: int = 200
     keep_last: int = 2
     eval_every: int = 0
-    ledger_pairs: int = 4
+    ledger_pairs: int = 12
 
     def __post_init__(self) -> None:
         known = self.precision in ("float32", "bfloat16")
@@ -159,6 +181,7 @@ class Recipe:
         detector: the student.
         data: images, annotations and augmentation.
         method: distillation method; None trains the detector alone.
+        distill: settings common to all methods.
         teacher: file of a trained detector (a run's student.safetensors), for methods that need one and for inheriting;
             "asset:NAME" is one that ships with fastkd.
         inherit: initialise neck and head from the teacher where names and shapes agree.
@@ -182,6 +205,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "Recipe: seed", "0 or more", self.seed)
@@ -197,6 +221,9 @@ class Recipe:
             )
         if self.method_optimizer is not None and self.method is None:
             raise ValueError("Recipe: method_optimizer must be None without a method, got an optimiser; leave it out")
+        if self.distill.balance is not None and self.method is None:
+            ratio = self.distill.balance
+            raise ValueError(f"Recipe: distill.balance must be None without a method, got {ratio}; leave it out")
         if self.data.format == "crowdhuman" and self.with_masks:
             name = self.detector.detector
             raise ValueError(f"Recipe: detector must have no masks on crowdhuman data, got {name}; use faster_rcnn")
@@ -215,4 +242,9 @@ class Recipe:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Recipe:
         """The inverse of `to_dict`; unknown and missing fields raise with their name."""
-        return decode(Recipe, values, "recipe", kinds())
+        return decode(Recipe, complete(values), "recipe", kinds())
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON types with the fields that earlier versions did not write, at their defaults."""
+    return {"distill": encode(DistillConfig(), {})} | values

@@ -1,4 +1,4 @@
-"""Learning rate and phase of every step: pure functions of the recipe and the step, so resuming needs no state."""
+"""Learning rate, phase and logging of every step: functions of recipe and step alone, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def phase_at(recipe: Recipe, step: int) -> Phase:
     if recipe.method is None:
         return Phase(distill=False)
     return recipe.method.phase(step, recipe.schedule.steps, pretrained=recipe.backbone_weights is not None)
+
+
+def is_logged(recipe: Recipe, step: int) -> bool:
+    """Whether log.jsonl gets a line after `step` finished steps."""
+    return step == recipe.schedule.steps or step % recipe.runtime.log_every == 0
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
+    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

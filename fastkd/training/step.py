@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastkd.detectors import Detector
 from fastkd.detectors.common.folding import fold_norms
 from fastkd.distillers import Distilled, Distiller
+from fastkd.distillers.protocol import Ratio
+from fastkd.training.balance import Balance
 from fastkd.training.methods.phase import Phase
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.side_stream import SideStream
@@ -29,6 +31,18 @@ def _instructive(distiller: Distiller, supervision: dict[str, Tensor]) -> dict[s
     """The detector's losses on the instructive pyramid, prefixed and weighted."""
     weight = distiller.instructive_weight
     return {f"instructive_{name}": value if weight == 1 else weight * value for name, value in supervision.items()}
+
+
+def gaps(student: dict[str, Tensor], instructive: dict[str, Tensor]) -> dict[str, Ratio]:
+    """The detector's unweighted losses on the instructive pyramid, and how far the student's are above them.
+
+    "gap" is the sum of the gaps of all losses, at equal weight.
+    """
+    figures = {f"instructive_loss_{name}": value for name, value in instructive.items()}
+    differences = {name: student[name] - value for name, value in instructive.items()}
+    figures |= {f"gap_{name}": value for name, value in differences.items()}
+    figures["gap"] = sum_losses(differences)
+    return {name: (value.detach(), torch.ones_like(value)) for name, value in figures.items()}
 
 
 class FrozenTeacher:
@@ -85,6 +99,11 @@ def _features(detector: Detector, images: Tensor) -> list[Tensor]:
     return detector.features(images)
 
 
+def _of_part(name: str, figures: dict[str, Ratio]) -> dict[str, Ratio]:
+    """Figures with the name of their part in front, where there are several."""
+    return {f"{name}.{figure}" if name else figure: value for figure, value in figures.items()}
+
+
 def _call(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     return module(*arguments, **options)
 
@@ -98,9 +117,13 @@ class StepModule(nn.Module):
         teacher: for distillers that need one; not registered as a submodule.
         dtype: autocast to this type, or None for float32.
         regions: the functions to compile; None compiles nothing.
+        balance: scales the methods' losses; None scales nothing.
 
     Attributes:
         detector_losses: names of the detector's own losses in the last step's result.
+        measures: whether the next forward passes fill `diagnostics`; set by the trainer for the steps that it logs.
+        diagnostics: figures of the methods in the last forward pass, "<part>.<figure>" of several methods; {} without
+            `measures`.
     """
 
     def __init__(
@@ -110,18 +133,22 @@ class StepModule(nn.Module):
         teacher: FrozenTeacher | None = None,
         dtype: torch.dtype | None = None,
         regions: Regions | None = None,
+        balance: Balance | None = None,
     ):
         super().__init__()
         self.detector = detector
         self.distiller = distiller
-        for part in self._parts().values():
+        for part in self.parts().values():
             if part.needs_teacher and teacher is None:
                 raise ValueError(f"StepModule: teacher must be given for {type(part).__name__}, got None")
         self.teacher = teacher
         self.dtype = dtype
         self.regions = regions or Regions()
+        self.balance = balance or Balance()
         self.side = SideStream()
         self.detector_losses: tuple[str, ...] = ()
+        self.measures = False
+        self.diagnostics: dict[str, Ratio] = {}
 
     def forward(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The weighted losses of a batch; the total loss is their sum.
@@ -131,6 +158,7 @@ class StepModule(nn.Module):
             phase: switches the method, its gradients and the backbone's updates.
         Returns: {name: float scalar}; the detector's losses, and the method's if `phase.distill`.
         """
+        self.diagnostics = {}
         kind = batch.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             teacher = self._start_teacher(batch, phase)
@@ -144,7 +172,7 @@ class StepModule(nn.Module):
 
     def _start_teacher(self, batch: Batch, phase: Phase) -> Teacher | None:
         """Starts the teacher's forward pass, on a GPU in a side stream; None if no active method needs the teacher."""
-        wanted = [part for name, part in self._parts().items() if part.needs_teacher and phase.of(name).distill]
+        wanted = [part for name, part in self.parts().items() if part.needs_teacher and phase.of(name).distill]
         if not wanted or self.teacher is None:
             return None
         frozen, with_scores = self.teacher, any(part.needs_scores for part in wanted)
@@ -161,7 +189,7 @@ class StepModule(nn.Module):
         """The losses of detector and methods; one call of the head handles student and instructive pyramids."""
         made = {
             name: self.distill_by(distiller, pyramid, batch, phase.of(name), teacher)
-            for name, distiller in self._parts().items()
+            for name, distiller in self.parts().items()
             if phase.of(name).distill
         }
         instructive = {name: one.instructive for name, one in made.items() if one.instructive is not None}
@@ -169,17 +197,22 @@ class StepModule(nn.Module):
         supervision = dict(zip(instructive, taught, strict=True))
         losses = dict(student)
         self.detector_losses = tuple(losses)
+        if self.measures:
+            self.diagnostics = self._measured(pyramid, batch, phase, teacher)
+            for name, values in supervision.items():
+                self.diagnostics |= _of_part(name, gaps(student, values))
         for name, one in made.items():
-            losses |= one.losses
+            teaches = not phase.of(name).detach_student
+            losses |= self.balance.scaled(name, one.losses, student, pyramid) if teaches else one.losses
             if name in supervision:
-                losses |= _instructive(self._parts()[name], supervision[name])
+                losses |= _instructive(self.parts()[name], supervision[name])
         return losses
 
     def distill(self, pyramid: list[Tensor], batch: Batch, phase: Phase) -> dict[str, Tensor]:
         """The losses of the method alone on a student's pyramid; other arguments as in `forward`."""
         losses: dict[str, Tensor] = {}
         teacher = self._start_teacher(batch, phase)
-        for name, distiller in self._parts().items():
+        for name, distiller in self.parts().items():
             if phase.of(name).distill:
                 made = self.distill_by(distiller, pyramid, batch, phase.of(name), teacher)
                 losses |= made.losses
@@ -187,11 +220,27 @@ class StepModule(nn.Module):
                     losses |= _instructive(distiller, self.detector.loss(made.instructive, batch))
         return losses
 
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         """The distillers by the name of their phase."""
         if self.distiller is None:
             return {}
         return dict(self.distiller.items()) if isinstance(self.distiller, nn.ModuleDict) else {"": self.distiller}
+
+    def instructing(self, phase: Phase) -> dict[str, Any]:
+        """The distillers that make an instructive pyramid in a phase, by name."""
+        return {name: part for name, part in self.parts().items() if part.instructs and phase.of(name).distill}
+
+    @torch.no_grad()
+    def _measured(self, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None) -> dict[str, Ratio]:
+        """The diagnostics of all active methods. After their forward passes: autocast keeps the weights that it cast
+        there, and those cast here have no gradient."""
+        found: dict[str, Ratio] = {}
+        levels = [level.detach() for level in pyramid]
+        for name, distiller in self.parts().items():
+            if phase.of(name).distill:
+                batch, levels, targets, options = self._inputs(distiller, levels, batch, teacher)
+                found |= _of_part(name, distiller.diagnostics(levels, batch, targets, **options))
+        return found
 
     def distill_by(
         self, distiller: Distiller, pyramid: list[Tensor], batch: Batch, phase: Phase, teacher: Teacher | None
@@ -202,6 +251,14 @@ class StepModule(nn.Module):
             teacher: returns the teacher's pyramid, followed by the scores of its cells if a method needs them; None if
                 no method needs the teacher.
         """
+        batch, pyramid, levels, options = self._inputs(distiller, pyramid, batch, teacher)
+        options["detach_student"] = phase.detach_student
+        return self.regions(type(distiller).__name__, _call, distiller, pyramid, batch, levels, **options)
+
+    def _inputs(
+        self, distiller: Distiller, pyramid: list[Tensor], batch: Batch, teacher: Teacher | None
+    ) -> tuple[Batch, list[Tensor], list[Tensor] | None, dict[str, Any]]:
+        """Batch, student's and teacher's pyramids and options of a distiller, with their dynamic sizes marked."""
         regions, options = self.regions, {}
         batch, pyramid = regions.mark_counts_dynamic(batch), regions.mark_batch_static(pyramid)
         levels = None
@@ -211,8 +268,8 @@ class StepModule(nn.Module):
             if distiller.needs_scores:
                 options["scores"] = outputs[len(pyramid) :]
         prepared = distiller.prepare(batch, [(level.shape[2], level.shape[3]) for level in pyramid])
-        options |= {"detach_student": phase.detach_student, "prepared": regions.mark_counts_dynamic(prepared)}
-        return regions(type(distiller).__name__, _call, distiller, pyramid, batch, levels, **options)
+        options["prepared"] = regions.mark_counts_dynamic(prepared)
+        return batch, pyramid, levels, options
 
     def apply_phase(self, phase: Phase, trainable: frozenset[str]) -> bool:
         """Sets requires_grad and train/eval modes for a phase; returns whether any requires_grad changed.

@@ -26,12 +26,13 @@ from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import compiler_settings, require_compiler
 from fastkd.training.parallel.processes import Processes, check_shares, no_sync, processes
 from fastkd.training.run.checkpoint import Checkpoint, load_checkpoint, recover, save_checkpoint
+from fastkd.training.run.diagnostics import StepDiagnostics, evaluate_teachers
 from fastkd.training.run.directory import RunDirectoryError, inspect_run_directory, open_run_directory
 from fastkd.training.run.finish import Evaluation, RunResult, finish_run
 from fastkd.training.run.jumps import JumpCounter
 from fastkd.training.run.loading import Loading, train_loader
 from fastkd.training.run.logging import Interval, RunLog, RunProgress, Stopwatch
-from fastkd.training.schedule import Phase, phase_at
+from fastkd.training.schedule import Phase, is_logged, phase_at, step_seed
 from fastkd.training.step import sum_losses
 from fastkd.types import Batch
 
@@ -84,7 +85,8 @@ def train(
             console.print(f"{recipe.name}: stopped before the first step", highlight=False, markup=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
-        with _settings(built.recipe), compiler_settings(recipe.runtime.compile), explaining_dead_workers():
+        compiling = compiler_settings(recipe.runtime.compile, recipe.distill.balance is not None)
+        with _settings(built.recipe), compiling, explaining_dead_workers():
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 
@@ -102,11 +104,6 @@ def _settings(recipe: Recipe) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's global generator for a step: seeded anew in each step, so checkpoints need no generator state."""
-    return ((seed * 1_000_003 + step) * 4099 + rank) % 2**63
 
 
 class Trainer:
@@ -137,6 +134,7 @@ class Trainer:
         self.seconds = 0.0
         self.ledger: dict[str, Any] | None = None
         self.interval = Interval()
+        self.diagnostics = StepDiagnostics()
         self.jumps = JumpCounter(steps_of(self.recipe.optimizer.warmup, self.recipe.schedule.steps))
         self.phase: Phase | None = None
         self.wrapped: torch.nn.Module | None = None
@@ -172,9 +170,9 @@ class Trainer:
                 f"resume: teacher must be the file the run began with, got another content in {self.recipe.teacher}; "
                 "restore it or choose another --run-dir"
             )
-        if state["data"] != self._data_state():
+        if state["data"] != self.built.data_state:
             raise RunDirectoryError(
-                f"resume: data must be what the run began with ({state['data']}), got {self._data_state()}; "
+                f"resume: data must be what the run began with ({state['data']}), got {self.built.data_state}; "
                 "restore it or choose another --run-dir"
             )
         self.module.load_state_dict(checkpoint.model)
@@ -182,15 +180,12 @@ class Trainer:
             optimizer.load_tensors(checkpoint.optimizer)
         self.step, self.seconds, self.ledger = checkpoint.step, state["seconds"], state["ledger"]
         self.interval.load_state(state["interval"], self.group.device)
-        if "jumps" in state:  # older checkpoints have none
+        if "jumps" in state:  # older checkpoints have neither
             self.jumps.load_state(state["jumps"])
+        self.module.balance.load_state(state.get("balance", {}))
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
         if self.group.first:
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False, markup=False)
-
-    def _data_state(self) -> dict[str, Any]:
-        data = self.built.train_set
-        return {"images": len(data), "class_names": list(data.class_names), "sha256": data.fingerprint}
 
     def _train(self) -> int:
         """Steps until the end; returns the signal that stopped it, or 0. The last step taken is always saved."""
@@ -214,14 +209,15 @@ class Trainer:
 
     def _take_steps(self, batches: Iterator[Batch], log: RunLog | None) -> int:
         """Trains to the end or to a signal, and logs, saves and evaluates when due; returns the signal or 0."""
-        recent: deque[list[Batch]] = deque(maxlen=max(1, self.recipe.runtime.ledger_pairs))
+        recent: deque[list[Batch]] = deque(maxlen=min(cost.BATCHES, self.recipe.runtime.ledger_pairs))
         watch = Stopwatch(self.seconds)
         while self.step < self.recipe.schedule.steps:
             with watch.waiting():
                 parts = [next(batches) for _ in range(self.recipe.schedule.accumulate)]
             stopped = self._take_step(parts)
             watch.steps += 1
-            recent.append(parts)
+            if self.ledger is None:
+                recent.append(parts)
             self.progress.advance()
             due = self._due(stopped)
             if due:
@@ -232,6 +228,7 @@ class Trainer:
                     self._log(log, *watch.take_lap())
                 if "ledger" in due:
                     self._measure_cost(list(recent))
+                    recent.clear()  # frees the batches
                 if "checkpoint" in due:
                     self._save()
                 if "evaluation" in due:
@@ -249,7 +246,7 @@ class Trainer:
         evaluates = self._evaluation_is_due() and not stopped
         saves = stopped or evaluates or self.step == steps or self.step % runtime.checkpoint_every == 0
         due = {
-            "log": self.step == steps or self.step % runtime.log_every == 0,
+            "log": is_logged(self.recipe, self.step),
             "ledger": wants_ledger and not stopped,
             "checkpoint": saves,
             "evaluation": evaluates,
@@ -257,9 +254,11 @@ class Trainer:
         return {name for name, wanted in due.items() if wanted}
 
     def _evaluation_is_due(self) -> bool:
-        """Whether an intermediate evaluation is due after this step."""
+        """Whether an intermediate evaluation is due: every few steps, and after the last step of a method like LGD."""
         every = self.recipe.runtime.eval_every
-        return every > 0 and self.step % every == 0 and 0 < self.step < self.recipe.schedule.steps
+        before, after = (self.module.instructing(phase_at(self.recipe, step)) for step in (self.step - 1, self.step))
+        due = (every > 0 and self.step % every == 0) or before.keys() > after.keys()
+        return due and 0 < self.step < self.recipe.schedule.steps
 
     def unreadable_images(self) -> dict[str, int]:
         """Failed reads so far of each training image that could not be read, by image id; all processes call it."""
@@ -282,8 +281,10 @@ class Trainer:
         if phase != self.phase:
             self._enter(phase)
         assert self.wrapped is not None
+        self.module.balance.begin(self.step, self.group.mean)
         torch.manual_seed(step_seed(self.recipe.seed, self.step, self.group.rank))
         rates = {o.name: o.set_rate(self.step, self.recipe.schedule.steps) for o in self.optimizers}
+        self.module.measures = is_logged(self.recipe, self.step + 1)
         stopped = 0
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(parts, start=1):
@@ -293,6 +294,7 @@ class Trainer:
                 total = sum_losses(losses)
                 stopped = max(stopped, self._check(total, losses, batch))
                 (total / len(parts)).backward()
+            self.diagnostics.add(self.module.diagnostics)
             for name, value in {"loss": total, **losses}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
         self.norms = {f"grad_norm/{o.name}": o.step() for o in self.optimizers}
@@ -345,6 +347,7 @@ class Trainer:
         means = dict(zip(means, values))
         (waited,) = self.group.all_reduce_max([waited])  # the slowest process holds up the others
         images, rate = self.recipe.schedule.batch_size * steps, rate * self.group.world_size
+        diagnostics = self.diagnostics.take(self.group.mean)
         loading = self.loading.add(images, steps, seconds, waited, rate)
         if log is None:
             return
@@ -355,6 +358,8 @@ class Trainer:
             "lr": self.rates,
             "grad_norm": {n.removeprefix("grad_norm/"): v for n, v in means.items() if n.startswith("grad_norm/")},
             "jumps": len(self.jumps.found),
+            "diagnostics": diagnostics,
+            **self.module.balance.report(),
             **loading,
         }
         log.write(record)
@@ -364,11 +369,12 @@ class Trainer:
         """Saves a checkpoint of this step; the other processes wait until it is written."""
         state = {
             "seconds": self.seconds,
-            "interval": self._shared_interval(),
+            "interval": self.interval.state(self.group.mean),
             "jumps": self.jumps.state(),
+            "balance": self.module.balance.state(),
             "ledger": self.ledger,
             "teacher_sha256": self.built.teacher_sha256,
-            "data": self._data_state(),
+            "data": self.built.data_state,
             "unreadable": self.unreadable_images(),
             "processes": self.group.world_size,
             "torch": torch.__version__,
@@ -378,23 +384,19 @@ class Trainer:
         folder, keep = self.run_dir / "checkpoints", self.recipe.runtime.keep_last
         self.group.on_rank0(lambda: str(save_checkpoint(folder, checkpoint, keep)))
 
-    def _shared_interval(self) -> dict[str, Any]:
-        state = self.interval.state()
-        names, values = list(state["sums"]), list(state["sums"].values())
-        means = self.group.mean(torch.tensor(values, dtype=torch.float64)).tolist()
-        return {"steps": state["steps"], "sums": dict(zip(names, means))}
-
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
-        measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
+        with self.progress.paused():
+            measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
         self.ledger = ledger = self.group.broadcast(measured)
         self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 
     def _evaluate(self, log: RunLog | None) -> None:
         with self.progress.paused(), self.stop.interrupt_at_once():
             metrics, _ = self.evaluation.run(self.module.detector, progress=self.console.is_terminal)
+            diagnostics = evaluate_teachers(self)
         self.phase = None  # evaluation changed the detector's modes: apply the phase again
         if log is not None:
-            record: dict[str, Any] = {"step": self.step}
+            record: dict[str, Any] = {"step": self.step, "diagnostics": diagnostics}
             for kind, values in metrics.items():
                 record[kind] = {name: value for name, value in values.items() if name != "per_class"}
             log.write(record)

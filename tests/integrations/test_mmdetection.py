@@ -1,7 +1,7 @@
 """The mmdetection adapter: held to the calls of mmdetection 3's detectors, on stand-ins with their interface.
 
-The stand-ins copy the order of calls in `BaseDetector.forward` and `SingleStageDetector.loss`. Where mmdetection and
-mmcv's ops can be imported, the last test runs its own RetinaNet.
+The stand-ins (mmdetection_cases.py) copy the order of calls in `BaseDetector.forward` and `SingleStageDetector.loss`.
+Where mmdetection and mmcv's ops can be imported, the last test runs its own RetinaNet.
 """
 
 import importlib.util
@@ -10,53 +10,10 @@ import types
 
 import pytest
 import torch
-from torch import nn
-from torchvision_cases import CLASSES, BasicNet, fpn
+from mmdetection_cases import Detector, data
+from torchvision_cases import CLASSES, BasicNet
 
 from fastkd.integrations.mmdetection import attach
-
-
-class Neck(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.inner = fpn(dense=True, channels=channels)
-
-    def forward(self, images):
-        return tuple(self.inner(images).values())
-
-
-class Detector(nn.Module):
-    """Order of calls, argument and attribute names as in mmdetection's SingleStageDetector."""
-
-    def __init__(self, channels=16):
-        super().__init__()
-        self.backbone, self.neck = nn.Identity(), Neck(channels)
-        self.bbox_head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, CLASSES, 1))
-        self.bbox_head.num_classes = CLASSES
-        self.data_preprocessor = nn.Module()
-        for name, value in (("mean", 120.0), ("std", 57.0)):
-            self.data_preprocessor.register_buffer(name, torch.full((3, 1, 1), value), False)
-
-    def extract_feat(self, inputs):
-        return self.neck(self.backbone(inputs))
-
-    def loss(self, inputs, data_samples):
-        scores = [self.bbox_head(level) for level in self.extract_feat(inputs)]
-        return {"loss_cls": [score.square().mean() for score in scores], "acc": scores[0].detach().mean()}
-
-    def forward(self, inputs, data_samples=None, mode="tensor"):
-        return self.loss(inputs, data_samples) if mode == "loss" else self.extract_feat(inputs)
-
-
-def data():
-    samples = []
-    for index, shape in enumerate(((64, 96), (48, 64))):
-        boxes = torch.tensor([[4.0, 4, 30, 40], [10, 8, 60, 44]])[: index + 1]
-        if index:  # mmdetection's own box type
-            boxes = types.SimpleNamespace(tensor=boxes)
-        instances = types.SimpleNamespace(bboxes=boxes, labels=torch.arange(index + 1))
-        samples.append(types.SimpleNamespace(gt_instances=instances, img_shape=shape))
-    return {"inputs": torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)), "data_samples": samples}
 
 
 def attached(method):
@@ -107,6 +64,44 @@ def test_the_hook_steps_saves_and_resumes(monkeypatch):
     again.callback.after_load_checkpoint(runner, checkpoint)
     assert again.state.steps == 1
     again.callback.after_load_checkpoint(runner, {"state_dict": {}})  # state of a run without distillation
+
+
+def test_mmengines_runner_steps_saves_and_resumes(tmp_path, monkeypatch):
+    """The real Runner, with the stand-in detector and accumulation: a resumed run ends as an uninterrupted one."""
+    runners = pytest.importorskip("mmengine.runner", reason="mmengine is not installed")
+    from mmengine.model import BaseModel
+
+    class Trained(BaseModel):
+        extract_feat, loss, forward = Detector.extract_feat, Detector.loss, Detector.forward
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            parts = Detector()
+            self.backbone, self.neck, self.bbox_head = parts.backbone, parts.neck, parts.bbox_head
+
+    def run(name, **options):
+        loader = torch.utils.data.DataLoader([data(seed) for seed in range(8)], batch_size=None)
+        runner = runners.Runner(
+            Trained(), str(tmp_path / name), loader, train_cfg={"by_epoch": False, "max_iters": 8},
+            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.001}, "accumulative_counts": 2}, experiment_name=name,
+            default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}}, **options,
+        )  # fmt: skip
+        kd = attach(runner.model, "icd", teacher=Detector(24).eval(), detach_steps=0)
+        runner.register_hook(kd.callback)
+        runner.train()
+        return runner.model, kd
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine's checkpoints hold objects of its own
+    model, kd = run("whole")
+    assert kd.state.steps == 4 and kd.state.computed == 8 and kd.distillation.total_steps == 4
+    again, again_kd = run("resumed", load_from=str(tmp_path / "whole" / "iter_4.pth"), resume=True)
+    assert again_kd.state.steps == 4 and again_kd.state.computed == 8
+    for mine, theirs in zip(kd.distillation.network.parameters(), again_kd.distillation.network.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    Detector().load_state_dict(model.state_dict(), strict=True)
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_bad_input():

@@ -1,47 +1,18 @@
-"""Distillation inside transformers: RT-DETR, RT-DETRv2 and D-FINE, the stock Trainer and a loop of one's own."""
+"""Distillation inside transformers: RT-DETR, RT-DETRv2, D-FINE and Deformable DETR, the stock Trainer and a loop."""
 
 import pytest
 import torch
 from torchvision_cases import detector
+from transformers_cases import CLASSES, KINDS, batch, model_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hosts])")
 
 from fastkd.integrations.transformers import attach  # noqa: E402
 
-CLASSES = 5
-KINDS = ["RTDetr", "RTDetrV2", "DFine"]
-
-
-def model_of(kind="RTDetr", *, width=32, seed=0, classes=CLASSES):
-    """A small random detector with a pyramid of /8, /16, /32."""
-    torch.manual_seed(seed)
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    shared = {
-        "backbone_config": backbone, "encoder_in_channels": [16, 24, 32], "encoder_hidden_dim": width,
-        "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "d_model": 32, "decoder_in_channels": [width] * 3,
-        "decoder_ffn_dim": 32, "decoder_attention_heads": 2, "decoder_layers": 2, "num_queries": 20,
-        "num_denoising": 4, "num_labels": classes, "hidden_expansion": 0.5,
-    }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**shared)
-    return getattr(transformers, f"{kind}ForObjectDetection")(config)
-
-
-def batch(counts=(2, 1), size=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = []
-    for count in counts:
-        center, wh = (torch.rand(count, 2, generator=generator) for _ in range(2))
-        boxes = torch.cat([0.3 + 0.4 * center, 0.2 + 0.3 * wh], 1)
-        labels.append({"class_labels": torch.randint(CLASSES, (count,), generator=generator), "boxes": boxes})
-    return {"pixel_values": torch.rand(len(counts), 3, size, size, generator=generator), "labels": labels}
-
 
 def attached(kind="RTDetr", method="icd", **options):
     model = model_of(kind).train()
-    teacher = None if method == "lgd" else model_of(kind, width=48, seed=1).eval()
+    teacher = None if method == "lgd" else model_of(kind, width=64, seed=1).eval()
     return model, attach(model, method, teacher=teacher, num_classes=CLASSES, **{"detach_steps": 0} | options)
 
 
@@ -59,7 +30,8 @@ def test_losses_join_and_reach_the_backbone(kind, method):
     torch.manual_seed(3)
     torch.testing.assert_close(output.loss, plain(**batch()).loss + sum(own.values()))
     own[f"{method}_distill"].backward(retain_graph=True)
-    assert any(p.grad is not None and p.grad.any() for p in model.model.backbone.parameters())
+    trained = model.model.input_proj if kind == "DeformableDetr" else model.model.backbone  # it freezes its backbone
+    assert any(p.grad is not None and p.grad.any() for p in trained.parameters())
     kd.step()
     for key, value in plain.state_dict().items():  # the second pass leaves no trace in the statistics
         assert torch.equal(value, model.state_dict()[key]), key
@@ -75,6 +47,30 @@ def test_no_distillation_without_labels_or_training():
         model(**batch())
     model.eval()(**batch())
     assert kd.state.computed == 0
+
+
+def test_deformable_detr_teaches_and_learns_at_every_level():
+    """Four levels with a stride of 64 besides; the report sees the host's own gradient at the levels."""
+    model, kd = attached("DeformableDetr")
+    loss = model(**batch()).loss
+    loss.backward()
+    assert kd.distillation.network.spec.pairs == ((0, 0), (1, 1), (2, 2), (3, 3))
+    probe = kd.distillation.probe
+    for total, ours in zip(probe.total, probe.norms["icd_distill"], strict=True):
+        assert float(ours) > 0 and not torch.isclose(total, ours)
+    student = model_of("RTDetr").train()
+    other = attach(student, "pkd", teacher=model_of("DeformableDetr", width=64).eval(), detach_steps=0)
+    student(**batch()).loss.backward()
+    assert other.distillation.network.spec.pairs == ((0, 0), (1, 1), (2, 2))
+
+
+def test_deformable_detr_with_padded_images():
+    mask = torch.ones(2, 64, 64, dtype=torch.int64)
+    mask[1, 48:], mask[1, :, 40:] = 0, 0
+    for method in ("icd", "lgd"):
+        model, kd = attached("DeformableDetr", method)
+        assert model(**batch(), pixel_mask=mask).loss.isfinite()
+        assert kd.distillation.probe.batch.image_sizes.tolist() == [[64, 64], [48, 40]]
 
 
 def test_a_torchvision_detector_teaches():
@@ -146,8 +142,13 @@ def test_the_stock_trainer_steps_logs_saves_and_resumes(tmp_path):
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match=r"must be RT-DETR, RT-DETRv2 or D-FINE.*got Linear"):
+    with pytest.raises(TypeError, match=r"must be RT-DETR, .*got Linear, which has no encoder"):
         attach(torch.nn.Linear(1, 1), "lgd")
+    backbone = transformers.RTDetrResNetConfig(hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"])
+    config = transformers.DetrConfig(backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1)
+    detr = transformers.DetrForObjectDetection(config)
+    with pytest.raises(TypeError, match=r"DetrForObjectDetection, whose encoder gives tokens of a single level"):
+        attach(detr, "lgd")
     with pytest.raises(ValueError, match="must be the labels of the model, 5, got 7"):
         attach(model_of(), "lgd", num_classes=7)
     with pytest.warns(UserWarning, match="the teacher knows 7 classes, the student 5"):

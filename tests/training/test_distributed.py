@@ -63,6 +63,7 @@ def test_a_run_through_all_phases_stopped_and_resumed(outputs):
         assert told["whole"] == told["resumed"] == "finished" and told["again"] == "already finished"
         assert told["stopped"] == 143  # both, though only rank 1 got the signal
         assert told["metrics"] == report(outputs, 0)["metrics"]
+        assert told["balance"] == report(outputs, 0)["balance"] and told["balance"][-1][""]["method"] > 0
     assert_same_run(everything(outputs / "whole"), everything(outputs / "halves"))
     assert json.loads((outputs / "whole/metrics.json").read_text())["processes"] == 2
 

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import make_tiny_data
 
 import fastkd
 from fastkd.cli import run as run_command
+from fastkd.data import CocoDataset
 
 EXAMPLES = Path(fastkd.__file__).parent.parent / "examples"
 
@@ -94,3 +96,28 @@ def test_own_detector(example, tmp_path, tmp_path_factory, monkeypatch):
     page = tmp_path / "report.html"
     run_command(["report", str(run / "icd"), "--out", str(page), "--images", "1", "--detector", name])
     assert "Where the teacher looks (ICD)" in page.read_text() and "nothing to show" not in page.read_text()
+
+
+def test_real_photographs(example, tmp_path, capsys):
+    """Two images in the layout of BCCD_Dataset become a data set that opens without complaint."""
+    real = example("real_photographs")
+    voc = tmp_path / "BCCD_Dataset/BCCD"
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (voc / folder).mkdir(parents=True)
+    for name, list_name in (("one", "trainval"), ("two", "test")):
+        (voc / f"ImageSets/Main/{list_name}.txt").write_text(f"{name}\n")
+        Image.new("RGB", (64, 48)).save(voc / f"JPEGImages/{name}.jpg")
+        corners = "<xmin>1</xmin><ymin>11</ymin><xmax>20</xmax><ymax>30</ymax>"
+        (voc / f"Annotations/{name}.xml").write_text(
+            "<annotation><size><width>64</width><height>48</height></size>"
+            f"<object><name>WBC</name><bndbox>{corners}</bndbox></object></annotation>"
+        )
+    real.main(tmp_path / "BCCD_Dataset", tmp_path / "bccd")
+    assert "train: 1 images, 1 objects" in capsys.readouterr().out
+    for split in ("train", "val"):
+        data = CocoDataset(tmp_path / f"bccd/annotations/{split}.json", tmp_path / "bccd" / split, strict=True)
+        assert data.class_names[data.targets(0)[1][0]] == "WBC" and data.targets(0)[0].tolist() == [[0, 10, 20, 30]]
+    with pytest.raises(SystemExit, match="TARGET must be new"):
+        real.main(tmp_path / "BCCD_Dataset", tmp_path / "bccd")
+    with pytest.raises(SystemExit, match="SOURCE must be a clone of BCCD_Dataset"):
+        real.main(tmp_path, tmp_path / "other")

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from fastkd import assets
+from fastkd.data import DetectionDataset
 from fastkd.detectors import Detector, check_teacher, inherit, load_detector
+from fastkd.progress import track
 from fastkd.training.build import Built, build, open_data
 from fastkd.training.config import Recipe
 from fastkd.training.cost import ledger as cost
 from fastkd.training.doctor.finding import Finding, Status
 from fastkd.training.doctor.stability import check_stability
 from fastkd.training.doctor.teacher import check_quality
+from fastkd.training.doctor.teaching import check_boxes, check_teaching
 from fastkd.training.parallel.processes import Processes, processes
 from fastkd.training.run.loading import train_loader
 from fastkd.training.schedule import Phase, phase_at
@@ -49,19 +52,29 @@ def examine(
         recipe: the recipe to be trained.
         batches: number of batches to evaluate the teacher and the losses on, >= 1.
         device: device of the run; None takes a GPU if there is one.
-        run_dir: directory of an earlier run, to check its log for jumps of the loss; None skips this check.
+        run_dir: directory of an earlier run, to check its log for jumps of the loss and for what the method taught;
+            None skips both checks.
     Raises: ValueError if batches is less than 1.
     """
     if batches < 1:
         raise ValueError(f"examine: batches must be at least 1, got {batches}")
     yield from check_switches(recipe)
     yield from check_stability(recipe, run_dir)
-    yield from check_classes(recipe)
+    if run_dir is not None:
+        yield from check_teaching(recipe, run_dir)
+    data = None
     try:
-        built = build(recipe)
+        data = open_data(recipe)
+    except (ValueError, OSError) as error:
+        yield Finding("problem", "data", str(error))
+    else:
+        yield from check_classes(recipe, data[0])
+    try:
+        built = build(recipe, data)
     except (ValueError, OSError) as error:
         yield Finding("problem", "set-up", f"the run cannot begin: {error}")
         return
+    yield from check_boxes(built)
     with processes(device) as group:
         module = built.module.to(group.device)
         teacher = None if recipe.teacher is None else load_detector(assets.resolve(recipe.teacher))[0].to(group.device)
@@ -90,13 +103,8 @@ def check_switches(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("ok", "switches", "as published, nothing is off")
 
 
-def check_classes(recipe: Recipe) -> Iterator[Finding]:
+def check_classes(recipe: Recipe, train_set: DetectionDataset) -> Iterator[Finding]:
     """Whether data, student and teacher have the same classes."""
-    try:
-        train_set, _ = open_data(recipe)
-    except (ValueError, OSError) as error:
-        yield Finding("problem", "data", str(error))
-        return
     names, have = train_set.class_names, recipe.detector.num_classes
     boxes = len(train_set.objects()[0])
     yield Finding("ok" if boxes else "problem", "data", f"{len(train_set)} images with {boxes} boxes")
@@ -262,7 +270,7 @@ def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Bat
     extra = 2
     loader = train_loader(built, group, parts=count + extra)
     found, begin = [], 0.0
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(track(loader, "load batches", "batches")):
         if number == 0:
             begin = time.perf_counter()
         found.append(batch)

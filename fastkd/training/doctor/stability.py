@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastkd.training.config import Recipe
 from fastkd.training.doctor.finding import Finding
 from fastkd.training.run.jumps import RISE, WINDOW, remedy
+from fastkd.training.run.logging import read_log
 
 
 def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Finding]:
@@ -24,7 +24,7 @@ def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Fin
         yield Finding("warning", "stability", text)
     if run_dir is None:
         return
-    counts = _counts(run_dir / "log.jsonl")
+    counts = [(one["step"], one["jumps"]) for one in read_log(run_dir) if isinstance(one.get("jumps"), int)]
     if not counts:
         yield Finding("problem", "stability", f"{run_dir} must hold the log.jsonl of a run, got none that counts jumps")
         return
@@ -36,15 +36,3 @@ def check_stability(recipe: Recipe, run_dir: Path | None = None) -> Iterator[Fin
     where = f"{jumps} time(s) in {last} steps of {run_dir}, by step {', '.join(map(str, steps))}"
     what = f"means over {WINDOW} steps rose by more than {RISE:.0%}"
     yield Finding("warning", "stability", f"the loss jumped {where} ({what}); {remedy(optimizer)}")
-
-
-def _counts(log: Path) -> list[tuple[int, int]]:
-    """(step, jumps so far) of each record of the log."""
-    found = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
-            record = json.loads(line)
-            found.append((int(record["step"]), int(record["jumps"])))
-        except (ValueError, KeyError, TypeError):
-            continue  # an evaluation, or an incomplete line of a running process
-    return found

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastkd.codec import require, require_fraction
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import FGFI
+from fastkd.training.doctor.finding import Finding
+from fastkd.training.methods.figures import Figures, Log, inside_findings
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.methods.protocol import FeatureMethod, Given, Setup
 
@@ -26,6 +29,7 @@ class FGFIConfig(FeatureMethod):
     kind = "fgfi"
     label = "FGFI"
     needs_teacher = True
+    pays = "pays in short runs, too, where a good teacher has the student's pyramid."
 
     psi: float = 0.5
     warmup_fraction: float = 1 / 90
@@ -43,6 +47,11 @@ class FGFIConfig(FeatureMethod):
     def phase(self, step: int, steps: int, *, pretrained: bool) -> Phase:
         distill = super().phase(step, steps, pretrained=pretrained).distill
         return Phase(distill=distill and step >= steps_of(self.warmup_fraction, steps))
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        yield from super().teaching_advice(log)
+        remedy = "raise --method.psi, or choose anchors of the size of the boxes (--detector.anchor-base)"
+        yield from inside_findings(Figures.read(log), "imitation cells", remedy)
 
     @classmethod
     def unfit(cls, detector: DetectorConfig) -> str | None:

@@ -14,6 +14,7 @@ from fastkd.codec import require, require_fraction
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import ICD
 from fastkd.training.doctor.finding import Finding
+from fastkd.training.methods.figures import Figures, Log, inside_findings
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.methods.protocol import FeatureMethod, Given, Setup
 from fastkd.training.optimizer_config import OptimizerConfig
@@ -55,6 +56,10 @@ class ICDConfig(FeatureMethod):
 
     kind = "icd"
     label = "ICD"
+    pays = (
+        "pays where a good teacher is at hand, most of all for a student that inherits nothing; beside inheriting "
+        "little is left to gain in a short run."
+    )
     needs_teacher = True
     needs_priors = True
 
@@ -112,6 +117,12 @@ class ICDConfig(FeatureMethod):
         advice = "" if good else f"; set --method.teacher-scale {self.teacher_scale / max(size, 1e-6):.2g}"
         text = f"ICD sees a teacher of standard deviation {size:.2g}{advice}"
         yield Finding("ok" if good else "warning", "scale", text)
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        yield from super().teaching_advice(log)
+        remedy = "the decoder has not learned to find the instances; train longer, raise its learning rate, or check "
+        remedy += "--method.teacher-scale"
+        yield from inside_findings(Figures.read(log), "weights of ICD's attention", remedy)
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:

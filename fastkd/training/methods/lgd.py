@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,8 @@ from fastkd.codec import require, require_fraction
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import LGD
 from fastkd.training.doctor.finding import Finding
+from fastkd.training.doctor.median_box import MedianBox
+from fastkd.training.methods.figures import Figures, Log
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.methods.protocol import FeatureMethod, Given, Method, Setup
 from fastkd.training.optimizer_config import OptimizerConfig
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from fastkd.report.insides import View
     from fastkd.training.config import Recipe
 
+# A median box of fewer cells, 5 x 5, says little about the edges of the object. On the Scenes it covers 21 of P3,
+# and the instructive pyramid did not stay better than the student's (docs/results/findings.md).
+FEW_CELLS = 25
+LEAST_GAP = 0.02  # relative to the student's loss
 SCENES_OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.05, decay="cosine", warmup=0.05)
 
 
@@ -42,6 +49,10 @@ class LGDConfig(FeatureMethod):
     kind = "lgd"
     label = "LGD"
     compared_with = "fgfi"
+    pays = (
+        "needs no teacher and pays in long runs on large objects; in a short run its instructive features are hardly "
+        "better than the student's own."
+    )
 
     heads: int = 8
     context: bool = True
@@ -57,6 +68,10 @@ class LGDConfig(FeatureMethod):
         require(self.heads >= 1, "LGDConfig: heads", "at least 1", self.heads)
         require(self.instructive_weight >= 0, "LGDConfig: instructive_weight", "0 or more", self.instructive_weight)
         require_fraction(self, "detach_fraction", "freeze_fraction")
+
+    @property
+    def needs_masks(self) -> bool:
+        return self.use_masks
 
     def build(self, given: Given) -> LGD:
         return LGD(
@@ -96,6 +111,38 @@ class LGDConfig(FeatureMethod):
             found.append("LGD on mask_rcnn is published with masks; pass --method.use-masks")
         for text in found:
             yield Finding("warning", "switches", text)
+
+    def box_advice(self, median: MedianBox) -> Iterator[Finding]:
+        text = f"the median box, {median.width:.0f} x {median.height:.0f} pixels, covers {median.cells:.0f} cells of "
+        text += f"{median.level}"
+        if median.cells >= FEW_CELLS:
+            yield Finding("ok", "boxes", text)
+        else:
+            advice = "LGD paints boxes into cells, and few cells teach little; raise --data.short-sides, "
+            advice += "--data.val-short-side and --data.max-side, or --detector.anchor-base"
+            yield Finding("warning", "boxes", f"{text}: {advice}")
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        figures = Figures.read(log)
+        gap, losses = figures.now("gap"), {name: figures.now(name) for name in figures.series}
+        if gap is not None:
+            taught = math.fsum(value or 0.0 for name, value in losses.items() if name.startswith("instructive_loss_"))
+            parts = {name.removeprefix("gap_"): value for name, value in losses.items() if name.startswith("gap_")}
+            listed = ", ".join(f"{name} {value:+.3g}" for name, value in parts.items())
+            text = f"the student's loss is {taught + gap:.3g}, the instructive pyramid's {taught:.3g} (gap: {listed})"
+            yield self._judged(gap > LEAST_GAP * (taught + gap), text)
+        student = dict(figures.series.get("AP", ()))
+        for step, instructive in [one for one in figures.series.get("instructive_AP", ()) if one[0] in student][-1:]:
+            text = f"instructive AP {instructive:.1f}, given the labels, against the student's {student[step]:.1f} "
+            yield self._judged(instructive > student[step], text + f"at step {step}")
+
+    @staticmethod
+    def _judged(teaches: bool, text: str) -> Finding:
+        if teaches:
+            return Finding("ok", "teaching", text)
+        advice = "it is no better than the student, which loses by imitating it; train longer, begin imitation later "
+        advice += "(--method.detach-fraction), end it earlier (--method.final-fraction), or use larger images"
+        return Finding("warning", "teaching", f"{text}: {advice}")
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastkd.codec import decode, require, require_fraction
 from fastkd.detectors import Detector, DetectorConfig
 from fastkd.training.doctor.finding import Finding
+from fastkd.training.doctor.median_box import MedianBox
+from fastkd.training.methods.figures import Figures, Log, imitation_findings, log_of_part, teacher_findings
 from fastkd.training.methods.phase import Phase, steps_of
 from fastkd.training.optimizer_config import OptimizerConfig
 from fastkd.types import ClassPriors
@@ -82,6 +84,7 @@ class Method:
         needs_priors: whether `build` needs the class priors of the training set.
         compared_with: kind of the method whose extra cost the report compares this method's with; None for no
             comparison.
+        pays: when the method pays, the rest of a sentence that begins with the label; "" if that has not been measured.
     """
 
     kind: ClassVar[str]
@@ -89,6 +92,12 @@ class Method:
     needs_teacher: ClassVar[bool] = False
     needs_priors: ClassVar[bool] = False
     compared_with: ClassVar[str | None] = None
+    pays: ClassVar[str] = ""
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the distiller needs the instance masks of the validation images, too, for its diagnostics."""
+        return False
 
     def build(self, given: Given) -> nn.Module:
         """Builds the distiller with fresh weights from torch's global generator.
@@ -149,6 +158,20 @@ class Method:
     def pyramid_advice(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[Finding]:
         """The doctor's findings on the pyramids of student and teacher for the same images."""
         yield from ()
+
+    def box_advice(self, median: MedianBox) -> Iterator[Finding]:
+        """The doctor's findings on the size of the training boxes."""
+        yield from ()
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        """The findings of the doctor and the report on the diagnostics that a run has logged.
+
+        Args:
+            log: the records of log.jsonl, and metrics.json as the last one.
+        """
+        figures = Figures.read(log)
+        yield from teacher_findings(figures)
+        yield from imitation_findings(figures, self.label)
 
     @classmethod
     def published(cls, detector: DetectorConfig) -> Setup:
@@ -229,6 +252,10 @@ class Combined(Method):
     def parts(self) -> dict[str, Method]:
         return {name: getattr(self, name) for name in self._part_types()}
 
+    @property
+    def needs_masks(self) -> bool:
+        return any(part.needs_masks for part in self.parts().values())
+
     def phase(self, step: int, steps: int, *, pretrained: bool) -> Phase:
         parts = {name: part.phase(step, steps, pretrained=pretrained) for name, part in self.parts().items()}
         phases = parts.values()
@@ -261,6 +288,15 @@ class Combined(Method):
     def pyramid_advice(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[Finding]:
         for part in self.parts().values():
             yield from part.pyramid_advice(student, teacher)
+
+    def box_advice(self, median: MedianBox) -> Iterator[Finding]:
+        for part in self.parts().values():
+            yield from part.box_advice(median)
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        parts = self.parts().items()
+        found = (one for name, part in parts for one in part.teaching_advice(log_of_part(log, name)))
+        yield from dict.fromkeys(found)  # once, if several methods share the teacher
 
 
 def kinds() -> dict[str, type[Method]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastkd.detectors import DetectorConfig
 from fastkd.distillers import ScoreL2
+from fastkd.training.doctor.finding import Finding
+from fastkd.training.methods.figures import Figures, Log, inside_findings
 from fastkd.training.methods.protocol import FeatureMethod, Given
 
 
@@ -29,6 +32,11 @@ class ScoreL2Config(FeatureMethod):
         student, teacher = given.student, given.teacher
         levels = len(student.strides)
         return ScoreL2(student.channels, teacher_channels=teacher.channels, levels=levels, weight=self.weight)
+
+    def teaching_advice(self, log: Log) -> Iterator[Finding]:
+        yield from super().teaching_advice(log)
+        remedy = "the teacher's scores do not mark the objects; train a better teacher"
+        yield from inside_findings(Figures.read(log), "scores", remedy)
 
     @classmethod
     def unfit(cls, detector: DetectorConfig) -> str | None:

@@ -58,12 +58,22 @@ def require_compiler(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def compiler_settings(enabled: bool) -> Iterator[None]:
+def compiler_settings(enabled: bool, several_backwards: bool = False) -> Iterator[None]:
     """Within the context DDP does not split the graphs at its bucket boundaries; no effect without torch.compile.
 
     Each graph covers a part of the step only, so the all-reduce still overlaps with the rest of the backward pass.
+
+    Args:
+        enabled: whether functions are compiled.
+        several_backwards: allow several backward passes through one forward pass: a compiled backward pass must then
+            not overwrite the tensors saved for it.
     """
-    with torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext():
+    config = torch._functorch.config
+    kept = _supported(config, {"donated_buffer": False}) if several_backwards else {}
+    if not enabled:
+        yield
+        return
+    with torch._dynamo.config.patch(optimize_ddp=False), config.patch(kept) if kept else contextlib.nullcontext():
         yield
 
 

@@ -9,6 +9,7 @@
     coco-<detector>-<backbone>-...  the other rows of the papers' tables: see papers.py
     {scenes,coco}-<detector>-lgdicd   both methods on one student (pairs.py)
     {crowd,crowdhuman}-faster-rcnn-{baseline,lgd}   (crowd.py)
+    custom-<detector>-{teacher,baseline,inherit,<method>}   for one's own small data set, fitted to it (custom.py)
 
 Any recipe trains on another COCO-format data set by overriding `data`: --data.root, --data.train-annotations, ...
 """
@@ -19,13 +20,17 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fastkd.data import open_dataset
+from fastkd.data.facts import DataFacts, measure_facts
 from fastkd.detectors import DetectorConfig
 from fastkd.detectors.config import WITHOUT_ANCHORS
 from fastkd.training.config import DataConfig, OptimizerConfig, Recipe, RuntimeConfig, Schedule
 from fastkd.training.methods import WITH_RECIPES, Method, Setup
 from fastkd.training.recipes.crowd import CROWD_RECIPES
+from fastkd.training.recipes.custom import DATA, NOMINAL, data_options, fit
 from fastkd.training.recipes.options import typed, untyped
 from fastkd.training.recipes.pairs import PAIRS, pair_of
 from fastkd.training.recipes.papers import ROWS, SCHEDULES, apply_row
@@ -231,7 +236,7 @@ def recipe_names() -> list[str]:
     """The names of all recipes."""
     rest = [
         f"{family}-{detector}-{method}"
-        for family in ("scenes", "coco")
+        for family in ("scenes", "coco", "custom")
         for detector in DETECTORS
         for method in (*PLAIN, *METHODS, *PAIRS)
         if method not in METHODS or METHODS[method].unfit(_scenes_detector(DETECTORS[detector], teacher=False)) is None
@@ -239,8 +244,13 @@ def recipe_names() -> list[str]:
     return ["scenes-teacher", STUDENT_BACKBONE, TEACHER_BACKBONE, *rest, *ROWS, *CROWD_RECIPES]
 
 
-def get_recipe(name: str) -> Recipe:
-    """The recipe of a name; "scenes-teacher" is the RetinaNet teacher. Raises: ValueError with the nearest names."""
+def get_recipe(name: str, facts: DataFacts | None = None, data: DataConfig = DATA) -> Recipe:
+    """The recipe of a name; "scenes-teacher" is the RetinaNet teacher.
+
+    Args:
+        facts, data: for custom recipes, a training set and its paths; None fits the recipe to a nominal set.
+    Raises: ValueError with the nearest names.
+    """
     if name == "scenes-teacher":
         return scenes_recipe("retinanet", "teacher")
     if name in (STUDENT_BACKBONE, TEACHER_BACKBONE):
@@ -261,13 +271,34 @@ def get_recipe(name: str) -> Recipe:
     detector, method = rest.rsplit("-", 1)
     if method in PAIRS:
         combined, parts = PAIRS[method]
-        return pair_of(combined, *(get_recipe(f"{family}-{detector}-{part}") for part in parts), name=name)
+        of_parts = (get_recipe(f"{family}-{detector}-{part}", facts, data) for part in parts)
+        return pair_of(combined, *of_parts, name=name)
+    if family == "custom":
+        return fit(scenes_recipe(detector, method), facts or NOMINAL, data)
     return (scenes_recipe if family == "scenes" else coco_recipe)(detector, method)
 
 
 def all_recipes() -> dict[str, Recipe]:
     """Every named recipe."""
     return {name: get_recipe(name) for name in recipe_names()}
+
+
+def fitted_recipe(name: str, args: Sequence[str] = ()) -> tuple[Recipe, DataFacts | None]:
+    """The recipe of a name, a custom one fitted to the data set that the arguments name, and the facts of that set.
+
+    With --help in the arguments nothing is read: the recipe for a nominal set is shown.
+
+    Raises: FileNotFoundError or ValueError if the training annotations are missing or malformed.
+    """
+    if not name.startswith("custom-") or name not in recipe_names() or {"-h", "--help"} & set(args):
+        return get_recipe(name), None
+    data = data_options(args)
+    root = Path(data.root)
+    train_set = open_dataset(
+        data.format, root / data.train_annotations, root / data.train_images, crowd_boxes=data.crowd_boxes
+    )
+    facts = measure_facts(train_set)
+    return get_recipe(name, facts, data), facts
 
 
 def parse_cli(name: str, args: Sequence[str]) -> Recipe:
@@ -278,7 +309,7 @@ def parse_cli(name: str, args: Sequence[str]) -> Recipe:
     """
     import tyro  # only the command line needs it
 
-    recipe = typed(get_recipe(name))
+    recipe = typed(fitted_recipe(name, args)[0])
     flat: Any = tyro.conf.AvoidSubcommands  # of a class made at run time, with the fields of the recipe's method
     parsed = tyro.cli(
         flat[type(recipe)],

@@ -1,7 +1,7 @@
 """The run directory: whether it may be used, and whether it holds a run of the same recipe. Its files:
 
 recipe.json  log.jsonl  tensorboard/  checkpoints/  student.safetensors  method.safetensors
-priors.json  metrics.json  ledger.json  detections.json
+priors.json  teacher.json  metrics.json  ledger.json  detections.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files import is_leftover, remove_leftovers, write_json
-from fastkd.training.config import Recipe
+from fastkd.training.config import Recipe, complete
 
 # Fields that never change the result of a run: they may differ when it is resumed.
 RESUME_MAY_CHANGE = (
@@ -97,7 +97,7 @@ def check_same_recipe(path: Path, recipe: Recipe, *, ignore: tuple[str, ...] = (
     """
     stored = path / "recipe.json"
     try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
+        before = complete(json.loads(stored.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise RunDirectoryError(f"train: {stored} must be JSON, got {error}; choose another --run-dir") from error
     different = differing_fields(before, json.loads(json.dumps(recipe.to_dict())))

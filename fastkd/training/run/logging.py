@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastkd.files import naming, write_text
+from fastkd.progress import is_quiet
+from fastkd.training.run.directory import read_json
 
 
 class Interval:
@@ -32,9 +34,14 @@ class Interval:
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON numbers, without rounding."""
-        return {"steps": self.steps, "sums": {name: value.item() for name, value in self.sums.items()}}
+    def state(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The sums as JSON numbers, without rounding.
+
+        Args:
+            mean: averages a CPU tensor over all processes.
+        """
+        sums = torch.tensor([value.item() for value in self.sums.values()], dtype=torch.float64)
+        return {"steps": self.steps, "sums": dict(zip(self.sums, mean(sums).tolist()))}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Restores the result of `state`."""
@@ -47,6 +54,20 @@ class Interval:
         means = (torch.stack([self.sums[n] for n in names]) / max(self.steps, 1)).tolist() if names else []
         self.steps, self.sums = 0, {}
         return dict(zip(names, means))
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl, without incomplete lines, and metrics.json as the last one; [] without the files."""
+    records = []
+    log, metrics = run_dir / "log.jsonl", read_json(run_dir / "metrics.json")
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # of a running process, or of one that crashed
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records if metrics is None else [*records, metrics | {"step": metrics["steps"]}]
 
 
 class Stopwatch:
@@ -165,13 +186,13 @@ class RunProgress:
         steps: steps of the whole run.
         start_step: finished steps.
         console: console to write to.
-        shown: False prints nothing (all ranks but the first).
+        shown: False prints nothing (all ranks but the first); --quiet prints nothing either.
     """
 
     def __init__(self, name: str, steps: int, start_step: int, console: Console, shown: bool):
-        self.name, self.steps, self.console, self.shown = name, steps, console, shown
+        self.name, self.steps, self.console, self.shown = name, steps, console, shown and not is_quiet()
         self.bar: Progress | None = None
-        if shown and console.is_terminal:
+        if self.shown and console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
