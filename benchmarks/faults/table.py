@@ -18,7 +18,7 @@ TITLES = {
 }
 HEAD = """# Fault campaign
 
-`python -m benchmarks.faults` (figures in [faults.json](faults.json); the same command goes on with what is missing).
+`python -m benchmarks.faults` (figures in faults.json; the same command goes on with what is missing).
 The run is a tiny RetinaNet with FGFI (LGD where so said): 8 steps, one loader process, a checkpoint every second step,
 an evaluation in the middle. A fault counts as survived if the resumed run has the weights, optimiser states, log lines
 and detections of an undisturbed run, bit for bit, and leaves no other files; or, where fastkd must refuse, if it says
