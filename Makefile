@@ -1,7 +1,8 @@
 # Everything needed is set up in .venv by the first target that needs it; only python3 (with venv), a C++ compiler and
 # make have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
-#   make test     build, the CMake build (with the emulation of CUDA), the GPU code where nvcc is, all tests
+#   make test     build, the CMake build with the emulation of CUDA, the tests, with other random cases in every run
+#   make test-long    before a release: the GPU code too where nvcc is, all tests, many random cases (pytest --long)
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)
@@ -46,11 +47,12 @@ $(STAMPS)/created:
 	mkdir -p $(STAMPS)
 	touch $@
 
+# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000.
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
 	$(BIN)/python .ci/requirements.py test onnx timm lint hosts > $(STAMPS)/requirements.txt
-	$(PIP) install -r $(STAMPS)/requirements.txt
+	$(PIP) install --no-compile -r $(STAMPS)/requirements.txt
 	touch $@
 
 $(STAMPS)/built: $(STAMPS)/dependencies setup.py $(SOURCES)
@@ -68,7 +70,7 @@ $(STAMPS)/cmake: $(STAMPS)/built CMakeLists.txt $(EMULATED)
 
 .PHONY: cuda gpu-report roofline wheel gpu test-gpu bench-gpu sanitize-gpu
 
-# Asked for by name it fails where it cannot be built; for `make test` setup.py then says why, and tests skip.
+# Asked for by name it fails where it cannot be built; for `make test-long` setup.py then says why, and tests skip.
 cuda: export FASTKD_CUDA := 1
 cuda: $(STAMPS)/cuda
 
@@ -76,8 +78,14 @@ $(STAMPS)/cuda: $(STAMPS)/built $(CUDA_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace --only-cuda
 	test ! -e fastkd/_cuda.so || touch $@
 
-test: build cmake $(STAMPS)/cuda
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# The GPU code takes nvcc six minutes of one core: `make test` keeps it up to date only after a `make cuda`.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+.PHONY: test-long
+test: build cmake $(wildcard $(STAMPS)/cuda)
+	$(PYTEST)
+
+test-long: build cmake $(STAMPS)/cuda
+	$(PYTEST) --long
 
 gpu-report: cuda
 	$(BIN)/python -m benchmarks.gpu.report --json build/gpu_report.json

@@ -19,7 +19,7 @@ def on_config(config):
     named = str(config.nav)
     for path in sorted((ROOT / "docs").rglob("*.md")):
         page = path.relative_to(ROOT / "docs")
-        if page.as_posix() not in named:
+        if f"'{page.as_posix()}'" not in named:
             sections[FOLDERS.get(page.parts[0], "Reference")].append(page.as_posix())
 
 

@@ -1,7 +1,9 @@
-"""Common to all tests: poisoned uninitialised memory, deterministic algorithms, a fixed number of threads."""
+"""Common to all tests: --long, fresh random cases, poisoned memory, deterministic algorithms, fixed threads."""
 
 import os
+import random
 
+import draws
 import matplotlib
 import pytest
 import torch
@@ -11,6 +13,54 @@ from fastkd.ops._support import library
 
 matplotlib.use("Agg")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+SLOW = {
+    "test_attention_triton.py",
+    "test_compiled.py",
+    "test_distributed.py",
+    "test_four_processes.py",
+    "test_elastic.py",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests marked long too, and many random cases in each")
+
+
+def pytest_configure(config):
+    """In the environment, which the workers of pytest-xdist inherit."""
+    os.environ.setdefault("FASTKD_TEST_SEED", str(random.SystemRandom().randrange(10**6)))
+    if config.getoption("long"):
+        os.environ[draws.LONG] = "1"
+
+
+def pytest_report_header():
+    return f"FASTKD_TEST_SEED={draws.seed()} draws the same random cases again"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests marked long, and puts those first that take long, so that no worker ends with one."""
+    if not config.getoption("long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
+def pytest_make_parametrize_id(val):
+    """Short containers as they are written, and a dict of tensors by its keys: pytest would number them."""
+    if isinstance(val, (dict, list, tuple)):
+        text = str(val)
+        if len(text) <= 60 and "<" not in text and "tensor(" not in text:
+            return text
+        return ", ".join(map(str, val)) if isinstance(val, dict) else None
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("random cases", f"FASTKD_TEST_SEED={draws.seed()}"))
+    return report
 
 
 def pytest_runtest_setup(item):

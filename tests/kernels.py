@@ -7,6 +7,8 @@ import math
 import random
 
 import torch
+from draws import draws
+from draws import seed as seed_of_the_run
 from tolerance import assert_no_worse, largest
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -134,7 +136,15 @@ def compile_and_export(op, arguments):
     torch.testing.assert_close(flat, expected[0], equal_nan=True)
 
 
-def fuzz(op, reference, draw, count=1000, seed=0):
+def random_calls(count, draw, seed):
+    """Yields (name, random.Random, arguments) of `count` calls; torch's global seed is set for each."""
+    choose = random.Random(seed)
+    for index in range(count):
+        torch.manual_seed(seed * 1_000_003 + index)
+        yield f"call {index} of FASTKD_TEST_SEED={seed}", choose, draw(choose)
+
+
+def fuzz(op, reference, draw, count=None, seed=None):
     """Asserts the tolerance rule over many random calls.
 
     Errors are measured against float64 and relative to the largest value of a tensor; the largest over all calls of
@@ -142,25 +152,26 @@ def fuzz(op, reference, draw, count=1000, seed=0):
 
     Args:
         draw: random.Random -> arguments; draws shapes, dtypes, layouts and values (torch's global seed is set).
+        count: of calls; None: 1000 or a fifth (draws.py).
+        seed: of the calls; None: of this run.
     """
-    choose, worst = random.Random(seed), {}
-    for index in range(count):
-        torch.manual_seed(seed * 1_000_003 + index)
-        arguments = draw(choose)
+    count, seed = draws(1000) if count is None else count, seed_of_the_run() if seed is None else seed
+    worst = {}
+    for index, (call, _, arguments) in enumerate(random_calls(count, draw, seed)):
         exact = results_and_gradients(reference, double(arguments), index)
         for who, one in (("ours", op), ("plain", reference)):
             found = results_and_gradients(one, arguments, index)
             for kind, mine, truth in zip(("result", "gradient"), found, exact):
                 for place, (value, true) in enumerate(zip(mine, truth)):
-                    assert value.shape == true.shape, f"call {index}: {kind} {place} has the shape {value.shape}"
+                    assert value.shape == true.shape, f"{call}: {kind} {place} has the shape {value.shape}"
                     if not true.is_floating_point():
-                        assert who == "plain" or torch.equal(value, true), f"call {index}: {kind} {place}"
+                        assert who == "plain" or torch.equal(value, true), f"{call}: {kind} {place}"
                         continue
-                    assert value.isfinite().all() or not true.isfinite().all(), f"call {index}: {kind} {place}"
+                    assert value.isfinite().all() or not true.isfinite().all(), f"{call}: {kind} {place}"
                     scale = largest(true)
                     error = largest(value.double() - true) / scale if scale else largest(value.double())
-                    record = worst.setdefault((kind, value.dtype), {"ours": (0.0, -1), "plain": (0.0, -1)})
-                    record[who] = max(record[who], (error, index))
+                    record = worst.setdefault((kind, value.dtype), {"ours": (0.0, ""), "plain": (0.0, "")})
+                    record[who] = max(record[who], (error, call))
     for (kind, dtype), record in worst.items():
         allowed = 2 * record["plain"][0] + torch.finfo(dtype).eps
         assert record["ours"][0] <= allowed, f"{kind} {dtype}: {record}, allowed {allowed:.3e}"
@@ -207,36 +218,36 @@ def corrupted(arguments, choose):
     return arguments
 
 
-def fuzz_hostile(name, op, draw, count=1000, seed=0):
+def fuzz_hostile(name, op, draw):
     """Asserts that corrupted calls give a result or a ValueError or TypeError that begins with the op's name.
 
     Args:
         name: of the op, as its messages begin.
         draw: random.Random -> valid arguments.
-    Returns: number of refused calls.
+    Returns: share of refused calls.
     """
-    choose, refused = random.Random(seed), 0
-    for index in range(count):
-        torch.manual_seed(seed * 1_000_003 + index)
-        arguments = corrupted(draw(choose), choose)
+    count, refused = draws(1000), 0
+    for call, choose, arguments in random_calls(count, draw, seed_of_the_run()):
         try:
-            op(*arguments)
+            op(*corrupted(arguments, choose))
         except (ValueError, TypeError) as error:
             refused += 1
-            assert str(error).startswith(f"{name}: ") and "; " in str(error), f"call {index}: {error}"
+            assert str(error).startswith(f"{name}: ") and "; " in str(error), f"{call}: {error}"
         except RuntimeError as error:  # valid arguments that need too much memory
-            assert "allocate" in str(error) or "overflow" in str(error), f"call {index}: {error}"
-    return refused
+            assert "allocate" in str(error) or "overflow" in str(error), f"{call}: {error}"
+    return refused / count
 
 
-def fuzz_raw(op, draw, count=300, seed=0):
-    """Corrupted calls of a raw op (no Python checks before it) give a result or an exception, not a crash."""
-    choose, refused = random.Random(seed), 0
-    for index in range(count):
-        torch.manual_seed(seed * 1_000_003 + index)
-        flat, spec = tree_flatten(corrupted(draw(choose), choose))
+def fuzz_raw(op, draw):
+    """Corrupted calls of a raw op (no Python checks before it) give a result or an exception, not a crash.
+
+    Returns: share of refused calls.
+    """
+    count, refused = draws(300), 0
+    for _, choose, arguments in random_calls(count, draw, seed_of_the_run()):
+        flat, spec = tree_flatten(corrupted(arguments, choose))
         try:
             op(*tree_unflatten(flat, spec))
         except Exception:
             refused += 1
-    return refused
+    return refused / count

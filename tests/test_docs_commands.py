@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import inspect
+import json
 import re
 import shlex
 from pathlib import Path
 
+import coco_files
 import pytest
 
 from fastkd import cli
@@ -15,31 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`((?:torchrun |fastkd )[^`]*)`(?!`)")
-COMMANDS = {  # the functions that run, by module
-    convert: ("convert",),
-    data: ("scenes", "crowd"),
-    demo: ("demo",),
-    doctor: ("run",),
-    evaluate: ("evaluate",),
-    export: ("export",),
-    info: ("info",),
-    predict: ("predict",),
-    report: ("report",),
-    train: ("run", "recipes"),
-}
-EXAMPLES = {"RECIPE": "scenes-retinanet-lgd", "RUN...": "RUN", "N": "4", "OUT.safetensors": "out.safetensors"}
+MODULES = (convert, data, demo, evaluate, export, info, predict, report)
+RUNNING = {train: ("run", "recipes"), doctor: ("run",)}  # in these two the rest parses
+TRAINING = ("quickstart", "faq", "commands", "limits", "detectors", "performance")
+FOREIGN = {"--max-restarts"}  # of torchrun
+EXAMPLES = {"RECIPE": "scenes-retinanet-lgd", "RUN...": "RUN", "N": "4", "OUT.safetensors": "out.safetensors",
+            "module:Class": "my_module:MyDetector"}  # fmt: skip
 
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of each command, without `fastkd` or torchrun's part; placeholders replaced by examples."""
     blocks = [code for language, code in FENCE.findall(text) if language in ("", "sh")]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += [" ".join(code.split()) for code in INLINE.findall(FENCE.sub("", text))]
+    inline = [" ".join(code.split()) for code in INLINE.findall(FENCE.sub("", text))]
+    name = re.compile(r"fastkd (data )?\w+")  # a command that a sentence speaks of
+    lines += [code + " --help" if name.fullmatch(code) else code for code in inline]
     found = []
     for line in lines:
         match = re.search(r"(?:^|\s)(?:fastkd|-m fastkd\.cli)\s+([a-z].*)", line)
-        if match and not re.search(r"[<\[]", line):  # a pattern of commands
-            words = shlex.split(match[1], comments=True)
+        if match and not re.search(r"[<\[]|\w-?\.\.\.", line.replace("RUN...", "RUN")):  # not a pattern of commands
+            words = shlex.split(re.split(r"\s[&|>]", match[1])[0], comments=True)
             found.append([EXAMPLES.get(word, word) for word in words if word not in ("...", "COMMAND")])
     return found
 
@@ -64,17 +62,30 @@ def parse_only(monkeypatch, tmp_path):
 
         return record
 
-    for module, functions in COMMANDS.items():
-        for name in functions:
-            monkeypatch.setattr(module, name, replaced(getattr(module, name)))
-    own = "from fastkd.detectors.retinanet import RetinaNet\n\n\nclass MyDetector(RetinaNet):\n    pass\n"
-    (tmp_path / "my_module.py").write_text(own)
+    own = {module: [name for name, _ in inspect.getmembers(module, inspect.isfunction)] for module in MODULES}
+    for module, names in (own | RUNNING).items():
+        for name in names:
+            if getattr(module, name).__module__ == module.__name__:
+                monkeypatch.setattr(module, name, replaced(getattr(module, name)))
+    text = "from fastkd.detectors.retinanet import RetinaNet\n\n\nclass MyDetector(RetinaNet):\n    pass\n"
+    (tmp_path / "my_module.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     return called
+
+
+def write_annotations(words: list[str]) -> None:
+    """The annotation files that a recipe fitted to the data reads while its options are parsed."""
+    if any(word.startswith("custom-") for word in words) and "--data.root" in words:
+        folder = Path(words[words.index("--data.root") + 1], "annotations")
+        folder.mkdir(parents=True)
+        for name in ("train.json", "val.json"):
+            (folder / name).write_text(json.dumps(coco_files.content()))
 
 
 @pytest.mark.parametrize("words", cases())
 def test_commands_of_the_pages_parse(words, parse_only):
+    write_annotations(words)
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             cli.run(words)
@@ -84,9 +95,27 @@ def test_commands_of_the_pages_parse(words, parse_only):
         assert len(parse_only) == 1
 
 
+def options(page: Path) -> set[str]:
+    """The options in a page's inline code."""
+    code = " ".join(re.findall(r"`([^`]*)`", FENCE.sub("", page.read_text(encoding="utf-8"))))
+    return set(re.findall(r"(?<!\S)--[a-z][\w.-]*", code)) - FOREIGN
+
+
+def test_options_of_the_pages_exist(capsys):
+    """For the pages on training, whose options belong to no whole command."""
+    trained = [f"train scenes-retinanet-{method}" for method in ("icd", "lgd")]
+    for command in (*trained, "train", "doctor scenes-retinanet-icd", "report", "evaluate", "data scenes", "demo"):
+        with pytest.raises(SystemExit):
+            cli.run([*command.split(), "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out)) | {"--debug"}
+    pages = [*(ROOT / "docs" / "tutorials").glob("*.md"), *(ROOT / "docs" / f"{name}.md" for name in TRAINING)]
+    used = {page.name: options(page) - known for page in pages}
+    assert {name: unknown for name, unknown in used.items() if unknown} == {}
+
+
 def test_faults_are_found(parse_only):
     block = "fastkd train scenes-retinanet-icd --no-such-option 1 \\\n    --seed 1  # why"
-    text = f"```sh\n{block}\n```\nand `fastkd infos`.\n"
+    text = f"```sh\n{block}\n```\nand `fastkd infos --x`.\n"
     wrong, unknown = commands(text)
     assert wrong == ["train", "scenes-retinanet-icd", "--no-such-option", "1", "--seed", "1"]
     for words in (wrong, unknown):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each sub-package may import only those of the lines above its own.
 FLOORS = (
-    ("types", "boxes", "masks", "files", "text", "signals", "codec", "tensor_files", "assets"),
+    ("types", "boxes", "masks", "files", "text", "signals", "codec", "tensor_files", "assets", "progress"),
     ("ops",),
     ("distillers", "detectors", "data", "evaluation", "report"),
     ("integrations", "training"),
@@ -57,15 +57,21 @@ def read(*folders: str) -> dict[str, str]:
 parse = functools.cache(ast.parse)
 
 
-def imports(texts: dict[str, str], module: str) -> Iterator[Import]:
-    """The modules of `texts` that a module imports anywhere but for type checking; all our imports are absolute."""
-    tree = parse(texts[module])
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
+@functools.cache
+def import_statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    """All import statements but those for type checking."""
+    found, skipped = [], set()
+    for node in ast.walk(parse(text)):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             skipped.update(inner for statement in node.body for inner in ast.walk(statement))
-        if node in skipped:
-            continue
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in skipped:
+            found.append(node)
+    return found
+
+
+def imports(texts: dict[str, str], module: str) -> Iterator[Import]:
+    """The modules of `texts` that a module imports anywhere but for type checking; all our imports are absolute."""
+    for node in import_statements(texts[module]):
         if isinstance(node, ast.Import):
             yield from (Import(module, a.name, None, node.lineno) for a in node.names if a.name in texts)
         elif isinstance(node, ast.ImportFrom):

@@ -3,15 +3,16 @@
 Kills, full and read-only disks, a clock that jumps, damaged checkpoints, changing data, dead workers and a swapped
 teacher, each followed by a resumed run whose weights, optimiser states, log and detections must be bit-equal to those
 of an undisturbed run. Figures go to docs/results/faults.json after every case, tables to faults.md at the end; the same
-command goes on where the last one stopped. Needs Linux, and root for the parts `full-disk` and `read-only`.
+command goes on where the last one stopped, and a part that is named is made again. Needs Linux, and root for the parts
+`full-disk` and `read-only`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -63,7 +64,8 @@ def main() -> int:
         data = tiny.make_data(Path(folder) / "data")
         tiny.run(tiny.recipe(data, workers=0), Path(folder) / "warm")  # what the first run loads, forked ones have
         for name in options.parts or ["kills", "two", *PARTS]:
-            if time.monotonic() < end:
+            done = figures.get(name, {}).get("complete") and name not in options.parts
+            if not done and time.monotonic() < end:
                 run_part(name, Path(folder), data, figures, options, end)
     write_text(options.out.with_suffix(".md"), page(figures))
     left = [name for name in ("kills", "two", *PARTS) if not figures.get(name, {}).get("complete")]
@@ -76,7 +78,7 @@ def run_part(
 ) -> None:
     """Runs one part until it is complete or the time is over, and stores its figures after every case."""
     own = figures.get(name, {})
-    begin, before = time.monotonic(), own.get("seconds", 0.0)
+    begin, before, revision = time.monotonic(), own.get("seconds", 0.0), commit()
     work = folder / name
     work.mkdir()
     if name in ("kills", "two"):
@@ -87,13 +89,14 @@ def run_part(
         trials = campaign(work, wanted, own.get("next_seed", 0))
         while own.get("kills", 0) < target and time.monotonic() < end:
             kills.add(own, next(trials))
-            own.update(complete=own["kills"] >= target, seconds=before + time.monotonic() - begin, commit=commit())
+            own.update(complete=own["kills"] >= target, seconds=before + time.monotonic() - begin, commit=revision)
             figures[name] = own
             write_json(options.out, figures)
         print(f"{name}: {own.get('kills', 0)} of {target} kills, {len(own.get('problems', []))} problems", flush=True)
         return
     cases = []
-    for case in PARTS[name](work, tiny.recipe(data), options.seed):
+    wanted = tiny.recipe(data)
+    for case in PARTS[name](work, wanted, options.seed):
         case = {key: str(value).replace(str(folder), "") for key, value in case.items()}
         cases.append(case)
         if case["problem"]:
@@ -101,16 +104,15 @@ def run_part(
     problems = [case for case in cases if case["problem"]]
     print(f"{name}: {len(cases)} cases, {len(problems)} problems", flush=True)
     own = {"cases": len(cases), "problems": problems, "examples": examples(cases), "complete": True}
-    figures[name] = own | {"seconds": time.monotonic() - begin, "commit": commit()}
+    figures[name] = own | {"run": wanted.name, "seconds": time.monotonic() - begin, "commit": revision}
     write_json(options.out, figures)
 
 
 def examples(cases: list[dict[str, str]]) -> list[dict[str, str]]:
-    """One case for each kind of fault: those that differ in the words before the first digit or comma."""
+    """One case for each kind of fault; kinds differ in more than a number."""
     kinds: dict[str, dict[str, str]] = {}
     for case in cases:
-        kind = "".join(itertools.takewhile(lambda c: not c.isdigit() and c != ",", case["fault"]))
-        kinds.setdefault(kind if case["fault"].startswith(("clock", "worker")) else case["fault"], case)
+        kinds.setdefault(re.sub(r"\d+", "", case["fault"]), case)
     return [{"fault": case["fault"], "said": case["said"]} for case in kinds.values()][:40]
 
 

@@ -159,7 +159,6 @@ def dead_worker(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
 
 def teacher(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
     """A teacher's file that is swapped, cut or deleted between two parts of a run; the seed is not used."""
-    wanted = tiny.recipe(Path(wanted.data.root), "fgfi")
     reference, _ = undisturbed(folder, wanted)
     file, other = Path(str(wanted.teacher)), tiny.teacher(Path(wanted.data.root), seed=8)
     content, recipe, run_dir = file.read_bytes(), store(folder, wanted), folder / "taught"

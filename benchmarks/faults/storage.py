@@ -157,7 +157,7 @@ def read_only(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
             tiny.remount(disk, read_only=True)
             ended = train(recipe, run_dir)
             problem = expect(ended, 2, READ_ONLY, str(disk))
-            tiny.remount(disk, size=64 << 20)
+            tiny.remount(disk, size=512 << 20)
             problem = problem or resumed(recipe, run_dir, reference)
             yield {"fault": f"read-only after a kill in step {step + 1}", "said": ended.last, "problem": problem}
             shutil.rmtree(run_dir)
@@ -173,7 +173,7 @@ def read_only(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
         }
         yield from other_commands(disk, wanted, whole, READ_ONLY, prepare=False)
 
-    yield from inside(disk, 64 << 20, cases)
+    yield from inside(disk, 512 << 20, cases)
 
 
 def clock(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
@@ -246,7 +246,11 @@ def checkpoints(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
             ended = train(recipe, run_dir)
             problem = expect(ended, 0, newest, f"going back to {before}")
             problem = problem or tiny.difference(reference | {"files": []}, tiny.result(run_dir) | {"files": []})
-            yield {"fault": f"{fault}, resumed", "said": ended.said.strip().splitlines()[0], "problem": problem}
+            yield {
+                "fault": f"{fault}, resumed",
+                "said": ended.said.partition("UserWarning: ")[2].partition("\n")[0],
+                "problem": problem,
+            }
             continue
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkd.text import printable
+
 TITLES = {
     "full-disk": "A disk that becomes full",
     "read-only": "A read-only file system",
@@ -17,9 +19,10 @@ TITLES = {
 HEAD = """# Fault campaign
 
 `python -m benchmarks.faults` (figures in [faults.json](faults.json); the same command goes on with what is missing).
-The run is a tiny RetinaNet with LGD: 8 steps, one loader process, a checkpoint every second step, an evaluation in the
-middle. A fault counts as survived if the resumed run has the weights, optimiser states, log lines and detections of an
-undisturbed run, bit for bit, and leaves no other files; or, where fastkd must refuse, if it says so in one line.
+The run is a tiny RetinaNet with FGFI (LGD where so said): 8 steps, one loader process, a checkpoint every second step,
+an evaluation in the middle. A fault counts as survived if the resumed run has the weights, optimiser states, log lines
+and detections of an undisturbed run, bit for bit, and leaves no other files; or, where fastkd must refuse, if it says
+so in one line.
 """
 
 
@@ -44,8 +47,9 @@ def page(figures: dict[str, Any]) -> str:
         if own:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
-                f"## {title}\n\n**{own['cases']} cases**: {_count(own)}. {own['seconds'] / 60:.1f} minutes, commit "
-                f"{own['commit']}. Of each kind one:\n\n| fault | last line of the output |\n|---|---|\n{rows}"
+                f"## {title}\n\n**{own['cases']} cases** ({own['run']}): {_count(own)}. "
+                f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
+                f"| fault | last line of the output |\n|---|---|\n{rows}"
             )
     return "\n".join(parts)
 
@@ -59,5 +63,5 @@ def _count(own: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Text for a table cell, at most 260 characters."""
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    text = printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= 260 else text[:259] + "…"

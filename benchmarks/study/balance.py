@@ -1,4 +1,4 @@
-"""Sensitivity to a method's weight, with and without balancing (methods.md 9): `python -m benchmarks.study.balance`.
+"""Sensitivity to a method's weight, with and without balancing (methods.md 10): `python -m benchmarks.study.balance`.
 
 Trains two detectors with FGFI, its weight times 0.1, 1, 10 and 100, without balancing and with it, and each detector
 alone. Resumable; writes docs/results/balance.md and .json after every run.

@@ -1,14 +1,17 @@
 // A pyramid partitioned into tasks of whole rows, balanced over threads. A row is one channel of one image of a level.
+// Torch's tensors are of the host side: the passes that only compile kernels do not read torch's headers.
 #pragma once
 
 #include "common/capability.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#if FASTKD_GENERIC_PASS
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#endif
 
 namespace fastkd {
 
@@ -17,6 +20,7 @@ struct Task {
   int64_t level, image, channel, channels, row;
 };
 
+#if FASTKD_GENERIC_PASS
 // [B, C, H, W] dense with C fastest. Tensors that are contiguous as well (one channel, one cell) count as contiguous.
 inline bool is_channels_last(const torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
@@ -54,5 +58,6 @@ void run_balanced(const std::vector<Work>& tasks, const Cost& cost, const Run& r
   };
   torch::stable::parallel_for(0, parts, 1, run_parts);
 }
+#endif  // FASTKD_GENERIC_PASS
 
 }  // namespace fastkd

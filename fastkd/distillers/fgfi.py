@@ -99,7 +99,7 @@ class FGFI(Distiller):
         teacher: Sequence[Tensor] | None = None,
         *,
         prepared: None = None,
-        scores: None = None,
+        scores: Sequence[Tensor] | None = None,
     ) -> dict[str, Ratio]:
         """Imitation error, relative to the teacher's features, and the share of imitation cells inside the boxes."""
         teacher = check_pyramids("FGFI", student, teacher, self.channels, self.teacher_channels)

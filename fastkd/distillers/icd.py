@@ -197,7 +197,7 @@ class ICD(Distiller):
         teacher: Sequence[Tensor] | None = None,
         *,
         prepared: QueryNoise | None = None,
-        scores: None = None,
+        scores: Sequence[Tensor] | None = None,
     ) -> dict[str, Ratio]:
         """Imitation error, and the share of the last layer's attention inside the box of its own instance."""
         queries = self.queries(batch, prepared)

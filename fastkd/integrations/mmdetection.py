@@ -7,6 +7,7 @@ runner.train()
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ class MMDetectionAttachment(Attachment):
 
         class DistillationHook(Hook):
             def before_train(self, runner: Any) -> None:
-                attachment.distillation.total_steps = runner.max_iters
+                accumulated = getattr(runner.optim_wrapper, "_accumulative_counts", 1)  # it has no public name
+                attachment.distillation.total_steps = math.ceil(runner.max_iters / accumulated)
 
             def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
                 if runner.optim_wrapper.should_update():

@@ -13,7 +13,7 @@ from fastkd.training.methods import (
     PKDConfig,
     ScoreL2Config,
 )
-from fastkd.training.recipes.named import all_recipes, get_recipe, parse_cli, recipe_names
+from fastkd.training.recipes.named import all_recipes, fitted_recipe, get_recipe, parse_cli, recipe_names
 from fastkd.training.recipes.options import with_detector
 from fastkd.training.recipes.scaling import scale_to_batch
 from fastkd.training.run.finish import RunResult
@@ -42,6 +42,7 @@ __all__ = [
     "ScoreL2Config",
     "StepModule",
     "all_recipes",
+    "fitted_recipe",
     "get_recipe",
     "parse_cli",
     "recipe_names",

@@ -1,4 +1,4 @@
-"""Weights that balance themselves (methods 9): keeps the distillation gradient at a given ratio to the detector's."""
+"""Weights that balance themselves (methods 10): keeps the distillation gradient at a given ratio to the detector's."""
 
 from __future__ import annotations
 
@@ -92,12 +92,10 @@ class Balance:
         with torch.autocast(pyramid[0].device.type, enabled=False):  # as in the backward pass of a step
             by_loss = {name: _gradient(loss, pyramid) for name, loss in losses.items()}
             names = [name for name, gradient in by_loss.items() if any(level is not None for level in gradient)]
-            squares = [
-                _square(_gradient(torch.stack(list(detector.values())).sum(), pyramid)),
-                _square([_sum(levels) for levels in zip(*by_loss.values())]),
-            ]
+            whole = torch.stack([loss.float() for loss in detector.values()]).sum()
+            squares = [_square(_gradient(whole, pyramid)), _square([_sum(levels) for levels in zip(*by_loss.values())])]
         # The mean of squares over processes: with two processes the ratio is that of one with all their images.
-        of_detector, of_method = self._mean(torch.stack(squares).cpu()).sqrt().tolist()
+        of_detector, of_method = self._mean(torch.stack([square.cpu() for square in squares])).sqrt().tolist()
         if not (0 < of_detector < math.inf and 0 < of_method < math.inf):
             return  # no objects in the batch, or a step that the trainer ends with an error
         before = self.estimates.get(part)

@@ -103,6 +103,7 @@ def test_quote(quick_run, capsys):
     assert "| instance_norm_mse |" in text and "| value_mimic |" not in text and "targets met" in text
 
 
+@pytest.mark.long
 def test_all_parts_of_one_row(tmp_path):
     command = ["--quick", "--threads", "1", "--rows", "box_pool, 7 boxes", "--out", str(tmp_path)]
     assert bench.main(command) == 0, bench.LOG.read_text()

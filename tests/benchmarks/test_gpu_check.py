@@ -89,13 +89,16 @@ STAGES = {
 }
 
 
+TRAINED = ("steps", "scenes")
+
+
 @pytest.fixture(scope="module")
 def rehearsed():
     """The records of the stages so far, for the page."""
     return {}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] * (x in TRAINED)) for x in STAGES])
 def test_rehearsal(name, rehearsed, tmp_path):
     function, wanted = STAGES[name]
     context = Context("cpu", True, tmp_path / f"{name}.json", seconds=600)
@@ -105,6 +108,7 @@ def test_rehearsal(name, rehearsed, tmp_path):
     assert rehearsed[name] == json.loads(json.dumps(context.found))
 
 
+@pytest.mark.long  # all stages
 def test_the_page_of_a_rehearsal(rehearsed, tmp_path):
     if set(rehearsed) != set(STAGES):
         pytest.skip("the stages ran in other processes")

@@ -113,6 +113,7 @@ def test_calls_are_counted_by_what_they_launch():
         launches.count(TEXT.replace("aten.convolution_backward", "aten.sort"), 5)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 def test_a_compiled_distiller_without_a_gpu(tmp_path):
     """In a separate process, as it disables CUDA in torch."""

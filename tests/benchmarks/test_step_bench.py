@@ -140,7 +140,7 @@ def test_options_stand_beside_the_step_they_change():
     assert "LGD, and --runtime.compile" not in report  # not counted
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [pytest.param(x, marks=[pytest.mark.long] * (x == "compile")) for x in OPTIONS])
 def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
     problem = Problem(images=1, boxes=1, height=64, width=64)
     recipe = recipe_of("retinanet", "lgd", option)

@@ -94,7 +94,10 @@ def assert_two_stage_agrees(detector, pyramid, recorded):
         assert_agrees(masks, recorded["mask_logits"], "mask_logits")
 
 
-@pytest.mark.parametrize("architecture", sorted(PARAMETERS))
+ARCHITECTURES = [pytest.param(name, marks=[pytest.mark.long] if "R_101" in name else []) for name in sorted(PARAMETERS)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_detectron2_models_compute_the_same(architecture):
     tensors = {name: torch.from_numpy(value) for name, value in checkpoint(architecture).items()}
     found = convert_detectron2(tensors)

@@ -26,7 +26,9 @@ def stir(module):
     return module
 
 
-@pytest.mark.parametrize("pair", [(FoldingBasicBlock, BasicBlock, 16), (FoldingBottleneck, Bottleneck, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pair", [(FoldingBasicBlock, BasicBlock, 16), (FoldingBottleneck, Bottleneck, 4)], ids=["basic", "bottleneck"]
+)
 @pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
 def test_blocks_compute_what_torchvisions_do(pair, norm):
     folding, original, width = pair

@@ -102,7 +102,10 @@ def tensors_of(batch):
     return batch.images, batch.image_sizes, batch.boxes, batch.labels, batch.image_index, batch.masks
 
 
-@pytest.mark.parametrize("name", NAMES)
+MASKS_LATER = [pytest.param(name, marks=[pytest.mark.long] if name == "lgd masks" else []) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", MASKS_LATER)
 def test_one_graph_for_compile_and_export(name):
     student, teacher, batch = inputs()
     module = build(name)

@@ -24,7 +24,7 @@ def run(name, folder, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["icd", "lgd"])
+@pytest.mark.parametrize("method", ["icd", pytest.param("lgd", marks=pytest.mark.long)])
 def test_bring_your_own(folder, method):
     printed = run("bring_your_own", folder, 4, method)
     assert f"{method}_distill = " in printed and "4 batches, 4 steps" in printed

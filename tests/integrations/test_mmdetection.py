@@ -66,6 +66,44 @@ def test_the_hook_steps_saves_and_resumes(monkeypatch):
     again.callback.after_load_checkpoint(runner, {"state_dict": {}})  # state of a run without distillation
 
 
+def test_mmengines_runner_steps_saves_and_resumes(tmp_path, monkeypatch):
+    """The real Runner, with the stand-in detector and accumulation: a resumed run ends as an uninterrupted one."""
+    runners = pytest.importorskip("mmengine.runner", reason="mmengine is not installed")
+    from mmengine.model import BaseModel
+
+    class Trained(BaseModel):
+        extract_feat, loss, forward = Detector.extract_feat, Detector.loss, Detector.forward
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            parts = Detector()
+            self.backbone, self.neck, self.bbox_head = parts.backbone, parts.neck, parts.bbox_head
+
+    def run(name, **options):
+        loader = torch.utils.data.DataLoader([data(seed) for seed in range(8)], batch_size=None)
+        runner = runners.Runner(
+            Trained(), str(tmp_path / name), loader, train_cfg={"by_epoch": False, "max_iters": 8},
+            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.001}, "accumulative_counts": 2}, experiment_name=name,
+            default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 4, "by_epoch": False}}, **options,
+        )  # fmt: skip
+        kd = attach(runner.model, "icd", teacher=Detector(24).eval(), detach_steps=0)
+        runner.register_hook(kd.callback)
+        runner.train()
+        return runner.model, kd
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine's checkpoints hold objects of its own
+    model, kd = run("whole")
+    assert kd.state.steps == 4 and kd.state.computed == 8 and kd.distillation.total_steps == 4
+    again, again_kd = run("resumed", load_from=str(tmp_path / "whole" / "iter_4.pth"), resume=True)
+    assert again_kd.state.steps == 4 and again_kd.state.computed == 8
+    for mine, theirs in zip(kd.distillation.network.parameters(), again_kd.distillation.network.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    Detector().load_state_dict(model.state_dict(), strict=True)
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="must be an mmdetection detector, got BasicNet without extract_feat"):
         attach(BasicNet(), "lgd")

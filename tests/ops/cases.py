@@ -1,5 +1,6 @@
 """One entry per op, with its calls in the tests common to all ops (test_every_op.py, test_gpu.py)."""
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import test_norm_relu_box_pool as norm_pool
 import test_pool_paint as pool_paint
 import test_value_mimic as mimic
 import torch
+from draws import LONG
 from kernels import DTYPES, channels_last, contiguous, convert, strided, transposed
 
 from fastkd.ops._support.coverage import widen
@@ -36,12 +38,12 @@ class Case:
         call: makes the arguments of an ordinary call.
         draw: random arguments of any shape, dtype and layout.
         opchecks: calls of the raw op and of its backward.
-        raw: random arguments of raw ops, to be corrupted: (raw op, draw, least number of refused calls).
+        raw: random arguments of raw ops, to be corrupted: (raw op, draw, least share of refused calls).
         parallel: makes calls with enough work for several threads.
         traced: makes the calls to compile and export; None: `call`.
         constants: trailing arguments that are not traced.
         hostile: random arguments to be corrupted; None: `draw`.
-        refused: least number of corrupted calls that are refused.
+        refused: least share of corrupted calls that are refused.
         across: numbers of threads between which the bits agree as well.
         twice: the leaf whose gradient is differentiated again; None: the op has no gradient.
         ordered: makes a call with channels-last levels whose gradients must be channels-last.
@@ -51,12 +53,12 @@ class Case:
     call: Callable[[], Arguments]
     draw: Draw
     opchecks: Callable[[], Iterator[tuple[Any, Arguments]]]
-    raw: Sequence[tuple[Any, Draw, int]]
+    raw: Sequence[tuple[Any, Draw, float]]
     parallel: Callable[[], Iterator[Arguments]]
     traced: Callable[[], Iterator[Arguments]] | None = None
     constants: int = 0
     hostile: Draw | None = None
-    refused: int = 300
+    refused: float = 0.3
     across: Sequence[int] = ()
     twice: int | None = 0
     ordered: Callable[[], Arguments] | None = None
@@ -151,8 +153,12 @@ def pool_paint_opchecks(op: str):
 
 
 def attention_opchecks(mass: bool):
-    for dtype in (*DTYPES, torch.float64):
-        for shape in ((2, 2, 2, 3, 4, 2), (2, 2, 5, 2, 3, 3)):  # absorbed and projected keys
+    """Under --long all pairs of a dtype with a form and with the wanted gradients, else each of them in one pair."""
+    forms = ((2, 2, 2, 3, 4, 2), (2, 2, 5, 2, 3, 3))  # absorbed and projected keys
+    sides = ((True, True), (True, False), (False, True))
+    for number, dtype in enumerate((*DTYPES, torch.float64)):
+        few = not os.environ.get(LONG)
+        for shape in forms[number % 2 :][:1] if few else forms:
             *call, values = convert(attention.draw(*shape, [(3, 2), (1, 2)]), dtype)
             raw = kernel_arguments(*call)
             last = [channels_last(value) for value in still(values)]
@@ -163,7 +169,7 @@ def attention_opchecks(mass: bool):
                     yield RAW.attention_mass.default, (*still(raw), chosen, given, 1.0)
                 continue
             yield RAW.instance_attention.default, (*raw, values)
-            for wanted in ((True, True), (True, False), (False, True)):
+            for wanted in sides[number % 3 :][:1] if few else sides:
                 backward = (torch.ones_like(output), output, kept, *still(raw), last, *wanted)
                 yield RAW.instance_attention_backward.default, backward
 
@@ -225,8 +231,8 @@ def pool_paint_case(op: str) -> Case:
         draw=pool_paint.draw(op),
         opchecks=lambda: pool_paint_opchecks(op),
         raw=[
-            (getattr(RAW, op), lambda choose: pool_paint.raw_arguments(op, tiny(choose)), 50),
-            (getattr(RAW, f"{op}_backward"), lambda choose: pool_paint.backward_arguments(op, tiny(choose)), 50),
+            (getattr(RAW, op), lambda choose: pool_paint.raw_arguments(op, tiny(choose)), 1 / 6),
+            (getattr(RAW, f"{op}_backward"), lambda choose: pool_paint.backward_arguments(op, tiny(choose)), 1 / 6),
         ],
         parallel=lambda: (pool_paint.arguments(op, (20, 0, 9), 40, layout=layout) for layout in layouts),
         hostile=tiny,
@@ -240,7 +246,7 @@ CASES = [
         call=lambda: norm_mse.pyramids(norm_mse.PYRAMID),
         draw=norm_mse.draw,
         opchecks=instance_norm_mse_opchecks,
-        raw=[(RAW.instance_norm_mse, norm_mse.draw, 100)],
+        raw=[(RAW.instance_norm_mse, norm_mse.draw, 1 / 3)],
         parallel=lambda: (
             norm_mse.pyramids([(3, 40, 64, 48), (3, 40, 32, 24)], torch.float32, layout, layout)
             for layout in (contiguous, channels_last)
@@ -255,10 +261,10 @@ CASES = [
         draw=conv3x3.draw,
         opchecks=box_paint_conv3x3_opchecks,
         raw=[
-            (RAW.box_paint_conv3x3, box_paint_conv3x3_raw, 100),
-            (RAW.box_paint_conv3x3_backward, box_paint_conv3x3_raw_backward, 100),
-            (RAW.conv3x3_taps, taps_raw, 100),
-            (RAW.conv3x3_taps_backward, taps_raw_backward, 100),
+            (RAW.box_paint_conv3x3, box_paint_conv3x3_raw, 1 / 3),
+            (RAW.box_paint_conv3x3_backward, box_paint_conv3x3_raw_backward, 1 / 3),
+            (RAW.conv3x3_taps, taps_raw, 1 / 3),
+            (RAW.conv3x3_taps_backward, taps_raw_backward, 1 / 3),
         ],
         parallel=lambda: iter([conv3x3.arguments((4, 40), sizes=[(40, 60), (20, 30)])]),
         traced=lambda: iter([conv3x3.arguments(sizes=conv3x3.SIZES[:2])]),
@@ -272,8 +278,8 @@ CASES = [
         draw=norm_pool.draw,
         opchecks=norm_relu_box_pool_opchecks,
         raw=[
-            (RAW.norm_relu_box_pool, norm_relu_box_pool_raw, 100),
-            (RAW.norm_relu_box_pool_backward, norm_relu_box_pool_raw_backward, 100),
+            (RAW.norm_relu_box_pool, norm_relu_box_pool_raw, 1 / 3),
+            (RAW.norm_relu_box_pool_backward, norm_relu_box_pool_raw_backward, 1 / 3),
         ],
         parallel=lambda: (
             norm_pool.arguments(40, layout=layout, sizes=[(40, 60), (20, 30)]) for layout in (contiguous, channels_last)
@@ -288,25 +294,25 @@ CASES = [
         draw=attention.draw_any,
         opchecks=lambda: attention_opchecks(mass=False),
         raw=[
-            (RAW.instance_attention, attention_raw, 100),
-            (RAW.instance_attention_backward, attention_raw_backward, 100),
+            (RAW.instance_attention, attention_raw, 1 / 3),
+            (RAW.instance_attention_backward, attention_raw_backward, 1 / 3),
         ],
         parallel=lambda: (attention.draw(*shape) for shape in (attention.LONG, attention.BROAD)),
         traced=lambda: (attention.draw(*shape) for shape in (attention.FEW, attention.MANY)),
         hostile=attention.draw_wide,
-        refused=250,
+        refused=0.25,
     ),
     Case(
         "attention_mass",
         call=lambda: attention.for_mass(attention.draw(*attention.FEW)),
         draw=attention.draw_mass,
         opchecks=lambda: attention_opchecks(mass=True),
-        raw=[(RAW.attention_mass, mass_raw, 100)],
+        raw=[(RAW.attention_mass, mass_raw, 1 / 3)],
         parallel=lambda: (
             attention.for_mass(attention.draw(*shape), False) for shape in (attention.LONG, attention.BROAD)
         ),
         traced=lambda: (attention.for_mass(attention.draw(*shape)) for shape in (attention.FEW, attention.MANY)),
-        refused=250,
+        refused=0.25,
         twice=None,
     ),
     Case(
@@ -314,7 +320,7 @@ CASES = [
         call=mimic.pyramids,
         draw=mimic.draw,
         opchecks=value_mimic_opchecks,
-        raw=[(RAW.value_mimic, mimic.draw, 100)],
+        raw=[(RAW.value_mimic, mimic.draw, 1 / 3)],
         parallel=lambda: (
             mimic.pyramids((2, 4, 8), layout=layout, sizes=[(90, 60), (40, 30)])
             for layout in (contiguous, channels_last)
@@ -326,7 +332,7 @@ CASES = [
         call=imitation.arguments,
         draw=imitation.draw,
         opchecks=imitation_mask_opchecks,
-        raw=[(RAW.imitation_mask, lambda choose: imitation.raw_arguments(imitation.draw(choose)), 100)],
+        raw=[(RAW.imitation_mask, lambda choose: imitation.raw_arguments(imitation.draw(choose)), 1 / 3)],
         parallel=lambda: iter([imitation.arguments(40)]),
         constants=4,
         twice=None,
@@ -336,7 +342,7 @@ CASES = [
         call=masked.pyramids,
         draw=masked.draw,
         opchecks=masked_mse_opchecks,
-        raw=[(RAW.masked_mse, masked.draw, 100)],
+        raw=[(RAW.masked_mse, masked.draw, 1 / 3)],
         parallel=lambda: (
             masked.pyramids((2, 40), layout=layout, sizes=[(50, 40), (20, 30)])
             for layout in (contiguous, channels_last)
@@ -349,11 +355,11 @@ CASES = [
         draw=focal.draw,
         opchecks=focal_loss_opchecks,
         raw=[
-            (RAW.focal_loss, focal.draw, 50),
+            (RAW.focal_loss, focal.draw, 1 / 6),
             (
                 RAW.focal_loss_backward,
                 lambda choose: [torch.rand(2), *focal.arguments(positives=choose.randint(0, 5))],
-                50,
+                1 / 6,
             ),
         ],
         parallel=lambda: iter([focal.arguments((2, 2, 900, 80), 20)]),

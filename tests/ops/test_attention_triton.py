@@ -13,7 +13,7 @@ from fastkd.ops import triton as kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from attention_triton_cases import CASES
+from attention_triton_cases import selected
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", selected())
 def test_interpreted(found, case):
     assert found[case] is None, found[case]
 

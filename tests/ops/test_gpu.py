@@ -70,7 +70,7 @@ def test_has_a_kernel(op):
 @gpu
 @pytest.mark.parametrize("op", OPS)
 def test_no_worse_than_plain(on_gpu, op):
-    fuzz(*pair(op), draw_on(op, "cuda"), count=CALLS)
+    fuzz(*pair(op), draw_on(op, "cuda"), count=CALLS, seed=0)
 
 
 @gpu
@@ -147,7 +147,7 @@ def test_every_op_is_drawn():
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_harness_on_the_cpu(op):
-    fuzz(*pair(op), draw_on(op, "cpu"), count=3)
+    fuzz(*pair(op), draw_on(op, "cpu"), count=3, seed=0)
     drawn = DRAWS[op](random.Random(3))
     for value in tree_flatten(drawn)[0]:
         if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import draws
 from kernels import fuzz
 
 from fastkd.ops import imitation_mask, imitation_mask_reference
@@ -60,7 +61,7 @@ def test_equals_the_reference(capability):
 
 
 def test_fuzz(capability):
-    fuzz(imitation_mask, imitation_mask_reference, draw, count=500)
+    fuzz(imitation_mask, imitation_mask_reference, draw, count=draws(500))
 
 
 def test_regular_anchors_and_ties(capability):

@@ -1,4 +1,4 @@
-"""Weights that balance themselves (methods 9): the ratio of the gradients, measurements, checkpoints, errors."""
+"""Weights that balance themselves (methods 10): the ratio of the gradients, measurements, checkpoints, errors."""
 
 import dataclasses
 import json

@@ -16,6 +16,7 @@ from fastkd.distillers import ICD, LGD
 from fastkd.ops._support.coverage import full_precision
 from fastkd.training import build as building
 from fastkd.training import train
+from fastkd.training.balance import Balance
 from fastkd.training.config import RuntimeConfig, Schedule
 from fastkd.training.parallel import compiled
 from fastkd.training.schedule import Phase
@@ -32,6 +33,21 @@ def fresh():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def test_a_balanced_step_compiled_equals_eager(fresh):
+    """The measurement runs two more backward passes through the compiled graphs."""
+    detector = build_detector(small_config("retinanet", norm="frozen_bn"))
+    distiller, found = LGD(3, 32, heads=4), []
+    for regions in (Regions(), Regions(True, "aot_eager")):
+        module = StepModule(detector, distiller, None, None, regions, Balance(0.5)).train()
+        torch.manual_seed(0)
+        with compiled.compiler_settings(regions.enabled, True):
+            losses = module(rectangles((3, 2), size=(64, 64), seed=0), Phase())
+            sum_losses(losses).backward()
+        found.append((losses, module.balance.factor()))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4) and found[0][1] != 1
 
 
 @pytest.mark.parametrize(("method", "wanted"), [("lgd", 3), ("icd", 4)])
@@ -60,6 +76,7 @@ def test_compiled_equals_eager_in_few_graphs(fresh, method, wanted):
     assert quick.state_dict().keys() == eager.state_dict().keys()
 
 
+@pytest.mark.long
 def test_a_run_through_compile_learns_the_same(fresh, tmp_path_factory, tmp_path, monkeypatch):
     data = make_tiny_data(tmp_path_factory)
     monkeypatch.setattr(building, "Regions", functools.partial(Regions, backend="aot_eager"))
@@ -110,7 +127,7 @@ def test_backward_of_float32_parts_stays_float32_under_autocast(fresh):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lgd", "icd"])
+@pytest.mark.parametrize("name", [pytest.param("lgd", marks=pytest.mark.long), "icd"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastkd.report import write_report
 from fastkd.training import LGDConfig, train
 from fastkd.training.build import build
 from fastkd.training.config import RuntimeConfig, Schedule
-from fastkd.training.doctor.median_box import median_box
+from fastkd.training.doctor.median_box import MedianBox, median_box
 from fastkd.training.doctor.teaching import check_boxes, check_teaching
 from fastkd.training.methods import FGFIConfig, ICDConfig, LGDICDConfig, Phase, PKDConfig, kinds
 from fastkd.training.parallel.processes import processes
@@ -327,17 +328,20 @@ def test_the_median_box_by_hand():
 
 
 def test_lgd_asks_for_boxes_of_many_cells(scenes):
+    ((status, text),) = said(LGDConfig().box_advice(MedianBox(37.0, 37.0, 8)))
+    assert status == "warning" and text.startswith("the median box, 37 x 37 pixels, covers 21 cells of P3: LGD paints")
+    assert said(LGDICDConfig().box_advice(MedianBox(56.0, 56.0, 8))) == [
+        ("ok", "the median box, 56 x 56 pixels, covers 49 cells of P3")
+    ]
     recipe = tiny_recipe(scenes, method="lgd")
-    (found,) = check_boxes(build(recipe))
-    assert found.status == "warning" and "of P3: LGD paints boxes into cells" in found.message
-    large = dataclasses.replace(recipe.data, short_sides=(512, 640), max_side=1000)
-    (found,) = check_boxes(build(dataclasses.replace(recipe, data=large)))
-    assert found.status == "ok" and "the median box, " in found.message
-    assert (
-        list(check_boxes(build(tiny_recipe(scenes))))
-        == list(check_boxes(build(tiny_recipe(scenes, method="pkd"))))
-        == []
-    )
+    texts = []
+    for sides in ((48, 64), (96, 128)):  # the second of two is taken
+        data = dataclasses.replace(recipe.data, short_sides=sides, max_side=1000)
+        texts += [one.message for one in check_boxes(build(dataclasses.replace(recipe, data=data)))]
+    small, large = (re.search("median box, ([0-9]+) x ([0-9]+) pixels", text).groups() for text in texts)
+    assert [int(side) for side in large] == pytest.approx([2 * int(side) for side in small], abs=1.1)
+    for other in (tiny_recipe(scenes), tiny_recipe(scenes, method="pkd")):
+        assert list(check_boxes(build(other))) == []
 
 
 def test_the_report_shows_the_diagnostics(scenes, folder, tmp_path):

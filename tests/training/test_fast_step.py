@@ -129,8 +129,16 @@ def test_lgd_calls_the_head_once():
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [None, "lgd"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        (None, None),
+        ("lgd", torch.bfloat16),
+        pytest.param(None, torch.bfloat16, marks=pytest.mark.long),
+        pytest.param("lgd", None, marks=pytest.mark.long),
+    ],
+    ids=["student, float32", "lgd, bfloat16", "student, bfloat16", "lgd, float32"],
+)
 def test_recomputing_gives_the_same_gradients_with_less_memory(method, dtype):
     batch, found = rectangles([3, 1], size=(128, 128)), []
     for recompute in (False, True):

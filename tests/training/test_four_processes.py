@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from four_processes import STEPS, evaluate, gradients, recipe_of
+from four_processes import CASES, STEPS, evaluate, gradients, recipe_of
 from safetensors.torch import load_file
 from tiny_runs import make_tiny_data, silent
 
@@ -71,9 +71,6 @@ def reports(outputs):
 
 def test_ranks_of_two_machines(outputs):
     assert sorted(told["ranks"] for told in reports(outputs)) == [[0, 0, 4], [1, 1, 4], [2, 0, 4], [3, 1, 4]]
-
-
-CASES = [(1, "none", 1e-4), (2, "none", 1e-4), (1, "bf16", 0.02), (2, "fp16", 2e-3)]
 
 
 @pytest.mark.parametrize(("accumulate", "compression", "tolerance"), CASES)

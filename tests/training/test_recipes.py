@@ -127,7 +127,10 @@ def test_command_line_overrides():
     assert recipe.schedule.batch_size == before.schedule.batch_size and recipe.optimizer.decay == before.optimizer.decay
 
 
-@pytest.mark.parametrize("name", [*(n for n in all_recipes() if n not in ROWS), "coco-fcos-x101-dcn-2x-ss-lgd"])
+UNFITTED = [name for name in all_recipes() if not name.startswith("custom-")]  # those need a data set
+
+
+@pytest.mark.parametrize("name", [*(n for n in UNFITTED if n not in ROWS), "coco-fcos-x101-dcn-2x-ss-lgd"])
 def test_command_line_without_overrides_changes_nothing(name):
     assert parse_cli(name, []) == get_recipe(name)
 

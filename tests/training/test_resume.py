@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from draws import draws, seed
 from tiny_runs import assert_same_run, everything, make_tiny_data, silent, tiny_recipe
 
 from fastkd.signals import Interrupted, StopSignals
@@ -95,7 +97,12 @@ def backbone_file(recipe, tmp_path) -> Path:
     return tmp_path / "backbone.safetensors"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+LONG = ("icd", "masks, lgd")  # test_stopped_again_and_again stops ICD, and the next case LGD
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(CASES[name], id=name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES]
+)
 def test_stopped_and_resumed_is_bit_exact(tiny_data, tmp_path, monkeypatch, case):
     recipe = make(tiny_data, tmp_path, *case)
     run(recipe, tmp_path / "whole")
@@ -110,16 +117,18 @@ def test_stopped_and_resumed_is_bit_exact(tiny_data, tmp_path, monkeypatch, case
 
 
 def test_every_step_can_be_the_last_before_a_stop_or_a_crash(tiny_data, tmp_path, monkeypatch):
+    """Two stops and a crash drawn anew in each run; all of them under --long."""
     recipe = make(tiny_data, tmp_path, "retinanet", "baseline", {})
     run(recipe, tmp_path / "whole")
     expected = everything(tmp_path / "whole")
-    for step in range(1, 7):
+    choose = random.Random(seed())
+    for step in choose.sample(range(1, 7), max(2, draws(6))):
         with monkeypatch.context() as patch:
             stop_after(patch, step, signal.SIGINT)
             assert run(recipe, tmp_path / f"stop{step}").exit_code == 130
         run(recipe, tmp_path / f"stop{step}", resume=True)
         assert_same_run(expected, everything(tmp_path / f"stop{step}"))
-    for step in (0, 2, 5):
+    for step in choose.sample((0, 2, 5), draws(3)):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
             crash_after(patch, step)
             run(recipe, tmp_path / f"crash{step}")
@@ -222,7 +231,7 @@ sys.exit(train(recipe, sys.argv[2], resume=True, device="cpu").exit_code)
 
 
 def test_a_real_process_and_its_whole_group(tiny_data, tmp_path):
-    recipe = make(tiny_data, tmp_path, "retinanet", "baseline", {"workers": 2})
+    recipe = make(tiny_data, tmp_path, "retinanet", "baseline", {"workers": 1})
     runtime = RuntimeConfig(precision="float32", log_every=1, checkpoint_every=1000, ledger_pairs=0)
     recipe = dataclasses.replace(recipe, schedule=Schedule(steps=4000, batch_size=2), runtime=runtime)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))

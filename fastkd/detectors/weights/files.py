@@ -283,5 +283,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    names = list(names)
+    names = [f"{name:.150}" for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fastkd.report.insides import View
     from fastkd.training.config import Recipe
 
-FEW_CELLS = 25  # a median box of fewer cells of its level, 5 x 5, says little about the edges of the object
+# A median box of fewer cells, 5 x 5, says little about the edges of the object. On the Scenes it covers 21 of P3,
+# and the instructive pyramid did not stay better than the student's (docs/results/findings.md).
+FEW_CELLS = 25
 LEAST_GAP = 0.02  # relative to the student's loss
 SCENES_OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.05, decay="cosine", warmup=0.05)
 
@@ -47,6 +49,10 @@ class LGDConfig(FeatureMethod):
     kind = "lgd"
     label = "LGD"
     compared_with = "fgfi"
+    pays = (
+        "needs no teacher and pays in long runs on large objects; in a short run its instructive features are hardly "
+        "better than the student's own."
+    )
 
     heads: int = 8
     context: bool = True

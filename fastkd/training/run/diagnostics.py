@@ -73,7 +73,9 @@ def evaluate_teachers(trainer: Trainer) -> dict[str, float]:
     Returns: "teacher_AP" of a trained teacher; "instructive_AP" of each method that was active in the last step.
     """
     module, phase = trainer.module, phase_at(trainer.recipe, trainer.step - 1)
-    found = {} if module.teacher is None else {"teacher_AP": _teacher_ap(trainer, module.teacher)}
+    found: dict[str, float | None] = {}
+    if module.teacher is not None:
+        found["teacher_AP"] = _teacher_ap(trainer, module.teacher)
     for name, distiller in module.instructing(phase).items():
         metrics, _ = trainer.evaluation.run(
             InstructiveDetector(module.detector, distiller), progress=trainer.console.is_terminal
