@@ -1,9 +1,7 @@
 """Every `fastkd ...` command of the pages is parsed by the command line's own parser; nothing is run."""
 
-import contextlib
 import functools
 import inspect
-import json
 import re
 import shlex
 from pathlib import Path
@@ -15,13 +13,14 @@ from fastkd import cli
 from fastkd.commands import convert, data, demo, doctor, evaluate, export, info, predict, report, train
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "results")  # those record old runs
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`((?:torchrun |fastkd )[^`]*)`(?!`)")
 MODULES = (convert, data, demo, evaluate, export, info, predict, report)
 RUNNING = {train: ("run", "recipes"), doctor: ("run",)}  # in these two the rest parses
 TRAINING = ("quickstart", "faq", "commands", "limits", "detectors", "performance")
-FOREIGN = {"--max-restarts"}  # of torchrun
+FOREIGN = {"--max-restarts", "--nproc-per-node"}  # of torchrun
 EXAMPLES = {"RECIPE": "scenes-retinanet-lgd", "RUN...": "RUN", "N": "4", "OUT.safetensors": "out.safetensors",
             "module:Class": "my_module:MyDetector"}  # fmt: skip
 
@@ -74,18 +73,19 @@ def parse_only(monkeypatch, tmp_path):
     return called
 
 
-def write_annotations(words: list[str]) -> None:
-    """The annotation files that a recipe fitted to the data reads while its options are parsed."""
+def write_data(words: list[str]) -> None:
+    """The training set that a recipe fitted to its data reads while its options are parsed."""
     if any(word.startswith("custom-") for word in words) and "--data.root" in words:
-        folder = Path(words[words.index("--data.root") + 1], "annotations")
-        folder.mkdir(parents=True)
-        for name in ("train.json", "val.json"):
-            (folder / name).write_text(json.dumps(coco_files.content()))
+        root = Path(words[words.index("--data.root") + 1])
+        file, images = coco_files.write_folder(root)
+        images.rename(root / "train")
+        (root / "annotations").mkdir()
+        file.rename(root / "annotations" / "train.json")
 
 
 @pytest.mark.parametrize("words", cases())
 def test_commands_of_the_pages_parse(words, parse_only):
-    write_annotations(words)
+    write_data(words)
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             cli.run(words)
@@ -101,8 +101,9 @@ def options(page: Path) -> set[str]:
     return set(re.findall(r"(?<!\S)--[a-z][\w.-]*", code)) - FOREIGN
 
 
-def test_options_of_the_pages_exist(capsys):
+def test_options_of_the_pages_exist(capsys, monkeypatch):
     """For the pages on training, whose options belong to no whole command."""
+    monkeypatch.setenv("COLUMNS", "200")
     trained = [f"train scenes-retinanet-{method}" for method in ("icd", "lgd")]
     for command in (*trained, "train", "doctor scenes-retinanet-icd", "report", "evaluate", "data scenes", "demo"):
         with pytest.raises(SystemExit):
@@ -119,6 +120,6 @@ def test_faults_are_found(parse_only):
     wrong, unknown = commands(text)
     assert wrong == ["train", "scenes-retinanet-icd", "--no-such-option", "1", "--seed", "1"]
     for words in (wrong, unknown):
-        with contextlib.redirect_stderr(None), pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop:
             cli.run(words)
         assert stop.value.code == 2
