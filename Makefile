@@ -5,7 +5,7 @@
 #   make test-long    before a release: the GPU code too where nvcc is, all tests, many random cases (pytest --long)
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
-#   make bench-step   whole training steps against plain torch, into docs/results/step.md (25 minutes; likewise)
+#   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)
 #   make check    `make lint` and the tests that compile, train and start nothing: for every edit
 #   make lint     ruff's rules and format, mypy
 #   make build    the virtual environment with the compiled package;   make clean

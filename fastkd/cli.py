@@ -12,13 +12,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from fastkd import progress
 from fastkd.signals import Interrupted
 from fastkd.text import PrintableFormatter, printable
 
 DESCRIPTION = """Train object detectors with knowledge distillation.
 
 First time here? `fastkd demo` trains a small detector with and without distillation and writes a report (15 minutes).
-`fastkd COMMAND --help` explains a command. Errors are one line; --debug (or FASTKD_DEBUG=1) shows the traceback."""
+`fastkd COMMAND --help` explains a command. Errors are one line; --debug (or FASTKD_DEBUG=1) shows the traceback.
+Long work shows its rate and the time left on a terminal; --quiet shows results, warnings and errors only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_and_explain(args: list[str]) -> int:
     """Run the command; print an error as one line and return the exit code."""
     debug = "--debug" in args or os.environ.get("FASTKD_DEBUG", "") not in ("", "0")
-    args = [arg for arg in args if arg != "--debug"]
+    quiet = "--quiet" in args
+    args = [arg for arg in args if arg not in ("--debug", "--quiet")]
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("fastkd: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("fastkd").setLevel(logging.INFO)
+    progress.be_quiet(quiet)
     try:
-        run(args)
+        try:
+            run(args)
+        finally:
+            progress.close()
     except Interrupted as stop:
         complain(f"interrupted, everything is saved{how_to_continue(args)}")
         return stop.exit_code
@@ -120,14 +127,12 @@ def one_line(error: BaseException) -> str:
 
 
 def how_to_continue(args: list[str]) -> str:
-    """The command that continues an interrupted one; empty if the command cannot be resumed."""
-    if args[:1] == ["train"]:
-        again = args if "--resume" in args else [*args, "--resume"]
-    elif args[:1] == ["demo"]:
-        again = args
-    else:
-        return ""
-    return f"; continue with: fastkd {shlex.join(again)}"
+    """The command that continues an interrupted one, or begins it anew if it keeps nothing."""
+    if args[:1] == ["train"] and "--resume" not in args:
+        args = [*args, "--resume"]
+    if args[:1] in (["train"], ["demo"]):
+        return f"; continue with: fastkd {shlex.join(args)}"
+    return f"; nothing of it is kept, begin anew with: fastkd {shlex.join(args)}"
 
 
 def how_to_make_room(error: BaseException, args: list[str]) -> str:

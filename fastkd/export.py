@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastkd.detectors.own import OwnDetector
 from fastkd.files import replacing
+from fastkd.progress import Work, showing
 
 ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # relative to the largest value of an output; float32 graphs agree to about 1e-5
@@ -140,7 +141,11 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
     folder.mkdir(parents=True, exist_ok=True)
     detector.eval().to("cpu", torch.float32)
     try:
-        return [_images_graph(detector, folder / "model.onnx", size, dynamic), *_region_graphs(detector, folder)]
+        graphs = 1 if not detector.config.two_stage else 3 if detector.config.detector == "mask_rcnn" else 2
+        with showing("export", "graphs", graphs) as work:
+            reports = [_images_graph(detector, folder / "model.onnx", size, dynamic)]
+            work.advance()
+            return reports + _region_graphs(detector, folder, work)
     finally:
         detector.to(device, dtype).train(training)
 
@@ -171,7 +176,7 @@ def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool) ->
     return _write_graph(RawOutputs(detector), path, "images", names, examples, (0, 2, 3) if dynamic else ())
 
 
-def _region_graphs(detector, folder: Path) -> list[OnnxReport]:
+def _region_graphs(detector, folder: Path, work: Work) -> list[OnnxReport]:
     if not detector.config.two_stage:
         return []
     heads, reports = detector.head.roi_heads, []
@@ -179,6 +184,7 @@ def _region_graphs(detector, folder: Path) -> list[OnnxReport]:
     def write(module: nn.Module, file: str, side: int, names: list[str]) -> None:
         examples = [_random(count, detector.channels, side, side) for count in (REGIONS_TRIED, 1)]
         reports.append(_write_graph(module, folder / file, "regions", names, examples, (0,)))
+        work.advance()
 
     write(RegionOutputs(heads), "model-regions.onnx", 7, ["class_logits", "box_deltas"])
     if detector.config.detector == "mask_rcnn":

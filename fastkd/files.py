@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,17 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_list(path: Path, items: Iterable[Any]) -> None:
+    """Writes a JSON list atomically, one item a line, without holding the items or the text in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+        for item in items:
+            file.write(separator + json.dumps(item, allow_nan=False))
+            separator = ",\n"
+        file.write("\n]\n" if separator == ",\n" else "[]\n")
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:

@@ -52,8 +52,23 @@ def _cpu_library() -> tuple[str | None, str | None]:
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [f"{one.name}, {one.total_memory / 2**30:.0f} GiB, sm_{one.major}{one.minor}" for one in properties]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        free, total = (bytes_ / 2**30 for bytes_ in torch.cuda.mem_get_info(index))
+        found.append(f"{card.name}, sm_{card.major}{card.minor}, {free:.0f} of {total:.0f} GiB free")
+    return found
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch can use no GPU, in the words of torch (no driver, or one that is too old); None if it can."""
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "torch sees no GPU"
 
 
 def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
@@ -67,7 +82,8 @@ def _kernels(why_not: str | None) -> dict[str, dict[str, str]]:
         reasons = {"cpu": why_not or library.why_no_kernel(op), "cuda": library.why_no_kernel(op, "cuda")}
         table[op] = {device: f"plain torch: {reason}" if reason else "compiled" for device, reason in reasons.items()}
         if reasons["cuda"] is None and op in library.TRITON_OPS:
-            table[op]["cuda"] = "compiled by Triton when first called"
+            missing = library.why_triton_cannot_compile()
+            table[op]["cuda"] = f"fails: {missing}" if missing else "compiled by Triton when first called"
     return table
 
 
@@ -87,7 +103,7 @@ def collect() -> dict:
     Returns: {"fastkd", "python", "platform": str; "packages": {name: version}; "cpu": {"model", "cores", "threads",
         "capability" (None where no compiled op runs), "library" (path), "build" (None if not built), "why_not"};
         "cuda": {"torch" (CUDA version torch was built for or None), "build" (None if not built), "why_not", "gpus" and
-        "unsupported" (lists of str)}; "ops": {op: {"cpu", "cuda"}}}.
+        "unsupported" (lists of str), "why_no_gpu" (None if there is one)}; "ops": {op: {"cpu", "cuda"}}}.
     """
     why_not, capability = _cpu_library()
     return {
@@ -109,6 +125,7 @@ def collect() -> dict:
             "build": library.cuda_build(),
             "why_not": library.why_no_cuda(),
             "gpus": _gpus(),
+            "why_no_gpu": _why_no_gpu(),
             "unsupported": _cards(),
         },
         "ops": _kernels(why_not),
@@ -127,7 +144,7 @@ def print_info(console: Console | None = None) -> None:
     table.add_row("built", f"{cpu['build']}\n{cpu['library']}" if cpu["build"] else "no")
     cuda = info["cuda"]
     built_for = f"torch is built for CUDA {cuda['torch']}" if cuda["torch"] else "torch is built without CUDA"
-    table.add_row("GPU", "\n".join(cuda["gpus"]) or f"none visible; {built_for}")
+    table.add_row("GPU", "\n".join(cuda["gpus"]) or f"none usable; {built_for}; {cuda['why_no_gpu']}")
     reasons = [cuda["why_not"]] if cuda["why_not"] else cuda["unsupported"]
     table.add_row("GPU kernels", "\n".join([*([cuda["build"]] if cuda["build"] else []), *reasons]))
     console.print(table)

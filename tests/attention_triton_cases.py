@@ -34,8 +34,10 @@ CASES = {}
 def small_blocks():
     """Small blocks and tiles, so that small shapes have several."""
     small = configurations.Configuration(16, 2, 8, 4, 1)
-    for name in ("backward", "mass"):
-        setattr(configurations, name, lambda shape, card: small)
+    configurations.mass = lambda shape, card: small
+    configurations.backward = lambda shape, card: dataclasses.replace(
+        small, single=not shape.projected and shape.count <= 16
+    )
     configurations.forward = lambda shape, card: dataclasses.replace(small, pair=shape.projected)
 
 
@@ -303,7 +305,9 @@ def masked_query():
 @case("sums of queries and weight in memory")
 def sums_apart():
     kept = configurations.backward
-    configurations.backward = lambda shape, card: dataclasses.replace(kept(shape, card), sums_in_memory=True)
+    configurations.backward = lambda shape, card: dataclasses.replace(
+        kept(shape, card), sums_in_memory=True, single=False
+    )
     try:
         check(draw(*FEW, dtype=torch.float64, projected=True))
         check(draw(*BLOCKS, dtype=torch.float32, projected=True))

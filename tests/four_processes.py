@@ -45,7 +45,8 @@ def recipe_of(data, accumulate):
 def evaluate(recipe, group):
     """Metrics and detections of a trained detector."""
     detector, _ = load_detector(assets.resolve("asset:scenes-retinanet-teacher.safetensors"))
-    return Evaluation(build(recipe), group).run(detector, progress=False)
+    metrics, evaluator = Evaluation(build(recipe), group).run(detector, progress=False)
+    return metrics, evaluator.results()
 
 
 def gradients(recipe, group, compression):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each sub-package may import only those of the lines above its own.
 FLOORS = (
-    ("types", "boxes", "masks", "files", "text", "signals", "codec", "tensor_files", "assets"),
+    ("types", "boxes", "masks", "files", "text", "signals", "codec", "tensor_files", "assets", "progress"),
     ("ops",),
     ("distillers", "detectors", "data", "evaluation", "report"),
     ("integrations", "training"),

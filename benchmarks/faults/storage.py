@@ -246,7 +246,11 @@ def checkpoints(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
             ended = train(recipe, run_dir)
             problem = expect(ended, 0, newest, f"going back to {before}")
             problem = problem or tiny.difference(reference | {"files": []}, tiny.result(run_dir) | {"files": []})
-            yield {"fault": f"{fault}, resumed", "said": ended.said.strip().splitlines()[0], "problem": problem}
+            yield {
+                "fault": f"{fault}, resumed",
+                "said": ended.said.partition("UserWarning: ")[2].partition("\n")[0],
+                "problem": problem,
+            }
             continue
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkd.text import printable
+
 TITLES = {
     "full-disk": "A disk that becomes full",
     "read-only": "A read-only file system",
@@ -61,5 +63,5 @@ def _count(own: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Text for a table cell, at most 260 characters."""
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    text = printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= 260 else text[:259] + "…"

@@ -11,6 +11,7 @@ import os
 import re
 import select
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -116,12 +117,17 @@ def fork(function: Callable[[], int | None], output: Path) -> int:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", closefd=False) for number in (1, 2)
+        )  # the parent's may be others
         code = function() or 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

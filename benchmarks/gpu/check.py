@@ -151,12 +151,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="folder (default: build/gpu-check)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal at toy sizes")
-    parser.add_argument("--minutes", type=float, default=8, help="in all (default: 8)")
+    parser.add_argument("--minutes", type=float, help="in all (default: 8, for a rehearsal 40)")
     parser.add_argument("--stages", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="default: all")
     given = parser.parse_args(arguments)
     toy = given.device == "cpu"
     chosen = [stage for stage in stages(given.device, toy) if stage.name in given.stages]
-    found = run(chosen, given.out.resolve(), given.minutes, device=given.device, toy=toy)
+    minutes = given.minutes or (40 if toy else 8)
+    found = run(chosen, given.out.resolve(), minutes, device=given.device, toy=toy)
     return int(any(entry["status"] != "ok" for entry in found["stages"].values()))
 
 

@@ -219,6 +219,16 @@ def _strips(shape: Shape, tile: configurations.Configuration) -> list[int]:
     return [-(-columns // tile.columns) for _, columns in shape.level_sizes]
 
 
+def _loop_over_blocks(shape: Shape, tile: configurations.Configuration, padded: int, depth: int, size: int) -> int:
+    """Bytes per image that the backward pass reads again, or adds to, for every tile if it loops over queries."""
+    if tile.single:
+        return 0
+    tiles = sum(-(-rows // tile.rows) * -(-columns // tile.columns) for rows, columns in shape.level_sizes)
+    sums = 8 * (depth + tile.columns)  # gradients of a query and of its column biases, read and written
+    operands = (2 * size + 4) * depth + 4 * tile.columns  # query, gradient of the output, output; column biases
+    return shape.heads * tiles * padded * (sums + operands)
+
+
 def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
     """One program per head or pair of heads; each reads all channels of its tiles, from the cache after the first."""
     moved, channels, count = shape.elements * size, shape.channels, shape.queries
@@ -245,6 +255,7 @@ def instance_attention(shape: Shape, size: int, last: bool) -> list[Launch]:
     complete = 4 * queries * sum(columns for _, columns in shape.level_sizes)
     complete += 4 * queries * sum(rows for number, rows in rows_of if number == 1)
     into_forward = keys + logits + padded * channels
+    reads += shape.images * _loop_over_blocks(shape, backward, padded, depth, size)
     return [
         Launch("forward_kernel", 2 * moved + tables, partial, pairs, 2 * cells * into_forward, softmax),
         Launch("merge_kernel", partial, 4 * queries * (depth + 3)),

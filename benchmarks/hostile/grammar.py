@@ -6,6 +6,7 @@ Every function draws from the random.Random that it is given, so a case is repro
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import json
@@ -128,6 +129,12 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
+@functools.cache
+def zlib_bomb(size: int) -> bytes:
+    """`size` zero bytes, compressed to a thousandth."""
+    return zlib.compress(bytes(size), 9)
+
+
 def png(rng: random.Random, content: bytes) -> bytes:
     """A PNG with changed chunks and right checksums: sizes, kinds, order, bombs; or changed bytes."""
     if rng.random() < 0.3:
@@ -140,7 +147,7 @@ def png(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.randint(1, 3)):
         where, kind = rng.randrange(len(chunks)), rng.randrange(7)
         name, data = chunks[where]
-        if kind == 0 and chunks[0][1]:
+        if kind == 0 and len(chunks[0][1]) == 13:
             header = bytearray(chunks[0][1])
             number = rng.choice((0, 1, 64, 10_000, 2**16, 2**31 - 1, 2**32 - 1))
             struct.pack_into(">I", header, rng.choice((0, 4)), number)
@@ -151,13 +158,11 @@ def png(rng: random.Random, content: bytes) -> bytes:
         elif kind == 2:
             chunks.insert(where, (rng.choice((b"PLTE", b"tRNS", b"acTL", b"fdAT", b"IDAT", b"IEND", b"eXIf")), data))
         elif kind == 3:
-            bomb = zlib.compress(bytes(rng.choice((10**4, 10**7))), 9)
-            chunks.insert(1, (b"zTXt", b"k\0\0" + bomb))
+            chunks.insert(1, (b"zTXt", b"k\0\0" + zlib_bomb(rng.choice((10**4, 10**7)))))
         elif kind == 4:
-            bomb = zlib.compress(bytes(10**7), 9)
-            chunks.insert(1, (rng.choice((b"iCCP", b"iTXt")), b"k\0\0" + bomb))
+            chunks.insert(1, (rng.choice((b"iCCP", b"iTXt")), b"k\0\0" + zlib_bomb(10**7)))
         elif kind == 5:
-            chunks = [(n, zlib.compress(bytes(10**7)) if n == b"IDAT" else d) for n, d in chunks]
+            chunks = [(n, zlib_bomb(10**7) if n == b"IDAT" else d) for n, d in chunks]
         elif len(chunks) > 1:
             del chunks[where]
     body = b"".join(

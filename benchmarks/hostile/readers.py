@@ -59,7 +59,7 @@ def _pictures(folder: Path) -> None:
 def coco(folder: Path) -> bytes:
     """Two images with polygons, run lengths and a crowd region."""
     _pictures(folder)
-    shapes = [[[1, 1, 5, 1, 5, 5]], {"size": [8, 10], "counts": [3, 5, 72]}, {"size": [8, 10], "counts": "31o21"}]
+    shapes = [[[1, 1, 5, 1, 5, 5]], {"size": [8, 10], "counts": [3, 5, 72]}, {"size": [8, 10], "counts": ":n0X1"}]
     annotations = [
         {"id": k + 1, "image_id": 1, "category_id": 1 + k % 2, "bbox": [1 + k, 1, 4, 4.5], "area": 9.5, "iscrowd": 0}
         for k in range(3)

@@ -137,18 +137,20 @@ def faulted_fill(quick: bool, device: torch.device) -> tuple[Callable[[], object
     return faster(run), size
 
 
-def matmul(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
+def matmul(quick: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], object], int]:
     """A product of two square matrices; multiply-adds."""
     side = 64 if quick else 2048
-    first, second = (torch.randn(side, side, device=device) for _ in range(2))
+    first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return lambda: first @ second, side**3
 
 
-def convolution(quick: bool, device: torch.device) -> tuple[Callable[[], object], int]:
+def convolution(
+    quick: bool, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], object], int]:
     """A 3x3 convolution of 256 channels on 100 x 152 cells, channels-last; multiply-adds."""
     channels, rows, columns = (8, 8, 8) if quick else (256, 100, 152)
-    level = torch.randn(1, channels, rows, columns, device=device).to(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3, device=device).to(memory_format=torch.channels_last)
+    level = torch.randn(1, channels, rows, columns, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     return lambda: F.conv2d(level, weight, padding=1), 9 * channels**2 * rows * columns
 
 

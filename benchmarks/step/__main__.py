@@ -1,10 +1,10 @@
-"""Cost of a training step: `python -m benchmarks.step`, or `make bench-step` (25 minutes on two idle cores).
+"""Cost of a training step: `python -m benchmarks.step`, or `make bench-step` (35 minutes on two idle cores).
 
-Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD in plain torch, ours in
-float32 and in bfloat16 with channels-last; on the first problem also --runtime.recompute and --runtime.compile, FGFI
-and the training of a teacher for the cost ledger. The candidates are interleaved in one process; times are minima. The
-first round of a problem also counts operators, bytes, products and allocations. Writes docs/results/step.json, step.md
-and step.png.
+Whole steps (forward, backward, update) on 800 x 1216 images: the student alone, LGD and ICD, in plain torch and ours,
+in float32 and in bfloat16 under autocast with channels-last; on the first problem also --runtime.recompute and
+--runtime.compile, FGFI and the training of a teacher for the cost ledger. The candidates are interleaved in one
+process; times are minima. The first round of a problem also counts operators, bytes, products and allocations. The
+machine's rates of convolutions and products are measured first. Writes docs/results/step.json, step.md and step.png.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from benchmarks import memory
 from benchmarks.environment import KEEP_MEMORY, commit, machine
 from benchmarks.step import own as step_own
+from benchmarks.step import rates as step_rates
 from benchmarks.step import results as step_results
 from benchmarks.step.candidates import FORMS, OPTIONS, Candidate, Problem, build
 from benchmarks.step.dispatch_ledger import DispatchLedger, count
@@ -137,6 +138,7 @@ def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> d
     """Measure the chosen problems within the time limit. Args: kept: a run with the first problems already done."""
     torch.set_num_threads(chosen.threads)
     begin, rows, skipped, own = time.monotonic(), [], [], None
+    rates = kept.get("rates") if kept else step_rates.measure()
     seen = {row["detector"] for row in kept["rows"]} if kept else set()
     if own.METHOD in chosen.methods and not kept:
         first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
@@ -158,6 +160,7 @@ def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> d
         "threads": chosen.threads,
         "seconds": time.monotonic() - begin,
         "icd_alone": own,
+        "rates": rates,
         "rows": rows,
         "skipped": skipped,
     }

@@ -23,7 +23,7 @@ from fastkd.training.schedule import Phase
 from fastkd.training.step import FrozenTeacher, StepModule, sum_losses
 from fastkd.types import Batch, ClassPriors
 
-FORMS = ("plain", "float32", "bfloat16")
+FORMS = ("plain", "float32", "plain-bfloat16", "bfloat16")
 OPTIONS = ("recompute", "compile")  # options of the trainer, in addition to bfloat16
 METHODS = ("student", "lgd", "icd", "fgfi", "teacher")
 NUM_CLASSES = 80
@@ -124,10 +124,15 @@ def priors() -> ClassPriors:
     return ClassPriors(torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, dtype=torch.float64), side, side / 2)
 
 
+def is_low(form: str) -> bool:
+    """Whether a form computes in bfloat16 with channels-last tensors."""
+    return form not in ("plain", "float32")
+
+
 def recipe_of(detector: str, method: str, form: str) -> Recipe:
     """The COCO recipe of a candidate in a precision."""
     recipe = get_recipe(f"coco-{detector}-{'baseline' if method == 'student' else method}")
-    low = form in ("bfloat16", *OPTIONS)
+    low = is_low(form)
     runtime = dataclasses.replace(
         recipe.runtime,
         precision="bfloat16" if low else "float32",
@@ -207,8 +212,8 @@ class PlainStep(nn.Module):
         return self.teacher.features(batch.images)
 
 
-def plain(problem: Problem, method: str) -> Candidate:
-    """A candidate in plain torch, with torch's default optimisers."""
+def plain(problem: Problem, method: str, low: bool = False) -> Candidate:
+    """A candidate in plain torch, with torch's default optimisers; low: under bfloat16 autocast, channels-last."""
     torch.manual_seed(0)
     kind = problem.detector.replace("-", "_")
     recipe = recipe_of(problem.detector, method, "float32")
@@ -233,8 +238,22 @@ def plain(problem: Problem, method: str) -> Candidate:
         sgd.step()
         sgd.zero_grad()
 
+    def autocast(batch: Batch) -> torch.autocast:
+        return torch.autocast(batch.images.device.type, torch.bfloat16, enabled=low)
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        with autocast(batch):
+            return module(batch)
+
+    def ask(batch: Batch) -> list[Tensor]:
+        with autocast(batch):
+            return module.ask(batch)
+
+    layout = torch.channels_last if low else torch.contiguous_format
+    module.to(memory_format=layout)
+    batch = problem.batch().to("cpu", memory_format=layout)
     optimizers = [sgd] if adamw is None else [sgd, adamw]
-    return Candidate(module, optimizers, update, module, teacher, module.ask if teacher else None, problem.batch())
+    return Candidate(forward, optimizers, update, module, teacher, ask if teacher else None, batch)
 
 
 @dataclass(frozen=True)
@@ -250,4 +269,6 @@ def build(problem: Problem, method: str, form: str) -> Candidate:
 
     The plain form of a method is its distiller with the reference ops.
     """
-    return plain(problem, method) if form == "plain" else ours(problem, method, form)
+    if form.startswith("plain"):
+        return plain(problem, method, is_low(form))
+    return ours(problem, method, form)

@@ -50,7 +50,7 @@ class Counts:
         ops: dispatched operators, including views; views: those that only create a view.
         bytes_read, bytes_written: by all operators, each operand and result once.
         flops: of matrix products and convolutions by torch.utils.flop_counter, and of fastkd's ops (including their
-            elementwise arithmetic).
+            elementwise arithmetic); convolutions: those of torch's convolutions.
         largest: bytes of the largest new tensor.
         peak: maximum bytes of new tensors alive at the same time.
         syncs: number of synchronisations with a GPU to read a value or a size.
@@ -62,6 +62,7 @@ class Counts:
     bytes_read: int = 0
     bytes_written: int = 0
     flops: int = 0
+    convolutions: int = 0
     largest: int = 0
     peak: int = 0
     syncs: int = 0
@@ -175,7 +176,9 @@ class DispatchLedger(StorageMeter):
                 raise ValueError(f"DispatchLedger: fastkd::{name} must have a formula; add it to fastkd_costs.py")
             counts.flops += FLOPS[name](bound, result)
         elif function._overloadpacket in flop_registry:
-            counts.flops += flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
+            flops = flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
+            counts.flops += flops
+            counts.convolutions += flops * ("convolution" in name)
 
 
 def _selects_by_flags(name: str, args: tuple) -> bool:

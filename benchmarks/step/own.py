@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.step.candidates import FORMS, NUM_CLASSES, Problem, priors
+from benchmarks.step.candidates import FORMS, NUM_CLASSES, Problem, is_low, priors
 from benchmarks.step.dispatch_ledger import count
 from fastkd.distillers import ICD
 from fastkd.ops import use_backend
@@ -31,13 +31,13 @@ def pyramid(problem: Problem, channels: int, low: bool, seed: int) -> list[Tenso
 def call(problem: Problem, form: str, channels: int) -> Callable[[], None]:
     """Forward and backward of a form of ICD on a student's and a teacher's pyramid."""
     torch.manual_seed(0)
-    icd, batch, low = ICD(NUM_CLASSES, priors(), channels), problem.batch(), form == "bfloat16"
+    icd, batch, low = ICD(NUM_CLASSES, priors(), channels), problem.batch(), is_low(form)
     student, teacher = (pyramid(problem, channels, low, seed) for seed in (0, 1))
     for level in student:
         level.requires_grad_()
 
     def work() -> None:
-        backend = use_backend("reference" if form == "plain" else "compiled")
+        backend = use_backend("reference" if form.startswith("plain") else "compiled")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low), backend:
             losses = icd(student, batch, teacher).losses
         sum(value.float() for value in losses.values()).backward()

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from fastkd.progress import is_quiet
+
 OwnDetectors = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="detector", metavar="MODULE:CLASS")
 ]
@@ -17,20 +19,14 @@ STUDENT_FILE = "student.safetensors"
 
 
 def say(message: str) -> None:
-    """Prints a message on stderr, so that stdout carries results only."""
+    """Prints a message on stderr, so that stdout carries results only; nothing under --quiet."""
     from rich.console import Console
     from rich.text import Text
 
     from fastkd.text import printable
 
-    Console(stderr=True, soft_wrap=True).print(Text(printable(message)))
-
-
-def progress_bar(unit: str):
-    """A progress bar on stderr with counts, rate and time left."""
-    from fastkd.evaluation.tables import progress_bar
-
-    return progress_bar(unit)
+    if not is_quiet():
+        Console(stderr=True, soft_wrap=True).print(Text(printable(message)))
 
 
 def choose_device(name: str):

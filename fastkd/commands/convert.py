@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastkd.commands.common import require_file, say
+from fastkd.progress import showing
 
 
 def convert(
@@ -38,9 +39,11 @@ def convert(
 
     from fastkd.detectors import convert_checkpoint, save_detector
 
-    found = convert_checkpoint(checkpoint, names, norm_eps=norm_eps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_detector(found.detector, out, found.class_names)
+    with showing("convert", "files", total=2) as work:
+        found = convert_checkpoint(checkpoint, names, norm_eps=norm_eps)
+        work.advance()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_detector(found.detector, out, found.class_names)
     config = found.detector.config
     say(f"{checkpoint}: {found.origin}'s {config.detector} with {config.backbone}, {config.num_classes} classes")
     say(f"matched {found.report}")

@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from fastkd.commands.common import progress_bar, say
+from fastkd.commands.common import say
+from fastkd.progress import showing
 
 TRAIN_IMAGES, VAL_IMAGES = 8000, 500  # the sizes that the demo uses
 CROWD_TRAIN, CROWD_VAL = 4000, 400
@@ -92,28 +93,19 @@ def tile(
 
 
 def write_scenes(root: Path, **options) -> None:
-    """generate_scenes with a progress bar."""
+    """generate_scenes, with its progress shown."""
     from fastkd.data import generate_scenes
 
     _write(generate_scenes, "scenes", root, options)
 
 
 def write_crowd(root: Path, **options) -> None:
-    """generate_crowd with a progress bar."""
+    """generate_crowd, with its progress shown."""
     from fastkd.data import generate_crowd
 
     _write(generate_crowd, "crowd", root, options)
 
 
 def _write(generate, name: str, root: Path, options: dict) -> None:
-    bar = progress_bar("images")
-    task = bar.add_task(name, total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()  # on the first image, so that no bar is shown if the files exist or an argument is wrong
-        bar.update(task, completed=done, total=total)
-
-    try:
-        generate(root, **options, progress=show)
-    finally:
-        bar.stop()
+    with showing(f"draw {name}", "images") as work:
+        generate(root, **options, progress=work.update)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastkd.commands.common import device_argument, say, take_detectors
 from fastkd.commands.train import find_recipe, split_recipe
+from fastkd.progress import showing
 from fastkd.text import printable
 
 USAGE = """usage: fastkd doctor RECIPE [--batches N] [--device DEVICE] [--run-dir DIR] [any field of the recipe]
@@ -74,7 +75,12 @@ def run(recipe, batches: int, device: str, run_dir: Path | None = None) -> None:
     from fastkd.training.doctor.checks import examine
 
     console, counts = Console(soft_wrap=True), dict.fromkeys(MARKS, 0)
-    for finding in examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir):
+    findings = examine(recipe, batches=batches, device=device_argument(device), run_dir=run_dir)
+    while True:
+        with showing("examine the recipe"):
+            finding = next(findings, None)
+        if finding is None:
+            break
         mark, style = MARKS[finding.status]
         counts[finding.status] += 1
         line = printable(f"{finding.check:11}{finding.message}")

@@ -16,7 +16,7 @@ from fastkd.commands.common import (
     require_folder,
     use_detectors,
 )
-from fastkd.files import write_json
+from fastkd.files import write_json, write_json_list
 
 
 def evaluate(
@@ -101,7 +101,7 @@ def evaluate(
     if out is not None:
         write_json(out, metrics)
     if detections is not None:
-        write_json(detections, evaluator.results())
+        write_json_list(detections, evaluator.iterate_results())
 
 
 def require_same_classes(ours: list[str], theirs: list[str], checkpoint: Path, annotations: Path) -> None:

@@ -13,11 +13,11 @@ from fastkd.commands.common import (
     choose_device,
     find_checkpoint,
     image_size,
-    progress_bar,
     say,
     use_detectors,
 )
 from fastkd.files import write_json
+from fastkd.progress import track
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -59,15 +59,14 @@ def predict(
     size = image_size(checkpoint, short_side, max_side)
     out.mkdir(parents=True, exist_ok=True)
     found, unreadable = {}, 0
-    with progress_bar("images") as bar:
-        for path in bar.track(files, description="predict"):
-            try:
-                picture = read_picture(path)
-            except ValueError as error:
-                say(f"fastkd: {error}; left out")
-                unreadable += 1
-                continue
-            found[str(path)] = predict_one(detector, class_names, picture, out / names[path], size, score, where)
+    for path in track(files, "predict", "images"):
+        try:
+            picture = read_picture(path)
+        except ValueError as error:
+            say(f"fastkd: {error}; left out")
+            unreadable += 1
+            continue
+        found[str(path)] = predict_one(detector, class_names, picture, out / names[path], size, score, where)
     if not found:
         raise ValueError(f"predict: at least one image must be readable, got {unreadable} that are not")
     write_json(out / "predictions.json", found)

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastkd.data.images import MAX_PIXELS, ImageFolder
 from fastkd.data.segmentation import Segmentations, SegmentationWriter
+from fastkd.progress import showing, track
 
 log = logging.getLogger("fastkd.data")
 
@@ -188,7 +189,7 @@ def _read_images(items: list, folder: ImageFolder, max_pixels: int, problems: Pr
     known: dict[int, int] = {}
     left_out: set[int] = set()
     sizes, name_ends, name_bytes = array("i"), array("q", [0]), bytearray()
-    for place, item in enumerate(items):
+    for place, item in enumerate(track(items, "check annotations", "images")):
         try:
             _check_image(item, known, folder, max_pixels)
         except BadEntry as bad:
@@ -300,7 +301,8 @@ def read_annotations(
     Returns: the arrays, and the counts of skipped entries.
     Raises: FileNotFoundError, ValueError.
     """
-    content, digest = _load_json(path)
+    with showing(f"read {os.path.basename(path)}"):
+        content, digest = _load_json(path)
     category_ids, class_names = _read_categories(path, content["categories"])
     problems = Problems(path, strict)
     images, left_out, sizes, name_bytes, name_ends = _read_images(content["images"], folder, max_pixels, problems)
@@ -308,7 +310,7 @@ def read_annotations(
         found = f"{len(content['images'])} images, left out: {problems.summary()}" if content["images"] else "no image"
         raise ValueError(f"CocoDataset: {path}: the file must list at least one usable image, got {found}")
     reader = _BoxReader(images, left_out, sizes, category_ids, with_masks)
-    for place, item in enumerate(content["annotations"]):
+    for place, item in enumerate(track(content["annotations"], "check annotations", "boxes")):
         try:
             reader.add(item)
         except BadEntry as bad:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -74,6 +75,11 @@ class GeneratedFolder:
                 path.unlink(missing_ok=True)
 
 
+def _ignore_ctrl_c() -> None:
+    """In a drawing process: a Ctrl-C of the terminal reaches all processes, and the main one ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def draw_all(
     draw: Callable[[Any], Any],
     jobs: dict[str, list[Any]],
@@ -91,7 +97,7 @@ def draw_all(
     pool = None
     if processes > 1:
         method = "fork" if sys.platform == "linux" else "spawn"
-        pool = multiprocessing.get_context(method).Pool(processes)
+        pool = multiprocessing.get_context(method).Pool(processes, _ignore_ctrl_c)
     done, total = 0, sum(map(len, jobs.values()))
     try:
         for name, tasks in jobs.items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,25 @@ from torch import Tensor
 
 from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distributed
 from fastkd.evaluation.truth import load_ground_truth
+from fastkd.progress import track
 from fastkd.types import Batch, Detections
 
 if TYPE_CHECKING:  # imported at run time where it is used: training does not need it
-    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import Params
+
+
+class Found(NamedTuple):
+    """The D detections of an image: a tenth of the memory of D entries in COCO's result format.
+
+    labels [D] int; boxes [D, 4] float64 xywh, pixels of the image file; scores [D] float64; codes: run-length codes of
+    the masks, or None without masks.
+    """
+
+    labels: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    codes: list[dict] | None = None
+
 
 SIZES = {"s": "small", "m": "medium", "l": "large"}
 _MASKS_AT_ONCE = 16
@@ -54,7 +69,7 @@ class CocoEvaluator:
         self.max_detections = tuple(int(n) for n in max_detections)
         self._sha256 = getattr(dataset, "annotation_sha256", None)
         self._known = set(self.image_ids)
-        self._images: dict[int, list[dict]] = {}
+        self._images: dict[int, Found] = {}
         self._masks = False
 
     def add(self, batch: Batch, detections: list[Detections]) -> None:
@@ -78,50 +93,58 @@ class CocoEvaluator:
                     f"CocoEvaluator.add: image_ids must be images of {self.annotation_file}, got {image_id}; "
                     "evaluate with the dataset the loader reads"
                 )
-            self._images[int(image_id)] = self._to_results(int(image_id), found, size, target)
+            self._images[int(image_id)] = self._check(int(image_id), found, size, target)
             self._masks = self._masks or found.masks is not None
 
-    def _to_results(self, image_id: int, found: Detections, size: list[int], target: list[int]) -> list[dict]:
+    def _check(self, image_id: int, found: Detections, size: list[int], target: list[int]) -> Found:
         boxes, scores = found.boxes.detach().float().cpu(), found.scores.detach().float().cpu()
-        labels = found.labels.cpu().tolist()
+        labels = found.labels.cpu().numpy()
         if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
             raise ValueError(
                 f"CocoEvaluator.add: boxes and scores must be finite, got NaN or infinity in image {image_id}; "
                 "the weights have probably diverged"
             )
-        if labels and not 0 <= min(labels) <= max(labels) < len(self.category_ids):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.category_ids):
             raise ValueError(
-                f"CocoEvaluator.add: labels must be in [0, {len(self.category_ids)}), got {min(labels)}..{max(labels)} "
-                f"in image {image_id}; the detector has another number of classes than the dataset"
+                f"CocoEvaluator.add: labels must be in [0, {len(self.category_ids)}), got "
+                f"{labels.min()}..{labels.max()} in image {image_id}; the detector has another number of classes than "
+                "the dataset"
             )
         rows = scale_boxes(boxes, size, target).double()
         rows[:, 2:] -= rows[:, :2]  # xyxy -> xywh
-        results = [
-            {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
-            for label, box, score in zip(labels, rows.tolist(), scores.double().tolist())
-        ]
-        if found.masks is not None:
-            for result, code in zip(results, encode_masks(found.masks, target)):
-                result["segmentation"] = code
-        return results
+        codes = None if found.masks is None else encode_masks(found.masks, target)
+        return Found(labels.astype(np.int32), rows.numpy(), scores.double().numpy(), codes)
 
     def gather(self) -> None:
         """Exchanges the detections between all processes. All ranks call it, including those without images."""
         if not is_distributed():
             return
-        mine = {"masks": self._masks, "images": [[i, found] for i, found in self._images.items()]}
-        for theirs in all_gather_json(mine):
+        images = [
+            [image_id, found.labels.tolist(), found.boxes.tolist(), found.scores.tolist(), found.codes]
+            for image_id, found in self._images.items()
+        ]
+        for theirs in all_gather_json({"masks": self._masks, "images": images}):
             self._masks = self._masks or theirs["masks"]
-            self._images.update({image_id: found for image_id, found in theirs["images"]})
+            for image_id, labels, boxes, scores, codes in theirs["images"]:
+                box_array = np.array(boxes, np.float64).reshape(-1, 4)
+                self._images[image_id] = Found(np.array(labels, np.int32), box_array, np.array(scores), codes)
 
     @property
     def unread(self) -> int:
         """Number of images that were never added, e.g. unreadable ones; their objects count as missed."""
         return len(self._known) - len(self._images)
 
-    def results(self) -> list[dict]:
+    def iterate_results(self) -> Iterator[dict]:
         """Detections in COCO's result format (image_id, category_id, bbox, score, segmentation), by image id."""
-        return [result for image_id in sorted(self._images) for result in self._images[image_id]]
+        for image_id, found in sorted(self._images.items()):
+            columns = found.labels.tolist(), found.boxes.tolist(), found.scores.tolist()
+            for row, (label, box, score) in enumerate(zip(*columns)):
+                result = {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
+                yield result if found.codes is None else {**result, "segmentation": found.codes[row]}
+
+    def results(self) -> list[dict]:
+        """`iterate_results` as a list."""
+        return list(self.iterate_results())
 
     def compute(self) -> dict[str, dict]:
         """Metrics of all detections that were added (and gathered).
@@ -133,40 +156,90 @@ class CocoEvaluator:
         truth = load_ground_truth(
             self.annotation_file, self.image_ids, self.category_ids, masks=self._masks, sha256=self._sha256
         )
-        found = self.results()
-        metrics = {"bbox": self._measure(truth, found, "bbox")}
+        metrics = {"bbox": self._measure(truth, "bbox")}
         if self._masks:
-            metrics["segm"] = self._measure(truth, found, "segm")
+            metrics["segm"] = self._measure(truth, "segm")
         return metrics
 
-    def _measure(self, truth: COCO, found: list[dict], iou_type: str) -> dict[str, Any]:
-        from pycocotools.cocoeval import COCOeval
+    def _measure(self, truth: dict[int, list[dict]], iou_type: str) -> dict[str, Any]:
+        """The metrics of boxes or masks, class by class: exact, as no statistic of pycocotools mixes classes.
 
-        with contextlib.redirect_stdout(io.StringIO()):
-            runner = COCOeval(truth, _as_coco(truth, found, iou_type), iou_type)
-            runner.params.imgIds = self.image_ids
-            runner.params.catIds = self.category_ids
-            runner.params.maxDets = list(self.max_detections)
-            runner.evaluate()
-            runner.accumulate()
-        order = np.searchsorted(runner.params.catIds, self.category_ids)  # pycocotools sorts the category ids
-        precision = runner.eval["precision"][:, :, order]  # [T, R, K, A, M]
-        recall = runner.eval["recall"][:, order]  # [T, K, A, M]
-        metrics = _summarize(precision, recall, runner.params.iouThrs, self.max_detections)
-        counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
+        pycocotools takes all classes at once, and visits every image for every class. Here a class visits the images
+        that hold its objects or detections, and the memory is that of the largest class.
+        """
+        from pycocotools.cocoeval import Params
+
+        params = Params(iou_type)
+        params.maxDets = list(self.max_detections)
+        shape = (len(self.category_ids), len(params.areaRng), len(params.maxDets))  # K, A, M
+        precision = np.full((len(params.iouThrs), len(params.recThrs), *shape), -1.0)  # [T, R, K, A, M]
+        recall = np.full((len(params.iouThrs), *shape), -1.0)  # [T, K, A, M]
+        labels = track(range(len(self.category_ids)), f"measure {iou_type}", "classes")
+        for label, found in zip(labels, self._by_class()):
+            objects = truth[self.category_ids[label]]
+            if objects or found:
+                precision[:, :, label], recall[:, label] = _accumulate(objects, found, params)
+        metrics = _summarize(precision, recall, params.iouThrs, self.max_detections)
+        counts = [sum(not a["iscrowd"] for a in truth[category]) for category in self.category_ids]
         metrics["images"] = len(self._known)
         metrics["unread"] = self.unread
-        metrics["instances"] = counts.total()
+        metrics["instances"] = sum(counts)
         metrics["per_class"] = {
             name: {
-                **_summarize(
-                    precision[:, :, k : k + 1], recall[:, k : k + 1], runner.params.iouThrs, self.max_detections
-                ),
-                "instances": counts[category],
+                **_summarize(precision[:, :, k : k + 1], recall[:, k : k + 1], params.iouThrs, self.max_detections),
+                "instances": counts[k],
             }
-            for k, (name, category) in enumerate(zip(self.class_names, self.category_ids))
+            for k, name in enumerate(self.class_names)
         }
         return metrics
+
+    def _by_class(self) -> Iterator[list[dict]]:
+        """The detections of each label in turn, in COCO's result format and in the order of `results`."""
+        images = sorted(self._images.items())
+        labels = np.concatenate([np.zeros(0, np.int32), *(found.labels for _, found in images)])
+        counts = np.array([len(found.labels) for _, found in images], np.int64)
+        owner = np.repeat(np.arange(len(images)), counts)
+        place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # row within the image
+        ends = np.cumsum(np.bincount(labels, minlength=len(self.category_ids)))
+        for label, rows in enumerate(np.split(np.argsort(labels, kind="stable"), ends[:-1])):
+            results = []
+            for image, row in zip(owner[rows].tolist(), place[rows].tolist()):
+                image_id, found = images[image]
+                entry = {"image_id": image_id, "category_id": self.category_ids[label]}
+                entry |= {"bbox": found.boxes[row].tolist(), "score": float(found.scores[row])}
+                results.append(entry if found.codes is None else {**entry, "segmentation": found.codes[row]})
+            yield results
+
+
+def _accumulate(objects: list[dict], found: list[dict], params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """pycocotools' tables of precision [T, R, A, M] and recall [T, A, M] of one class.
+
+    Args:
+        objects: its annotations.
+        found: its detections.
+        params: thresholds and limits.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    sides = []
+    for entries in (objects, _as_annotations(found, params.iouType)):
+        side = COCO()
+        side.dataset = {"annotations": entries, "categories": []}
+        side.anns = {entry["id"]: entry for entry in entries}
+        for entry in entries:
+            side.imgToAnns[entry["image_id"]].append(entry)
+            if params.iouType == "segm":
+                side.imgs[entry["image_id"]] = dict(zip(("height", "width"), entry["segmentation"]["size"]))
+        sides.append(side)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner = COCOeval(*sides, params.iouType)
+        runner.params.imgIds = sorted({*sides[0].imgToAnns, *sides[1].imgToAnns})
+        runner.params.catIds = [(objects or found)[0]["category_id"]]
+        runner.params.maxDets = params.maxDets
+        runner.evaluate()
+        runner.accumulate()
+    return runner.eval["precision"][:, :, 0], runner.eval["recall"][:, 0]
 
 
 def _unique_names(names: list[str], category_ids: list[int]) -> list[str]:
@@ -224,10 +297,9 @@ def encode_masks(masks: Tensor, target: list[int]) -> list[dict]:
     return codes
 
 
-def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:
-    """Detections as a COCO object. Does not use COCO.loadRes, which fails without detections."""
+def _as_annotations(found: list[dict], iou_type: str) -> list[dict]:
+    """Detections as annotations, with ids from 1 and areas; COCO.loadRes fails without detections."""
     from pycocotools import mask as mask_codec
-    from pycocotools.coco import COCO
 
     annotations = []
     for number, result in enumerate(found, start=1):
@@ -235,10 +307,7 @@ def _as_coco(truth: COCO, found: list[dict], iou_type: str) -> COCO:
         if iou_type == "segm":
             area = float(mask_codec.area(result["segmentation"]))
         annotations.append({**result, "id": number, "iscrowd": 0, "area": area})
-    coco = COCO()
-    coco.dataset = {**truth.dataset, "annotations": annotations}
-    coco.createIndex()
-    return coco
+    return annotations
 
 
 def evaluate(
@@ -258,7 +327,7 @@ def evaluate(
         evaluator: an empty CocoEvaluator; afterwards it has the detections of all processes.
         device: the detector's device.
         dtype: autocast to this type (torch.bfloat16), or None for the precision of the weights.
-        progress: show a bar with rate and time left (on rank 0).
+        progress: show rate and time left on a terminal (on rank 0).
     Returns: `CocoEvaluator.compute()` of all ranks' images.
     """
     device = torch.device(device)
@@ -266,8 +335,8 @@ def evaluate(
     training = detector.training
     detector.eval()
     try:
-        with torch.inference_mode(), _progress(loader, progress and first) as batches:
-            for batch in batches:
+        with torch.inference_mode():
+            for batch in track(loader, "evaluate", "batches") if progress and first else loader:
                 batch = batch.to(device)
                 with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                     detections = detector.detect(detector.features(batch.images), batch)
@@ -276,22 +345,3 @@ def evaluate(
         detector.train(training)
     evaluator.gather()
     return broadcast_json(evaluator.compute() if first else None)
-
-
-@contextlib.contextmanager
-def _progress(loader, shown: bool):
-    """The loader's batches, with a progress bar if `shown`."""
-    if not shown:
-        yield loader
-        return
-    from fastkd.evaluation.tables import progress_bar
-
-    with progress_bar(unit="batches") as bar:
-        task = bar.add_task("evaluate", total=len(loader) if hasattr(loader, "__len__") else None)
-
-        def batches():
-            for batch in loader:
-                yield batch
-                bar.advance(task)
-
-        yield batches()

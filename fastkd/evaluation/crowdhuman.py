@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.evaluation.coco import CocoEvaluator
+from fastkd.evaluation.coco import CocoEvaluator, Found
 from fastkd.evaluation.crowd_matching import match_image, summarise
+from fastkd.progress import track
 
 MAX_DETECTIONS = 500
 
@@ -34,15 +35,13 @@ class CrowdHumanEvaluator(CocoEvaluator):
             class. Safe for JSON.
         """
         limit, images, ignored = self.max_detections[-1], [], 0
-        for index, image_id in enumerate(self.image_ids):
+        for index, image_id in enumerate(track(self.image_ids, "measure", "images")):
             truth, regions = self.dataset.truth(index)
-            found = self._images.get(image_id, [])
-            scores = np.array([result["score"] for result in found], np.float64)
-            boxes = np.array([result["bbox"] for result in found], np.float64).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
-            best = np.argsort(-scores, kind="stable")[:limit]
+            found = self._images.get(image_id, Found(np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0)))
+            boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]], axis=1)  # xyxy
+            best = np.argsort(-found.scores, kind="stable")[:limit]
             width, height = (int(side) for side in self.dataset.sizes[index])
-            images.append(match_image(boxes[best], scores[best], truth, regions, (width, height)))
+            images.append(match_image(boxes[best], found.scores[best], truth, regions, (width, height)))
             ignored += int(regions.sum())
         metrics: dict[str, Any] = summarise(images)
         own = {name: metrics[name] for name in ("AP", "MR", "JI", "recall", "instances")}

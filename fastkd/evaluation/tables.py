@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -86,26 +85,3 @@ def _columns(kinds: list[str], names: tuple[str, ...]) -> list[str]:
 
 def _last_recall(values: dict[str, Any]) -> str:
     return [name for name in values if name[:2] == "AR" and name[2:].isdigit()][-1]
-
-
-class RateColumn(ProgressColumn):
-    """Progress column with the number of units per second."""
-
-    def __init__(self, unit: str):
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task) -> Text:
-        return Text(f"{task.speed or 0:.1f} {self.unit}/s", style="progress.data.speed")
-
-
-def progress_bar(unit: str) -> Progress:
-    """A rich progress bar with counts, rate and time left, on stderr, so that stdout carries results only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(unit),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

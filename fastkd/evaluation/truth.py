@@ -1,30 +1,27 @@
-"""Loads ground truth for pycocotools from an untrusted annotation file."""
+"""Loads ground truth in pycocotools' format from an untrusted annotation file."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastkd.masks import check_polygons, pack_runs
-
-if TYPE_CHECKING:  # imported at run time where it is used: training does not need it
-    from pycocotools.coco import COCO
+from fastkd.progress import showing, track
 
 
 def load_ground_truth(
     annotation_file: Path,
-    image_ids: list[int],
-    category_ids: list[int],
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
     *,
     masks: bool,
     sha256: str | None = None,
-) -> COCO:
-    """The annotations of the given images and categories as a pycocotools COCO object.
+) -> dict[int, list[dict]]:
+    """The annotations of the given images and categories, as pycocotools expects them, by category id.
 
     Skips the annotations that data sets skip: repeated ids, boxes that are not finite, have no area or lie outside the
     image, and with `masks` objects without a valid segmentation (a crowd region then uses its box as mask). A missing
@@ -35,28 +32,30 @@ def load_ground_truth(
         sha256: of the file when the data set was opened; None does not check it.
     Raises: ValueError if masks are wanted and no annotation has one, or if the file changed.
     """
-    text = annotation_file.read_bytes()
-    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
-        raise ValueError(
-            f"CocoEvaluator: annotation_file must be as it was when the data set was opened, got {annotation_file} "
-            "with another content; restore it, and resume if this was a training run"
-        )
-    content = json.loads(text)
-    wanted, categories = set(image_ids), set(category_ids)
+    with showing(f"read {annotation_file.name}"):
+        text = annotation_file.read_bytes()
+        if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+            raise ValueError(
+                f"CocoEvaluator: annotation_file must be as it was when the data set was opened, got {annotation_file} "
+                "with another content; restore it, and resume if this was a training run"
+            )
+        content = json.loads(text)
+        del text
+    wanted = set(image_ids)
     images: dict[int, dict] = {}
     for image in content["images"]:
         if isinstance(image, dict) and _is_size(image) and type(image.get("id")) is int and image["id"] in wanted:
             images.setdefault(image["id"], {key: image[key] for key in ("id", "width", "height")})
-    kept: list[dict[str, Any]] = []
+    kept: dict[int, list[dict[str, Any]]] = {category: [] for category in category_ids}
     seen: set[Any] = set()
-    without = 0
-    for annotation in content["annotations"]:
+    count = without = 0
+    for annotation in track(content["annotations"], "check annotations", "boxes"):
         if not isinstance(annotation, dict):
             continue
         number, image_id, category = (annotation.get(key) for key in ("id", "image_id", "category_id"))
         if not type(number) is type(image_id) is type(category) is int or number in seen:
             continue
-        if image_id not in images or category not in categories or annotation.get("iscrowd", 0) not in (0, 1):
+        if image_id not in images or category not in kept or annotation.get("iscrowd", 0) not in (0, 1):
             continue
         image = images[image_id]
         box = _valid_box(annotation.get("bbox"), image)
@@ -71,20 +70,14 @@ def load_ground_truth(
                 without += 1
                 continue
             entry["segmentation"] = code or _box_code(box, image)
-        kept.append({"id": len(kept) + 1, **entry})
-    if without and not kept:
+        count += 1
+        kept[category].append({"id": count, **entry})
+    if without and not count:
         raise ValueError(
             f"CocoEvaluator: segmentation must be given for mask metrics, got no usable one in {annotation_file}; "
             "add masks, or evaluate a detector without masks"
         )
-    from pycocotools.coco import COCO
-
-    truth = COCO()
-    names = [category for category in content["categories"] if category["id"] in categories]
-    truth.dataset = {"images": list(images.values()), "categories": names, "annotations": kept}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
+    return kept
 
 
 def _valid_box(box: Any, image: dict) -> list[float] | None:

@@ -5,6 +5,11 @@ A public function runs the compiled kernel for the device of its tensors, or the
 
 A pyramid is a list of L tensors [B, C, H_l, W_l]; boxes of all images are concatenated, and image_index is the
 image of each box.
+
+Autocast: every op computes as without it. Each argument counts with the dtype that it has, half types are accumulated
+in float32, and the result has the dtype that the docstring names; where two pyramids differ in dtype, the narrower one
+is widened. One exception: `box_paint_conv3x3` is a convolution, so that under autocast its three operands may differ in
+dtype and its result has autocast's dtype.
 """
 
 from fastkd.ops._support.boxes import cat_boxes

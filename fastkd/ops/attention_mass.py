@@ -26,8 +26,8 @@ def attention_mass_reference(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     chosen: Tensor,
     logsumexp: Tensor | None = None,
     temperature: float = 1.0,
@@ -48,8 +48,8 @@ def attention_mass(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
     chosen: Tensor,
     logsumexp: Tensor | None = None,
     temperature: float = 1.0,
@@ -60,7 +60,8 @@ def attention_mass(
     `instance_attention`.
 
     Args:
-        queries, levels, key_weight, row_bias, column_bias: as for `instance_attention`; none receives a gradient.
+        queries, levels, key_weight, row_bias, column_bias: as for `instance_attention`, tables or None; none
+            receives a gradient.
         chosen: [B, N] bool.
         logsumexp: [B, G, N] that `instance_attention` returned for the same arguments, or None to compute it;
             must be None unless temperature is 1.
@@ -70,7 +71,7 @@ def attention_mass(
     Source: ICD (Kang et al., NeurIPS 2021), section 3.3.
     """
     op = "attention_mass"
-    check_attention(op, queries, levels, key_weight, row_bias, column_bias)
+    row_bias, column_bias = check_attention(op, queries, levels, key_weight, row_bias, column_bias)
     check_tensor(op, "chosen", chosen, "[B, N]", 2, floating=False)
     batch, heads, count, _ = queries.shape
     if chosen.layout != torch.strided:

@@ -31,8 +31,8 @@ def attention_logits_reference(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
 ) -> Tensor:
     """Logits [B, G, N, S] of `instance_attention`: q . (W_k x) + row bias + column bias, levels concatenated.
 
@@ -49,6 +49,7 @@ def attention_logits_reference(
         keys = weight.flatten(0, 1).expand(len(cells), -1, -1) @ cells
         keys = keys.unflatten(1, (heads, depth))  # [B, G, d, S]
         logits = widen(queries) @ keys
+    row_bias, column_bias = bias_tables(queries, levels, row_bias, column_bias)
     bias = [
         (widen(row)[..., :, None] + widen(column)[..., None, :]).flatten(3)
         for row, column in zip(row_bias, column_bias, strict=True)
@@ -56,7 +57,7 @@ def attention_logits_reference(
     return logits + torch.cat(bias, dim=3)
 
 
-def _tables(
+def bias_tables(
     queries: Tensor,
     levels: Sequence[Tensor],
     row_bias: Sequence[Tensor] | None,
@@ -79,7 +80,6 @@ def instance_attention_reference(
     values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Plain torch of `instance_attention`."""
-    row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
     with full_precision(queries):
         logits = attention_logits_reference(queries, levels, key_weight, row_bias, column_bias)
         value = flatten_pyramid(values).unflatten(1, (queries.shape[1], -1))  # [B, G, d_v, S]
@@ -92,12 +92,13 @@ def check_attention(
     queries: Tensor,
     levels: Sequence[Tensor],
     key_weight: Tensor,
-    row_bias: Sequence[Tensor],
-    column_bias: Sequence[Tensor],
-) -> None:
-    """Raise unless queries, pyramid, key projection and bias tables are consistent."""
+    row_bias: Sequence[Tensor] | None,
+    column_bias: Sequence[Tensor] | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The bias tables, zeros for None; raise unless queries, pyramid, key projection and tables are consistent."""
     check_tensor(op, "queries", queries, "[B, G, N, d]", 4)
     check_levels(op, "levels", levels)
+    row_bias, column_bias = bias_tables(queries, levels, row_bias, column_bias)
     check_tensor(op, "key_weight", key_weight, "[G * d, C]", 2)
     batch, heads, count, depth = queries.shape
     if heads < 1:
@@ -133,6 +134,7 @@ def check_attention(
     for name, values in (("levels", levels), ("row_bias", row_bias), ("column_bias", column_bias)):
         for index, value in enumerate(values):
             check_dtype_and_device(op, f"{name}[{index}]", value, queries)
+    return row_bias, column_bias
 
 
 def check_dtype_and_device(op: str, name: str, value: Tensor, queries: Tensor) -> None:
@@ -175,11 +177,7 @@ def instance_attention(
     Raises: ValueError or TypeError if shapes or dtypes disagree.
     Source: ICD (Kang et al., NeurIPS 2021), section 3.2.
     """
-    if row_bias is None or column_bias is None:
-        check_tensor("instance_attention", "queries", queries, "[B, G, N, d]", 4)
-        check_levels("instance_attention", "levels", levels)
-        row_bias, column_bias = _tables(queries, levels, row_bias, column_bias)
-    check_attention("instance_attention", queries, levels, key_weight, row_bias, column_bias)
+    row_bias, column_bias = check_attention("instance_attention", queries, levels, key_weight, row_bias, column_bias)
     check_levels("instance_attention", "values", values)
     check_same_sizes("instance_attention", "values", values, "levels", levels)
     if values[0].shape[1] % queries.shape[1]:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops._support.checks import check_device, check_levels
+from fastkd.ops._support.checks import check_device, check_kernel_dtype, check_levels
 from fastkd.ops._support.coverage import full_precision, widen
 from fastkd.ops._support.dispatch import Dispatch
 from fastkd.ops._support.registration import dense_like, register_with_backward
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_AUTOCAST = ("AutocastCPU", "AutocastCUDA")
 _DISPATCH = Dispatch("instance_norm_mse")
 _MOMENTS = 10  # values that the forward kernel saves per row
 
@@ -39,18 +37,21 @@ def instance_norm_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], eps:
 
     Args:
         student: L tensors [B, C, H_l, W_l] of one floating dtype, on one device; receive gradients.
-        teacher: the same shapes, dtype and device; receive gradients (detach it for distillation). Under autocast
-            student and teacher may differ in dtype: the narrower one is widened.
+        teacher: the same shapes and device; receive gradients (detach it for distillation). Where its dtype differs,
+            the narrower one is widened.
         eps: added to the variance, >= 0.
-    Returns: scalar; float32 for half types, else the dtype of the levels.
+    Returns: scalar, float32 (float64 if any level is).
     Raises: ValueError if shapes, dtypes, devices or eps are wrong; TypeError if a level is not a floating-point
         tensor or eps not a number; RuntimeError on double backward of the compiled kernel.
     Source: LGD (Zhang et al., AAAI 2022), section on distillation: InstanceNorm without affine, then MSE.
     """
     _check(student, teacher, eps)
-    if _DISPATCH.compiled(student[0]):
-        return torch.ops.fastkd.instance_norm_mse(list(student), list(teacher), float(eps))[0]
-    return instance_norm_mse_reference(student, teacher, eps)
+    if not _DISPATCH.compiled(student[0]):
+        return instance_norm_mse_reference(student, teacher, eps)
+    if student[0].dtype != teacher[0].dtype:
+        dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
+        student, teacher = ([level.to(dtype) for level in levels] for levels in (student, teacher))
+    return torch.ops.fastkd.instance_norm_mse(list(student), list(teacher), float(eps))[0]
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> None:
@@ -60,14 +61,9 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> 
     shapes, others = ([list(level.shape) for level in levels] for levels in (student, teacher))
     if shapes != others:
         raise ValueError(f"{op}: teacher must be {shapes} as the student, got {others}; take the same levels")
-    device = student[0].device
     check_device(op, "teacher", teacher[0], "the student", student[0])
-    dtype, other = student[0].dtype, teacher[0].dtype
-    for name, one in (("student", dtype), ("teacher", other)):
-        if one not in _FLOATS:
-            raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {one}; call .float()")
-    if dtype != other and not torch.is_autocast_enabled(device.type):
-        raise ValueError(f"{op}: teacher must be {dtype} as the student, got {other}; convert one, or use autocast")
+    check_kernel_dtype(op, "student", student[0])
+    check_kernel_dtype(op, "teacher", teacher[0])
     if not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}; 1e-5 is usual")
     if not 0 <= eps < float("inf"):
@@ -114,16 +110,6 @@ def _backward(ctx, grad_loss: Tensor | None, grad_moments: None):
     )
 
 
-def _autocast(student: list[Tensor], teacher: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Autocast rule: levels keep their dtype, as sums are float32; if dtypes differ, the narrower one is widened."""
-    dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
-    autocast = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST]
-    with torch._C._ExcludeDispatchKeyGuard(autocast[0] | autocast[1]):
-        return torch.ops.fastkd.instance_norm_mse(
-            [level.to(dtype) for level in student], [level.to(dtype) for level in teacher], eps
-        )
-
-
 if _DISPATCH.registered:
     register_with_backward(
         "instance_norm_mse",
@@ -132,4 +118,3 @@ if _DISPATCH.registered:
         backward=_backward,
         backward_fake=_backward_fake,
     )
-    torch.library.impl("fastkd::instance_norm_mse", _AUTOCAST, _autocast)

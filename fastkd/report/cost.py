@@ -20,6 +20,29 @@ def entry(run: Run, *keys: str) -> float | None:
     return number(value)
 
 
+def interval(run: Run, *keys: str) -> tuple[float, float] | None:
+    """The 95 % confidence interval under ledger[keys...]; None if the run was measured with too few pairs of steps."""
+    value: Any = run.ledger
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)
+
+
+def share(run: Run) -> str:
+    """Extra step time relative to the student's step with its interval, e.g. "+40 % (+31 .. +52)"."""
+    ratio, ends = entry(run, "extra", "ratio"), interval(run, "extra", "ratio_interval")
+    alone, extra = entry(run, "student", "seconds_per_step"), entry(run, "extra", "seconds_per_step")
+    if ratio is None:  # a ledger of an earlier version
+        ratio = 1 + extra / alone if alone and extra is not None else None
+    if ratio is None:
+        return UNKNOWN
+    shown_ends = "interval unknown" if ends is None else " .. ".join(f"{100 * (end - 1):+.0f}" for end in ends)
+    return f"{100 * (ratio - 1):+.0f} % ({shown_ends})"
+
+
 def needs_teacher(run: Run) -> bool:
     """Whether the run requires a trained teacher."""
     return isinstance(run.recipe.get("teacher"), str)
@@ -31,8 +54,10 @@ def cost_section(runs: list[Run], colours: dict[str, str], book: PictureBook) ->
     section.add(
         paragraph(
             "The student alone and with the method took training steps in turn, on the same batches in the same run; "
-            "times are medians. <em>Extra</em> is what the method adds. A method that needs a pretrained teacher also "
-            "pays for training that teacher: <em>extra with teacher</em> adds it, spread over the student\u2019s steps."
+            "times are medians. <em>Extra</em> is what the method adds: the median over the pairs of steps, with its "
+            "95 % confidence interval. A method that needs a pretrained teacher also pays for training that teacher: "
+            "<em>extra with teacher</em> adds it, spread over the student\u2019s steps; its time is the one recorded "
+            "where it was trained, perhaps on another machine."
         )
     )
     measured = [run for run in runs if entry(run, "student", "seconds_per_step") is not None]
@@ -70,7 +95,7 @@ def _step_table(runs: list[Run], colours: dict[str, str]) -> str:
         cells = [_seconds(value, signed=place >= 2) for place, value in enumerate(seconds)]
         cells += [_mebibytes(value, signed=place == 2) for place, value in enumerate(memory)]
         if seconds[2] is not None and seconds[0]:
-            cells[2] += f" ({100 * seconds[2] / seconds[0]:+.0f} %)"
+            cells[2] += f": {share(run)}"
         if memory[2] is not None and memory[0]:
             cells[6] += f" ({100 * memory[2] / memory[0]:+.0f} %)"
         rows.append([Cell(run.name, colour=colours[run.name]), *cells])
@@ -87,7 +112,7 @@ def _run_table(runs: list[Run], colours: dict[str, str]) -> str:
                 Cell(run.name, colour=colours[run.name]),
                 shown(entry(run, "run", "steps"), 0),
                 duration(student),
-                duration(extra) if run.method else UNKNOWN,
+                _with_interval(extra, interval(run, "run", "extra_interval")) if run.method else UNKNOWN,
                 (duration(teacher) if teacher is not None else "not known") if needs_teacher(run) else UNKNOWN,
                 duration(whole) if whole is not None and (run.method or needs_teacher(run)) else UNKNOWN,
                 f"x {1 + whole / student:.2f}" if whole is not None and student else UNKNOWN,
@@ -113,10 +138,15 @@ def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
         alone = [seconds / 60 for _, seconds in timed]
         extra = [(entry(run, "run", "extra_seconds") or 0.0) / 60 for run, _ in timed]
         teacher = [(entry(run, "teacher", "seconds") or 0.0) / 60 for run, _ in timed]
+        ends = [interval(run, "run", "extra_interval") for run, _ in timed]
         picture = plots.cost_bars(
-            [run.name for run, _ in timed], alone, extra, teacher, "minutes of training, the whole run"
+            [run.name for run, _ in timed], alone, extra, teacher, "minutes of training, the whole run",
+            [None if pair is None else (pair[0] / 60, pair[1] / 60) for pair in ends],
+        )  # fmt: skip
+        caption = (
+            "Training time of the whole run. The number at each bar is the multiple of the student alone; the black "
+            "line is the 95 % confidence interval of the extra time."
         )
-        caption = "Training time of the whole run. The number at each bar is the multiple of the student alone."
         figures.append(book.figure(picture, "cost_time", "Bar chart of training time", caption))
     peaks = [peak for run in runs if (peak := entry(run, "student", "peak_bytes")) is not None]
     if len(peaks) == len(runs):
@@ -129,25 +159,53 @@ def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
 
 
 def _sentences(runs: list[Run]) -> list[str]:
-    """Compares a method's extra cost with that of its `compared_with` method, in sentences."""
+    """Compares a method's extra cost with that of its `compared_with` method, as far as the intervals allow."""
     lines = []
     for run in runs:
         rival = run.settings and run.settings.compared_with
         other = next((one for one in runs if one.method == rival and one.detector == run.detector), None)
         if not rival or other is None:
             continue
-        parts = []
-        for keys, words in (
-            (("run", "extra_seconds"), "in training itself"),
-            (("extra_with_teacher", "seconds"), "with the teacher\u2019s training"),
-        ):
-            mine, theirs = entry(run, *keys), entry(other, *keys)
-            if mine is not None and theirs is not None and theirs > 0:
-                share = 100 * (1 - mine / theirs)
-                parts.append(f"{abs(share):.0f} % {'less' if share >= 0 else 'more'} extra time {words}")
-        if parts:
-            lines.append(paragraph(f"{escape(run.name)} takes {' and '.join(parts)} than {escape(other.name)}."))
+        comparisons = (
+            _comparison(run, other, ("run", "extra_seconds"), ("run", "extra_interval"), "in training itself"),
+            _comparison(
+                run,
+                other,
+                ("extra_with_teacher", "seconds"),
+                ("extra_with_teacher", "interval"),
+                "with the teacher\u2019s training",
+            ),
+        )
+        lines += [paragraph(text) for text in comparisons if text]
     return lines
+
+
+def _comparison(run: Run, other: Run, value: tuple[str, str], ends: tuple[str, str], words: str) -> str:
+    """Which of two runs takes more extra time; that this cannot be told if their intervals overlap or are unknown."""
+    mine, theirs = entry(run, *value), entry(other, *value)
+    if mine is None or theirs is None:
+        return ""
+    first, second = interval(run, *ends), interval(other, *ends)
+    if first is None or second is None:
+        names = f"{escape(run.name)} ({duration(mine)}) and {escape(other.name)} ({duration(theirs)})"
+        return (
+            f"Extra time {words} of {names}: not compared, since their ledgers hold too few pairs of steps for an "
+            "interval."
+        )
+    names = f"{escape(run.name)} ({_with_interval(mine, first)}) and {escape(other.name)} "
+    names += f"({_with_interval(theirs, second)})"
+    if first[0] <= second[1] and second[0] <= first[1]:
+        return f"Extra time {words}: this measurement cannot tell {names} apart, as their intervals overlap."
+    less = first[1] < second[0]
+    return f"Extra time {words}: {names} differ; {escape((run if less else other).name)} takes less."
+
+
+def _with_interval(seconds: float | None, ends: tuple[float, float] | None) -> str:
+    """A time with its interval, in minutes from 90 seconds on."""
+    if seconds is None or ends is None:
+        return duration(seconds)
+    unit, word = (60, "min") if max(map(abs, (seconds, *ends))) >= 90 else (1, "s")
+    return f"{seconds / unit:.1f} {word}, {ends[0] / unit:.1f} .. {ends[1] / unit:.1f}"
 
 
 def _unknown_teachers(runs: list[Run]) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from fastkd.report import plots
 from fastkd.report.html import Cell, PictureBook, Section, card, clean, escape, folded, note, paragraph, table
 from fastkd.report.runs import Run, baseline_of, difference_in_conditions, number
+from fastkd.report.seeds import add_seeds, attribution, when_it_pays
 
 SIZE_KEYS = {"APs": "small", "APm": "medium", "APl": "large"}
 COCO_DETAILS = {"AP50": "AP50", "AP75": "AP75"} | {name: key for key, name in SIZE_KEYS.items()}
@@ -74,6 +75,11 @@ def results_section(runs: list[Run], colours: dict[str, str], book: PictureBook)
         _ap_table(runs, colours),
         note(_unequal_conditions(runs)),
     )
+    add_seeds(section, runs, colours)
+    section.add(*(paragraph(escape(f"{line}.")) for line in attribution(runs)))
+    pays = when_it_pays(runs)
+    if pays:
+        section.add("<h3>When does it pay?</h3>", *(paragraph(escape(line)) for line in pays))
     names = [run.name for run in runs]
     bars = plots.ap_bars(
         names, [run.score("bbox", "AP") for run in runs], [colours[name] for name in names], "box AP, %"

@@ -140,13 +140,25 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def cost_bars(
-    names: list[str], alone: list[float], extra: list[float], teacher: Sequence[float | None], unit: str
+    names: list[str],
+    alone: list[float],
+    extra: list[float],
+    teacher: Sequence[float | None],
+    unit: str,
+    intervals: Sequence[tuple[float, float] | None] = (),
 ) -> bytes:
-    """Stacked bars: the student alone, the extra cost of the method, and the teacher's training if it is included."""
+    """Stacked bars: the student alone, the extra cost of the method, and the teacher's training if it is included.
+
+    Args:
+        intervals: confidence interval of each extra cost, drawn as a line; None where unknown.
+    """
     figure, (axes,) = _figure(9.0, 1.25 + 0.45 * len(names))
     rows = np.arange(len(names))
     axes.barh(rows, alone, color="#9aa7b8", height=0.6, label="student alone")
     axes.barh(rows, np.maximum(extra, 0), left=alone, color="#0072b2", height=0.6, label="extra of the method")
+    for row, start, pair in zip(rows, alone, intervals):
+        if pair is not None and pair[1] > pair[0]:
+            axes.plot([start + pair[0], start + pair[1]], [row, row], color=INK, linewidth=1.5, marker="|")
     ends = np.add(alone, np.maximum(extra, 0))
     shares = np.array([value or 0.0 for value in teacher])
     if shares.any():

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.assets import PREFIX
+from fastkd.progress import track
+from fastkd.report.results import Results, to_results
 
 NOT_OF_A_TEACHER = ("log.jsonl is missing", "ledger.json is missing")  # a shipped teacher has only been evaluated
 
@@ -24,7 +26,7 @@ class Run:
         name: name in tables and pictures; unique among the runs of a report.
         recipe, metrics, ledger: contents of the JSON files with these names; {} if missing.
         log: the records of log.jsonl in order.
-        detections: COCO results of detections.json; None if missing.
+        detections: content of detections.json; None if missing.
         notes: one sentence for each missing or malformed file.
         methods: settings classes of the distillation methods, by kind.
     """
@@ -35,7 +37,7 @@ class Run:
     metrics: dict = field(default_factory=dict)
     ledger: dict = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
-    detections: list[dict] | None = None
+    detections: Results | None = None
     notes: list[str] = field(default_factory=list)
     is_teacher: bool = False
     methods: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +113,10 @@ def load_run(path: Path, name: str | None = None, methods: Mapping[str, Any] | N
     run.metrics = _read_json(run, "metrics.json", dict) or {}
     run.ledger = _read_json(run, "ledger.json", dict) or {}
     detections = _read_json(run, "detections.json", list)
-    run.detections = None if detections is None else _valid_results(run, detections)
+    if detections is not None:
+        run.detections, bad = to_results(detections)
+        if bad:
+            run.notes.append(f"detections.json has {bad} entries that are not COCO results; they are left out.")
     run.log = _read_log(run)
     return run
 
@@ -126,7 +131,7 @@ def load_runs(run_dirs, methods: Mapping[str, Any] | None = None) -> list[Run]:
         )
     names = [path.resolve().name for path in paths]
     runs = []
-    for path, name in zip(paths, names):
+    for path, name in zip(track(paths, "read the runs", "runs"), names):
         if names.count(name) > 1:
             name = f"{path.resolve().parent.name}/{name}"
         runs.append(load_run(path, name, methods))
@@ -222,20 +227,3 @@ def _read_log(run: Run) -> list[dict]:
     if broken:
         run.notes.append(f"log.jsonl has {broken} line(s) that are not JSON objects; they are left out.")
     return records
-
-
-def _valid_results(run: Run, results: list) -> list[dict]:
-    kept = [item for item in results if _is_result(item)]
-    if len(kept) < len(results):
-        run.notes.append(
-            f"detections.json has {len(results) - len(kept)} entries that are not COCO results; they are left out."
-        )
-    return kept
-
-
-def _is_result(item) -> bool:
-    if not isinstance(item, dict) or number(item.get("score")) is None:
-        return False
-    box = item.get("bbox")
-    box_is_fine = isinstance(box, list) and len(box) == 4 and all(number(value) is not None for value in box)
-    return box_is_fine and isinstance(item.get("image_id"), int) and isinstance(item.get("category_id"), int)

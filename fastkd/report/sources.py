@@ -13,6 +13,7 @@ from fastkd.data.formats import open_dataset
 from fastkd.data.images import BadImageError
 from fastkd.report.analysis import ImageDetections, Truth
 from fastkd.report.html import clean
+from fastkd.report.results import to_results
 from fastkd.report.runs import Run
 
 
@@ -66,18 +67,12 @@ class ValidationSet:
 
     def found(self, run: Run) -> dict[int, ImageDetections]:
         """The run's detections by image id, for every image; detections of unknown images or classes are dropped."""
-        rows: dict[int, list[tuple]] = {image_id: [] for image_id in self.image_ids}
-        for result in run.detections or []:
-            label = self._label.get(result["category_id"])
-            if label is not None and result["image_id"] in rows:
-                x, y, width, height = result["bbox"]
-                rows[result["image_id"]].append((result["score"], label, x, y, x + width, y + height))
-        return {image_id: self._to_detections(image_id, items) for image_id, items in rows.items()}
-
-    def _to_detections(self, image_id: int, rows: list[tuple]) -> ImageDetections:
-        table = np.array(sorted(rows, key=lambda row: -row[0]), dtype=np.float64).reshape(-1, 6)
-        limits = np.tile(self.dataset.sizes[self._position[image_id]], 2)
-        return ImageDetections(np.clip(table[:, 2:], 0, limits), table[:, 0], table[:, 1].astype(np.int64))
+        results = to_results([])[0] if run.detections is None else run.detections
+        sizes = self.dataset.sizes
+        return {
+            image_id: results.of_image(image_id, self._label, sizes[position])
+            for image_id, position in self._position.items()
+        }
 
 
 def validation_set(runs: list[Run]) -> tuple[ValidationSet | None, str]:

@@ -28,6 +28,7 @@ def write_report(
     picture_dir=None,
     command: str | None = None,
     methods: Mapping[str, Any] | None = None,
+    notice: str | None = None,
 ) -> Path:
     """Writes one self-contained HTML file about one or several runs: numbers, curves, cost, pictures, mistakes.
 
@@ -43,6 +44,7 @@ def write_report(
         command: the command line to show in the footer; None takes this process's.
         methods: kind -> settings class, `fastkd.training.methods.kinds()`; gives the methods' labels and views. Without
             it runs are labelled by kind, and the sections on their networks are omitted.
+        notice: a sentence to show before the results, e.g. that the runs are too short to mean anything.
     Returns: the path of the file.
     Raises: ValueError if there is no run directory or `images` is negative.
     """
@@ -65,6 +67,8 @@ def write_report(
         *_picture_sections(runs, images, device, book),
         _notes_section(runs),
     ]
+    if notice is not None:
+        sections[0].parts.insert(0, html.note([notice]))
     page = html.page(title, _subtitle(runs), numbers.cards(runs, colours), sections, _footer(runs, command))
     write_text(out, page)
     return out

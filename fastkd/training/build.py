@@ -168,9 +168,14 @@ def build_distiller(recipe: Recipe, given: Given) -> nn.Module | None:
     return None if recipe.method is None else recipe.method.build(given)
 
 
-def build(recipe: Recipe) -> Built:
-    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method."""
-    train_set, val_set = open_data(recipe)
+def build(recipe: Recipe, data: tuple[DetectionDataset, DetectionDataset] | None = None) -> Built:
+    """Builds everything a run needs. The student's initial weights depend on seed and detector, not on the method.
+
+    Args:
+        recipe: the recipe.
+        data: `open_data(recipe)` if it was called before; reading large annotation files takes a minute.
+    """
+    train_set, val_set = open_data(recipe) if data is None else data
     recipe = resolve(recipe, train_set)
     notes: dict[str, Any] = {
         "data": {
@@ -217,6 +222,5 @@ def build(recipe: Recipe) -> Built:
     needed = method is not None and method.needs_teacher
     frozen = FrozenTeacher(teacher, dtype) if teacher is not None and needed else None
     ratio, every = recipe.distill.balance, recipe.distill.balance_every
-    regions = Regions(recipe.runtime.compile, keeps_graphs=ratio is not None)
-    module = StepModule(student, distiller, frozen, dtype, regions, Balance(ratio, every))
+    module = StepModule(student, distiller, frozen, dtype, Regions(recipe.runtime.compile), Balance(ratio, every))
     return Built(recipe, train_set, val_set, module, priors, notes, digest)

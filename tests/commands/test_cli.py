@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,9 @@ from fastkd.commands import train as train_module
 from fastkd.commands.drawing import class_colour, draw_detections
 from fastkd.data import SCENE_CLASSES, generate_scenes
 from fastkd.detectors import DetectorConfig, build_detector, save_detector
+from fastkd.report.runs import Run
 from fastkd.training import all_recipes, get_recipe
+from fastkd.training.methods import kinds
 
 TINY = {"backbone": "resnet18", "width": 0.25, "channels": 32, "head_convs": 1, "num_classes": 10, "norm": "bn"}
 SHRINK = "--detector.width 0.25 --detector.channels 32 --detector.head-convs 1 --data.workers 0 --backbone-weights None"
@@ -208,7 +211,7 @@ def interrupt(*args, **options):
         (["train", "r", "--seed", "1"], "; continue with: fastkd train r --seed 1 --resume"),
         (["train", "r", "--resume"], "; continue with: fastkd train r --resume"),
         (["demo", "--out", "my runs"], "; continue with: fastkd demo --out 'my runs'"),
-        (["predict", "x"], ""),
+        (["report", "a", "b"], "; nothing of it is kept, begin anew with: fastkd report a b"),
     ],
     ids=str,
 )
@@ -366,14 +369,15 @@ def tiny_recipes(monkeypatch):
 
 
 def test_demo_then_again(capsys, monkeypatch, tmp_path, tiny_recipes):
-    monkeypatch.setattr(demo_module, "METHODS", ("baseline", "icd"))
+    monkeypatch.setattr(demo_module, "METHODS", ("baseline", "inherit", "icd"))
     monkeypatch.setattr(demo_module, "REPORT_IMAGES", 1)
+    monkeypatch.setattr("fastkd.training.precision.fast_precision", lambda device: "float32")
     teacher = tmp_path / "teacher.safetensors"
     torch.manual_seed(1)
     save_detector(build_detector(DetectorConfig(**TINY | {"width": 0.375})), teacher, SCENE_CLASSES)
     data = tmp_path / "data"
     args = ["demo", "--out", tmp_path / "out", "--data", data, "--images", 6, "--val-images", 2, "--steps", 2]
-    args += ["--teacher", teacher, "--control", "--device", "cpu"]
+    args += ["--teacher", teacher, "--device", "cpu", "--quick"]
     said = fastkd_says(capsys, *args, code=0)
     for name in ("teacher", "baseline", "icd", "inherit"):
         assert f"│ {name} " in said.out
@@ -383,32 +387,78 @@ def test_demo_then_again(capsys, monkeypatch, tmp_path, tiny_recipes):
     }
     for key in ("data", "schedule", "seed", "detector", "optimizer"):
         assert recipes["baseline"][key] == recipes["icd"][key] == recipes["inherit"][key]
+    assert recipes["icd"]["runtime"]["precision"] == "float32"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "teacher" in page and str(tmp_path / "out" / "report.html") in said.err.replace("\n", "")
+    assert "its figures mean little" in page and "its figures mean little" in said.words
+    for text in ("by ICD itself", "of it by inheriting the teacher", "ICD pays where a good teacher is at hand"):
+        assert text in page and text in said.out
     again = fastkd_says(capsys, *args, code=0)
     assert again.words.count("nothing to do") == 3 and again.out.count("│ icd ") == 1
     other = fastkd_says(capsys, *args, "--seed", 4, code=2)
     assert "holds a run with other settings; choose another --out" in other.words
 
 
+def a_run(name, ap, *, method=None, inherit=False, seed=0, seconds=60.0, ledger=None):
+    """A run as `load_runs` gives it, with an AP."""
+    recipe = get_recipe(f"scenes-retinanet-{method or ('inherit' if inherit else 'baseline')}").to_dict()
+    metrics = {"bbox": {"AP": ap, "AP50": 50.0, "AP75": None}, "seconds": seconds}
+    run = Run(Path(name), name, recipe | {"seed": seed}, metrics, ledger or {}, methods=kinds())
+    run.is_teacher = name == "teacher"
+    return run
+
+
 def test_demo_table_shows_gain_and_cost(capsys):
-    box = {"AP50": 50.0, "AP75": None}
-    metrics = {
-        "teacher": {"bbox": {"AP": 40.0, **box}, "seconds": None},
-        "baseline": {"bbox": {"AP": 25.0, **box}, "seconds": 60.0},
-        "icd": {"bbox": {"AP": 28.5, **box}, "seconds": 90.0},
+    ledger = {
+        "student": {"seconds_per_step": 0.2},
+        "extra": {"seconds_per_step": 0.05, "ratio": 1.25, "ratio_interval": [1.1, 1.42], "peak_bytes": 3 * 2**20},
+        "extra_with_teacher": {"seconds_per_step": 0.4},
     }
-    student, extra = {"seconds_per_step": 0.2}, {"seconds_per_step": 0.05, "peak_bytes": 3 * 2**20}
-    ledger = {"method": "icd", "student": student, "extra": extra, "extra_with_teacher": {"seconds_per_step": 0.4}}
-    demo_module.show_table(metrics, {"icd": ledger, "baseline": None}, ["icd"])
+    runs = [
+        a_run("teacher", 40.0, seconds=None),
+        a_run("baseline", 25.0),
+        a_run("icd", 28.5, method="icd", inherit=True, seconds=90.0, ledger=ledger),
+    ]
+    demo_module.show_table(runs)
     said = capsys.readouterr().out
     rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
-    assert "--control also trains what that alone gives" in said
-    demo_module.show_table(metrics | {"inherit": {"bbox": {"AP": 29.0, **box}, "seconds": 60.0}}, {}, ["icd"])
-    assert "over that it gains -0.5." in capsys.readouterr().out
-    for text in ("28.5", "+3.5", "1.5 min", "+25%", "+3 MiB", "+200%"):
+    for text in ("28.5", "+3.5", "1.5 min", "+25 % (+10 .. +42)", "+3 MiB", "+200%"):
         assert text in rows["icd"]
     assert "+" not in rows["baseline"] and "+" not in rows["teacher"]
+    assert "train a student that only inherits" in said and "--seeds 3 adds confidence intervals" in said
+    demo_module.show_table([*runs, a_run("inherit", 29.0, inherit=True)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "+4.0 of it by inheriting" in said and "-0.5 by ICD itself; one seed cannot tell" in said
+
+
+def test_demo_table_over_seeds(capsys):
+    """Means, and intervals by Student's t: 4.303 * s / sqrt(3) for three seeds."""
+    runs = []
+    for seed, (plain, kept, icd) in enumerate([(30.0, 36.0, 38.0), (31.0, 37.0, 38.5), (32.0, 38.0, 40.5)]):
+        tail = f"-seed{seed}" if seed else ""
+        runs += [
+            a_run(f"baseline{tail}", plain, seed=seed),
+            a_run(f"inherit{tail}", kept, inherit=True, seed=seed),
+            a_run(f"icd{tail}", icd, method="icd", inherit=True, seed=seed),
+        ]
+    demo_module.show_table(runs)
+    said = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
+    assert list(rows) == ["baseline", "inherit", "icd"] and "31.0" in rows["baseline"]
+    assert "+6.0 (+6.0 .. +6.0)" in rows["inherit"] and "+8.0 (+6.8 .. +9.2)" in rows["icd"]
+    words = " ".join(said.split())
+    assert "+6.0 of it by inheriting" in words and "+2.0 (+0.8 .. +3.2) by ICD itself." in words
+
+
+def test_demo_has_a_run_for_each_seed(capsys, monkeypatch, tmp_path):
+    taken = {}
+    monkeypatch.setattr(demo_module, "run_all", lambda recipes, *rest, **options: taken.update(recipes))
+    monkeypatch.setattr(demo_module, "evaluate_teacher", lambda *args: None)
+    monkeypatch.setattr(demo_module, "write_scenes", lambda *args, **options: None)
+    fastkd_says(capsys, "demo", "--out", tmp_path, "--seeds", 2, "--seed", 3, code=0)
+    assert [name for name in taken if "icd" in name] == ["icd", "icd-seed4"]
+    assert [taken[name].seed for name in ("icd", "icd-seed4", "baseline-seed4")] == [3, 4, 4]
+    assert "--seeds must be at least 1" in error_line(capsys, "demo", "--seeds", 0)
 
 
 def test_interrupted_demo_stops(capsys, monkeypatch, tmp_path, scenes):
@@ -416,7 +466,7 @@ def test_interrupted_demo_stops(capsys, monkeypatch, tmp_path, scenes):
     monkeypatch.setattr(
         demo_module, "demo_recipes", lambda **options: {"baseline": fake_recipe(), "lgd": fake_recipe()}
     )
-    monkeypatch.setattr(demo_module, "evaluate_teacher", lambda *args: {})
+    monkeypatch.setattr(demo_module, "evaluate_teacher", lambda *args: None)
     monkeypatch.setattr(demo_module, "write_scenes", lambda *args, **options: None)
     stopped = SimpleNamespace(exit_code=130)
     monkeypatch.setattr("fastkd.training.train", lambda recipe, *args, **options: trained.append(recipe) or stopped)

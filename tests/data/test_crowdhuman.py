@@ -22,6 +22,7 @@ from fastkd.data import (
 from fastkd.data.crowd_render import CrowdStyle, render_crowd
 from fastkd.detectors.common.targets import inside_ignored
 from fastkd.evaluation import CrowdHumanEvaluator, evaluator_of
+from fastkd.files import write_json
 from fastkd.report import write_report
 from fastkd.training import DataConfig, RuntimeConfig, Schedule, get_recipe, train
 from fastkd.training.methods import kinds
@@ -322,8 +323,10 @@ def test_demo(capsys, monkeypatch, tmp_path):
 
     def fake_train(recipe, run_dir, **options):
         trained.append(recipe)
-        box = {"AP": 50.0 + len(trained), "MR": 60.0, "JI": 40.0}
-        return RunResult("finished", {"bbox": box, "seconds": 60.0}, run_dir)
+        metrics = {"bbox": {"AP": 50.0 + len(trained), "MR": 60.0, "JI": 40.0}, "seconds": 60.0}
+        write_json(run_dir / "metrics.json", metrics)
+        write_json(run_dir / "recipe.json", recipe.to_dict())
+        return RunResult("finished", metrics, run_dir)
 
     monkeypatch.setattr("fastkd.training.train", fake_train)
     monkeypatch.setattr("fastkd.report.write_report", lambda runs, out, **options: out)
@@ -337,5 +340,5 @@ def test_demo(capsys, monkeypatch, tmp_path):
     same = {"name": plain.name, "method": None, "method_optimizer": None}
     assert dataclasses.replace(lgd, **same) == plain and lgd.method is not None
     assert (plain.schedule.steps, plain.seed, plain.data.root) == (2, 5, str(data))
-    assert main(["demo", "--crowd", "--control", *arguments]) == 2
-    assert "--crowd must stand without --control" in capsys.readouterr().err
+    assert main(["demo", "--crowd", "--teacher", "t.safetensors", *arguments]) == 2
+    assert "--crowd must stand without --teacher" in capsys.readouterr().err

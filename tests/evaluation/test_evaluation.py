@@ -1,5 +1,6 @@
 """COCO metrics against cases computed by hand, in one process and in two."""
 
+import contextlib
 import io
 import json
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from pycocotools import mask as mask_codec
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from fastkd.evaluation import CocoEvaluator, class_table, evaluate, print_metrics, size_table, summary_table
-from fastkd.evaluation.coco import encode_masks, scale_boxes
+from fastkd.evaluation import CocoEvaluator, class_table, coco, evaluate, print_metrics, size_table, summary_table
+from fastkd.evaluation.coco import Found, encode_masks, scale_boxes
 from fastkd.types import Batch, Detections
 
 NAMES, CATEGORIES = ["cat", "dog", "emu"], [7, 90, 13]  # sparse ids, not in order; no object is an emu
@@ -118,6 +121,57 @@ def test_wrong_class_is_wrong(tmp_path):
     truth = {5: TRUTH[5]}
     values = measure(write_dataset(tmp_path, truth), {5: detections([(1, TRUTH[5][0][1])])})["bbox"]
     assert values["AP"] == 0
+
+
+def plain_pycocotools(truth, results, max_detections):
+    """pycocotools' tables of all classes at once, as its own examples compute them."""
+    runner = COCOeval(truth, truth.loadRes(results), "bbox")
+    runner.params.maxDets = list(max_detections)
+    runner.evaluate()
+    runner.accumulate()
+    return runner.eval["precision"], runner.eval["recall"]
+
+
+@pytest.mark.parametrize("max_detections", [(1, 10, 100), (3,)], ids=str)
+def test_classes_one_by_one_equal_pycocotools_at_once(tmp_path, max_detections):
+    """The tables of precision and recall are equal bit by bit, with crowds, ties and images without objects."""
+    rng = np.random.default_rng(4)
+    ids = [3, 8, 21, 40]  # of the last no image holds an object
+    size, annotations, results = 128, [], []
+    for image_id in range(1, 41):
+        for _ in range(rng.integers(0, 9) if image_id % 4 else 0):
+            x, y, w, h = (float(v) for v in (*rng.integers(0, 90, 2), *rng.integers(4, 38, 2)))
+            category = int(rng.choice(ids[:3]))
+            crowd = int(rng.random() < 0.1)
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
+                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": crowd})  # fmt: skip
+            for _ in range(rng.integers(0, 4)):
+                near = [float(v) for v in np.clip(np.add([x, y, w, h], rng.normal(0, 3, 4)), 1, 100).round()]
+                guess = category if rng.random() < 0.8 else int(rng.choice(ids))
+                score = float(rng.integers(1, 12)) / 12
+                results.append({"image_id": image_id, "category_id": guess, "bbox": near, "score": score})
+    images = [{"id": i, "width": size, "height": size, "file_name": f"{i}.jpg"} for i in range(1, 41)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in ids]}
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps(content))
+    dataset = SimpleNamespace(
+        annotation_file=file, image_ids=list(range(1, 41)), category_ids=ids, class_names=[str(i) for i in ids]
+    )
+    evaluator = CocoEvaluator(dataset, max_detections=max_detections)
+    for image_id in range(1, 41):
+        found = [r for r in results if r["image_id"] == image_id]
+        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
+        labels = np.array([ids.index(r["category_id"]) for r in found], np.int32)
+        evaluator._images[image_id] = Found(labels, boxes, np.array([r["score"] for r in found]))
+    assert evaluator.results() == results
+    seen = []
+    summarize = coco._summarize
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(coco, "_summarize", lambda *tables: seen.append(tables[:2]) or summarize(*tables))
+        evaluator.compute()
+        expected = plain_pycocotools(COCO(str(file)), results, max_detections)
+    for ours, theirs in zip(seen[0], expected):
+        assert np.array_equal(ours, theirs) and (theirs > 0).any() and (theirs == -1).any()
 
 
 def test_no_detections_at_all(tmp_path):

@@ -15,7 +15,6 @@ CASES = [
     Case("backward", projected=False, count=32),
     Case("backward", projected=True),
     Case("backward", projected=True, last=False),
-    Case("backward", projected=True, count=300),
     Case("backward merge", projected=True, dtype=torch.float32),
     Case("mass", projected=False, count=7),
     Case("mass", projected=True),

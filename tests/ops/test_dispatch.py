@@ -2,12 +2,14 @@
 
 import functools
 import importlib.util
+import io
 import sys
 import types
 import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd import info, ops
@@ -251,3 +253,70 @@ def test_info_names_what_every_op_runs(monkeypatch):
     assert found["box_pool"] == {"cpu": "compiled", "cuda": "plain torch: it is not built"}
     assert found["attention_mass"]["cuda"] == "compiled by Triton when first called"
     assert found["box_paint"]["cuda"] == "compiled"
+
+
+def test_info_says_why_there_is_no_gpu(monkeypatch):
+    """No driver, a driver that is too old: in torch's words."""
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert info.collect()["cuda"]["why_no_gpu"].endswith("is too old (found version 11040).")
+    console = Console(record=True, width=200, file=io.StringIO())
+    info.print_info(console)
+    assert (
+        "none usable; torch is built" in (text := console.export_text()) and "driver on your system is too old" in text
+    )
+
+
+def test_info_names_a_card_without_code_and_the_free_memory(monkeypatch):
+    card = types.SimpleNamespace(name="an old card", major=7, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (3 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(library, "cuda_build", lambda: "sm_80 compute_80")
+    found = info.collect()["cuda"]
+    assert found["gpus"] == ["an old card, sm_70, 3 of 24 GiB free"] and found["why_no_gpu"] is None
+    assert "this GPU is sm_70, the kernels are built for sm_80 compute_80" in found["unsupported"][0]
+
+
+def test_info_says_what_triton_lacks(monkeypatch):
+    monkeypatch.setattr(library, "why_no_kernel", lambda op, device="cpu": None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "Triton needs a C compiler" in info.collect()["ops"]["attention_mass"]["cuda"]
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert info.collect()["ops"]["attention_mass"]["cuda"] == "compiled by Triton when first called"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "said"),
+    [
+        (
+            RuntimeError("Failed to find C compiler.\nSet CC"),
+            RuntimeError,
+            r"a_kernel: Triton cannot compile .*Failed to",
+        ),
+        (ValueError("PTXAS error: internal"), RuntimeError, r"ValueError: PTXAS error.*`fastkd info`.*use_backend"),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, r"^CUDA out of memory\.$"),
+    ],
+)
+def test_a_triton_kernel_that_cannot_run_is_one_clear_error(raised, expected, said):
+    plan = pytest.importorskip("fastkd.ops.triton.plan", reason="Triton is not installed")
+
+    class Kernel:
+        fn = types.SimpleNamespace(__name__="a_kernel")
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                raise raised
+
+            return launch
+
+    with pytest.raises(expected, match=said):
+        plan.run([plan.Launch(Kernel(), 1, {})], torch.device("cpu"))
+    plan.run([plan.Launch(Kernel(), 0, {})], torch.device("cpu"))

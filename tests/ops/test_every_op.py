@@ -5,7 +5,18 @@ import pkgutil
 import pytest
 import torch
 from cases import CASES, Case
-from kernels import compile_and_export, fuzz, fuzz_hostile, fuzz_raw, leaves, opcheck, results_and_gradients, same_bits
+from kernels import (
+    DTYPES,
+    compile_and_export,
+    convert,
+    fuzz,
+    fuzz_hostile,
+    fuzz_raw,
+    leaves,
+    opcheck,
+    results_and_gradients,
+    same_bits,
+)
 from torch.utils._pytree import tree_flatten
 
 from fastkd import ops
@@ -94,3 +105,23 @@ def test_without_the_library_the_reference_runs(case: Case, monkeypatch):
     monkeypatch.setattr(case.module._DISPATCH, "registered", False)
     found, expected = (results_and_gradients(op, arguments) for op in (case.op, case.reference))
     assert found[0] and equal(found, expected)
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_result(case: Case, backend, low):
+    """The rule in the docstring of fastkd.ops; gradients are computed after the region of autocast, as in training."""
+
+    def under_autocast(*arguments):
+        with torch.autocast("cpu", low):
+            return case.op(*arguments)
+
+    for dtype in DTYPES:
+        arguments = convert(case.call(), dtype)
+        with ops.use_backend(backend):
+            found, plain = (results_and_gradients(op, arguments) for op in (under_autocast, case.op))
+        if case.name == "box_paint_conv3x3":
+            assert all(result.dtype == low for result in found[0])
+            continue  # its values: test_box_paint_conv3x3.py
+        assert [one.dtype for one in found[0]] == [one.dtype for one in plain[0]] and equal(found, plain)

@@ -66,6 +66,25 @@ def test_attention_without_bias_tables(count):
         torch.testing.assert_close(torch.autograd.grad(output.square().sum(), wanted), theirs)
 
 
+@pytest.mark.parametrize("count", [3, 50])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_mass_without_bias_tables(count, temperature):
+    """As the sum over rows of torch's softmax."""
+    sizes = [(5, 7), (2, 3)]
+    queries, weight = torch.randn(2, 2, count, 4, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
+    levels = [torch.randn(2, 6, *size, dtype=torch.float64) for size in sizes]
+    chosen = torch.rand(2, count) < 0.6
+    cells = torch.cat([level.flatten(2) for level in levels], 2)
+    logits = queries @ (weight @ cells).unflatten(1, (2, 4))  # [B, G, N, S]
+    expected = ((logits / temperature).softmax(3) * chosen[:, None, :, None]).sum(2).split([35, 6], 2)
+    known = logits.logsumexp(3) if temperature == 1 else None
+    for function in (ops.attention_mass, ops.attention_mass_reference):
+        for logsumexp in (None, known):
+            found = function(queries, levels, weight, None, None, chosen, logsumexp, temperature)
+            assert [tuple(level.shape[2:]) for level in found] == sizes
+            torch.testing.assert_close([level.flatten(2) for level in found], list(expected))
+
+
 def test_ops_and_distillers_need_torch_and_numpy_alone():
     """Whatever else is installed cannot be imported; what torch itself asks for may be missing."""
     code = """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ragged import LEVELS, SIZE, ragged_batch, ragged_pyramid
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import ops
 from fastkd.ops._support.coverage import box_cover, mask_cover
@@ -19,6 +20,29 @@ def random(*shape, dtype=torch.float64):
 
 
 # coverage
+
+
+class Divisors(TorchDispatchMode):
+    """Collects the divisors of floating-point divisions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_, torch.ops.aten.true_divide):
+            self.found.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_cells_of_a_box_are_found_without_reciprocals():
+    """On a GPU, torch divides by a Python number by multiplying with its reciprocal; by a tensor it divides."""
+    with Divisors() as plain:
+        torch.ones(2).div(3)
+    with Divisors() as seen:
+        box_cover(torch.rand(3, 4) * 50, SIZE, (8, 12))
+    assert len(seen.found) == 4 and all(isinstance(divisor, torch.Tensor) for divisor in seen.found)
+    assert not isinstance(plain.found[0], torch.Tensor)
 
 
 def test_box_cover_is_closed_and_clamped():

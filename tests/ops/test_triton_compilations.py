@@ -22,8 +22,6 @@ from fastkd.ops.triton.configurations import FEW, Card  # noqa: E402
 
 CARD, CHANNELS, HEADS = Card(9, 132), 16, 8
 BINDERS = {}
-# The backward kernel has three forms: keys absorbed (one block of queries), projected with one block or with several.
-MOST = defaultdict(lambda: 2, instance_attention_backward_kernel=3)
 
 
 def key_of(launch):
@@ -84,7 +82,7 @@ def launches(images, height, width, boxes, dtype, order, begin):
     return [*forward, *backward, *mass]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=["channels-last", "contiguous"])
 def test_an_epoch_compiles_each_kernel_at_most_twice(dtype, order):
     keys = defaultdict(set)
@@ -92,7 +90,7 @@ def test_an_epoch_compiles_each_kernel_at_most_twice(dtype, order):
         for launch in launches(*batch, dtype, order, number % 4):
             keys[launch.kernel.fn.__name__].add(key_of(launch))
     found = {name: len(kinds) for name, kinds in keys.items()}
-    assert len(found) == 5 and all(count <= MOST[name] for name, count in found.items()), found
+    assert len(found) == 5 and max(found.values()) <= 2, found
 
 
 def test_what_is_compiled_into_a_kernel_is_counted():

@@ -133,7 +133,7 @@ def test_data_options_take_both_spellings():
 
 
 def test_a_missing_set_is_an_error_and_help_needs_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"annotation_file must be an existing file"):
+    with pytest.raises(FileNotFoundError, match="image_dir must be an existing folder"):
         fitted_recipe("custom-retinanet-lgd", ["--data.root", str(tmp_path)])
     assert fitted_recipe("custom-retinanet-lgd", ["--help"]) == (get_recipe("custom-retinanet-lgd"), None)
     assert fitted_recipe("scenes-retinanet-lgd") == (get_recipe("scenes-retinanet-lgd"), None)

@@ -11,7 +11,7 @@ from fastkd import assets, cli
 from fastkd.data import build_train_loader
 from fastkd.detectors import load_detector, save_detector
 from fastkd.training import FGFIConfig, ICDConfig, LGDConfig, LGDICDConfig, get_recipe
-from fastkd.training.build import build
+from fastkd.training.build import build, open_data
 from fastkd.training.doctor import checks as doctor
 from fastkd.training.doctor.checks import (
     Finding,
@@ -96,24 +96,25 @@ def test_class_tables(scenes, trained, tmp_path):
     """Names in another order, other names, another number: named before anything is built."""
     teacher, names = trained
     recipe = tiny_recipe(scenes, method="icd")
+    data = open_data(recipe)[0]
 
     def look(class_names):
         save_detector(teacher, tmp_path / "t.safetensors", class_names)
-        return list(check_classes(dataclasses.replace(recipe, teacher=str(tmp_path / "t.safetensors"))))
+        return list(check_classes(dataclasses.replace(recipe, teacher=str(tmp_path / "t.safetensors")), data))
 
     assert "agree on 10" in named(look(names), "classes", "ok")
     assert f"in another order: label 0 is {names[-1]!r} to it" in named(look(names[::-1]), "classes")
     assert "10 (a, b, c, ...) against 10 of the data" in named(look(list("abcdefghij")), "classes")
     fewer = dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, num_classes=7))
-    assert "says 7 classes, the data have 10" in named(check_classes(fewer), "classes", "warning")
+    assert "says 7 classes, the data have 10" in named(check_classes(fewer, data), "classes", "warning")
     strict = dataclasses.replace(fewer, data=dataclasses.replace(fewer.data, match_classes=False))
-    assert "says 7 classes" in named(check_classes(strict), "classes")
+    assert "says 7 classes" in named(check_classes(strict, data), "classes")
     two_stage = dataclasses.replace(recipe, detector=dataclasses.replace(recipe.detector, detector="faster_rcnn"))
     two_stage = dataclasses.replace(two_stage, teacher="asset:scenes-retinanet-teacher.safetensors")
-    assert "its pyramid has strides [8, 16" in named(check_classes(two_stage), "teacher")
+    assert "its pyramid has strides [8, 16" in named(check_classes(two_stage, data), "teacher")
     missing = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root="nowhere"))
-    assert "nowhere" in named(check_classes(missing), "data")
-    assert "the run cannot begin" in named(examine(missing, device="cpu"), "set-up")
+    found = list(examine(missing, device="cpu"))
+    assert "nowhere" in named(found, "data") and "the run cannot begin" in named(found, "set-up")
 
 
 def test_loss_swamped_by_one_level(scenes):

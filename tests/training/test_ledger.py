@@ -81,6 +81,7 @@ def test_a_method_costs_memory(tiny_data, method):
     weights = sum(p.numel() * p.element_size() for p in module.detector.parameters())
     assert result["student"]["peak_bytes"] > 3 * weights  # weights, gradients, momentum
     assert json.loads(json.dumps(result)) == result
+    assert result["extra"]["ratio"] > 0 and result["extra"]["ratio_interval"] is None  # of two pairs
 
 
 def test_without_a_method_there_is_nothing_extra(tiny_data):
@@ -93,7 +94,7 @@ def test_without_a_method_there_is_nothing_extra(tiny_data):
 FAKE = {
     "student": {"seconds_per_step": 2.0, "peak_bytes": 3 * 2**20},
     "with_method": {"seconds_per_step": 2.5, "peak_bytes": 5 * 2**20},
-    "extra": {"seconds_per_step": 0.5, "peak_bytes": 2 * 2**20},
+    "extra": {"seconds_per_step": 0.5, "seconds_interval": [0.4, 0.6], "peak_bytes": 2 * 2**20},
 }
 
 
@@ -107,17 +108,19 @@ def test_totals_with_the_teachers_training(tiny_data, tmp_path, beside, name):
         recipe, method=method, teacher=str(path), schedule=Schedule(steps=100, batch_size=2), name="x"
     )
     unknown = ledger.totals(recipe, FAKE)
-    assert unknown["extra_with_teacher"] == {"seconds": None, "seconds_per_step": None}
+    assert unknown["extra_with_teacher"] == {"seconds": None, "seconds_per_step": None, "interval": None}
     assert "unknown" in table_text(recipe, unknown)
     (tmp_path / name).write_text(json.dumps({"steps": 500, "seconds": 1000.0}))
     whole = ledger.totals(recipe, FAKE)
-    assert whole["run"] == {"steps": 100, "distilled_steps": 70, "student_seconds": 200.0, "extra_seconds": 35.0}
+    run = {"steps": 100, "distilled_steps": 70, "student_seconds": 200.0, "extra_seconds": 35.0}
+    assert whole["run"] == run | {"extra_interval": [28.0, 42.0]}
     assert whole["teacher"] == {"file": str(path), "steps": 500, "seconds": 1000.0}
-    assert whole["extra_with_teacher"] == {"seconds": 1035.0, "seconds_per_step": 10.35}
+    assert whole["extra_with_teacher"] == {"seconds": 1035.0, "seconds_per_step": 10.35, "interval": [1028.0, 1042.0]}
     text = table_text(recipe, whole)
     for part in ("2.000", "2.500", "+0.500", "+10.350", "3 MiB", "5 MiB", "+2 MiB", "200 s", "235 s", "+35 s"):
         assert part in text, part
-    assert "+1,035 s" in text
+    for part in ("+1,035 s", "+0.400 .. +0.600", "+28 .. +42 s"):
+        assert part in text, part
 
 
 def table_text(recipe, whole) -> str:

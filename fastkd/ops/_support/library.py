@@ -69,6 +69,13 @@ def why_no_triton() -> str | None:
     return triton.register()
 
 
+def why_triton_cannot_compile() -> str | None:
+    """What Triton lacks for compiling the registered kernels at their first call, None if nothing is known to."""
+    from fastkd.ops import triton
+
+    return triton.why_not_compiled()
+
+
 def why_no_kernel(op: str, device: str = "cpu") -> str | None:
     """None if fastkd::`op` and its backward have kernels for a device type, "cpu" or "cuda", else the reason."""
     if why_not_loaded() is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,13 @@ def register() -> str | None:
     for name, launch in zip(_OPS, launches, strict=True):
         torch.library.register_kernel(f"fastkd::{name}", "cuda", launch)
     return None
+
+
+def why_not_compiled() -> str | None:
+    """None if Triton finds the C compiler with which it builds the launcher of a kernel, else what is missing."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "Triton needs a C compiler at the first call, and neither gcc nor clang is on PATH; install one or set CC"
 
 
 _OPS = ("instance_attention", "instance_attention_backward", "attention_mass")

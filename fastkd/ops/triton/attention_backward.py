@@ -328,7 +328,7 @@ def plan_backward(
             rows=rows,
             FOR_KEYS=for_keys,
             FOR_VALUES=for_values,
-            SINGLE=count <= chosen.queries and not chosen.sums_in_memory,
+            SINGLE=chosen.single,
             WEIGHT_IN_MEMORY=chosen.sums_in_memory,
         ),
         chosen.warps,

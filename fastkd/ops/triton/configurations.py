@@ -73,6 +73,8 @@ class Configuration:
         stages: pipeline stages of the loop over tiles; 2: one tile is loaded ahead.
         pair: a program of the forward pass processes two heads, if their number is even.
         sums_in_memory: accumulate the gradients of queries and key_weight in memory instead of registers.
+        single: the backward pass handles all queries as one block, without a loop over blocks. Only with absorbed keys:
+            a kernel is compiled for absorbed and for projected keys, not also for each number of blocks.
     """
 
     queries: int
@@ -82,6 +84,7 @@ class Configuration:
     stages: int
     sums_in_memory: bool = False
     pair: bool = False
+    single: bool = False
 
 
 FEW = 32  # maximum number of queries with absorbed keys on a GPU: one block
@@ -120,16 +123,16 @@ def backward(shape: Shape, card: Card) -> Configuration:
     if shape.element_size == 8 or (shape.element_size == 4 and shape.projected):
         return _backward_of_wide_numbers(shape, card)
     queries = _queries(shape)
-    blocks = shape.count > queries
+    blocks = shape.projected or shape.count > queries
     if blocks:  # the loop over blocks needs registers for addresses
         queries = min(queries, 16 if card.generation == 10 or shape.element_size == 4 else 32)
     sums_in_memory = shape.element_size == 4 and (shape.exact or not shape.last)
     queries = 16 if sums_in_memory else queries
-    together = not blocks and not sums_in_memory
+    single = not blocks and not sums_in_memory
     # sm_100 keeps sums in tensor memory, so registers suffice for larger tiles, but not for two of them.
-    cells = 64 if shape.last and card.generation == 10 and together else 32
-    ahead = shape.last and card.generation < 10 and together and shape.element_size == 2
-    return Configuration(queries, *_tile(shape, cells), 8, 2 if ahead else 1, sums_in_memory)
+    cells = 64 if shape.last and card.generation == 10 and single else 32
+    ahead = shape.last and card.generation < 10 and single and shape.element_size == 2
+    return Configuration(queries, *_tile(shape, cells), 8, 2 if ahead else 1, sums_in_memory, single=single)
 
 
 def _backward_of_wide_numbers(shape: Shape, card: Card) -> Configuration:

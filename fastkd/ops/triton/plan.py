@@ -30,11 +30,25 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run the launches in order on the current stream of the device."""
+    """Run the launches in order on the current stream of the device.
+
+    Raises: RuntimeError if Triton cannot compile or launch a kernel; torch.OutOfMemoryError as torch raises it.
+    """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for one in launches:
-            if one.programs:
+            if not one.programs:
+                continue
+            try:
                 one.kernel[(one.programs,)](**one.arguments, num_warps=one.warps, num_stages=one.stages)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of several kinds: Triton's own, its C compiler's, the driver's
+                lines = str(error).strip().splitlines() or [""]
+                raise RuntimeError(
+                    f"{one.kernel.fn.__name__}: Triton cannot compile or launch it here ({type(error).__name__}: "
+                    f"{lines[0]}); `fastkd info` names what Triton lacks, and within "
+                    'fastkd.ops.use_backend("reference") the ops run in plain torch'
+                ) from error
 
 
 def precision_of(dtype: torch.dtype) -> str:

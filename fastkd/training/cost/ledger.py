@@ -1,7 +1,8 @@
 """The cost ledger (methods.md 4): cost of a method relative to the student alone, measured in the same run.
 
 Once, after the warm-up, copies of student and method take timed steps on the same batches, alternating between the
-student alone and the student with the method. The copies are discarded, so the run itself is not affected.
+student alone and the student with the method. The extra time is the median over these pairs, with a confidence interval
+(pairs.py). The copies are discarded, so the run itself is not affected.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from rich.text import Text
 from torch import Tensor
 
 from fastkd import assets
+from fastkd.progress import track
 from fastkd.training.config import Recipe
 from fastkd.training.cost.memory import transient_peak
+from fastkd.training.cost.pairs import compare
 from fastkd.training.optimizers import build_optimizers
 from fastkd.training.parallel.compiled import Regions
 from fastkd.training.parallel.processes import Processes, no_sync
@@ -27,6 +31,8 @@ from fastkd.training.run.directory import read_json
 from fastkd.training.schedule import Phase, phase_at
 from fastkd.training.step import StepModule, sum_losses
 from fastkd.types import Batch
+
+BATCHES = 4  # number of different batches on which the pairs of steps are taken in turn
 
 
 class _Candidate:
@@ -102,7 +108,8 @@ def measure(
         trainable: names of its trainable parameters.
         batches: batches of a few steps, each as a list of micro-batches.
         processes: processes of the run.
-    Returns: {"student": {...}, "with_method": {...}, "extra": {...}, ...}; times are medians.
+    Returns: {"student": {...}, "with_method": {...}, "extra": {...}, ...}; times are medians, and those of "extra" are
+        medians over the pairs with confidence intervals, see pairs.compare.
     """
     names = ["student", "with_method"] if recipe.method is not None else ["student"]
     candidates = {n: _Candidate(recipe, module, trainable, processes, n == "with_method") for n in names}
@@ -111,17 +118,21 @@ def measure(
     for candidate in candidates.values():
         candidate.step(batches[0], layout)
     peaks = {name: candidate.peak(batches[0], layout) for name, candidate in candidates.items()}
-    for pair, parts in zip(range(recipe.runtime.ledger_pairs), itertools.cycle(batches)):
+    pairs = track(range(recipe.runtime.ledger_pairs), "measure the cost", "pairs of steps")
+    for pair, parts in zip(pairs, itertools.cycle(batches)):
         for name in names if pair % 2 == 0 else reversed(names):
             samples[name].append(candidates[name].timed(parts, layout))
     rows: dict[str, dict[str, Any]] = {
         name: {"seconds_per_step": statistics.median(taken), "peak_bytes": peaks[name], "samples": taken}
         for name, taken in samples.items()
     }
+    extra: dict[str, Any] = {"seconds_per_step": 0.0, "peak_bytes": 0}
+    if recipe.method is not None:
+        extra = {**compare(*samples.values()), "peak_bytes": peaks["with_method"] - peaks["student"]}
     rows.setdefault("with_method", rows["student"])
     return {
         **rows,
-        "extra": {key: rows["with_method"][key] - rows["student"][key] for key in ("seconds_per_step", "peak_bytes")},
+        "extra": extra,
         "images_per_step": recipe.schedule.batch_size,
         "processes": processes.world_size,
         "device": _device_name(processes.device),
@@ -147,24 +158,37 @@ def totals(recipe: Recipe, measured: dict[str, Any]) -> dict[str, Any]:
     """The complete ledger: the measured step costs, extrapolated to the run, without and with the teacher's training.
 
     Adds "run": seconds of the student and extra seconds of the method over the run (only distilling steps cost extra),
-    "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step"}, None if the teacher's cost is unknown.
+    "teacher", and "extra_with_teacher": {"seconds", "seconds_per_step", "seconds_interval"}, None if the teacher's cost
+    is unknown. The intervals are those of the extra time; the teacher's training is taken as exact.
     """
     steps = recipe.schedule.steps
     distilled = sum(phase_at(recipe, step).distill for step in range(steps))
     extra = measured["extra"]["seconds_per_step"] * distilled
+    ends = measured["extra"].get("seconds_interval")
+    interval = None if ends is None else [end * distilled for end in ends]
     run = {
         "steps": steps,
         "distilled_steps": distilled,
         "student_seconds": measured["student"]["seconds_per_step"] * steps,
         "extra_seconds": extra,
+        "extra_interval": interval,
     }
     teacher = teacher_cost(recipe.teacher) if recipe.teacher is not None else None
     seconds = 0.0 if teacher is None else teacher["seconds"]
     whole = None if seconds is None else extra + seconds
-    with_teacher = {"seconds": whole, "seconds_per_step": None if whole is None else whole / steps}
+    with_teacher = {
+        "seconds": whole,
+        "seconds_per_step": None if whole is None else whole / steps,
+        "interval": None if seconds is None or interval is None else [end + seconds for end in interval],
+    }
     method = recipe.to_dict()["method"]
     label = {"method": method["kind"] if method else None, "inherit": recipe.inherit}
     return {**label, **measured, "run": run, "teacher": teacher, "extra_with_teacher": with_teacher}
+
+
+def interval_text(ends: Sequence[float]) -> str:
+    """An interval of seconds of the whole run."""
+    return " .. ".join(f"{end:+,.0f}" for end in ends) + " s"
 
 
 def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
@@ -187,6 +211,9 @@ def ledger_table(name: str, ledger: dict[str, Any]) -> Table:
     if ledger["method"] is not None:
         row("with the method", method, run["student_seconds"] + run["extra_seconds"])
         row("extra", ledger["extra"], run["extra_seconds"], "+")
+        low, high = ledger["extra"].get("seconds_interval") or (None, None)
+        if low is not None:
+            table.add_row("  95 % interval", f"{low:+.3f} .. {high:+.3f}", "", interval_text(run["extra_interval"]))
     if ledger["teacher"] is not None:
         row("extra with the teacher's training", whole, whole["seconds"], "+")
     return table

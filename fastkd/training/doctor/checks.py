@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fastkd import assets
+from fastkd.data import DetectionDataset
 from fastkd.detectors import Detector, check_teacher, inherit, load_detector
+from fastkd.progress import track
 from fastkd.training.build import Built, build, open_data
 from fastkd.training.config import Recipe
 from fastkd.training.cost import ledger as cost
@@ -60,9 +62,15 @@ def examine(
     yield from check_stability(recipe, run_dir)
     if run_dir is not None:
         yield from check_teaching(recipe, run_dir)
-    yield from check_classes(recipe)
+    data = None
     try:
-        built = build(recipe)
+        data = open_data(recipe)
+    except (ValueError, OSError) as error:
+        yield Finding("problem", "data", str(error))
+    else:
+        yield from check_classes(recipe, data[0])
+    try:
+        built = build(recipe, data)
     except (ValueError, OSError) as error:
         yield Finding("problem", "set-up", f"the run cannot begin: {error}")
         return
@@ -95,13 +103,8 @@ def check_switches(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("ok", "switches", "as published, nothing is off")
 
 
-def check_classes(recipe: Recipe) -> Iterator[Finding]:
+def check_classes(recipe: Recipe, train_set: DetectionDataset) -> Iterator[Finding]:
     """Whether data, student and teacher have the same classes."""
-    try:
-        train_set, _ = open_data(recipe)
-    except (ValueError, OSError) as error:
-        yield Finding("problem", "data", str(error))
-        return
     names, have = train_set.class_names, recipe.detector.num_classes
     boxes = len(train_set.objects()[0])
     yield Finding("ok" if boxes else "problem", "data", f"{len(train_set)} images with {boxes} boxes")
@@ -267,7 +270,7 @@ def _first_batches(built: Built, count: int, group: Processes) -> tuple[list[Bat
     extra = 2
     loader = train_loader(built, group, parts=count + extra)
     found, begin = [], 0.0
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(track(loader, "load batches", "batches")):
         if number == 0:
             begin = time.perf_counter()
         found.append(batch)

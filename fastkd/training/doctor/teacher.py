@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from fastkd.boxes import box_iou
 from fastkd.data import build_eval_loader
 from fastkd.detectors import Detector
 from fastkd.evaluation import evaluator_of
+from fastkd.progress import track
 from fastkd.training.build import Built
 from fastkd.training.doctor.finding import Finding
 from fastkd.types import Batch, Detections
@@ -52,7 +54,7 @@ def check_quality(teacher: Detector, built: Built, batches: int, device: torch.d
         divisor=data.divisor,
     )
     seen: list[tuple[Batch, list[Detections]]] = []
-    for batch, _ in zip(loader, range(batches)):
+    for batch in track(itertools.islice(loader, batches), "evaluate the teacher", "batches"):
         batch = batch.to(device)
         with torch.inference_mode():
             seen.append((batch, teacher.detect(teacher.features(batch.images), batch)))

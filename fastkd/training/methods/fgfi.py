@@ -29,6 +29,7 @@ class FGFIConfig(FeatureMethod):
     kind = "fgfi"
     label = "FGFI"
     needs_teacher = True
+    pays = "pays in short runs, too, where a good teacher has the student's pyramid."
 
     psi: float = 0.5
     warmup_fraction: float = 1 / 90

@@ -56,6 +56,10 @@ class ICDConfig(FeatureMethod):
 
     kind = "icd"
     label = "ICD"
+    pays = (
+        "pays where a good teacher is at hand, most of all for a student that inherits nothing; beside inheriting "
+        "little is left to gain in a short run."
+    )
     needs_teacher = True
     needs_priors = True
 

@@ -49,6 +49,10 @@ class LGDConfig(FeatureMethod):
     kind = "lgd"
     label = "LGD"
     compared_with = "fgfi"
+    pays = (
+        "needs no teacher and pays in long runs on large objects; in a short run its instructive features are hardly "
+        "better than the student's own."
+    )
 
     heads: int = 8
     context: bool = True

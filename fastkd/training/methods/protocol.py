@@ -84,6 +84,7 @@ class Method:
         needs_priors: whether `build` needs the class priors of the training set.
         compared_with: kind of the method whose extra cost the report compares this method's with; None for no
             comparison.
+        pays: when the method pays, the rest of a sentence that begins with the label; "" if that has not been measured.
     """
 
     kind: ClassVar[str]
@@ -91,6 +92,7 @@ class Method:
     needs_teacher: ClassVar[bool] = False
     needs_priors: ClassVar[bool] = False
     compared_with: ClassVar[str | None] = None
+    pays: ClassVar[str] = ""
 
     @property
     def needs_masks(self) -> bool:

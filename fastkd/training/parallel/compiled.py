@@ -58,12 +58,22 @@ def require_compiler(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def compiler_settings(enabled: bool) -> Iterator[None]:
+def compiler_settings(enabled: bool, several_backwards: bool = False) -> Iterator[None]:
     """Within the context DDP does not split the graphs at its bucket boundaries; no effect without torch.compile.
 
     Each graph covers a part of the step only, so the all-reduce still overlaps with the rest of the backward pass.
+
+    Args:
+        enabled: whether functions are compiled.
+        several_backwards: allow several backward passes through one forward pass: a compiled backward pass must then
+            not overwrite the tensors saved for it.
     """
-    with torch._dynamo.config.patch(optimize_ddp=False) if enabled else contextlib.nullcontext():
+    config = torch._functorch.config
+    kept = _supported(config, {"donated_buffer": False}) if several_backwards else {}
+    if not enabled:
+        yield
+        return
+    with torch._dynamo.config.patch(optimize_ddp=False), config.patch(kept) if kept else contextlib.nullcontext():
         yield
 
 
@@ -76,11 +86,10 @@ class Regions:
     Args:
         enabled: whether to compile at all.
         backend: backend of torch.compile; "aot_eager" makes the same graphs without a compiler, for tests.
-        keeps_graphs: allow several backward passes through one forward pass (retain_graph); costs memory.
     """
 
-    def __init__(self, enabled: bool = False, backend: str = "inductor", *, keeps_graphs: bool = False):
-        self.enabled, self.backend, self.keeps_graphs = enabled, backend, keeps_graphs
+    def __init__(self, enabled: bool = False, backend: str = "inductor"):
+        self.enabled, self.backend = enabled, backend
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -98,10 +107,7 @@ class Regions:
         # The eager backward pass runs outside autocast, so that a method's float32 computations stay in float32.
         # torch.compile would by default apply the autocast of the forward pass to it.
         config = torch._functorch.config
-        wanted: dict[str, Any] = {"backward_pass_autocast": "off"}
-        if self.keeps_graphs:
-            wanted["donated_buffer"] = False  # a compiled backward pass would otherwise overwrite saved tensors
-        with config.patch(_supported(config, wanted)):
+        with config.patch(_supported(config, {"backward_pass_autocast": "off"})):
             return self._compiled[name](*arguments, **options)
 
     def _options(self, device_type: str) -> dict[str, Any] | None:

@@ -13,9 +13,9 @@ from torch import nn
 
 from fastkd.data import build_eval_loader
 from fastkd.detectors import save_detector
-from fastkd.evaluation import evaluator_of, print_metrics
+from fastkd.evaluation import CocoEvaluator, evaluator_of, print_metrics
 from fastkd.evaluation.coco import evaluate
-from fastkd.files import write_json
+from fastkd.files import write_json, write_json_list
 from fastkd.signals import Interrupted
 from fastkd.training.build import Built
 from fastkd.training.cost import ledger as cost
@@ -55,8 +55,8 @@ class Evaluation:
     def __init__(self, built: Built, group: Processes):
         self.built, self.group = built, group
 
-    def run(self, detector: nn.Module, *, progress: bool) -> tuple[dict[str, Any], list[dict]]:
-        """Metrics and COCO results of all images, in every process."""
+    def run(self, detector: nn.Module, *, progress: bool) -> tuple[dict[str, Any], CocoEvaluator]:
+        """Metrics of all images, and the evaluator with their detections, in every process."""
         recipe, group = self.built.recipe, self.group
         loader = build_eval_loader(
             self.built.val_set,
@@ -74,7 +74,7 @@ class Evaluation:
         metrics = evaluate(
             detector, loader, evaluator, device=group.device, dtype=self.built.module.dtype, progress=progress
         )
-        return metrics, evaluator.results()
+        return metrics, evaluator
 
 
 def commit() -> str | None:
@@ -95,7 +95,7 @@ def finish_run(trainer: Trainer) -> RunResult:
     """Evaluates the trained student and writes the final files; metrics.json, which marks the run finished, is last."""
     built, group, run_dir, recipe = trainer.built, trainer.group, trainer.run_dir, trainer.recipe
     module = trainer.module
-    metrics, results = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
+    metrics, evaluator = trainer.evaluation.run(module.detector, progress=trainer.console.is_terminal)
     diagnostics = evaluate_teachers(trainer)
     unreadable = trainer.unreadable_images()
     metrics = {
@@ -127,7 +127,7 @@ def finish_run(trainer: Trainer) -> RunResult:
         if built.priors is not None:
             names = ("frequency", "mean", "std")
             write_json(run_dir / "priors.json", {name: getattr(built.priors, name).tolist() for name in names})
-        write_json(run_dir / "detections.json", results)
+        write_json_list(run_dir / "detections.json", evaluator.iterate_results())
         write_json(run_dir / "metrics.json", metrics)
 
     group.on_rank0(write)

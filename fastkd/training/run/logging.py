@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastkd.files import naming, write_text
+from fastkd.progress import is_quiet
 from fastkd.training.run.directory import read_json
 
 
@@ -185,13 +186,13 @@ class RunProgress:
         steps: steps of the whole run.
         start_step: finished steps.
         console: console to write to.
-        shown: False prints nothing (all ranks but the first).
+        shown: False prints nothing (all ranks but the first); --quiet prints nothing either.
     """
 
     def __init__(self, name: str, steps: int, start_step: int, console: Console, shown: bool):
-        self.name, self.steps, self.console, self.shown = name, steps, console, shown
+        self.name, self.steps, self.console, self.shown = name, steps, console, shown and not is_quiet()
         self.bar: Progress | None = None
-        if shown and console.is_terminal:
+        if self.shown and console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
