@@ -166,11 +166,11 @@ def page(figures: dict[str, Any]) -> str:
     )
     said = figures.get(WITHOUT_TORCH, {}).get("said", "not tried")
     return (
-        "# Any machine\n\n`make any-machine` (python -m benchmarks.any_machine; figures in "
-        "[any-machine.json](any-machine.json)). An environment PYTHON=TORCH is fresh and has the wheel of this commit, "
-        "built once by the project's own Python; a row FASTKD_CPU_CAPABILITY runs in the project's environment and "
-        "keeps the kernels to the instructions of an older CPU. The tests are those of the ops, without those of the "
-        "CUDA emulation.\n\n| environment | Python | torch | passed | skipped | failed | time | commit |\n"
+        "# Any machine\n\n`make any-machine` (python -m benchmarks.any_machine; figures in any-machine.json). An "
+        "environment PYTHON=TORCH is fresh and has the wheel of this commit, built once by the project's own Python; a "
+        "row FASTKD_CPU_CAPABILITY runs in the project's environment and keeps the kernels to the instructions of an "
+        "older CPU. The tests are those of the ops, without those of the CUDA emulation.\n\n"
+        "| environment | Python | torch | passed | skipped | failed | time | commit |\n"
         f"|---|---|---|--:|--:|--:|--:|---|\n{rows}\n"
         f"`pip install --no-build-isolation .` where there is no torch says: `{said}`\n"
     )

@@ -18,7 +18,7 @@ TITLES = {
 }
 HEAD = """# Fault campaign
 
-`python -m benchmarks.faults` (figures in [faults.json](faults.json); the same command goes on with what is missing).
+`python -m benchmarks.faults` (figures in faults.json; the same command goes on with what is missing).
 The run is a tiny RetinaNet with FGFI (LGD where so said): 8 steps, one loader process, a checkpoint every second step,
 an evaluation in the middle. A fault counts as survived if the resumed run has the weights, optimiser states, log lines
 and detections of an undisturbed run, bit for bit, and leaves no other files; or, where fastkd must refuse, if it says
@@ -47,7 +47,7 @@ def page(figures: dict[str, Any]) -> str:
         if own:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
-                f"## {title}\n\n**{own['cases']} cases** ({own['run']}): {_count(own)}. "
+                f"## {title}\n\n**{own['cases']} cases** ({own.get('run', 'scenes-retinanet-lgd')}): {_count(own)}. "
                 f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
                 f"| fault | last line of the output |\n|---|---|\n{rows}"
             )

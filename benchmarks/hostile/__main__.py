@@ -91,7 +91,7 @@ def page(figures: dict[str, Any]) -> str:
                 f"{own['commit']} |\n"
             )
     return (
-        "# Hostile files\n\n`python -m benchmarks.hostile` (figures in [hostile.json](hostile.json); the same command "
+        "# Hostile files\n\n`python -m benchmarks.hostile` (figures in hostile.json; the same command "
         "goes on with what is missing; a case is reproduced by reader and number). Each file is mutated by a grammar "
         "of its format: values, types, structure, text and encoding of JSON, 100,000 levels of nesting, numbers of "
         "10,000 digits, control characters, paths out of the folder; chunks and segments of pictures with right "
@@ -101,8 +101,14 @@ def page(figures: dict[str, Any]) -> str:
         "file. *wrong*: anything else, code that ran, a file outside of the folder that was opened, more than "
         f"{SECONDS:g} s or {MEGABYTES} MB. Time and memory are the largest of a case.\n\n"
         "| reader | what is called | cases | read | refused | wrong | time | memory | commit |\n"
-        "|---|---|--:|--:|--:|--:|--:|--:|---|\n" + "".join(rows)
+        "|---|---|--:|--:|--:|--:|--:|--:|---|\n" + "".join(rows) + _listed(figures)
     )
+
+
+def _listed(figures: dict[str, Any]) -> str:
+    """The wrong cases, in a list."""
+    lines = [f"- {name}, case {p['case']}: {p['said']:.120}" for name, own in figures.items() for p in own["problems"]]
+    return "\nWrong:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 if __name__ == "__main__":

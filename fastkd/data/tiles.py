@@ -145,7 +145,7 @@ def _visible_part(
     entry: dict[str, Any] = {"bbox": [*cut[:2].tolist(), *size.tolist()]}
     if with_masks:
         if mask is None:  # a crowd region, kept as its box
-            crop = np.zeros((bottom - y, right - x), bool)
+            crop: np.ndarray = np.zeros((bottom - y, right - x), bool)
             left, top, end, low = (round(v) for v in cut)
             crop[top:low, left:end] = True
         else:
@@ -160,6 +160,6 @@ def _visible_part(
 def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """A mask [H, W] as COCO's uncompressed run lengths: column by column, beginning with a run of zeros."""
     flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
+    edges: np.ndarray = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *edges, flat.size]).tolist()
     return {"size": list(mask.shape), "counts": [0, *runs] if flat[:1].any() else runs}

@@ -25,9 +25,9 @@ class Mean:
         count = len(self.values)
         if count < 2:
             return None
-        from scipy.stats import t  # slow to import
+        from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-        half = float(t.ppf(0.975, count - 1)) * statistics.stdev(self.values) / count**0.5
+        half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(self.values) / count**0.5
         return self.mean - half, self.mean + half
 
     @property

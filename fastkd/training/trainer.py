@@ -85,21 +85,21 @@ def train(
             console.print(f"{recipe.name}: stopped before the first step", highlight=False, markup=False)
             return RunResult.interrupted(run_dir, signal.signum)
         group.on_rank0(lambda: open_run_directory(run_dir, built.recipe))
-        compiling = compiler_settings(recipe.runtime.compile, recipe.distill.balance is not None)
-        with _settings(built.recipe), compiling, explaining_dead_workers():
+        with _settings(built.recipe), explaining_dead_workers():
             return Trainer(built, run_dir, group, stop, console, command).run()
 
 
 @contextlib.contextmanager
 def _settings(recipe: Recipe) -> Iterator[None]:
-    """Sets the ops' backend and, if the recipe asks for them, deterministic kernels; restores both afterwards."""
+    """Sets the ops' backend, the compiler and, if asked for, deterministic kernels; restores them afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it for deterministic cuBLAS
     torch.use_deterministic_algorithms(recipe.runtime.deterministic or before[0])
     torch.backends.cudnn.benchmark = not recipe.runtime.deterministic and len(recipe.data.short_sides) == 1
     try:
-        with use_backend(recipe.runtime.ops):
+        balances = recipe.distill.balance is not None
+        with use_backend(recipe.runtime.ops), compiler_settings(recipe.runtime.compile, balances):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
@@ -320,10 +320,12 @@ class Trainer:
     def _raise_non_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
         norms = {name: norm.item() for name, norm in self.norms.items()}
         if not all(map(math.isfinite, norms.values())):
+            fp16 = self.recipe.runtime.grad_compression == "fp16"  # overflows beyond 65504 in the all-reduce
+            more = " or --runtime.grad-compression bf16" if fp16 else ""
             ids = [image_id for ids in self.group.gather(self.image_ids) for image_id in ids]
             raise NonFiniteLossError(
                 f"train: gradients must be finite, got {norms} at step {self.step}, whose losses were finite, "
-                f"image ids {ids}; lower the learning rate or use --runtime.precision float32{self._fp16_remedy()}"
+                f"image ids {ids}; lower the learning rate or use --runtime.precision float32{more}"
             )
         found = self.group.gather(({name: value.item() for name, value in losses.items()}, list(batch.image_ids)))
         names = sorted({name for values, _ in found for name, value in values.items() if not math.isfinite(value)})
@@ -334,10 +336,6 @@ class Trainer:
             f"(whole batch: {[i for _, ids in found for i in ids]}); the weights were not updated: lower the learning "
             "rate, clip gradients or look at these images"
         )
-
-    def _fp16_remedy(self) -> str:
-        """A further remedy with fp16 compression, in which gradients beyond 65504 overflow in the all-reduce."""
-        return " or --runtime.grad-compression bf16" if self.recipe.runtime.grad_compression == "fp16" else ""
 
     def _log(self, log: RunLog | None, seconds: float, waited: float, steps: int) -> None:
         assert self.loader is not None

@@ -54,26 +54,29 @@ def namespaced(text: str, namespace: str) -> str:
     return text.replace("torch.ops.fastkd", f"torch.ops.{namespace}").replace("fastkd::", f"{namespace}::")
 
 
-def write(out: Path) -> str:
-    """Write the tree; return the namespace of its ops."""
-    found = sources()
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:10]
-    namespace = f"_fastkd_{digest}"
-    tree = out / "torch-ext" / "fastkd"
+def write_package(found: dict[str, str], folder: Path, namespace: str) -> None:
+    """Write the sources with relative imports and their ops in a namespace."""
     for name, text in found.items():
-        path = tree / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(namespaced(relative_imports(name, text), namespace), encoding="utf-8")
+
+
+def write(out: Path) -> None:
+    """Write the tree."""
+    found = sources()
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:10]
+    write_package(found, out / "torch-ext" / "fastkd", f"_fastkd_{digest}")
     for name in ("build.toml", "README.md", "tests"):
         copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
         copy(HERE / name, out / name)
     shutil.copy(PACKAGE.parent / "LICENSE", out / "LICENSE")
     version = int(re.search(r"(?m)^version = (\d+)$", (HERE / "build.toml").read_text(encoding="utf-8"))[1])
     for backend in BACKENDS:
-        variant = out / "build" / f"torch-{backend}"
-        shutil.copytree(tree, variant)
+        variant, identity = out / "build" / f"torch-{backend}", f"_fastkd_{backend}_{digest}"
+        write_package(found, variant, identity)
         metadata = {
-            "id": f"_fastkd_{backend}_{digest}",
+            "id": identity,
             "name": "fastkd",
             "version": version,
             "license": "Apache-2.0",
@@ -81,7 +84,6 @@ def write(out: Path) -> str:
             "backend": {"type": backend},
         }
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    return namespace
 
 
 def main(arguments: list[str] | None = None) -> None:

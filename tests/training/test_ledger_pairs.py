@@ -44,11 +44,12 @@ def test_interval_covers_the_median_as_often_as_it_says():
 
 @pytest.mark.parametrize("noise", [{}, {"drift": 1.0}, {"stalls": 0.1}, {"drift": 1.0, "stalls": 0.1}], ids=str)
 def test_a_step_of_one_and_a_half_times_is_never_free(noise):
-    """The ratio of 1.5 is found, and its interval excludes 1, in nearly every run; unpaired medians of four do not."""
+    """The ratio of 1.5 is found; its interval nearly always excludes 1, and never says that the method is faster."""
     rng = np.random.default_rng(2)
     found = [compare(*noisy(rng, 0.2, 0.1, **noise)) for _ in range(400)]
     assert abs(np.median([one["ratio"] for one in found]) - 1.5) < 0.03
-    assert np.mean([one["ratio_interval"][0] > 1 for one in found]) > 0.97
+    assert np.mean([one["ratio_interval"][0] > 1 for one in found]) > (0.9 if "stalls" in noise else 0.99)
+    assert all(one["ratio_interval"][1] > 1 for one in found)
     assert np.mean([one["ratio_interval"][0] <= 1.5 <= one["ratio_interval"][1] for one in found]) > 0.93
 
 
