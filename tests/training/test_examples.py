@@ -13,6 +13,7 @@ from tiny_runs import make_tiny_data
 import fastkd
 from fastkd.cli import run as run_command
 from fastkd.data import CocoDataset
+from fastkd.training.run.logging import read_log
 
 EXAMPLES = Path(fastkd.__file__).parent.parent / "examples"
 
@@ -70,7 +71,7 @@ def test_own_detector(example, tmp_path, tmp_path_factory, monkeypatch):
     name = "own_detector:TinyDetector"
     assert json.loads((run / "icd/recipe.json").read_text())["detector"]["custom"] == name
     losses = {
-        method: json.loads((run / method / "log.jsonl").read_text().splitlines()[0])["losses"]
+        method: next(record["losses"] for record in read_log(run / method) if "losses" in record)
         for method in ("lgd", "icd")
     }
     assert losses["lgd"].keys() >= {"classification", "box", "instructive_box", "lgd_distill"}
