@@ -67,7 +67,7 @@ def line(text, start):
 def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
     text = step_results.report(SAVED)
     assert line(step_results.row_table(ROW), "LGD")[:2] == ["6.00 s", "3.00 s (2.00 x)"]
-    assert line(text, "student alone")[3:5] == ["3 MiB", "3 MiB"]
+    assert line(text, "student alone")[3:] == ["0.50 s", "3 MiB", "3 MiB", "", "3 MiB"]
     aims = step_results.targets(ROW)
     assert line(aims, "LGD, ours float32")[:3] == ["1.4 x faster", "2.00 x", "yes"]
     assert line(aims, "ICD, ours float32")[:3] == ["1.25 x faster", "1.00 x", "no"]

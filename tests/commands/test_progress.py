@@ -104,8 +104,9 @@ def in_terminal(arguments, until, then=None, seconds=60):
     command = [sys.executable, "-m", "fastkd.cli", *map(str, arguments)]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(
-        command, stdout=child, stderr=child, stdin=child, env=environment, start_new_session=True
-    )
+        command, stdout=child, stderr=child, stdin=child, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     os.close(child)
     text, end = "", time.monotonic() + seconds
     while time.monotonic() < end:
@@ -118,7 +119,10 @@ def in_terminal(arguments, until, then=None, seconds=60):
             os.killpg(process.pid, then)
             then = None
     os.close(parent)
-    return SimpleNamespace(text=text, code=process.wait(timeout=10))
+    try:
+        return SimpleNamespace(text=text, code=process.wait(timeout=10))
+    finally:
+        process.kill()
 
 
 def test_data_generation_on_a_terminal(tmp_path):
