@@ -61,7 +61,7 @@ SAVED = {
 
 def line(text, start):
     (found,) = [row for row in text.splitlines() if row.startswith(f"| {start} |")]
-    return [cell.strip() for cell in found.strip("| ").split("|")][1:]
+    return [cell.strip() for cell in found.removeprefix("|").removesuffix("|").split("|")][1:]
 
 
 def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
