@@ -17,12 +17,14 @@ def data(tmp_path_factory):
 
 def test_killed_and_resumed(data, tmp_path):
     figures = {}
-    for trial in itertools.islice(kills.one_process(tmp_path, tiny.recipe(data), 0), 3):
+    for trial in itertools.islice(kills.one_process(tmp_path, tiny.recipe(data), 0), 12):
         assert not trial["problem"]
         kills.add(figures, trial)
-    assert figures["next_seed"] == 3 and figures["kills"] == sum(figures["phases"].values()) >= 3
+        if figures["kills"] >= 2:  # a run may end before it is killed
+            break
+    assert figures["kills"] == sum(figures["phases"].values()) >= 2 and figures["next_seed"] == figures["runs"]
     assert "problems" not in figures and [path.name for path in tmp_path.glob("killed-*")] == []
-    assert f"**{figures['kills']} kills** in 3 runs" in page({"kills": figures | {"seconds": 1.0, "commit": "x"}})
+    assert f"**{figures['kills']} kills** in {figures['runs']} runs" in page({"kills": figures | {"seconds": 1.0, "commit": "x"}})
 
 
 def test_a_difference_is_noticed(data, tmp_path):
