@@ -24,7 +24,8 @@ def test_killed_and_resumed(data, tmp_path):
             break
     assert figures["kills"] == sum(figures["phases"].values()) >= 2 and figures["next_seed"] == figures["runs"]
     assert "problems" not in figures and [path.name for path in tmp_path.glob("killed-*")] == []
-    assert f"**{figures['kills']} kills** in {figures['runs']} runs" in page({"kills": figures | {"seconds": 1.0, "commit": "x"}})
+    text = page({"kills": figures | {"seconds": 1.0, "commit": "x"}})
+    assert f"**{figures['kills']} kills** in {figures['runs']} runs" in text
 
 
 def test_a_difference_is_noticed(data, tmp_path):
