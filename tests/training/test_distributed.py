@@ -35,7 +35,7 @@ def outputs(tiny_data, tmp_path_factory):
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return out

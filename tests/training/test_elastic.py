@@ -34,7 +34,7 @@ def test_a_killed_worker(tmp_path, tmp_path_factory):
         env={**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     attempts = sorted(path.name for path in tmp_path.glob("attempt-*"))
