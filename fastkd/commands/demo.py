@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 METHODS = ("baseline", "lgd", "fgfi", "inherit", "icd")  # inherit is the control of icd, whose student inherits too
 CROWD_METHODS = ("baseline", "lgd")
 REPORT_IMAGES = 6
-QUICK_STEPS, QUICK_TRAIN, QUICK_VAL = 90, 1200, 100
+QUICK_STEPS, QUICK_TRAIN, QUICK_VAL = 50, 800, 60
 TABLE_WIDTH = 124  # so that no cell is broken if the output is not a terminal
 QUICK_PAIRS = 6  # of steps for the cost ledger; fewer give no interval
 
