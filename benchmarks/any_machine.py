@@ -114,7 +114,7 @@ def environment(name: str, wheel: Path, work: Path) -> dict[str, Any]:
 
 
 def without_torch(work: Path) -> dict[str, Any]:
-    """What pip says where there is no torch and it may not fetch any for the build."""
+    """pip's message for a build without isolation in an environment that has no torch."""
     folder = work / "empty"
     shutil.rmtree(folder, ignore_errors=True)
     checked([sys.executable, "-m", "venv", folder])

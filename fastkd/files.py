@@ -82,6 +82,27 @@ def write_json_list(path: Path, items: Iterable[Any]) -> None:
         file.write("\n]\n" if separator == ",\n" else "[]\n")
 
 
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file with one a line, and the number of other lines, blank ones not counted.
+
+    Such a line is incomplete, being written or left by a crash, or damaged.
+    """
+    records, broken = [], 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                broken += 1
+    return records, broken
+
+
 def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     """Writes a JSON file atomically.
 

@@ -40,7 +40,7 @@ class Watch:
 
     @property
     def phase(self) -> str:
-        """What the process was doing last."""
+        """The phase that the process entered last."""
         return PHASES[self.memory[0]]
 
     def pid(self, rank: int) -> int:

@@ -84,7 +84,7 @@ def run(wanted: Recipe, run_dir: Path) -> int:
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """What two equal runs share: digests of all weights and optimiser states, log without times, names of all files."""
+    """Content common to equal runs: digests of weights and optimiser states, log without times, file names."""
     newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
     files = [*newest.glob("*.safetensors"), *run_dir.glob("*.safetensors"), run_dir / "detections.json"]
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -23,8 +22,8 @@ import torch
 
 from benchmarks.hosts.runs import HOSTS, METHODS, Clock, Job
 from benchmarks.hosts.scenes import average_precision, generate
+from fastkd.report.seeds import Mean
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided 95 % of n values
 REFERENCE_STEPS = 30
 
 
@@ -71,14 +70,6 @@ def one(arguments: argparse.Namespace, host: str, method: str, seed: int) -> dic
     return json.loads((folder / "result.json").read_text())
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % confidence interval by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
-
-
 def table(results: dict[str, dict[str, list[dict[str, float]]]], teachers: dict[str, dict[str, float]]) -> str:
     """The results as markdown, host by host."""
     lines = []
@@ -93,8 +84,9 @@ def table(results: dict[str, dict[str, list[dict[str, float]]]], teachers: dict[
             slow = [run["reference_seconds"] for run in runs if "reference_seconds" in run]
             memory = statistics.fmean(run["mebibytes"] for run in runs)
             cells = [method, ", ".join(f"{run['AP']:.1f}" for run in runs)]
-            cells += ["" if method == "alone" else interval(gains), f"{seconds:.3f}", f"{seconds / before:.2f}"]
-            cells += [f"{memory:.0f}", f"{statistics.fmean(slow):.3f}" if slow else ""]
+            cells.append("" if method == "alone" else Mean(tuple(gains)).signed)
+            cells += [f"{seconds:.3f}", f"{seconds / before:.2f}", f"{memory:.0f}"]
+            cells.append(f"{statistics.fmean(slow):.3f}" if slow else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.assets import PREFIX
+from fastkd.files import read_json_lines
 from fastkd.progress import track
 from fastkd.report.results import Results, to_results
 
@@ -211,19 +212,7 @@ def _read_log(run: Run) -> list[dict]:
     if not file.is_file():
         run.notes.append("log.jsonl is missing.")
         return []
-    records, broken = [], 0
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-            else:
-                broken += 1
+    records, broken = read_json_lines(file)
     if broken:
         run.notes.append(f"log.jsonl has {broken} line(s) that are not JSON objects; they are left out.")
     return records

@@ -15,6 +15,7 @@ from fastkd.training.doctor.stability import check_stability
 from fastkd.training.methods import LGDConfig
 from fastkd.training.run import jumps as module
 from fastkd.training.run.jumps import JumpCounter, describe, remedy
+from fastkd.training.run.logging import read_log
 
 STEPS, WARMUP = 400, 20
 
@@ -196,3 +197,12 @@ def test_the_doctor_asks_for_clipping_beside_adamw():
     clipped = dataclasses.replace(adamw, clip_norm=2.0)
     assert "--optimizer.clip-norm 2" in findings(dataclasses.replace(recipe, optimizer=adamw), status="warning")[0]
     assert findings(dataclasses.replace(recipe, optimizer=clipped)) == []
+
+
+def test_a_damaged_log_is_read_as_far_as_possible(tmp_path):
+    good = json.dumps({"step": 2, "jumps": 0}).encode()
+    (tmp_path / "log.jsonl").write_bytes(
+        b"\n".join([good, b"[" * 100_000, b"\xff{", b"", b"[1]", b'{"jumps": 1}', b'{"st'])
+    )
+    (tmp_path / "metrics.json").write_text('{"bbox": {"AP": 1.0}}')  # of a teacher that was only evaluated
+    assert read_log(tmp_path) == [{"step": 2, "jumps": 0}]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastkd.files import naming, write_text
+from fastkd.files import naming, read_json_lines, write_text
 from fastkd.progress import is_quiet
 from fastkd.training.run.directory import read_json
 
@@ -57,17 +57,12 @@ class Interval:
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of log.jsonl, without incomplete lines, and metrics.json as the last one; [] without the files."""
-    records = []
+    """The records of log.jsonl that have a step, and metrics.json of a finished run as the last one."""
     log, metrics = run_dir / "log.jsonl", read_json(run_dir / "metrics.json")
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # of a running process, or of one that crashed
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records if metrics is None else [*records, metrics | {"step": metrics["steps"]}]
+    records = read_json_lines(log)[0] if log.is_file() else []
+    if isinstance(metrics, dict) and "steps" in metrics:  # a teacher that was only evaluated has none
+        records.append(metrics | {"step": metrics["steps"]})
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 class Stopwatch:
@@ -132,16 +127,10 @@ class RunLog:
         self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
 
     def _drop_after(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                if record["step"] <= step:
-                    kept.append(line + "\n")
-                    self.evaluated = record["step"] == step and "bbox" in record
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # an incomplete line, from a crash during writing
-        write_text(self.path, "".join(kept))
+        records = [one for one in read_json_lines(self.path)[0] if isinstance(one.get("step"), int)]
+        kept = [one for one in records if one["step"] <= step]
+        self.evaluated = bool(kept) and kept[-1]["step"] == step and "bbox" in kept[-1]
+        write_text(self.path, "".join(json.dumps(one) + "\n" for one in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one line; its numbers, nested ones included, become TensorBoard scalars."""
