@@ -1,6 +1,7 @@
 """Hosts without a network connection, and stand-ins for detectron2's modules."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ import tempfile
 import types
 
 import pytest
+from PIL import Image
 
 SETTINGS = tempfile.mkdtemp(prefix="fastkd-ultralytics-")
 atexit.register(shutil.rmtree, SETTINGS, ignore_errors=True)
@@ -18,6 +20,10 @@ os.environ |= {  # read when the packages are imported; no weights, fonts, data 
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
 }
+opener = Image.open
+with contextlib.suppress(ImportError):
+    import ultralytics  # noqa: F401
+Image.open = opener  # Ultralytics replaces it for the whole process, and so for the tests of the data sets
 
 
 class EventStorage:
