@@ -62,7 +62,7 @@ def launches_of(op: str, levels: int, last: bool, casts: int = 2) -> int:
         levels: L. last: levels are channels-last. casts: small tensors that the attention casts to the levels' dtype.
     """
     return {
-        "instance_norm_mse": 5 if last else 2,
+        "instance_norm_mse": 5 if last else 2,  # contiguous: one more where some rows are long and others are not
         "instance_norm_mse_backward": 1,
         "norm_relu_box_pool": 4,
         "norm_relu_box_pool_backward": 2,

@@ -103,6 +103,7 @@ def instance_norm_mse(shape: Shape, size: int, last: bool) -> list[Launch]:
     rows = len(shape.strides) * shape.images * shape.channels
     if not last:
         return [
+            # Two launches where some rows are long and others are not: the same bytes.
             Launch("forward_rows_kernel", 2 * moved, 48 * rows, scalar=28 * shape.elements),
             Launch("sum_rows_kernel", 8 * rows, 4),
             Launch("backward_rows_kernel", 2 * moved + 40 * rows, moved, scalar=16 * shape.elements),

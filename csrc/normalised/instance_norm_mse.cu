@@ -1,8 +1,9 @@
-// instance_norm_mse on the GPU: the formulas of csrc/normalised/instance_norm_mse.cpp, all levels of a pyramid in one
-// launch.
+// instance_norm_mse on the GPU: the formulas of csrc/normalised/instance_norm_mse.cpp, levels of a pyramid together in
+// one launch.
 //
 // contiguous     one block per row; both rows are read once and, if they fit, stay in shared memory for the two later
-//                passes, else they are read again (from L2)
+//                passes, else they are read again (from L2). Levels with long rows have a launch of their own, so that
+//                the blocks of short rows ask for little shared memory and fill a multiprocessor
 //                traffic forward: 2 n reads, 10 values and an error per row; backward: 2 n reads, n writes per gradient
 // channels-last  a block processes kChunk cells of up to 32 packs of channels, a thread one pack; means, centred
 //                squares and products of chunks are merged in double (Chan et al.) to the row's moments; rows whose
@@ -110,7 +111,9 @@ FASTKD_KERNEL void forward_rows_kernel(Levels<T> levels, Global<sum_t<T>> moment
   }
 }
 
-// The loss: one block, rows in a fixed order. Bound by load latency: each thread has eight loads in flight.
+// The loss: one block, rows in a fixed order. Bound by load latency: each thread has eight loads in flight, so that
+// 20,480 rows (16 images of 256 channels on five levels) are three rounds of loads, about 2 us (PREDICTED) of the op's
+// 270. Sums by several blocks would need another launch, which takes as long.
 template <class Sum>
 FASTKD_KERNEL void sum_rows_kernel(Global<const double> row_errors, int64_t rows, double elements, Global<Sum> loss) {
   FASTKD_SHARED(double, scratch, kWarpSize);
@@ -167,7 +170,17 @@ FASTKD_KERNEL void backward_rows_kernel(Levels<T> levels, Global<const sum_t<T>>
   for (int i = head + packs * kPack<T> + thread; i < cells; i += threads) single(i);
 }
 
-// The tensors of a call, dense in the student's memory order, and their levels by order.
+int64_t cells_of(const Tensor& level) { return level.size(2) * level.size(3); }
+
+// Levels of one launch.
+template <class T>
+struct Launch {
+  Levels<T> levels{};
+  int64_t blocks = 0, chunk_rows = 0;  // channels-last
+  int64_t longest_row = 0;             // contiguous
+};
+
+// The tensors of a call, dense in the student's memory order.
 struct Call {
   std::vector<Tensor> student, teacher;
   std::vector<Tensor> grad_student, grad_teacher;
@@ -193,19 +206,19 @@ struct Call {
     }
   }
 
-  // The levels of one memory format, for one launch; `width`: channels per thread for channels-last.
-  template <class T>
-  Levels<T> levels(bool channels_last, int width, int64_t& blocks, int64_t& chunk_rows) const {
-    Levels<T> result{};
-    result.channels = student[0].size(1);
-    result.rows = rows;
-    blocks = chunk_rows = 0;
+  // The levels for which `takes(level)` holds; `width`: channels per thread for channels-last.
+  template <class T, class Takes>
+  Launch<T> launch_of(int width, Takes takes) const {
+    Launch<T> result;
+    Levels<T>& levels = result.levels;
+    levels.channels = student[0].size(1);
+    levels.rows = rows;
     int64_t first_row = 0;
     for (size_t index = 0; index < student.size(); ++index) {
-      const int64_t images = student[index].size(0), cells = student[index].size(2) * student[index].size(3);
-      if (cells == 0 || images * result.channels == 0) continue;
-      if (is_channels_last(student[index]) == channels_last) {
-        Level<T>& level = result.level[result.count++];
+      const int64_t images = student[index].size(0), cells = cells_of(student[index]);
+      if (cells == 0 || images * levels.channels == 0) continue;
+      if (takes(student[index])) {
+        Level<T>& level = levels.level[levels.count++];
         level.student = global<const T>(student[index]);
         level.teacher = global<const T>(teacher[index]);
         level.grad_student = grad_student.empty() ? Global<T>(nullptr) : output<T>(grad_student[index]);
@@ -213,24 +226,24 @@ struct Call {
         level.cells = cells;
         level.chunks = (cells + kChunk - 1) / kChunk;
         level.first_row = first_row;
-        level.first_own = result.own_rows;
-        level.first_block = blocks;
-        level.first_chunk_row = chunk_rows;
-        const int64_t groups = (result.channels + kWarpSize * width - 1) / (kWarpSize * width);
-        blocks += images * groups * level.chunks;
-        chunk_rows += images * result.channels * level.chunks;
-        result.own_rows += images * result.channels;
+        level.first_own = levels.own_rows;
+        level.first_block = result.blocks;
+        level.first_chunk_row = result.chunk_rows;
+        const int64_t groups = (levels.channels + kWarpSize * width - 1) / (kWarpSize * width);
+        result.blocks += images * groups * level.chunks;
+        result.chunk_rows += images * levels.channels * level.chunks;
+        result.longest_row = std::max(result.longest_row, cells);
+        levels.own_rows += images * levels.channels;
       }
-      first_row += images * result.channels;
+      first_row += images * levels.channels;
     }
     return result;
   }
 
-  // Longest row and whether packs of channels are possible everywhere.
-  int64_t longest_row() const {
-    int64_t longest = 0;
-    for (const Tensor& level : student) longest = std::max(longest, level.size(2) * level.size(3));
-    return longest;
+  // Whether a thread may take a whole pack of channels everywhere.
+  template <class T>
+  bool has_packs() const {
+    return student[0].size(1) % kPack<T> == 0 && is_aligned(student) && is_aligned(teacher);
   }
 };
 
@@ -240,10 +253,29 @@ int threads_for(int64_t cells) {
   return threads;
 }
 
+// What a block of a contiguous level stages: a row of both sides. Eight blocks with kLongStaging bytes each fit a
+// multiprocessor of every card with 164 KB, so that shorter rows are not held back by their staging.
+constexpr int64_t kLongStaging = 20 * 1024;
+template <class T>
+int64_t staging_bytes(int64_t cells) {
+  return 2 * cells * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T, class index_t>
+void forward_rows(const Tensor& on, const Launch<T>& rows, Global<sum_t<T>> moments, Global<double> row_errors,
+                  double eps) {
+  const Grid blocks(rows.levels.own_rows), threads(threads_for(rows.longest_row));
+  const int64_t staging = staging_bytes<T>(rows.longest_row);
+  if (staging <= shared_limit()) {
+    launch(on, blocks, threads, staging, &forward_rows_kernel<T, index_t, true>, rows.levels, moments, row_errors, eps);
+  } else {
+    launch(on, blocks, threads, 0, &forward_rows_kernel<T, index_t, false>, rows.levels, moments, row_errors, eps);
+  }
+}
+
 template <class T, class index_t, int width>
 void forward_channels_last(const Call& call, Global<sum_t<T>> moments, Global<double> row_errors, double eps) {
-  int64_t blocks = 0, chunk_rows = 0;
-  const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
+  const auto [levels, blocks, chunk_rows, longest] = call.launch_of<T>(width, is_channels_last);
   if (blocks == 0) return;
   const Tensor& on = call.student[0];
   const Tensor partial = new_tensor(on, {kParts, chunk_rows}, kSumType<T>);
@@ -265,17 +297,11 @@ std::tuple<Tensor, Tensor> forward_typed(const Call& call, double eps) {
   const Tensor errors = new_tensor(on, {call.rows}, ScalarType::Double);
   const auto out = output<sum_t<T>>(moments);
   const auto row_errors = output<double>(errors);
-  int64_t blocks = 0, chunk_rows = 0;
-  const Levels<T> rows = call.levels<T>(false, 1, blocks, chunk_rows);
-  const Grid threads(threads_for(call.longest_row()));
-  const int64_t staging = 2 * call.longest_row() * static_cast<int64_t>(sizeof(T));
-  if (staging <= shared_limit()) {
-    launch(on, Grid(rows.own_rows), threads, staging, &forward_rows_kernel<T, index_t, true>, rows, out, row_errors,
-           eps);
-  } else {
-    launch(on, Grid(rows.own_rows), threads, 0, &forward_rows_kernel<T, index_t, false>, rows, out, row_errors, eps);
-  }
-  if (on.size(1) % kPack<T> == 0 && is_aligned(call.student) && is_aligned(call.teacher)) {
+  for (const bool is_long : {true, false})
+    forward_rows<T, index_t>(on, call.launch_of<T>(1, [&](const Tensor& level) {
+      return !is_channels_last(level) && (staging_bytes<T>(cells_of(level)) > kLongStaging) == is_long;
+    }), out, row_errors, eps);
+  if (call.has_packs<T>()) {
     forward_channels_last<T, index_t, kPack<T>>(call, out, row_errors, eps);
   } else {
     forward_channels_last<T, index_t, 1>(call, out, row_errors, eps);
@@ -288,10 +314,9 @@ std::tuple<Tensor, Tensor> forward_typed(const Call& call, double eps) {
 template <class T, class index_t, int width>
 void backward_channels_last(const Call& call, Global<const sum_t<T>> moments, Global<const sum_t<T>> grad,
                             double elements) {
-  int64_t blocks = 0, chunk_rows = 0;
-  const Levels<T> levels = call.levels<T>(true, width, blocks, chunk_rows);
-  launch(call.student[0], Grid(blocks), Grid(kThreads), 0, &backward_chunks_kernel<T, index_t, width>, levels, moments,
-         grad, elements);
+  const Launch<T> own = call.launch_of<T>(width, is_channels_last);
+  launch(call.student[0], Grid(own.blocks), Grid(kThreads), 0, &backward_chunks_kernel<T, index_t, width>, own.levels,
+         moments, grad, elements);
 }
 
 template <class T, class index_t>
@@ -299,11 +324,10 @@ void backward_typed(const Call& call, const Tensor& grad, const Tensor& moments)
   const double elements = static_cast<double>(std::max<int64_t>(call.elements, 1));
   const auto numbers = global<const sum_t<T>>(moments);
   const auto factor = global<const sum_t<T>>(grad);
-  int64_t blocks = 0, chunk_rows = 0;
-  const Levels<T> rows = call.levels<T>(false, 1, blocks, chunk_rows);
-  launch(call.student[0], Grid(rows.own_rows), Grid(threads_for(call.longest_row())), 0,
-         &backward_rows_kernel<T, index_t>, rows, numbers, factor, elements);
-  if (call.student[0].size(1) % kPack<T> == 0 && is_aligned(call.student) && is_aligned(call.teacher)) {
+  const Launch<T> rows = call.launch_of<T>(1, [](const Tensor& level) { return !is_channels_last(level); });
+  launch(call.student[0], Grid(rows.levels.own_rows), Grid(threads_for(rows.longest_row)), 0,
+         &backward_rows_kernel<T, index_t>, rows.levels, numbers, factor, elements);
+  if (call.has_packs<T>()) {
     backward_channels_last<T, index_t, kPack<T>>(call, numbers, factor, elements);
   } else {
     backward_channels_last<T, index_t, 1>(call, numbers, factor, elements);
