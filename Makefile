@@ -128,8 +128,8 @@ gpu-check: $(if $(filter none,$(VENV)),,build)
 	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m benchmarks.gpu.check --device $(DEVICE) --out $(OUT)
 
 # An older torch and its Triton, in an environment of its own: the CPU library is built anew, the tests of ops pass, and
-# the Triton kernels are compiled and read back.
-STACK ?= torch==2.11.0 torchvision==0.26.0
+# the Triton kernels are compiled and read back. Triton 3.6's interpreter fails with NumPy 2.4 and newer.
+STACK ?= torch==2.11.0 torchvision==0.26.0 'numpy<2.4'
 .PHONY: stack
 stack: $(STAMPS)/dependencies
 	rm -rf build/stack && mkdir -p build/stack

@@ -234,7 +234,8 @@ def fuzz_hostile(name, op, draw):
             refused += 1
             assert str(error).startswith(f"{name}: ") and "; " in str(error), f"{call}: {error}"
         except RuntimeError as error:  # valid arguments that need too much memory
-            assert "allocate" in str(error) or "overflow" in str(error), f"{call}: {error}"
+            reasons = ("allocate", "overflow", "new_empty")  # the last: torch 2.10 and 2.11 drop the allocator's words
+            assert any(reason in str(error) for reason in reasons), f"{call}: {error}"
     return refused / count
 
 
