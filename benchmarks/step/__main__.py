@@ -140,7 +140,7 @@ def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> d
     begin, rows, skipped, own = time.monotonic(), [], [], None
     rates = kept.get("rates") if kept else step_rates.measure()
     seen = {row["detector"] for row in kept["rows"]} if kept else set()
-    if own.METHOD in chosen.methods and not kept:
+    if step_own.METHOD in chosen.methods and not kept:
         first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
         own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
         print(step_results.own_table(own), flush=True)
