@@ -242,8 +242,8 @@ def report(saved: dict[str, Any]) -> str:
         f"{saved['seconds'] / 60:.0f} minutes. Seconds are minima of a few steps taken turn and turn about in one "
         "process. Plain: the published algorithm in eager torch on torchvision's detectors, teacher R101 "
         "(benchmarks/step/candidates.py); bfloat16 is under autocast with channels-last tensors, plain as ours, and "
-        "each ratio is taken against plain in the same dtype. Peak memory: what the allocator hands out at the worst "
-        "moment, with weights, optimiser states and teacher.\n",
+        "each ratio is taken against plain in the same dtype; empty cells were not measured. Peak memory: what the "
+        "allocator hands out at the worst moment, with weights, optimiser states and teacher.\n",
         *(row_table(row) for row in saved["rows"]),
         "Ledger: counted by a dispatch mode, nominal and machine-independent: every operand read once and every result "
         "written once; kernels are dispatched operators but views; waits are points where a GPU's host would wait. A "
