@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -294,7 +295,10 @@ def test_bad_entries_are_left_out_and_counted(scenes, tmp_path):
     Page(write_report([run], tmp_path / "r.html", images=1).read_text()).assert_self_contained()
 
 
-def test_hostile_names_are_text(scenes, tmp_path):
+@pytest.fixture(scope="module")
+def hostile_page(scenes, tmp_path_factory):
+    """A report of a run whose class names, files, losses, commit and title are markup and control characters."""
+    tmp_path = tmp_path_factory.mktemp("hostile")
     root = tmp_path / "data"
     (root / "annotations").mkdir(parents=True)
     shutil.copytree(scenes / "val", root / "val")
@@ -310,11 +314,36 @@ def test_hostile_names_are_text(scenes, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text()) | {"commit": EVIL, "seed": EVIL}
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "losses": {EVIL: 1.0}, "lr": {"$\\bad{": 0.1}}) + "\n")
-    text = write_report([run], tmp_path / "r.html", title=EVIL, images=5, command=EVIL).read_text()
+    return write_report([run], tmp_path / "r.html", title=EVIL, images=5, command=EVIL)
+
+
+def test_hostile_names_are_text(hostile_page):
+    text = hostile_page.read_text()
     page = Page(text)
     page.assert_self_contained()
     assert "&lt;script&gt;alert(1)" in text and "\u202e" not in text and "\x00" not in text and "x" * 401 not in text
     assert "broken&lt;b&gt;.jpg: " in text
+
+
+# Counts scripts, images that do not show, and closed sections; the page's own policy allows no script at all.
+PROBE = """<script nonce="probe">onload = () => document.title = [document.scripts.length, document.images.length,
+[...document.images].filter(image => !image.naturalWidth).length,
+document.querySelectorAll("details:not([open])").length, document.querySelectorAll("[onerror]").length].join(" ")</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+def test_a_browser_shows_every_section_and_runs_nothing(hostile_page, tmp_path):
+    text = hostile_page.read_text()
+    text = text.replace("<details>", "<details open>").replace(
+        "default-src 'none'", "default-src 'none'; script-src 'nonce-probe'"
+    )
+    (tmp_path / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{tmp_path}/probed.html"], capture_output=True, text=True, timeout=120)
+    scripts, images, broken, closed, handlers = map(int, re.search(r"<title>([\d ]+)</title>", done.stdout)[1].split())
+    assert (scripts, broken, closed, handlers) == (1, 0, 0, 0) and images > 3
+    assert "CONSOLE" not in done.stderr, done.stderr
 
 
 def test_bad_arguments(tmp_path):
