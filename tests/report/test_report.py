@@ -328,7 +328,8 @@ def test_hostile_names_are_text(hostile_page):
 # Counts scripts, images that do not show, and closed sections; the page's own policy allows no script at all.
 PROBE = """<script nonce="probe">onload = () => document.title = [document.scripts.length, document.images.length,
 [...document.images].filter(image => !image.naturalWidth).length,
-document.querySelectorAll("details:not([open])").length, document.querySelectorAll("[onerror]").length].join(" ")</script>"""
+document.querySelectorAll("details:not([open])").length,
+document.querySelectorAll("[onerror]").length].join(" ")</script>"""
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
