@@ -41,9 +41,8 @@ key_weight = torch.randn(channels, channels) / channels**0.5
 attended, logsumexp = ops.instance_attention(
     queries, teacher, key_weight, None, None, student
 )  # [B, G, N, d], [B, G, N]
-rows, columns = ([torch.zeros(images, heads, 5, size[axis]) for size in level_sizes] for axis in (0, 1))
 chosen = torch.ones(images, 5, dtype=torch.bool)
-mass = ops.attention_mass(queries, teacher, key_weight, rows, columns, chosen, logsumexp)  # L x [B, G, H_l, W_l]
+mass = ops.attention_mass(queries, teacher, key_weight, None, None, chosen, logsumexp)  # L x [B, G, H_l, W_l]
 loss = loss + ops.value_mimic(student, teacher, mass).mean() + attended.square().mean() + painted[0].square().mean()
 loss.backward()
 print(f"loss {loss.item():.3f}")
