@@ -58,12 +58,16 @@ class Campaign:
         return [run for run in runs if records.find(known, run, settings(run, self.trial, self.device)) is None]
 
     def make(self, run: Run) -> None:
-        """Makes a run, and its teacher if it needs one that is not there."""
-        if run.needs_teacher:
-            teacher = Run(run.host, "teacher", TEACHER_SEED)
-            if not self.is_kept(teacher):
-                self.make(teacher)
+        """Makes a run, and first its teacher if it needs one whose file is gone; records both."""
+        teacher = Run(run.host, "teacher", TEACHER_SEED)
+        if run.needs_teacher and not self.is_kept(teacher):
+            self.execute(teacher)
+            self.record(teacher)
         self.execute(run)
+        self.record(run)
+
+    def record(self, run: Run) -> None:
+        """Adds the result of a run to hosts.json and writes the page."""
         records.add(self.results / "hosts.json", self.result_of(run))
         self.write_page()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import commit, cpu_name
-from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, recipe_of, settings
+from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, length, settings
 from benchmarks.hosts.records import Record
 from benchmarks.hosts.runs import TRAIN, Clock, Job
 from benchmarks.hosts.scenes import average_precision, generate
@@ -31,11 +31,10 @@ def measure(run: Run, trial: Trial, device: str, out: Path) -> Record:
         out: folder of data and weights; the run's files lie in a folder of its name.
     """
     train, val = images(trial)
-    recipe = recipe_of(run.host, trial)
-    steps = recipe.teacher_steps if run.method == "teacher" else recipe.steps
+    steps, rate = length(run, trial)
     teacher = out / Run(run.host, "teacher", TEACHER_SEED).name
     data = generate(out / f"scenes-{train}-{val}", train, val)
-    job = Job(data, out / run.name, run.method, steps, recipe.rate, run.seed, teacher / "model.pt", device)
+    job = Job(data, out / run.name, run.method, steps, rate, run.seed, teacher / "model.pt", device)
     record: Record = {**dataclasses.asdict(run), "settings": settings(run, trial, device)}
     record |= step_times(run.host, job) if run.method == "cost" else training(run.host, job)
     if run.needs_teacher:

@@ -43,10 +43,10 @@ def section(host: str, wanted: dict[Run, Record | None], teacher: Record | None,
     """Recipe, table and origin of one host's runs."""
     recipe = recipe_of(host, trial)
     lines = [f"\n## {host}\n"]
-    rate = "the host's learning rate" if recipe.rate is None else f"learning rate {recipe.rate:g}"
-    lines.append(f"Student: {recipe.student}; {recipe.steps} steps, {rate}.")
+    lines.append(f"Student: {recipe.student}; {recipe.steps} steps, {_rate(recipe.rate)}.")
     reached = f"AP {teacher['AP']:.1f}" if teacher else ABSENT
-    lines.append(f"Teacher: {recipe.teacher}; {recipe.teacher_steps} steps, {reached}.\n")
+    steps, rate = recipe.teacher_steps, _rate(recipe.teacher_rate)
+    lines.append(f"Teacher: {recipe.teacher}; {steps} steps, {rate}, {reached}.\n")
     made = [record for record in wanted.values() if record is not None]
     if not made:
         return "\n".join([*lines, "No run is made yet."]) + "\n"
@@ -86,6 +86,10 @@ def row(method: str, by_method: dict[str, dict[int, Record | None]], cost: Recor
         cells += [f"{seconds[f'{method} reference']:.3f}" if f"{method} reference" in seconds else ""]
     memory = [record["mebibytes"] for record in runs.values() if record]
     return [*cells, f"{statistics.fmean(memory):.0f}" if memory else ABSENT]
+
+
+def _rate(rate: float | None) -> str:
+    return "the host's learning rate" if rate is None else f"learning rate {rate:g}"
 
 
 def _list(values, text: Callable[[float], str] = "{:.1f}".format) -> str:

@@ -20,9 +20,8 @@ class Recipe:
 
     Args:
         student, teacher: the detectors in words, for the page.
-        steps: optimiser steps of a student.
-        teacher_steps: optimiser steps of the teacher.
-        rate: learning rate of students and teacher; None: the host's default.
+        steps, teacher_steps: optimiser steps.
+        rate, teacher_rate: learning rates; None: the host's default.
     """
 
     student: str
@@ -30,22 +29,19 @@ class Recipe:
     steps: int
     teacher_steps: int
     rate: float | None
+    teacher_rate: float | None
 
 
+SMALL = "ResNet-18 of a quarter of the width, pretrained on other scenes, pyramid of 64 channels"
+LARGE = "ResNet-34 of three eighths of the width, pretrained on scenes, pyramid of 64 channels"
 RECIPES = {
-    "torchvision": Recipe(
-        "RetinaNet, stages of 16 to 128 channels, one block each, pyramid of 32",
-        "stages of 48 to 384 channels, two blocks each, pyramid of 96", 800, 800, 1e-3,
-    ),
-    "lightning": Recipe(
-        "FCOS, stages of 16 to 128 channels, one block each, pyramid of 32",
-        "stages of 48 to 384 channels, two blocks each, pyramid of 96", 800, 800, 1e-3,
-    ),
+    "torchvision": Recipe(f"FCOS, {SMALL}", f"FCOS, {LARGE}", 500, 600, 1.5e-3, 1e-3),
+    "lightning": Recipe(f"RetinaNet, {SMALL}", f"RetinaNet, {LARGE}", 500, 600, 1.5e-3, 1e-3),
     "transformers": Recipe(
         "RT-DETR, stages of 16 to 96 channels, one block each, width 64, 100 queries",
-        "stages of 64 to 256 channels, two blocks each, width 128", 1000, 1000, 4e-4,
+        "RT-DETR, stages of 64 to 256 channels, two blocks each, width 128, 100 queries", 1000, 1000, 4e-4, 4e-4,
     ),
-    "ultralytics": Recipe("YOLO11n", "YOLO11s", 1000, 1000, None),
+    "ultralytics": Recipe("YOLO11n", "YOLO11s", 1000, 1000, None, None),
 }  # fmt: skip
 
 
@@ -83,6 +79,14 @@ class Run:
         return self.method in ("icd", OWN, "cost")
 
 
+def length(run: Run, trial: Trial) -> tuple[int, float | None]:
+    """Optimiser steps and learning rate of a run."""
+    recipe = recipe_of(run.host, trial)
+    if run.method == "teacher":
+        return recipe.teacher_steps, recipe.teacher_rate
+    return recipe.steps, recipe.rate
+
+
 def images(trial: Trial) -> tuple[int, int]:
     """Numbers of training and validation images."""
     return trial.train or 4000, trial.val or 300
@@ -97,13 +101,14 @@ def recipe_of(host: str, trial: Trial) -> Recipe:
 def settings(run: Run, trial: Trial, device: str) -> dict[str, Any]:
     """All that a run depends on besides the code: a run recorded with other settings is made again."""
     recipe = dataclasses.asdict(recipe_of(run.host, trial))
+    of_teacher = {name: value for name, value in recipe.items() if name.startswith("teacher")}
+    of_student = {name: value for name, value in recipe.items() if name not in of_teacher}
     if run.method == "teacher":
-        recipe["steps"] = recipe["teacher_steps"]
-        del recipe["student"], recipe["teacher_steps"]
+        of_student = {}
     elif not run.needs_teacher:
-        del recipe["teacher"], recipe["teacher_steps"]
+        of_teacher = {}
     train, val = images(trial)
-    return {**recipe, "train": train, "val": val, "side": SIDE, "batch": BATCH, "device": device}
+    return {**of_student, **of_teacher, "train": train, "val": val, "side": SIDE, "batch": BATCH, "device": device}
 
 
 def all_runs(hosts: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:

@@ -99,13 +99,15 @@ def pyramid(teacher: bool) -> nn.Module:
 
 
 def retinanet(teacher: bool) -> nn.Module:
-    """torchvision's RetinaNet with three square anchors in each cell, as the scenes' objects are nearly square."""
+    """torchvision's RetinaNet: group norms in the head, three square anchors in each cell."""
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.retinanet import RetinaNetHead
 
     sizes = tuple((0.6 * side, side, 1.41 * side) for side in (24, 48, 96, 192, 384))
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
-    return RetinaNet(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors)
+    head = RetinaNetHead(CHANNELS, 3, CLASSES, norm_layer=functools.partial(nn.GroupNorm, 32))
+    return RetinaNet(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors, head=head)
 
 
 def fcos(teacher: bool) -> nn.Module:
@@ -155,11 +157,11 @@ def detect_torchvision(job: Job, model: nn.Module) -> Found:
 
 
 def torchvision(job: Job, clock: Clock) -> Callable[[], Found]:
-    """The reference loop with RetinaNet: forward, backward, step."""
+    """The reference loop with FCOS: forward, backward, step."""
     from fastkd.integrations.torchvision import attach
 
-    model = retinanet(job.method == "teacher").to(job.device).train()
-    kd = attach_torchvision(job, model, attach, retinanet)
+    model = fcos(job.method == "teacher").to(job.device).train()
+    kd = attach_torchvision(job, model, attach, fcos)
     optimizer = torch.optim.AdamW(model.parameters(), job.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(job))
     endless = itertools.chain.from_iterable(itertools.repeat(batches(job)))
@@ -179,7 +181,7 @@ def torchvision(job: Job, clock: Clock) -> Callable[[], Found]:
 
 
 def lightning(job: Job, clock: Clock) -> Callable[[], Found]:
-    """FCOS in a LightningModule."""
+    """RetinaNet in a LightningModule."""
     import lightning.pytorch as pl
 
     from fastkd.integrations.lightning import attach
@@ -200,8 +202,8 @@ def lightning(job: Job, clock: Clock) -> Callable[[], Found]:
         def on_train_batch_end(self, *args):
             clock.tick()
 
-    module = Module(fcos(job.method == "teacher"))
-    kd = attach_torchvision(job, module.model, attach, fcos)
+    module = Module(retinanet(job.method == "teacher"))
+    kd = attach_torchvision(job, module.model, attach, retinanet)
     trainer = pl.Trainer(
         max_steps=job.steps, accelerator=job.device, devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, gradient_clip_val=CLIP, callbacks=[kd.callback] if kd else None,

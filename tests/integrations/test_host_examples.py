@@ -1,7 +1,11 @@
-"""Each example of a host runs by its command, on generated pictures, with few steps."""
+"""Each example of a host runs by its command, on generated pictures, with few steps.
+
+Without detectron2 and mmdetection their examples run on the stand-ins of detectron2_cases.py and mmdetection_cases.py.
+"""
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +51,16 @@ def test_ultralytics(folder):
     pytest.importorskip("ultralytics", reason="ultralytics is not installed (pip install .[hosts])")
     printed = run("host_ultralytics", folder, 1)
     assert "icd_distill = " in printed and "8 batches" in printed
+
+
+@pytest.mark.parametrize(("name", "package"), [("detectron2", "detectron2"), ("mmdetection", "mmdet")])
+@pytest.mark.parametrize("method", ["icd", "lgd"])
+def test_hosts_that_cannot_be_installed_everywhere(folder, name, package, method, request, monkeypatch, capsys):
+    if importlib.util.find_spec(package) is not None:
+        printed = run(f"host_{name}", folder, 2, method)
+    else:
+        request.getfixturevalue(f"{name}_modules")
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        runpy.run_path(str(EXAMPLES / f"host_{name}.py"))["main"](str(folder / "scenes"), 2, method)
+        printed = capsys.readouterr().out
+    assert f"{method}_distill" in printed and "2 batches, 2 steps" in printed
