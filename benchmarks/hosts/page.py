@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, all_runs, recipe_of, settings
+from benchmarks.hosts.plan import BATCH, METHODS, TEACHER_SEED, Run, Trial, all_runs, images, recipe_of, settings
 from benchmarks.hosts.records import Record, find
 from fastkd.report.seeds import Mean
 
-HEAD = """# Distillation inside other training code
-
-Written by `python -m benchmarks.hosts`: generated scenes in each host's own data format, the host's own training entry
-point, a larger teacher trained in the host, and the same steps, data order and settings for every method. AP by
-pycocotools from the host's predictions on the validation images. Gains compare runs of the same seed; the interval is
-Student's t of the seeds' gains, wide for three of them.
-"""
-TIMES = """
-Seconds are {clock} of one optimiser step, the least of three medians of short runs of all methods, taken turn and turn
-about in one process. `times` compares with the host alone, `reference` is the same step with plain torch in the place
-of the compiled kernels (`use_backend("reference")`).
-"""
+HEAD = """Written by `python -m benchmarks.hosts`: generated scenes in each host's own data format, the host's own
+training entry point, a larger teacher trained in the host, and the same steps, data order and settings for every
+method. AP by pycocotools from the host's predictions on {val} validation images. Gains compare runs of the same seed;
+the interval is Student's t of the seeds' gains, wide for three of them."""
+TIMES = """Seconds are {clock} of one optimiser step of {batch} images, the least of three medians of short runs of
+all methods, taken turn and turn about in one process. `times` compares with the host alone, `reference` is the same
+step with plain torch in the place of the compiled kernels (`use_backend("reference")`). MiB: peak memory of a
+run{memory}."""
 ABSENT = "missing"
 
 
@@ -28,9 +25,13 @@ def page(records: Sequence[Record], hosts: Sequence[str], seeds: Sequence[int], 
     """The results as markdown; says which runs are missing."""
     wanted = {run: find(records, run, settings(run, trial, device)) for run in all_runs(hosts, seeds)}
     missing = [run.name for run, record in wanted.items() if record is None]
-    parts = [HEAD, f"\n{len(wanted) - len(missing)} of {len(wanted)} runs are made."]
-    parts.append(f" Missing: {', '.join(missing)}.\n" if missing else "\n")
-    parts.append(TIMES.format(clock="wall time" if device == "cuda" else "CPU time of the process"))
+    state = f"{len(wanted) - len(missing)} of {len(wanted)} runs are made."
+    state += f" Missing: {', '.join(missing)}." if missing else ""
+    on_gpu = device == "cuda"
+    clock, memory = ("wall time", " on the GPU") if on_gpu else ("CPU time", "'s process, with its libraries")
+    times = TIMES.format(clock=clock, batch=BATCH, memory=memory)
+    parts = ["# Distillation inside other training code\n"]
+    parts += [f"\n{wrap(text)}\n" for text in (HEAD.format(val=images(trial)[1]), state, times)]
     for host in hosts:
         teacher = Run(host, "teacher", TEACHER_SEED)
         trained = find(records, teacher, settings(teacher, trial, device))
@@ -39,14 +40,19 @@ def page(records: Sequence[Record], hosts: Sequence[str], seeds: Sequence[int], 
     return "".join(parts)
 
 
+def wrap(text: str) -> str:
+    """A paragraph of lines of at most 120 characters."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
 def section(host: str, wanted: dict[Run, Record | None], teacher: Record | None, trial: Trial) -> str:
     """Recipe, table and origin of one host's runs."""
     recipe = recipe_of(host, trial)
     lines = [f"\n## {host}\n"]
-    lines.append(f"Student: {recipe.student}; {recipe.steps} steps, {_rate(recipe.rate)}.")
+    student = f"Student: {recipe.student}; {recipe.steps} steps, {_rate(recipe.rate)}."
     reached = f"AP {teacher['AP']:.1f}" if teacher else ABSENT
     steps, rate = recipe.teacher_steps, _rate(recipe.teacher_rate)
-    lines.append(f"Teacher: {recipe.teacher}; {steps} steps, {rate}, {reached}.\n")
+    lines.append(wrap(f"{student} Teacher: {recipe.teacher}; {steps} steps, {rate}, {reached}.") + "\n")
     made = [record for record in wanted.values() if record is not None]
     if not made:
         return "\n".join([*lines, "No run is made yet."]) + "\n"
@@ -59,13 +65,13 @@ def section(host: str, wanted: dict[Run, Record | None], teacher: Record | None,
     lines += [f"| {' | '.join(row(method, by_method, cost))} |" for method in METHODS[host]]
     used = sorted({record["teacher_AP"] for record in made if "teacher_AP" in record})
     if len(used) > 1:
-        lines.append(f"\nThe teacher was trained on several machines; AP {', '.join(f'{ap:.1f}' for ap in used)}.")
+        lines.append(f"\nThe teacher was trained anew on other machines: AP {', '.join(f'{ap:.1f}' for ap in used)}.")
     origins = {name: sorted({record[name] for record in made}) for name in ("commit", "torch", "machine", "package")}
-    lines.append(
-        f"\nCommit {', '.join(origins['commit'])}; {', '.join(origins['package'])}; torch "
-        f"{', '.join(origins['torch'])}; {', '.join(origins['machine'])}, one thread."
+    thread = f"{', '.join(origins['machine'])}, one thread"
+    origin = (
+        f"Commit {', '.join(origins['commit'])}; {', '.join(origins['package'])}; torch {', '.join(origins['torch'])}"
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", wrap(f"{origin}; {thread}.")]) + "\n"
 
 
 def row(method: str, by_method: dict[str, dict[int, Record | None]], cost: Record | None) -> list[str]:
@@ -92,5 +98,5 @@ def _rate(rate: float | None) -> str:
     return "the host's learning rate" if rate is None else f"learning rate {rate:g}"
 
 
-def _list(values, text: Callable[[float], str] = "{:.1f}".format) -> str:
+def _list(values: Iterable[float | None], text: Callable[[float], str] = "{:.1f}".format) -> str:
     return ", ".join(ABSENT if value is None else text(value) for value in values)
