@@ -111,10 +111,12 @@ def retinanet(teacher: bool) -> nn.Module:
 
 
 def fcos(teacher: bool) -> nn.Module:
-    """torchvision's FCOS."""
+    """torchvision's FCOS with two convolutions in each tower of its head."""
     from torchvision.models.detection import FCOS
+    from torchvision.models.detection.fcos import FCOSHead
 
-    return FCOS(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE)
+    head = FCOSHead(CHANNELS, 1, CLASSES, num_convs=2)
+    return FCOS(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE, head=head)
 
 
 def batches(job: Job) -> torch.utils.data.DataLoader:
