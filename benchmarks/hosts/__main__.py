@@ -60,8 +60,9 @@ class Campaign:
     def make(self, run: Run) -> None:
         """Makes a run, and first its teacher if it needs one whose file is gone; records both."""
         teacher = Run(run.host, "teacher", TEACHER_SEED)
-        if run.needs_teacher and not self.is_kept(teacher):
-            self.execute(teacher)
+        if run.needs_teacher:
+            if not self.is_kept(teacher):
+                self.execute(teacher)
             self.record(teacher)
         self.execute(run)
         self.record(run)
