@@ -354,6 +354,20 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="broken"):
             loss_of(model, "retinanet")
 
+    def test_a_failed_update_or_file_never_loses_the_run(self, tmp_path, monkeypatch):
+        model, kd = attached("retinanet", "fgfi")
+        loss_of(model, "retinanet")[1].backward()
+        kd.try_to_save(tmp_path / "kd.pt")
+        with pytest.warns(UserWarning, match="state could not be saved, the run goes on.*no such folder"):
+            kd.try_to_save(tmp_path / "no such folder" / "kd.pt")
+        monkeypatch.setattr(kd.distillation.optimizer, "step", _raise)
+        kd.distillation.steps = 0
+        with pytest.raises(RuntimeError, match="broken"):
+            kd.step()
+        with pytest.warns(UserWarning, match="the run goes on without distillation"):
+            kd.step()
+        assert set(model(*batch("retinanet"))) == {"classification", "bbox_regression"}
+
     def test_checkpoint_of_other_pyramids(self, tmp_path):
         model, kd = attached("retinanet")
         loss_of(model, "retinanet")
