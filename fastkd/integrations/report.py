@@ -77,7 +77,9 @@ class Probe:
             if len(network.spec.pairs) < len(network.spec.student):
                 wrong.append("some levels of the student have no partner in the teacher and are not distilled")
         lines += self._gradient_lines(wrong)
-        if teacher is not None and teacher.detect is not None and normalization is not None:
+        if teacher is not None and teacher.detect is None:
+            lines.append("whether the teacher finds the objects is unknown: pass Teacher(module, detect=...)")
+        elif teacher is not None and teacher.detect is not None and normalization is not None:
             images = pixels(self.batch.images, self.batch.image_sizes, normalization)
             lines.append(self._teacher_line(teacher.detect(images), wrong))
         if distillation.computed and not distillation.steps:
