@@ -17,14 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.hosts.plan import BATCH, CLASSES, OWN, SIDE
+from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, OWN, SIDE
 from benchmarks.hosts.scenes import Scenes, write_yolo
 from fastkd.assets import FOLDER
 from fastkd.detectors.backbones.resnet import ScaledResNet
+from fastkd.distillers import LGD
+from fastkd.distillers.protocol import Distiller
 from fastkd.integrations import methods
 
 WARM_UP = 5  # first steps of a clock that do not count
 CHANNELS = 64  # of the pyramids of torchvision's detectors
+WIDTH = 64  # of RT-DETR
+YOLO_WIDTH = 256  # of the widest level of YOLO11n
 CLIP = 2.0  # norm of the gradient of torchvision's detectors
 EPOCHS = 8  # of Ultralytics' schedule
 Found = list[tuple[Tensor, Tensor, Tensor]]  # boxes xyxy, labels from 0 and scores of each validation image
@@ -81,6 +85,11 @@ class Clock:
         """Median seconds per step, without the first few."""
         steps = [after - before for before, after in itertools.pairwise(self.ticks)]
         return statistics.median(steps[WARM_UP:] or steps)
+
+
+def method_of(job: Job, channels: int) -> str | Distiller:
+    """The method of a run, for a student whose widest level has these channels: ICD by name, LGD for short runs."""
+    return LGD(CLASSES, channels, **LGD_SETTINGS) if job.method == "lgd" else job.method
 
 
 def pyramid(teacher: bool) -> nn.Module:
@@ -145,7 +154,8 @@ def attach_torchvision(
         teacher = build(True).eval()
         teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
         teacher.to(job.device)
-    return attach(model, job.method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
+    method = method_of(job, CHANNELS)
+    return attach(model, method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
 
 
 @torch.no_grad()
@@ -225,7 +235,7 @@ def rt_detr(job: Job) -> nn.Module:
         embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    width = 128 if big else 64
+    width = 128 if big else WIDTH
     config = RTDetrConfig(
         backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
         d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,
@@ -270,7 +280,7 @@ def transformers(job: Job, clock: Clock) -> Callable[[], Found]:
     model, callbacks = rt_detr(job), [Tick()]
     if job.distils:
         teacher = type(model).from_pretrained(job.teacher).eval() if methods.needs_teacher(job.method) else None
-        kd = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed)
+        kd = attach(model, method_of(job, WIDTH), teacher=teacher, num_classes=CLASSES, seed=job.seed)
         callbacks.append(kd.callback)
     arguments = hf.TrainingArguments(
         str(job.folder), max_steps=job.steps, per_device_train_batch_size=BATCH, learning_rate=job.rate,
@@ -323,7 +333,8 @@ def ultralytics(job: Job, clock: Clock) -> Callable[[], Found]:
     model.add_callback("on_train_batch_end", clock.tick)
     if job.distils:
         teacher = YOLO(job.teacher) if methods.needs_teacher(job.method) else None
-        settings["trainer"] = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed).trainer
+        kd = attach(model, method_of(job, YOLO_WIDTH), teacher=teacher, num_classes=CLASSES, seed=job.seed)
+        settings["trainer"] = kd.trainer
     elif job.method == OWN:
         settings["distill_model"] = str(job.teacher)
     model.train(**settings)
