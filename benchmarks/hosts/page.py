@@ -38,9 +38,9 @@ ABSENT = "missing"
 def page(records: Sequence[Record], hosts: Sequence[str], seeds: Sequence[int], trial: Trial, device: str) -> str:
     """The results as markdown; says which runs are missing."""
     wanted = {run: find(records, run, settings(run, trial, device)) for run in all_runs(hosts, seeds)}
-    missing = [run.name for run, record in wanted.items() if record is None]
+    missing = [run for run, record in wanted.items() if record is None]
     state = f"{len(wanted) - len(missing)} of {len(wanted)} runs are made."
-    state += f" Missing: {', '.join(missing)}." if missing else ""
+    state += f" Missing: {names_of(missing)}." if missing else ""
     on_gpu = device == "cuda"
     clock, memory = ("wall time", " on the GPU") if on_gpu else ("CPU time", "'s process, with its libraries")
     times = TIMES.format(clock=clock, batch=BATCH, memory=memory)
@@ -52,6 +52,14 @@ def page(records: Sequence[Record], hosts: Sequence[str], seeds: Sequence[int], 
         own = {run: record for run, record in wanted.items() if run.host == host}
         parts.append(section(host, own, trained, trial))
     return "".join(parts)
+
+
+def names_of(runs: Sequence[Run]) -> str:
+    """For instance "lightning icd (seeds 0, 2)"; "cost" is the measurement of the times."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(f"{run.host} {run.method}", []).append(str(run.seed))
+    return ", ".join(f"{name} ({'seed' if len(own) == 1 else 'seeds'} {', '.join(own)})" for name, own in seeds.items())
 
 
 def wrap(text: str) -> str:

@@ -66,7 +66,7 @@ def test_a_stopped_campaign_goes_on_on_another_machine(campaign, tmp_path):
     for run in first.missing()[:2]:
         first.make(run)
     text = (tmp_path / "results" / "hosts.md").read_text()
-    assert "2 of 9 runs are made. Missing: ultralytics-lgd-seed0, ultralytics-own-seed0, " in text
+    assert "2 of 9 runs are made. Missing: ultralytics lgd (seeds 0, 1), ultralytics own (seeds 0, 1), " in text
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "| icd | 12.0, missing | +2.0, missing | +2.0 | missing | missing | missing | 500 |" in text
     later = make_all(campaign("another machine"))
