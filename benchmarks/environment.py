@@ -21,7 +21,7 @@ KEEP_MEMORY = {
 }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -39,8 +39,8 @@ def _git(folder: Path, *command: str) -> str | None:
 
 
 def commit(folder: Path = ROOT) -> str:
-    """First digits of a checkout's commit, with "+" where the tree differs from it."""
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    """First digits of a checkout's commit, with "+" where the tree differs from it in more than its results."""
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ":(top,exclude)docs/results")
     return (_git(folder, "rev-parse", "HEAD") or "unknown")[:12] + ("+" if changed else "")
 
 
@@ -48,7 +48,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Machine and software versions of a measurement."""
     names = [name for name in ops.__all__ if f"{name}_reference" in ops.__all__]
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "capability": library.cpu_capability(),

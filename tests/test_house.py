@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -160,6 +161,25 @@ def impure_references(texts: dict[str, str]) -> list[str]:
     return found
 
 
+def packages_at_import(texts: dict[str, str], module: str) -> set[str]:
+    """Packages besides the standard library that importing a module of ours imports."""
+    seen, ahead, found = set(), [module], set()
+    while ahead:
+        name = ahead.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        ahead += [parent for parent in (name.rpartition(".")[0],) if parent]
+        inner = [node for node in import_statements(texts[name]) if node in parse(texts[name]).body]
+        for node in inner:
+            targets = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            if isinstance(node, ast.ImportFrom):
+                targets += [path for alias in node.names if (path := f"{node.module}.{alias.name}") in texts]
+            ahead += [target for target in targets if target in texts]
+            found |= {target.split(".")[0] for target in targets if target not in texts}
+    return found - sys.stdlib_module_names
+
+
 PACKAGE, ALL = read("fastkd"), read("fastkd", "benchmarks")
 
 
@@ -185,6 +205,11 @@ def test_no_private_name_of_another_room():
 
 def test_references_use_nothing_but_references():
     assert impure_references(PACKAGE) == []
+
+
+def test_the_core_of_the_integrations_imports_torch_and_numpy_alone():
+    assert packages_at_import(PACKAGE, "fastkd.integrations") <= {"torch", "numpy"}
+    assert "torchvision" in packages_at_import(PACKAGE, "fastkd.detectors")
 
 
 def test_violations_are_found():

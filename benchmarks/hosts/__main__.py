@@ -2,9 +2,12 @@
 
 Scenes in each host's data format, the host's training entry point, a larger teacher trained in the host, and three
 seeds each of: the host alone, with ICD, with LGD, and with Ultralytics' built-in distillation. Equal numbers of steps;
-AP by pycocotools from the host's predictions; seconds per step and memory, also with the reference backend in a short
-run. Writes docs/results/hosts.md and .json. Try it at toy size, and with another --out, with --steps 4 --train 32
---val 8 --seeds 0.
+AP by pycocotools from the host's predictions; memory; seconds per step, also with the reference backend.
+
+Stop the command and go on with it anywhere: every finished run is added to docs/results/hosts.json at once, and
+docs/results/hosts.md is written anew. A run that is recorded there with the same settings is not made again. Weights
+and data lie in --out; a teacher is trained again only if a missing run needs it and its file is gone. Try the command
+with --steps 4 --train 32 --val 8 --seeds 0 --results build/trial.
 """
 
 from __future__ import annotations
@@ -12,118 +15,121 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
-import statistics
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.hosts.runs import HOSTS, METHODS, Clock, Job
-from benchmarks.hosts.scenes import average_precision, generate
-from fastkd.report.seeds import Mean
+from benchmarks.environment import KEEP_MEMORY
+from benchmarks.hosts import records
+from benchmarks.hosts.measure import measure
+from benchmarks.hosts.page import page
+from benchmarks.hosts.plan import HOSTS, TEACHER_SEED, Run, Trial, all_runs, settings
+from fastkd.files import write_json, write_text
 
-REFERENCE_STEPS = 30
-
-
-def run(host: str, job: Job) -> dict[str, float]:
-    """Train and evaluate in this process."""
-    from fastkd.ops import use_backend
-
-    torch.manual_seed(job.seed)
-    clock = Clock(job.device)
-    found = HOSTS[host](job, clock)
-    result = {"seconds": clock.median(), "steps": len(clock.ticks), **average_precision(job.data, found)}
-    if job.device == "cuda":
-        result["mebibytes"] = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        result["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if job.distils:
-        plain, folder = Clock(job.device), job.folder / "reference"
-        folder.mkdir(exist_ok=True)
-        short = dataclasses.replace(job, steps=min(job.steps, REFERENCE_STEPS), folder=folder)
-        with use_backend("reference"):
-            HOSTS[host](short, plain)
-        result["reference_seconds"] = plain.median()
-    return result
+RESULTS = Path("docs/results")
 
 
-def folder_of(out: Path, host: str, method: str, seed: int) -> Path:
-    """Folder of a run."""
-    return out / f"{host}-{method}-seed{seed}"
+@dataclasses.dataclass
+class Campaign:
+    """The runs of the table, their records and their files.
 
+    Args:
+        hosts, seeds: of the table.
+        trial: sizes of a trial.
+        device: "cpu" or "cuda".
+        out: folder of data and weights.
+        results: folder of hosts.json and hosts.md.
+    """
 
-def one(arguments: argparse.Namespace, host: str, method: str, seed: int) -> dict[str, float]:
-    """Execute a run in a separate process, unless it is finished."""
-    folder = folder_of(arguments.out, host, method, seed)
-    if not (folder / "result.json").is_file():
+    hosts: list[str]
+    seeds: list[int]
+    trial: Trial
+    device: str
+    out: Path
+    results: Path
+
+    def missing(self) -> list[Run]:
+        """The runs without a record."""
+        known = records.read(self.results / "hosts.json")
+        runs = all_runs(self.hosts, self.seeds)
+        return [run for run in runs if records.find(known, run, settings(run, self.trial, self.device)) is None]
+
+    def make(self, run: Run) -> None:
+        """Makes a run, and first its teacher if it needs one whose file is gone; records both."""
+        teacher = Run(run.host, "teacher", TEACHER_SEED)
+        if run.needs_teacher:
+            if not self.is_kept(teacher):
+                self.execute(teacher)
+            self.record(teacher)
+        self.execute(run)
+        self.record(run)
+
+    def record(self, run: Run) -> None:
+        """Adds the result of a run to hosts.json and writes the page."""
+        records.add(self.results / "hosts.json", self.result_of(run))
+        self.write_page()
+
+    def write_page(self) -> None:
+        """Writes hosts.md from the records."""
+        known = records.read(self.results / "hosts.json")
+        text = page(known, self.hosts, self.seeds, self.trial, self.device)
+        write_text(self.results / "hosts.md", text)
+
+    def is_kept(self, run: Run) -> bool:
+        """Whether the files of a run are there, made with its settings."""
+        folder = self.out / run.name
+        if not (folder / "result.json").is_file() or not (folder / "model.pt").exists():
+            return False
+        return self.result_of(run)["settings"] == settings(run, self.trial, self.device)
+
+    def result_of(self, run: Run) -> records.Record:
+        """The result that a run wrote to its folder."""
+        return json.loads((self.out / run.name / "result.json").read_text(encoding="utf-8"))
+
+    def execute(self, run: Run) -> None:
+        """A run in a process of one thread; its output is written to log.txt in its folder."""
+        folder = self.out / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.hosts", "--one", host, method, str(seed), "--out", arguments.out]
-        command += ["--steps", arguments.steps, "--train", arguments.train, "--val", arguments.val]
-        command += ["--device", arguments.device]
+        command = [sys.executable, "-m", "benchmarks.hosts", "--one", run.host, run.method, run.seed]
+        command += ["--out", self.out, "--device", self.device]
+        for name, value in dataclasses.asdict(self.trial).items():
+            command += [] if value is None else [f"--{name}", value]
+        environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
         with open(folder / "log.txt", "w", encoding="utf-8") as log:
-            code = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT).returncode
-        if code:
-            raise SystemExit(f"hosts: {folder.name} ended with code {code}, see {folder / 'log.txt'}")
-        print(folder.name, (folder / "result.json").read_text(), flush=True)
-    return json.loads((folder / "result.json").read_text())
-
-
-def table(results: dict[str, dict[str, list[dict[str, float]]]], teachers: dict[str, dict[str, float]]) -> str:
-    """The results as markdown, host by host."""
-    lines = []
-    for host, methods in results.items():
-        lines += [f"\n## {host}\n", f"Teacher: AP {teachers[host]['AP']:.1f}.\n"]
-        names = ("run", "AP by seed", "gain over alone, 95 % interval", "s a step", "times", "MiB", "reference")
-        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        alone = methods["alone"]
-        for method, runs in methods.items():
-            gains = [run["AP"] - plain["AP"] for run, plain in zip(runs, alone, strict=True)]
-            seconds, before = (statistics.fmean(run["seconds"] for run in each) for each in (runs, alone))
-            slow = [run["reference_seconds"] for run in runs if "reference_seconds" in run]
-            memory = statistics.fmean(run["mebibytes"] for run in runs)
-            cells = [method, ", ".join(f"{run['AP']:.1f}" for run in runs)]
-            cells.append("" if method == "alone" else Mean(tuple(gains)).signed)
-            cells += [f"{seconds:.3f}", f"{seconds / before:.2f}", f"{memory:.0f}"]
-            cells.append(f"{statistics.fmean(slow):.3f}" if slow else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            done = subprocess.run([*map(str, command)], stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:
+            raise SystemExit(f"hosts: {run.name} ended with code {done.returncode}, see {folder / 'log.txt'}")
 
 
 def main() -> None:
-    """Execute missing runs and write the tables."""
+    """Makes the missing runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=list(HOSTS))
+    parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=HOSTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--train", type=int, default=2000, help="training images")
-    parser.add_argument("--val", type=int, default=300, help="validation images")
+    parser.add_argument("--steps", type=int, help="for a trial: steps of every run")
+    parser.add_argument("--train", type=int, help="for a trial: training images")
+    parser.add_argument("--val", type=int, help="for a trial: validation images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("build/hosts"))
-    parser.add_argument("--write", type=Path, help="stem of the .md and .json; default docs/results/hosts")
+    parser.add_argument("--out", type=Path, default=Path("build/hosts"), help="folder of data and weights")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of hosts.json and hosts.md")
+    parser.add_argument("--only-write", action="store_true", help="make no run, write the page")
     parser.add_argument("--one", nargs=3, metavar=("HOST", "METHOD", "SEED"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    data = generate(arguments.out / "scenes", arguments.train, arguments.val)
-    if arguments.one:
-        host, method, seed = arguments.one[0], arguments.one[1], int(arguments.one[2])
-        teacher = None if method == "teacher" else folder_of(arguments.out, host, "teacher", 0) / "model.pt"
-        folder = folder_of(arguments.out, host, method, seed)
-        result = run(host, Job(data, folder, method, arguments.steps, seed, teacher, arguments.device))
-        (folder / "result.json").write_text(json.dumps(result))
+    given = parser.parse_args()
+    trial = Trial(given.steps, given.train, given.val)
+    if given.one:
+        run = Run(given.one[0], given.one[1], int(given.one[2]))
+        write_json(given.out / run.name / "result.json", measure(run, trial, given.device, given.out))
         return
-    teachers = {host: one(arguments, host, "teacher", 0) for host in arguments.hosts}
-    results: dict[str, dict[str, list[dict[str, float]]]] = {host: {} for host in arguments.hosts}
-    for seed in arguments.seeds:
-        for host in arguments.hosts:
-            for method in METHODS[host]:
-                results[host].setdefault(method, []).append(one(arguments, host, method, seed))
-    stem = arguments.write or Path("docs/results/hosts")
-    command = " ".join(["python -m benchmarks.hosts", *sys.argv[1:]])
-    head = f"# Distillation inside other training code\n\n`{command}`, torch {torch.__version__}, {arguments.device}.\n"
-    stem.with_suffix(".md").write_text(head + table(results, teachers))
-    content = {"command": command, "teachers": teachers, "results": results}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1))
+    if trial and given.results == RESULTS:
+        parser.error("argument --steps, --train, --val: need --results FOLDER, as they are not the table's; add it")
+    campaign = Campaign(given.hosts, given.seeds, trial, given.device, given.out, given.results)
+    for run in [] if given.only_write else campaign.missing():
+        print(run.name, flush=True)
+        campaign.make(run)
+    campaign.write_page()
 
 
 if __name__ == "__main__":

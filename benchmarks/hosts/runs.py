@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -13,13 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.hosts.scenes import SIDE, Scenes, write_yolo
+from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, OWN, SIDE
+from benchmarks.hosts.scenes import Scenes, write_yolo
+from fastkd.assets import FOLDER
+from fastkd.detectors.backbones.resnet import ScaledResNet
+from fastkd.distillers import LGD
+from fastkd.distillers.protocol import Distiller
 from fastkd.integrations import methods
 
-CLASSES, BATCH, WARM_UP = 10, 8, 5
-Found = list[tuple[Tensor, Tensor, Tensor]]
+WARM_UP = 5  # first steps of a clock that do not count
+CHANNELS = 64  # of the pyramids of torchvision's detectors
+WIDTH = 64  # of RT-DETR
+YOLO_WIDTH = 256  # of the widest level of YOLO11n
+CLIP = 2.0  # norm of the gradient of torchvision's detectors
+EPOCHS = 8  # of Ultralytics' schedule
+Found = list[tuple[Tensor, Tensor, Tensor]]  # boxes xyxy, labels from 0 and scores of each validation image
 
 
 @dataclass
@@ -31,8 +43,9 @@ class Job:
         folder: folder of this run, for the host's files.
         method: "teacher", "alone", "icd", "lgd", or "own" for the host's built-in distillation.
         steps: optimiser steps.
+        rate: learning rate; None: the host's default.
         seed: seed of all random numbers.
-        teacher: file of the trained teacher, None for "teacher".
+        teacher: file of the trained teacher; unused by the methods without one.
         device: "cpu" or "cuda".
     """
 
@@ -40,8 +53,9 @@ class Job:
     folder: Path
     method: str
     steps: int
+    rate: float | None
     seed: int
-    teacher: Path | None
+    teacher: Path
     device: str
 
     @property
@@ -51,7 +65,10 @@ class Job:
 
 
 class Clock:
-    """Seconds of each step, from one tick to the next."""
+    """Seconds of each step, from one tick to the next.
+
+    On a CPU these are of the process's CPU time, which other processes disturb less than wall time.
+    """
 
     def __init__(self, device: str):
         self.device, self.ticks = device, []
@@ -60,7 +77,9 @@ class Clock:
         """Call after each step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.ticks.append(time.perf_counter())
+            self.ticks.append(time.perf_counter())
+        else:
+            self.ticks.append(time.process_time())
 
     def median(self) -> float:
         """Median seconds per step, without the first few."""
@@ -68,39 +87,45 @@ class Clock:
         return statistics.median(steps[WARM_UP:] or steps)
 
 
-def stage(wide_in: int, wide_out: int, blocks: int) -> nn.Sequential:
-    """Residual blocks at half the resolution."""
-    from torchvision.models.resnet import BasicBlock
+def method_of(job: Job, channels: int) -> str | Distiller:
+    """The method of a run, for a student whose widest level has these channels: ICD by name, LGD for short runs."""
+    return LGD(CLASSES, channels, **LGD_SETTINGS) if job.method == "lgd" else job.method
 
-    shortcut = nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride=2, bias=False), nn.BatchNorm2d(wide_out))
-    first = BasicBlock(wide_in, wide_out, 2, shortcut)
-    return nn.Sequential(first, *(BasicBlock(wide_out, wide_out) for _ in range(blocks - 1)))
+
+def pyramid(teacher: bool) -> nn.Module:
+    """A narrow ResNet with an FPN of /8 to /128, pretrained on scenes by the files that fastkd ships."""
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    if teacher:
+        body, file = ScaledResNet("resnet34", 0.375, "bn"), "scenes-retinanet-teacher.safetensors"
+    else:
+        body, file = ScaledResNet("resnet18", 0.25, "frozen_bn"), "scenes-resnet18-backbone.safetensors"
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in load_file(FOLDER / file).items()}
+    body.load_state_dict({name: tensors[name] for name in body.state_dict()})
+    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    return BackboneWithFPN(body, levels, body.out_channels[1:], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
 
 
 def retinanet(teacher: bool) -> nn.Module:
-    """torchvision's RetinaNet on a narrow ResNet: students 16 to 128 channels and a pyramid of 32, teachers thrice."""
+    """torchvision's RetinaNet: group norms in the head, three square anchors in each cell."""
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    from torchvision.ops import Conv2dNormActivation
-    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+    from torchvision.models.detection.retinanet import RetinaNetHead
 
-    width, blocks = (48, 2) if teacher else (16, 1)
-    stages = {f"layer{level}": stage(width << max(level - 2, 0), width << level - 1, blocks) for level in range(1, 5)}
-    body = nn.Sequential()
-    body.add_module("stem", Conv2dNormActivation(3, width, 3, stride=2))
-    for name, layers in stages.items():
-        body.add_module(name, layers)
-    levels, pyramid = {"layer2": "0", "layer3": "1", "layer4": "2"}, 2 * width
-    body = BackboneWithFPN(body, levels, [2 * width, 4 * width, 8 * width], pyramid, LastLevelP6P7(pyramid, pyramid))
-    sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (16, 32, 64, 128, 256))
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return RetinaNet(body, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors)
+    sizes = tuple((0.6 * side, side, 1.41 * side) for side in (24, 48, 96, 192, 384))
+    anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
+    head = RetinaNetHead(CHANNELS, 3, CLASSES, norm_layer=functools.partial(nn.GroupNorm, 32))
+    return RetinaNet(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=anchors, head=head)
 
 
-def torchvision_model(job: Job) -> nn.Module:
-    """The student, or the teacher for its own run."""
-    return retinanet(job.method == "teacher")
+def fcos(teacher: bool) -> nn.Module:
+    """torchvision's FCOS with two convolutions in each tower of its head."""
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.fcos import FCOSHead
+
+    head = FCOSHead(CHANNELS, 1, CLASSES, num_convs=2)
+    return FCOS(pyramid(teacher), CLASSES, min_size=SIDE, max_size=SIDE, head=head)
 
 
 def batches(job: Job) -> torch.utils.data.DataLoader:
@@ -118,35 +143,38 @@ def learning_rate(job: Job) -> Callable[[int], float]:
     return lambda step: min((step + 1) / warm, (1 + math.cos(math.pi * step / job.steps)) / 2)
 
 
-def attach_torchvision(job: Job, model: nn.Module, attach: Callable[..., Any]) -> Any:
+def attach_torchvision(
+    job: Job, model: nn.Module, attach: Callable[..., Any], build: Callable[[bool], nn.Module]
+) -> Any:
     """The attachment of a run; None for runs without distillation."""
     if not job.distils:
         return None
     teacher = None
     if methods.needs_teacher(job.method):
-        teacher = retinanet(teacher=True).eval()
+        teacher = build(True).eval()
         teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
         teacher.to(job.device)
-    return attach(model, job.method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
+    method = method_of(job, CHANNELS)
+    return attach(model, method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
 
 
 @torch.no_grad()
 def detect_torchvision(job: Job, model: nn.Module) -> Found:
     """The model's detections on the validation split."""
     scenes, found = Scenes(job.data, "val"), []
-    for index in range(len(scenes)):
-        result = model.eval()([scenes[index][0].to(job.device)])[0]
-        found.append((result["boxes"], result["labels"], result["scores"]))
+    for start in range(0, len(scenes), BATCH):
+        images = [scenes[index][0].to(job.device) for index in range(start, min(start + BATCH, len(scenes)))]
+        found += [(result["boxes"], result["labels"], result["scores"]) for result in model.eval()(images)]
     return found
 
 
-def torchvision(job: Job, clock: Clock) -> Found:
-    """The reference loop: forward, backward, step."""
+def torchvision(job: Job, clock: Clock) -> Callable[[], Found]:
+    """The reference loop with FCOS: forward, backward, step."""
     from fastkd.integrations.torchvision import attach
 
-    model = torchvision_model(job).to(job.device).train()
-    kd = attach_torchvision(job, model, attach)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-4, weight_decay=1e-4)
+    model = fcos(job.method == "teacher").to(job.device).train()
+    kd = attach_torchvision(job, model, attach, fcos)
+    optimizer = torch.optim.AdamW(model.parameters(), job.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(job))
     endless = itertools.chain.from_iterable(itertools.repeat(batches(job)))
     for images, targets in itertools.islice(endless, job.steps):
@@ -154,18 +182,18 @@ def torchvision(job: Job, clock: Clock) -> Found:
         targets = [{name: value.to(job.device) for name, value in target.items()} for target in targets]
         optimizer.zero_grad()
         sum(model(images, targets).values()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
         if kd is not None:
             kd.step()
         clock.tick()
     torch.save(model.state_dict(), job.folder / "model.pt")
-    return detect_torchvision(job, model)
+    return functools.partial(detect_torchvision, job, model)
 
 
-def lightning(job: Job, clock: Clock) -> Found:
-    """The same detector in a LightningModule."""
+def lightning(job: Job, clock: Clock) -> Callable[[], Found]:
+    """RetinaNet in a LightningModule."""
     import lightning.pytorch as pl
 
     from fastkd.integrations.lightning import attach
@@ -179,22 +207,22 @@ def lightning(job: Job, clock: Clock) -> Found:
             return sum(self.model(*batch).values())
 
         def configure_optimizers(self):
-            optimizer = torch.optim.AdamW(self.parameters(), 4e-4, weight_decay=1e-4)
+            optimizer = torch.optim.AdamW(self.parameters(), job.rate, weight_decay=0.05)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(job))
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
         def on_train_batch_end(self, *args):
             clock.tick()
 
-    module = Module(torchvision_model(job))
-    kd = attach_torchvision(job, module.model, attach)
+    module = Module(retinanet(job.method == "teacher"))
+    kd = attach_torchvision(job, module.model, attach, retinanet)
     trainer = pl.Trainer(
         max_steps=job.steps, accelerator=job.device, devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, gradient_clip_val=10, callbacks=[kd.callback] if kd else None,
+        enable_progress_bar=False, gradient_clip_val=CLIP, callbacks=[kd.callback] if kd else None,
     )  # fmt: skip
     trainer.fit(module, batches(job))
     torch.save(module.model.state_dict(), job.folder / "model.pt")
-    return detect_torchvision(job, module.model.to(job.device))
+    return functools.partial(detect_torchvision, job, module.model.to(job.device))
 
 
 def rt_detr(job: Job) -> nn.Module:
@@ -207,7 +235,7 @@ def rt_detr(job: Job) -> nn.Module:
         embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    width = 128 if big else 64
+    width = 128 if big else WIDTH
     config = RTDetrConfig(
         backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
         d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,
@@ -225,7 +253,21 @@ def collate_transformers(items: list) -> dict[str, Any]:
     return {"pixel_values": torch.stack([image for image, _ in items]), "labels": labels}
 
 
-def transformers(job: Job, clock: Clock) -> Found:
+@torch.no_grad()
+def detect_transformers(job: Job, model: Any) -> Found:
+    """The model's detections on the validation split."""
+    import transformers as hf
+
+    processor, found, scenes = hf.RTDetrImageProcessor(), [], Scenes(job.data, "val")
+    for index in range(len(scenes)):
+        output = model.eval()(pixel_values=scenes[index][0][None].to(model.device))
+        sizes = torch.tensor([[SIDE, SIDE]])
+        result = processor.post_process_object_detection(output, threshold=0.001, target_sizes=sizes)[0]
+        found.append((result["boxes"], result["labels"], result["scores"]))
+    return found
+
+
+def transformers(job: Job, clock: Clock) -> Callable[[], Found]:
     """The stock Trainer."""
     import transformers as hf
 
@@ -238,11 +280,12 @@ def transformers(job: Job, clock: Clock) -> Found:
     model, callbacks = rt_detr(job), [Tick()]
     if job.distils:
         teacher = type(model).from_pretrained(job.teacher).eval() if methods.needs_teacher(job.method) else None
-        kd = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed)
+        kd = attach(model, method_of(job, WIDTH), teacher=teacher, num_classes=CLASSES, seed=job.seed)
         callbacks.append(kd.callback)
     arguments = hf.TrainingArguments(
-        str(job.folder), max_steps=job.steps, per_device_train_batch_size=BATCH, learning_rate=2e-4, warmup_steps=50,
-        lr_scheduler_type="cosine", max_grad_norm=0.1, save_strategy="no", logging_steps=50, report_to=[],
+        str(job.folder), max_steps=job.steps, per_device_train_batch_size=BATCH, learning_rate=job.rate,
+        warmup_steps=max(1, job.steps // 20), lr_scheduler_type="cosine", max_grad_norm=0.1, save_strategy="no",
+        logging_steps=50, report_to=[],
         disable_tqdm=True, remove_unused_columns=False, use_cpu=job.device == "cpu", seed=job.seed,
     )  # fmt: skip
     trainer = hf.Trainer(
@@ -251,52 +294,59 @@ def transformers(job: Job, clock: Clock) -> Found:
     )  # fmt: skip
     trainer.train()
     model.eval().save_pretrained(job.folder / "model.pt")
-    processor, found, scenes = hf.RTDetrImageProcessor(), [], Scenes(job.data, "val")
-    for index in range(len(scenes)):
-        with torch.no_grad():
-            output = model(pixel_values=scenes[index][0][None].to(model.device))
-        sizes = torch.tensor([[SIDE, SIDE]])
-        result = processor.post_process_object_detection(output, threshold=0.001, target_sizes=sizes)[0]
-        found.append((result["boxes"], result["labels"], result["scores"]))
+    return functools.partial(detect_transformers, job, model)
+
+
+def detect_ultralytics(job: Job, weights: Path) -> Found:
+    """The detections of a trained file on the validation split."""
+    from ultralytics import YOLO
+
+    trained, found, device = YOLO(weights), [], yolo_device(job)
+    for entry in Scenes(job.data, "val").images:
+        path = str(job.data / "val" / entry["file_name"])
+        boxes = trained.predict(path, imgsz=SIDE, conf=0.001, verbose=False, device=device)[0].boxes
+        found.append((boxes.xyxy, boxes.cls.long(), boxes.conf))
     return found
 
 
-def ultralytics(job: Job, clock: Clock) -> Found:
-    """YOLO.train; "own" is Ultralytics' built-in distillation."""
+def yolo_device(job: Job) -> str | int:
+    """The device as Ultralytics names it."""
+    return "cpu" if job.device == "cpu" else 0
+
+
+def ultralytics(job: Job, clock: Clock) -> Callable[[], Found]:
+    """YOLO.train for EPOCHS epochs of a part of the images; "own" is Ultralytics' built-in distillation."""
     os.environ.setdefault("YOLO_OFFLINE", "true")
     from ultralytics import YOLO
 
     from fastkd.integrations.ultralytics import attach
 
-    data = write_yolo(job.data)
-    a_epoch = math.ceil(len(Scenes(job.data, "train")) / BATCH)
+    epochs = min(EPOCHS, job.steps)
+    part = job.steps // epochs * BATCH / len(Scenes(job.data, "train"))
     settings: dict[str, Any] = {
-        "data": str(data), "epochs": max(1, round(job.steps / a_epoch)), "imgsz": SIDE, "batch": BATCH, "nbs": BATCH,
-        "workers": 0, "device": "cpu" if job.device == "cpu" else 0, "plots": False, "amp": False, "val": False,
-        "project": str(job.folder.resolve()), "name": "run", "exist_ok": True, "seed": job.seed, "verbose": False,
+        "data": str(write_yolo(job.data)), "epochs": epochs, "fraction": part, "warmup_epochs": 0.5, "imgsz": SIDE,
+        "batch": BATCH, "nbs": BATCH, "workers": 0, "device": yolo_device(job), "plots": False, "amp": False,
+        "val": False, "project": str(job.folder.resolve()), "name": "run", "exist_ok": True, "seed": job.seed,
+        "verbose": False,
     }  # fmt: skip
     model = YOLO("yolo11s.yaml" if job.method == "teacher" else "yolo11n.yaml")
     model.add_callback("on_train_batch_end", clock.tick)
     if job.distils:
         teacher = YOLO(job.teacher) if methods.needs_teacher(job.method) else None
-        settings["trainer"] = attach(model, job.method, teacher=teacher, num_classes=CLASSES, seed=job.seed).trainer
-    elif job.method == "own":
+        kd = attach(model, method_of(job, YOLO_WIDTH), teacher=teacher, num_classes=CLASSES, seed=job.seed)
+        settings["trainer"] = kd.trainer
+    elif job.method == OWN:
         settings["distill_model"] = str(job.teacher)
     model.train(**settings)
     last = job.folder / "run" / "weights" / "last.pt"
     (job.folder / "model.pt").write_bytes(last.read_bytes())
-    trained, found = YOLO(last), []
-    for entry in Scenes(job.data, "val").images:
-        path = str(job.data / "val" / entry["file_name"])
-        boxes = trained.predict(path, imgsz=SIDE, conf=0.001, verbose=False, device=settings["device"])[0].boxes
-        found.append((boxes.xyxy, boxes.cls.long(), boxes.conf))
-    return found
+    return functools.partial(detect_ultralytics, job, last)
 
 
-HOSTS: dict[str, Callable[[Job, Clock], Found]] = {
+TRAIN: dict[str, Callable[[Job, Clock], Callable[[], Found]]] = {
     "torchvision": torchvision,
     "lightning": lightning,
     "transformers": transformers,
     "ultralytics": ultralytics,
 }
-METHODS = {host: ("alone", "icd", "lgd") for host in HOSTS} | {"ultralytics": ("alone", "icd", "lgd", "own")}
+"""Trains in a host; returns a function that detects on the validation images."""

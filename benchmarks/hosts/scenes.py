@@ -15,9 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.io import decode_image
 
+from benchmarks.hosts.plan import SIDE
 from fastkd.data import generate_scenes
-
-SIDE = 128
 
 
 class Scenes(torch.utils.data.Dataset):

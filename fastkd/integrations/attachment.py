@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.distillers import ICD
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
 from fastkd.integrations.optimizer import MethodOptimizer
 from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
-from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels
+from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels, unit_scale
 from fastkd.integrations.report import Probe
 from fastkd.types import Batch, ClassPriors
 
-FORMAT = 1
+FORMAT = 2
 DETACHED_STEPS = 100  # without total_steps: steps in which the distillation loss does not reach the student
 WARN_AFTER = 200  # batches without a single step()
 
@@ -101,6 +102,7 @@ class Distillation:
         self.running: RunningPriors | None = None
         self.probe = Probe()
         self.detach_fraction = 0.0
+        self.teacher_scale = 1.0  # on the teacher's pyramid in ICD by name; measured in the first step
         self.steps = self.computed = self.computed_since_step = 0
         self._loaded: dict[str, Any] | None = None
 
@@ -162,7 +164,8 @@ class Distillation:
             torch.manual_seed(self.seed)
             method = self.method
             if isinstance(method, str):
-                method = METHODS[method][0](self.facts, spec, self._priors(device))
+                facts = dataclasses.replace(self.facts, teacher_scale=self.teacher_scale)
+                method = METHODS[method][0](facts, spec, self._priors(device))
             network = MethodNetwork(method, spec).to(device).train()
         settings = settings_of(method)
         self.network, self.detach_fraction = network, settings.detach_fraction
@@ -176,12 +179,15 @@ class Distillation:
         if network is None:
             spec = match_levels(student, teacher, batch.padded_size)
             if self._loaded is None:
+                if teacher is not None:
+                    self.teacher_scale = unit_scale([teacher[level] for _, level in spec.pairs])
                 return self.build(spec, student[0].device)
             if dataclasses.astuple(spec) != dataclasses.astuple(self._loaded_spec()):
                 raise ValueError(
                     f"Distillation: the checkpoint's pyramids must be those of this run {spec}, got "
                     f"{self._loaded_spec()}; resume with the student and teacher of the first run"
                 )
+            self.teacher_scale = self._loaded["teacher_scale"]
             network = self.build(spec, student[0].device)
             self._restore(self._loaded)
             self._loaded = None
@@ -243,6 +249,7 @@ class Distillation:
             "steps": self.steps,
             "computed": self.computed,
             "spec": [list(self.network.spec.student), list(self.network.spec.teacher), list(self.network.spec.pairs)],
+            "teacher_scale": self.teacher_scale,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "running": self.running.state_dict() if self.running else None,
@@ -273,6 +280,9 @@ class Distillation:
     def _restore(self, state: dict[str, Any]) -> None:
         assert self.network is not None and self.optimizer is not None
         self.network.load_state_dict(state["network"])
+        self.teacher_scale = state["teacher_scale"]
+        if isinstance(self.method, str) and isinstance(self.network.method, ICD):
+            self.network.method.teacher_scale = self.teacher_scale
         self.optimizer.load_state_dict(state["optimizer"])
         if self.running is not None and state["running"] is not None:
             self.running.load_state_dict(state["running"])

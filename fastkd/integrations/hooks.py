@@ -63,7 +63,7 @@ def check_plain(model: nn.Module) -> None:
     if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
         raise ValueError(
             f"attach: model must be the plain model, got one wrapped in {kind}; attach first, then wrap it: "
-            f"kd = attach(model, ...); model = {kind}(model)"
+            f"kd = attach(model, ...); model = {kind}(model); or attach to its .module"
         )
     if model._compiled_call_impl is not None:
         raise ValueError(

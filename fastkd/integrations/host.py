@@ -125,6 +125,13 @@ class Attachment:
         end = "; the run goes on without distillation" if self.failures >= MAX_FAILURES else "; this batch trains alone"
         warnings.warn(f"fastkd: the distillation of a batch failed{end}:\n{traceback.format_exc()}", stacklevel=3)
 
+    def try_to_save(self, path: str | os.PathLike) -> None:
+        """`save` for a host's callbacks: a file that cannot be written, as on a full disk, is a warning."""
+        try:
+            self.save(path)
+        except (OSError, RuntimeError) as error:  # torch.save raises both
+            warnings.warn(f"fastkd: the method's state could not be saved, the run goes on: {error}", stacklevel=2)
+
     def pyramid_of_teacher(self, images: Tensor, image_sizes: Tensor) -> list[Tensor] | None:
         """The teacher's levels for the student's images; None if the method needs no teacher."""
         if not self.distillation.needs_teacher or self.teacher is None:
@@ -133,8 +140,17 @@ class Attachment:
         return self.teacher.pyramid(images, image_sizes, self.normalization)
 
     def step(self) -> None:
-        """Updates the method's modules; call it after optimizer.step()."""
-        self.distillation.step()
+        """Updates the method's modules; call it after optimizer.step().
+
+        Raises: any exception of the first update; a later one is a warning and ends the distillation.
+        """
+        try:
+            self.distillation.step()
+        except Exception:
+            if self.distillation.steps <= 1:
+                raise
+            self.failures = MAX_FAILURES - 1
+            self._failed()
 
     def detach(self) -> None:
         """Removes all hooks; afterwards the model differs from before only in its trained weights."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fastkd.integrations.detections import DetectTorchvision, DetectTransformers, DetectUltralytics
 from fastkd.integrations.scores import cell_scores, of_ultralytics
 from fastkd.integrations.teachers import Normalization, Teacher, features_before, features_until
 
@@ -71,21 +71,10 @@ def torchvision_teacher(teacher: Any, num_classes: int | None = None) -> Teacher
         teacher,
         teacher.backbone,
         normalization=image_normalization(teacher),
-        detect=_Detect(teacher, first_label),
+        detect=DetectTorchvision(teacher, first_label),
         num_classes=output_classes(teacher) - first_label,
         scores=cell_scores(teacher),
     )
-
-
-class _Detect:
-    """Runs a teacher on images in [0, 1]: boxes, labels from 0 and scores for each image."""
-
-    def __init__(self, teacher: nn.Module, first_label: int):
-        self.teacher, self.first_label = teacher, first_label
-
-    def __call__(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = self.teacher(list(images))
-        return [(result["boxes"], result["labels"] - self.first_label, result["scores"]) for result in found]
 
 
 def normalization_of(processor: Any) -> Normalization:
@@ -97,10 +86,12 @@ def normalization_of(processor: Any) -> Normalization:
 
 def transformers_teacher(teacher: Any, *, processor: Any = None) -> Teacher:
     """A transformers detector as teacher; its forward pass is stopped after the encoder."""
+    normalization = normalization_of(processor)
     return Teacher(
         teacher,
         features_until(teacher, teacher.model.encoder),
-        normalization=normalization_of(processor),
+        normalization=normalization,
+        detect=DetectTransformers(teacher, normalization),
         num_classes=teacher.config.num_labels,
         scores=cell_scores(teacher),
     )
@@ -129,6 +120,7 @@ def ultralytics_teacher(teacher: Any) -> Teacher:
         network,
         features_before(network, head),
         normalization=Normalization(),
+        detect=DetectUltralytics(network, head),
         num_classes=head.nc,
         scores=functools.partial(of_ultralytics, head),
     )

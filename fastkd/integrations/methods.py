@@ -13,7 +13,8 @@ from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.pyramids import PyramidSpec
 from fastkd.types import ClassPriors
 
-HEADS = 8
+HEADS = 8  # of LGD; divides every method's width
+HEAD_CHANNELS = 32  # of ICD: 256 channels in 8 heads are published
 MAX_CHANNELS = 256
 
 
@@ -27,12 +28,14 @@ class HostFacts:
         anchors: L tensors [A, 4] xyxy of the cell at the origin, for FGFI; None if the host has no anchors.
         channels: width of the method; None takes the student's if all levels have the same, else its largest, at most
             256.
+        teacher_scale: factor on the teacher's pyramid in ICD's attention.
     """
 
     num_classes: int
     two_stage: bool = False
     anchors: Sequence[Tensor] | None = None
     channels: int | None = None
+    teacher_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,20 @@ def method_channels(facts: HostFacts, widths: Sequence[int]) -> int:
     return -(-width // HEADS) * HEADS
 
 
+def icd_heads(channels: int) -> int:
+    """Attention heads of about HEAD_CHANNELS channels that divide `channels`."""
+    return next(heads for heads in range(max(1, channels // HEAD_CHANNELS), 0, -1) if channels % heads == 0)
+
+
 def _icd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:
     channels, widths = method_channels(facts, spec.student_widths), spec.teacher_widths
-    published: dict[str, Any] = {"weight": 8.0, "max_queries": 300}
+    options: dict[str, Any] = {"weight": 8.0, "max_queries": 300}  # published
     if facts.two_stage:
-        published = {"weight": 3.0, "max_queries": 100}
+        options = {"weight": 3.0, "max_queries": 100}
+    options |= {"heads": icd_heads(channels), "teacher_scale": facts.teacher_scale}
     if len(set(widths)) == 1:
-        return ICD(facts.num_classes, priors, channels, teacher_channels=widths[0], heads=HEADS, **published)
-    return LevelwiseICD(facts.num_classes, priors, channels, level_channels=widths, heads=HEADS, **published)
+        return ICD(facts.num_classes, priors, channels, teacher_channels=widths[0], **options)
+    return LevelwiseICD(facts.num_classes, priors, channels, level_channels=widths, **options)
 
 
 def _lgd(facts: HostFacts, spec: PyramidSpec, priors: ClassPriors) -> Distiller:

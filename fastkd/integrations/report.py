@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastkd.distillers import ICD
 from fastkd.integrations.teachers import pixels
 from fastkd.types import Batch
 
@@ -74,10 +75,19 @@ class Probe:
         lines += [f"{name} levels (C, H, W): {sizes}" for name, sizes in self.sizes.items()]
         if network.spec.teacher:
             lines.append(f"levels matched (student, teacher): {list(network.spec.pairs)}")
+            if distillation.teacher_scale != 1 and isinstance(network.method, ICD):
+                size, scale = 1 / distillation.teacher_scale, network.method.teacher_scale
+                lines.append(
+                    f"root mean square of the teacher's levels: {size:.2g}, times {scale:.2g} in ICD's attention"
+                )
+                if scale == 1:
+                    wrong.append(f"ICD's attention saturates: give it teacher_scale={distillation.teacher_scale:.2g}")
             if len(network.spec.pairs) < len(network.spec.student):
                 wrong.append("some levels of the student have no partner in the teacher and are not distilled")
         lines += self._gradient_lines(wrong)
-        if teacher is not None and teacher.detect is not None and normalization is not None:
+        if teacher is not None and teacher.detect is None:
+            lines.append("whether the teacher finds the objects is unknown: pass Teacher(module, detect=...)")
+        elif teacher is not None and teacher.detect is not None and normalization is not None:
             images = pixels(self.batch.images, self.batch.image_sizes, normalization)
             lines.append(self._teacher_line(teacher.detect(images), wrong))
         if distillation.computed and not distillation.steps:

@@ -173,7 +173,7 @@ class DistillationCallback(transformers.TrainerCallback):
         """Writes fastkd.pt into the Trainer's checkpoint folder."""
         path = self._path(args, state)
         if state.is_world_process_zero and os.path.isdir(os.path.dirname(path)):
-            self.attachment.save(path)
+            self.attachment.try_to_save(path)
 
     def _path(self, args: Any, state: Any) -> str:
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE_NAME)

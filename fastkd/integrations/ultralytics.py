@@ -196,7 +196,7 @@ class DistillationTrainer(DetectionTrainer):
     def save_model(self) -> Any:
         """Writes fastkd.pt beside last.pt."""
         saved = super().save_model()
-        self._attachment().save(Path(self.wdir) / FILE_NAME)
+        self._attachment().try_to_save(Path(self.wdir) / FILE_NAME)
         return saved
 
     def final_eval(self) -> None:

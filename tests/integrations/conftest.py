@@ -53,12 +53,29 @@ class HookBase:
     def after_step(self): ...
 
 
+def put_modules(monkeypatch, contents):
+    """Puts modules with these contents in the place of packages that are not installed."""
+    for name, content in contents.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.fixture
 def detectron2_modules(monkeypatch):
-    """Modules `detectron2.engine` and `detectron2.utils.events` with what the adapter imports; the storage in use."""
-    for name, content in (("detectron2.engine", HookBase), ("detectron2.utils.events", EventStorage)):
-        module = types.ModuleType(name)
-        setattr(module, content.__name__, content)
-        monkeypatch.setitem(sys.modules, name, module)
+    """What adapter and example import of detectron2; the storage in use."""
+    from detectron2_cases import MODULES, DefaultTrainer
+
+    engine = {"HookBase": HookBase, "DefaultTrainer": DefaultTrainer}
+    events = {"EventStorage": EventStorage}
+    put_modules(monkeypatch, {"detectron2.engine": engine, "detectron2.utils.events": events, **MODULES})
     with EventStorage() as storage:
         yield storage
+
+
+@pytest.fixture
+def mmdetection_modules(monkeypatch):
+    """What adapter and example import of mmengine."""
+    from mmdetection_cases import MODULES
+
+    put_modules(monkeypatch, {"mmengine.hooks": {"Hook": type("Hook", (), {})}, **MODULES})

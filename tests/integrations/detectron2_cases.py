@@ -1,7 +1,8 @@
-"""A detector with the order of calls, argument and attribute names of detectron2's RetinaNet, and inputs for it."""
+"""A detector and a trainer with detectron2's order of calls, argument and attribute names, and inputs for them."""
 
 import sys
 import types
+import weakref
 
 import torch
 from torch import nn
@@ -25,19 +26,19 @@ class Backbone(nn.Module):
 class Head(nn.Module):
     """Logits of each level, and no box deltas."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, classes):
         super().__init__()
-        self.norm, self.cls_score = nn.BatchNorm2d(channels), nn.Conv2d(channels, CLASSES, 1)
+        self.norm, self.cls_score = nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1)
 
     def forward(self, levels):
         return [self.cls_score(self.norm(level)) for level in levels], []
 
 
 class MetaArchitecture(nn.Module):
-    def __init__(self, channels=16):
+    def __init__(self, channels=16, classes=CLASSES):
         super().__init__()
-        self.backbone, self.head = Backbone(channels), Head(channels)
-        self.num_classes, self.loss_normalizer = CLASSES, 100.0
+        self.backbone, self.head = Backbone(channels), Head(channels, classes)
+        self.num_classes, self.loss_normalizer = classes, 100.0
         self.register_buffer("pixel_mean", torch.tensor([103.5, 116.3, 123.7])[:, None, None], False)
         self.register_buffer("pixel_std", torch.full((3, 1, 1), 57.0), False)
 
@@ -73,3 +74,65 @@ def inputs(seed=0):
         image = torch.randint(0, 256, (3, height, width), generator=generator).float()
         entries.append({"image": image, "instances": instances})
     return entries
+
+
+KEYS = {  # those of detectron2's default configuration that the example sets
+    "": ("OUTPUT_DIR",), "MODEL": ("META_ARCHITECTURE", "DEVICE", "WEIGHTS"), "BACKBONE": ("NAME", "FREEZE_AT"),
+    "RESNETS": ("DEPTH", "RES2_OUT_CHANNELS", "NORM", "OUT_FEATURES"), "FPN": ("IN_FEATURES",),
+    "RETINANET": ("NUM_CLASSES",), "ANCHOR_GENERATOR": ("SIZES",), "DATASETS": ("TRAIN", "TEST"),
+    "INPUT": ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN"), "DATALOADER": ("NUM_WORKERS",),
+    "SOLVER": ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER"),
+}  # fmt: skip
+
+
+class Node:
+    """A part of a configuration, which refuses unknown keys."""
+
+    def __init__(self, name, **parts):
+        vars(self).update(dict.fromkeys(KEYS[name]), **parts)
+
+    def __setattr__(self, name, value):
+        assert name in vars(self), name
+        vars(self)[name] = value
+
+
+def get_cfg():
+    """The default configuration."""
+    parts = {name: Node(name) for name in KEYS if name not in ("", "MODEL")}
+    of_model = [parts.pop(name) for name in ("BACKBONE", "RESNETS", "FPN", "RETINANET", "ANCHOR_GENERATOR")]
+    return Node("", MODEL=Node("MODEL", **dict(zip(list(KEYS)[2:7], of_model))), **parts)
+
+
+class DefaultTrainer:
+    """The loop of `TrainerBase.train` and `SimpleTrainer.run_step`; models of depth 34 are wider."""
+
+    def __init__(self, config):
+        channels = 24 if config.MODEL.RESNETS.DEPTH == 34 else 16
+        self.model = MetaArchitecture(channels, config.MODEL.RETINANET.NUM_CLASSES).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), config.SOLVER.BASE_LR)
+        self.max_iter, self.hooks = config.SOLVER.MAX_ITER, []
+
+    def register_hooks(self, hooks):
+        for hook in hooks:
+            assert isinstance(hook, sys.modules["detectron2.engine"].HookBase)
+            hook.trainer = weakref.proxy(self)
+        self.hooks += hooks
+
+    def train(self):
+        with sys.modules["detectron2.utils.events"].EventStorage(0) as self.storage:
+            for hook in self.hooks:
+                hook.before_train()
+            for step in range(self.max_iter):
+                self.iter = step
+                losses = sum(self.model(inputs(step)).values())
+                self.optimizer.zero_grad()
+                losses.backward()
+                self.optimizer.step()
+                for hook in self.hooks:
+                    hook.after_step()
+
+
+MODULES = {
+    "detectron2.config": {"get_cfg": get_cfg},
+    "detectron2.data.datasets": {"register_coco_instances": lambda name, metadata, file, images: None},
+}

@@ -70,8 +70,10 @@ def _transformers(kind):
         return {**own, "loss": output.loss - sum(own.values())}
 
     def compile_parts(model):
-        for part in (model.model.backbone, model.model.encoder):  # tracing the whole model takes a minute
-            part.compile(backend="eager")
+        """What the attachment hooks into, besides the model: tracing the whole model takes a minute."""
+        model.model.backbone.compile(backend="eager")
+        if kind == "DeformableDetr":
+            model.model.encoder.compile(backend="eager")
         return model
 
     return Host(
@@ -106,7 +108,8 @@ def _ultralytics():
         return {**own, "loss": total.sum() - sum(own.values())}
 
     def compile_layers(model):
-        for layer in model.model[:-1]:
+        """Two of the layers that the trainer compiles one by one: the first and the last before the head."""
+        for layer in (model.model[0], model.model[-2]):
             layer.compile(backend="eager")
         return model
 

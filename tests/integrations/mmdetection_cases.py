@@ -1,5 +1,6 @@
-"""A detector with the order of calls, argument and attribute names of mmdetection's SingleStageDetector, and data."""
+"""A detector and a runner with mmdetection's order of calls, argument and attribute names, and data for them."""
 
+import sys
 import types
 
 import torch
@@ -20,20 +21,20 @@ class Head(nn.Module):
     """Logits of each level, and no box deltas."""
 
     use_sigmoid_cls = True
-    num_classes = CLASSES
 
-    def __init__(self, channels):
+    def __init__(self, channels, classes):
         super().__init__()
-        self.norm, self.conv_cls = nn.BatchNorm2d(channels), nn.Conv2d(channels, CLASSES, 1)
+        self.num_classes = classes
+        self.norm, self.conv_cls = nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1)
 
     def forward(self, levels):
         return [self.conv_cls(self.norm(level)) for level in levels], []
 
 
 class Detector(nn.Module):
-    def __init__(self, channels=16):
+    def __init__(self, channels=16, classes=CLASSES):
         super().__init__()
-        self.backbone, self.neck, self.bbox_head = nn.Identity(), Neck(channels), Head(channels)
+        self.backbone, self.neck, self.bbox_head = nn.Identity(), Neck(channels), Head(channels, classes)
         self.data_preprocessor = nn.Module()
         for name, value in (("mean", 120.0), ("std", 57.0)):
             self.data_preprocessor.register_buffer(name, torch.full((3, 1, 1), value), False)
@@ -59,3 +60,48 @@ def data(seed=0):
         samples.append(types.SimpleNamespace(gt_instances=instances, img_shape=shape))
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(seed))
     return {"inputs": images, "data_samples": samples}
+
+
+class Config(dict):
+    """A configuration with its keys as attributes."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+def get_config(path):
+    """The parts of mmdetection's configuration that the example changes."""
+    assert path == "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+    return Config(model=Config(backbone=Config(depth=18), bbox_head=Config(num_classes=80)))
+
+
+class Runner:
+    """The loop of mmengine's `IterBasedTrainLoop`, without accumulation; models of depth 34 are wider."""
+
+    def __init__(self, config):
+        channels = 24 if config.model.backbone.depth == 34 else 16
+        self.model = Detector(channels, config.model.bbox_head.num_classes).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim_wrapper["optimizer"]["lr"])
+        self.optim_wrapper = types.SimpleNamespace(should_update=lambda: True)
+        self.max_iters, self.hooks = config.train_cfg["max_iters"], []
+        assert config.train_dataloader["dataset"]["metainfo"]["classes"] and config.val_cfg is config.test_cfg is None
+
+    from_cfg = classmethod(lambda cls, config: cls(config))
+
+    def register_hook(self, hook):
+        assert isinstance(hook, sys.modules["mmengine.hooks"].Hook)
+        self.hooks.append(hook)
+
+    def train(self):
+        for hook in self.hooks:
+            hook.before_train(self)
+        for index in range(self.max_iters):
+            losses = self.model(**data(index), mode="loss")
+            parts = [sum(value) if isinstance(value, list) else value for key, value in losses.items() if "loss" in key]
+            self.optimizer.zero_grad()
+            sum(parts).backward()
+            self.optimizer.step()
+            for hook in self.hooks:
+                hook.after_train_iter(self, index, data_batch=None, outputs=None)
+
+
+MODULES = {"mmengine.hub": {"get_config": get_config}, "mmengine.runner": {"Runner": Runner}}

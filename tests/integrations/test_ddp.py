@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_gloo_processes import HOSTS, METHODS
+from two_gloo_processes import HOSTS, METHODS, environment_of_rank, gradients_of_rank
 
 HERE = Path(__file__).parent
 CASES = [("torchvision", method) for method in METHODS]
@@ -16,12 +16,23 @@ CASES += [(host, method) for host in ("transformers", "lightning") for method in
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
+    """Gradients of both processes; this one is the first, as it has imported the hosts already."""
     folder = tmp_path_factory.mktemp("ddp")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, HERE / "two_gloo_processes.py", str(r), folder / "store", folder] for r in (0, 1)]
-    running = [subprocess.Popen(command, env=environment, cwd=folder) for command in commands]
-    assert [process.wait(300) for process in running] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    command = [sys.executable, HERE / "two_gloo_processes.py", "1", folder / "store", folder]
+    second, threads = subprocess.Popen(command, env=environment, cwd=folder), torch.get_num_threads()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in environment_of_rank(0).items():
+                patch.setenv(name, value)
+            torch.set_num_threads(1)
+            first = gradients_of_rank(0, folder / "store")
+        assert second.wait(100) == 0
+    finally:
+        second.kill()
+        torch.set_num_threads(threads)
+    return [first, torch.load(folder / "1.pt", weights_only=True)]
 
 
 @pytest.mark.parametrize(("host", "method"), CASES)

@@ -57,6 +57,22 @@ def test_the_hook_steps_logs_and_resumes(detectron2_modules):
     assert again.state.steps == 1
 
 
+def test_a_model_inside_of_ddp(detectron2_modules, tmp_path):
+    """detectron2's and mmengine's trainers wrap the model when they are built; `attach` then takes model.module."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(MetaArchitecture().train())
+        with pytest.raises(ValueError, match=r"wrapped in DistributedDataParallel.* or attach to its \.module"):
+            attach(wrapped, "lgd")
+        kd = attach(wrapped.module, "lgd", detach_steps=0)
+        sum(wrapped(inputs()).values()).backward()
+        kd.step()
+        assert kd.state.steps == 1 and kd.state.losses["lgd_distill"] > 0
+        assert all(p.grad is not None for p in wrapped.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="must be a detectron2 detector, got Linear without backbone"):
         attach(nn.Linear(1, 1), "lgd")

@@ -196,6 +196,14 @@ def test_detach_leaves_the_plain_model(host, method):
     assert own == {} and torch.equal(total, host.run(plain, 1)[0])
 
 
+def test_the_report_knows_whether_the_teacher_finds_the_objects(host, request):
+    model, kd = host.attached()
+    host.run(model)[0].backward()
+    known = not any(name in request.node.name for name in ("detectron2", "mmdetection"))
+    assert (f"the teacher finds 0 of the {len(kd.distillation.probe.batch.boxes)}" in kd.report()) == known
+    assert ("is unknown: pass Teacher(module, detect=...)" in kd.report()) != known
+
+
 def test_no_distillation_without_gradients(host):
     model, kd = host.attached()
     with torch.no_grad():

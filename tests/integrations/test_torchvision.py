@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torchvision_cases import CLASSES, NAMES, batch, detector
 
-from fastkd.distillers import LGD
+from fastkd.distillers import ICD, LGD
+from fastkd.integrations.methods import icd_heads
 from fastkd.integrations.torchvision import attach, priors_of_loader
+from fastkd.types import ClassPriors
 
 METHODS = {
     "icd": "icd_distill", "lgd": "lgd_distill", "fgfi": "fgfi_imitation", "pkd": "pkd_distill", "cwd": "cwd_distill",
@@ -219,6 +221,41 @@ def test_a_teacher_of_another_architecture_stride_and_normalisation():
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
 
 
+def test_a_teacher_with_large_features(tmp_path):
+    """ICD by name scales them to a root mean square of 1, and a resumed run by the same factor."""
+    teacher = teacher_of("retinanet")
+    for block in (*teacher.backbone.fpn.layer_blocks, *teacher.backbone.fpn.extra_blocks.children()):
+        for parameter in block.parameters():
+            parameter.data *= 50
+    model = detector("retinanet").train()
+    kd = attach(model, "icd", teacher=teacher, num_classes=CLASSES)
+    loss_of(model, "retinanet")
+    levels = teacher.backbone(model.transform(*batch("retinanet"))[0].tensors).values()
+    size = torch.cat([level.flatten() for level in levels]).square().mean().sqrt()
+    scale = kd.distillation.teacher_scale
+    assert size > 5 and kd.distillation.network.method.teacher_scale == scale == pytest.approx(
+        1 / size.item(), rel=0.01
+    )
+    assert "in ICD's attention" in kd.report() and "saturates" not in kd.report()
+    kd.save(tmp_path / "kd.pt")
+    again = detector("retinanet").train()
+    again_kd = attach(again, "icd", teacher=teacher, num_classes=CLASSES)
+    again_kd.load(tmp_path / "kd.pt")
+    loss_of(again, "retinanet", seed=5)
+    assert again_kd.distillation.network.method.teacher_scale == scale
+
+    priors = ClassPriors(torch.full((CLASSES,), 0.2), torch.full((CLASSES, 2), 0.2), torch.full((CLASSES, 2), 0.1))
+    own = detector("retinanet").train()
+    own_kd = attach(own, ICD(CLASSES, priors, 32, teacher_channels=64), teacher=teacher, num_classes=CLASSES)
+    loss_of(own, "retinanet")
+    assert own_kd.distillation.network.method.teacher_scale == 1 and "attention saturates" in own_kd.report()
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(256, 8), (64, 2), (16, 1), (80, 2), (104, 2)])
+def test_heads_of_icd_have_about_32_channels(channels, heads):
+    assert icd_heads(channels) == heads
+
+
 def test_masks_of_mask_rcnn():
     model = detector("mask-rcnn").train()
     attach(model, LGD(CLASSES, 32, heads=2, use_masks=True, context=False), num_classes=CLASSES)
@@ -354,6 +391,20 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="broken"):
             loss_of(model, "retinanet")
 
+    def test_a_failed_update_or_file_never_loses_the_run(self, tmp_path, monkeypatch):
+        model, kd = attached("retinanet", "fgfi")
+        loss_of(model, "retinanet")[1].backward()
+        kd.try_to_save(tmp_path / "kd.pt")
+        with pytest.warns(UserWarning, match="state could not be saved, the run goes on.*no such folder"):
+            kd.try_to_save(tmp_path / "no such folder" / "kd.pt")
+        monkeypatch.setattr(kd.distillation.optimizer, "step", _raise)
+        kd.distillation.steps = 0
+        with pytest.raises(RuntimeError, match="broken"):
+            kd.step()
+        with pytest.warns(UserWarning, match="the run goes on without distillation"):
+            kd.step()
+        assert set(model(*batch("retinanet"))) == {"classification", "bbox_regression"}
+
     def test_checkpoint_of_other_pyramids(self, tmp_path):
         model, kd = attached("retinanet")
         loss_of(model, "retinanet")
@@ -363,7 +414,7 @@ class TestBadInput:
         other_kd.distillation._loaded["spec"][0][0] = 7
         with pytest.raises(ValueError, match="resume with the student and teacher of the first run"):
             loss_of(other, "faster-rcnn")
-        with pytest.raises(ValueError, match="must be of format 1, got None"):
+        with pytest.raises(ValueError, match="must be of format 2, got None"):
             kd.load_state_dict({})
 
 

@@ -1,5 +1,6 @@
 """Gradients of two gloo processes on half the batch each: python two_gloo_processes.py RANK FILE_STORE OUT."""
 
+import datetime
 import functools
 import importlib.util
 import os
@@ -92,11 +93,10 @@ def lightning_step(method, part, strategy="auto", devices=1):
 HOSTS = {"torchvision": torchvision_gradients, "transformers": transformers_gradients, "lightning": lightning_step}
 
 
-def main():
-    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    torch.set_num_threads(1)
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}  # Lightning starts no processes
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def gradients_of_rank(rank, store):
+    """Gradients of this process's half of the batch by (host, method), as a part of a group of two processes."""
+    timeout = datetime.timedelta(seconds=200)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     half = slice(rank * 2, rank * 2 + 2)
     found = {
         ("torchvision", method): torchvision_gradients(method, half, DistributedDataParallel) for method in METHODS
@@ -106,9 +106,21 @@ def main():
         found |= {("transformers", method): transformers_gradients(method, half, wrap) for method in METHODS[:2]}
     if importlib.util.find_spec("lightning"):
         found |= {("lightning", method): lightning_step(method, half, "ddp", 2) for method in METHODS[:2]}
-    torch.save(found, f"{out}/{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+    return found
+
+
+def environment_of_rank(rank):
+    """Variables with which Lightning starts no processes."""
+    return {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+
+
+def main():
+    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    os.environ |= environment_of_rank(rank)
+    torch.save(gradients_of_rank(rank, store), f"{out}/{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""What a run's process measures: AP, memory and seconds of a training, or the times of a step of all methods."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import resource
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import commit, cpu_name
+from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, length, settings
+from benchmarks.hosts.records import Record
+from benchmarks.hosts.runs import TRAIN, Clock, Job
+from benchmarks.hosts.scenes import average_precision, generate
+from fastkd.ops import use_backend
+
+COST_STEPS, ROUNDS = 16, 3
+
+
+def measure(run: Run, trial: Trial, device: str, out: Path) -> Record:
+    """The record of a run, made in this process.
+
+    Args:
+        run: the run.
+        trial: sizes of a trial.
+        device: "cpu" or "cuda".
+        out: folder of data and weights; the run's files lie in a folder of its name.
+    """
+    train, val = images(trial)
+    steps, rate = length(run, trial)
+    teacher = out / Run(run.host, "teacher", TEACHER_SEED).name
+    data = generate(out / f"scenes-{train}-{val}", train, val)
+    job = Job(data, out / run.name, run.method, steps, rate, run.seed, teacher / "model.pt", device)
+    record: Record = {**dataclasses.asdict(run), "settings": settings(run, trial, device)}
+    record |= step_times(run.host, job) if run.method == "cost" else training(run.host, job)
+    if run.needs_teacher:
+        record["teacher_AP"] = json.loads((teacher / "result.json").read_text(encoding="utf-8"))["AP"]
+    machine = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    package = f"{run.host} {version(run.host)}"
+    return record | {"commit": commit(), "torch": torch.__version__, "package": package, "machine": machine}
+
+
+def training(host: str, job: Job) -> Record:
+    """AP, seconds of a step and memory of a training."""
+    torch.manual_seed(job.seed)
+    clock = Clock(job.device)
+    detect = TRAIN[host](job, clock)
+    if job.device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        **average_precision(job.data, detect()),
+        "seconds": clock.median(),
+        "steps": len(clock.ticks),
+        "mebibytes": memory,
+    }
+
+
+def step_times(host: str, job: Job) -> Record:
+    """{"seconds": {"alone", "icd", "icd reference", ...}}: the least of the medians of several short runs each."""
+    steps = min(job.steps, COST_STEPS)
+    found: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for method in METHODS[host]:
+            short = dataclasses.replace(job, method=method, steps=steps)
+            for reference in (False, True) if short.distils else (False,):
+                clock = Clock(job.device)
+                with use_backend("reference") if reference else contextlib.nullcontext():
+                    TRAIN[host](short, clock)
+                found.setdefault(f"{method} reference" if reference else method, []).append(clock.median())
+    return {"seconds": {name: min(medians) for name, medians in found.items()}}

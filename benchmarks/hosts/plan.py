@@ -1,0 +1,131 @@
+"""The runs of the hosts' table and all settings on which a run depends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SIDE, CLASSES, BATCH = 128, 10, 8
+TEACHER_SEED = 0
+HOSTS = ("torchvision", "lightning", "transformers", "ultralytics")
+METHODS = {host: ("alone", "icd", "lgd") for host in HOSTS} | {"ultralytics": ("alone", "icd", "lgd", "own")}
+OWN = "own"  # Ultralytics' built-in distillation
+# As in the Scenes recipe, from docs/results/findings.md: in short runs with AdamW the published weights of 1 cost AP.
+LGD_SETTINGS = {"weight": 0.25, "instructive_weight": 0.1}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A host's detectors and the length of its runs; the same for all methods.
+
+    Args:
+        student, teacher: the detectors in words, for the page.
+        steps, teacher_steps: optimiser steps.
+        rate, teacher_rate: learning rates; None: the host's default.
+    """
+
+    student: str
+    teacher: str
+    steps: int
+    teacher_steps: int
+    rate: float | None
+    teacher_rate: float | None
+
+
+SMALL = "ResNet-18 of a quarter of the width, pretrained on other scenes, pyramid of 64 channels"
+LARGE = "ResNet-34 of three eighths of the width, pretrained on scenes, pyramid of 64 channels"
+RECIPES = {
+    "torchvision": Recipe(f"FCOS, {SMALL}", f"FCOS, {LARGE}", 500, 600, 1.5e-3, 1e-3),
+    "lightning": Recipe(f"RetinaNet, {SMALL}", f"RetinaNet, {LARGE}", 500, 600, 1.5e-3, 1e-3),
+    "transformers": Recipe(
+        "RT-DETR, stages of 16 to 96 channels, one block each, width 64, 100 queries",
+        "RT-DETR, stages of 64 to 256 channels, two blocks each, width 128, 100 queries", 1000, 1000, 4e-4, 4e-4,
+    ),
+    "ultralytics": Recipe("YOLO11n", "YOLO11s", 1000, 1000, None, None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Sizes for a trial of the command in place of the table's; None keeps those.
+
+    Args:
+        steps: optimiser steps of students and teacher.
+        train, val: images.
+    """
+
+    steps: int | None = None
+    train: int | None = None
+    val: int | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the table. method: one of METHODS[host], "teacher", or "cost" (the times of a step)."""
+
+    host: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}-{self.method}-seed{self.seed}"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.method in ("icd", OWN, "cost")
+
+
+def length(run: Run, trial: Trial) -> tuple[int, float | None]:
+    """Optimiser steps and learning rate of a run."""
+    recipe = recipe_of(run.host, trial)
+    if run.method == "teacher":
+        return recipe.teacher_steps, recipe.teacher_rate
+    return recipe.steps, recipe.rate
+
+
+def images(trial: Trial) -> tuple[int, int]:
+    """Numbers of training and validation images."""
+    return trial.train or 4000, trial.val or 300
+
+
+def recipe_of(host: str, trial: Trial) -> Recipe:
+    """The recipe of a host at the size of a trial."""
+    recipe = RECIPES[host]
+    return recipe if trial.steps is None else dataclasses.replace(recipe, steps=trial.steps, teacher_steps=trial.steps)
+
+
+def settings(run: Run, trial: Trial, device: str) -> dict[str, Any]:
+    """All that a run depends on besides the code: a run recorded with other settings is made again."""
+    recipe = dataclasses.asdict(recipe_of(run.host, trial))
+    of_teacher = {name: value for name, value in recipe.items() if name.startswith("teacher")}
+    of_student = {name: value for name, value in recipe.items() if name not in of_teacher}
+    if run.method == "teacher":
+        of_student = {}
+    elif not run.needs_teacher:
+        of_teacher = {}
+    of_method = LGD_SETTINGS if run.method in ("lgd", "cost") else {}
+    train, val = images(trial)
+    return {
+        **of_student,
+        **of_teacher,
+        **of_method,
+        "train": train,
+        "val": val,
+        "side": SIDE,
+        "batch": BATCH,
+        "device": device,
+    }
+
+
+def all_runs(hosts: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+    """Every run of the table besides the teachers', host by host and seed by seed."""
+    for host in hosts:
+        for seed in seeds:
+            yield from (Run(host, method, seed) for method in METHODS[host])
+        yield Run(host, "cost", TEACHER_SEED)
