@@ -47,7 +47,9 @@ $(STAMPS)/created:
 	mkdir -p $(STAMPS)
 	touch $@
 
-# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000.
+# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000. It keeps
+# them even where the environment asks it not to: else every process of the tests compiles torch anew, for eight seconds.
+unexport PYTHONDONTWRITEBYTECODE
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
