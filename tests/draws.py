@@ -6,6 +6,9 @@ FASTKD_TEST_SEED repeats the cases of a run; conftest.py draws it, and prints it
 import os
 import random
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import pytest
 
 LONG = "FASTKD_TEST_LONG"  # set by `pytest --long`, for helpers and for processes that tests start
 
@@ -19,21 +22,34 @@ def draws(many: int) -> int:
     return many if os.environ.get(LONG) else max(1, many // 5)
 
 
-def left_out(items) -> set:
-    """Which of pytest's items a run without --long leaves out of the tests marked `sampled`.
+def covering(cases: Sequence, values_of: Callable, name: str) -> list:
+    """Some of the cases, which together have every value that any of them has; other ones in every run.
 
-    The parameter sets of such a test are gone through in random order; one stays if it brings a value of any parameter
-    that none before it had. So every value of every parameter is run, together with other ones in every run.
+    They are gone through in random order; one is taken if it brings a value that none before it had.
     """
-    tests, out = defaultdict(list), set()
+    chosen, seen = [], set()
+    for case in random.Random(f"{seed()} {name}").sample(cases, len(cases)):
+        values = set(values_of(case))
+        if not values <= seen:
+            chosen.append(case)
+        seen |= values
+    return chosen
+
+
+def some(cases: Sequence, values_of: Callable, name: str) -> list:
+    """Arguments of pytest.mark.parametrize: `covering` cases, the others marked long."""
+    short = covering(cases, values_of, name)
+    return [pytest.param(*case, marks=[] if case in short else [pytest.mark.long]) for case in cases]
+
+
+def left_out(items: Sequence) -> set:
+    """Which of pytest's items, cases of tests marked `sampled`, a run without --long leaves out.
+
+    All values of every parameter of a test are run, but few of their pairs.
+    """
+    tests, out = defaultdict(list), set(items)
     for item in items:
-        if item.get_closest_marker("sampled"):
-            tests[item.nodeid.partition("[")[0]].append(item)
+        tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
-        seen = set()
-        for case in random.Random(f"{seed()} {name}").sample(cases, len(cases)):
-            values = set(case.callspec.indices.items())
-            if values <= seen:
-                out.add(case)
-            seen |= values
+        out -= set(covering(cases, lambda item: item.callspec.indices.items(), name))
     return out

@@ -62,6 +62,7 @@ def test_an_overfit_detector_finds_its_boxes(kind):
             assert (overlap > 0.6 * batch.masks[own].sum((1, 2))).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [[0, 3, 0], [0, 0]], ids=str)
 def test_images_without_boxes_leave_every_parameter_a_gradient(kind, counts):
@@ -74,6 +75,7 @@ def test_images_without_boxes_leave_every_parameter_a_gradient(kind, counts):
         assert gradient is not None and gradient.isfinite().all(), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_classes", [1, 365])
 def test_any_number_of_classes(kind, num_classes):

@@ -50,7 +50,7 @@ def test_a_balanced_step_compiled_equals_eager(fresh):
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4) and found[0][1] != 1
 
 
-@pytest.mark.parametrize(("method", "wanted"), [("lgd", 3), ("icd", 4)])
+@pytest.mark.parametrize(("method", "wanted"), [pytest.param("lgd", 3, marks=pytest.mark.long), ("icd", 4)])
 def test_compiled_equals_eager_in_few_graphs(fresh, method, wanted):
     detector = build_detector(small_config("retinanet", norm="frozen_bn"))
     teacher = FrozenTeacher(build_detector(small_config("retinanet", width=0.5)), None) if method == "icd" else None
