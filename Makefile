@@ -210,7 +210,7 @@ sanitize: build
 	$(CMAKE) --build build/sanitize --parallel 2 --target fastkd_cpu planted
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/ops/test_ops_reference.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long --numprocesses 2 --dist worksteal $(OP_TESTS) tests/ops/test_ops_reference.py \
 	-k "not compile and not opcheck and not export"
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/ops/test_planted_bugs.py
 	$(MAKE) --no-print-directory sanitize-simt
@@ -222,7 +222,7 @@ sanitize-simt: build
 	$(CMAKE) --build build/sanitize-simt --parallel 2 --target fastkd_simt
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_SIMT=$(CURDIR)/build/sanitize-simt/_simt.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(wildcard tests/ops/test_*_cuda.py) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long --numprocesses 2 --dist worksteal $(wildcard tests/ops/test_*_cuda.py) \
 	tests/ops/test_simt.py tests/ops/test_simt_sanitized.py tests/ops/test_launch_checks.py
 
 # The generic kernels by other compilers and for another CPU, one object a source, nothing linked or run.

@@ -51,5 +51,6 @@ def left_out(items: Sequence) -> set:
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
-        out -= set(covering(cases, lambda item: item.callspec.indices.items(), name))
+        # the names of a case's values, one for each pytest.mark.parametrize
+        out -= set(covering(cases, lambda item: enumerate(item.callspec._idlist), name))
     return out
