@@ -2,7 +2,8 @@
 # make have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
 #   make test     build, the CMake build with the emulation of CUDA, the tests, with other random cases in every run
-#   make test-long    before a release: the GPU code too where nvcc is, all tests, many random cases (pytest --long)
+#   make test-long    before a release: the GPU code too where nvcc is, all tests with every parameter set, many random
+#                 cases (pytest --long)
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)

@@ -22,6 +22,11 @@ def draws(many: int) -> int:
     return many if os.environ.get(LONG) else max(1, many // 5)
 
 
+def few(values: Sequence) -> list:
+    """One of the values, another one in every run; all of them under --long."""
+    return list(values) if os.environ.get(LONG) else [random.Random(seed()).choice(values)]
+
+
 def covering(cases: Sequence, values_of: Callable, name: str) -> list:
     """Some of the cases, which together have every value that any of them has; other ones in every run.
 
