@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from draws import some
-from tiny_runs import CLASSES, KINDS, make_tiny_data, teacher_file, tiny_detector
+from tiny_runs import CLASSES, KINDS, make_tiny_data, some_recipes, teacher_file, tiny_detector
 
 from fastkd.data import build_train_loader, generate_crowd
 from fastkd.training import all_recipes, get_recipe, sum_losses
@@ -94,13 +93,7 @@ def test_every_recipe_is_in_a_group():
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(all_recipes())
 
 
-def parts(name):
-    """What a recipe is made of: family, detector, backbone, method."""
-    detector = get_recipe(name).detector
-    return name.split("-")[0], detector.detector, (detector.backbone, detector.deformable), name.split("-")[-1]
-
-
-@pytest.mark.parametrize("name", some([(name,) for name in GROUPS], lambda case: parts(*case), "recipes"))
+@pytest.mark.parametrize("name", some_recipes(list(GROUPS), "training"))
 def test_the_recipe_trains(folders, name):
     recipe = placed(narrow(get_recipe(name)), folders)
     built = build(recipe)
