@@ -52,7 +52,6 @@ def test_levels_beyond_the_caches(capability, dtype):
     check(box_paint_conv3x3, box_paint_conv3x3_reference, call)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("sizes", [[(16, 24), (3, 5)], [(3, 5)], [(1, 2)]], ids=str)
 def test_more_than_a_thousand_objects_in_an_image(capability, sizes):
     call = arguments((3, 19), count=2300, images=2, sizes=sizes)
