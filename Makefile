@@ -2,7 +2,8 @@
 # make have to be there. Every step leaves a stamp, so that a second `make` does only what changed.
 #   make demo     train, distil, evaluate and report on generated scenes (a quarter of an hour)
 #   make test     build, the CMake build with the emulation of CUDA, the tests, with other random cases in every run
-#   make test-long    before a release: the GPU code too where nvcc is, all tests, many random cases (pytest --long)
+#   make test-long    before a release: the GPU code too where nvcc is, all tests with every parameter set, many random
+#                 cases (pytest --long)
 #   make study    the evidence: seeds x methods (hours, resumable)
 #   make bench    the ops against plain torch, into docs/results/ops.md (ten minutes; leave the machine alone meanwhile)
 #   make bench-step   whole training steps against plain torch, into docs/results/step.md (35 minutes; likewise)
@@ -47,7 +48,9 @@ $(STAMPS)/created:
 	mkdir -p $(STAMPS)
 	touch $@
 
-# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000.
+# --no-compile: Python compiles the few thousand files that are imported when it first does so, not all 12,000. It keeps
+# them even where the environment asks it not to: else every process of the tests compiles torch anew, for eight seconds.
+unexport PYTHONDONTWRITEBYTECODE
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/created
 	$(PIP) install --upgrade pip
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) install tomli
@@ -208,7 +211,7 @@ sanitize: build
 	$(CMAKE) --build build/sanitize --parallel 2 --target fastkd_cpu planted
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_CPU_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(OP_TESTS) tests/ops/test_ops_reference.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long --numprocesses 2 --dist worksteal $(OP_TESTS) tests/ops/test_ops_reference.py \
 	-k "not compile and not opcheck and not export"
 	FASTKD_PLANTED=$(CURDIR)/build/sanitize $(BIN)/python -m pytest -q tests/ops/test_planted_bugs.py
 	$(MAKE) --no-print-directory sanitize-simt
@@ -220,7 +223,7 @@ sanitize-simt: build
 	$(CMAKE) --build build/sanitize-simt --parallel 2 --target fastkd_simt
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FASTKD_SIMT=$(CURDIR)/build/sanitize-simt/_simt.so \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal $(wildcard tests/ops/test_*_cuda.py) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long --numprocesses 2 --dist worksteal $(wildcard tests/ops/test_*_cuda.py) \
 	tests/ops/test_simt.py tests/ops/test_simt_sanitized.py tests/ops/test_launch_checks.py
 
 # The generic kernels by other compilers and for another CPU, one object a source, nothing linked or run.

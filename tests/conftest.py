@@ -37,11 +37,14 @@ def pytest_report_header():
     return f"FASTKD_TEST_SEED={draws.seed()} draws the same random cases again"
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m have chosen
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests marked long, and puts those first that take long, so that no worker ends with one."""
+    """Leaves out what only --long runs, and puts those first that take long, so that no worker ends with one."""
     if not config.getoption("long"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        out = {item for item in items if item.get_closest_marker("long")}
+        out |= draws.left_out([item for item in items if item.get_closest_marker("sampled") and item not in out])
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
     items.sort(key=lambda item: item.path.name not in SLOW)
 
 

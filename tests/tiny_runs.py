@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from draws import some
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -68,6 +69,17 @@ def tiny_recipe(data: Path, kind: str = "retinanet", method: str = "baseline", *
         "runtime": RuntimeConfig(precision="float32", log_every=2, checkpoint_every=4, ledger_pairs=0),
     }
     return dataclasses.replace(recipe, **{**settings, **changes})
+
+
+def some_recipes(names: list[str], test: str) -> list:
+    """Recipes for pytest.mark.parametrize: some with every family, detector, backbone and method, the others long."""
+
+    def parts(case):
+        (name,) = case
+        words, detector = name.split("-"), get_recipe(name).detector
+        return words[0], detector.detector, (detector.backbone, detector.deformable), words[-1]
+
+    return some([(name,) for name in names], parts, test)
 
 
 def teacher_file(data: Path, kind: str) -> Path:

@@ -30,6 +30,7 @@ def references():
         yield
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("row", {row.build: row for row in ROWS}.values(), ids=lambda row: row.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=["exact", "ragged"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])

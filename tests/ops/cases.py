@@ -17,7 +17,7 @@ import test_norm_relu_box_pool as norm_pool
 import test_pool_paint as pool_paint
 import test_value_mimic as mimic
 import torch
-from draws import LONG
+from draws import LONG, few
 from kernels import DTYPES, channels_last, contiguous, convert, strided, transposed
 
 from fastkd.ops._support.coverage import widen
@@ -88,7 +88,7 @@ def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def masked_mse_opchecks():
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in few([*DTYPES, torch.float64]):
         call = masked.pyramids((2, 4), dtype, channels_last)
         yield RAW.masked_mse.default, call
         error, _ = RAW.masked_mse(*still(call))
@@ -96,7 +96,7 @@ def masked_mse_opchecks():
 
 
 def value_mimic_opchecks():
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in few([*DTYPES, torch.float64]):
         call = mimic.pyramids((2, 2, 4), dtype, channels_last)
         yield RAW.value_mimic.default, (*call, 1e-5)
         loss, total = RAW.value_mimic(*still(call), 1e-5)
@@ -104,7 +104,7 @@ def value_mimic_opchecks():
 
 
 def instance_norm_mse_opchecks():
-    for layouts in ((channels_last, contiguous), (strided, transposed)):
+    for layouts in few([(channels_last, contiguous), (strided, transposed)]):
         call = norm_mse.pyramids([(2, 5, 4, 6), (2, 5, 1, 1), (2, 5, 0, 3)], torch.float32, *layouts)
         yield RAW.instance_norm_mse.default, (*call, 1e-5)
         loss, moments = RAW.instance_norm_mse(*still(call), 1e-5)
@@ -113,8 +113,8 @@ def instance_norm_mse_opchecks():
 
 
 def norm_relu_box_pool_opchecks():
-    for dtype in DTYPES:
-        for layout in (contiguous, channels_last):
+    for dtype in few(DTYPES):
+        for layout in few([contiguous, channels_last]):
             levels, *where, size = norm_pool.arguments(5, dtype, layout, 3, 2, [(4, 6), (1, 1), (0, 3)])
             yield RAW.norm_relu_box_pool.default, (levels, *where, *size, 1e-5)
             out, *kept = RAW.norm_relu_box_pool(still(levels), *where, *size, 1e-5)
@@ -123,7 +123,7 @@ def norm_relu_box_pool_opchecks():
 
 
 def focal_loss_opchecks():
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in few([*DTYPES, torch.float64]):
         call = focal.arguments(dtype=dtype)
         yield RAW.focal_loss, call
         yield RAW.focal_loss_backward, [torch.rand(2, dtype=call[1].dtype), *still(call)]
@@ -134,7 +134,7 @@ def imitation_mask_opchecks():
 
 
 def box_paint_conv3x3_opchecks():
-    for dtype in DTYPES:
+    for dtype in few(DTYPES):
         embeddings, weight, bias, *where, size, images, sizes = conv3x3.arguments((3, 4), dtype, 3, 2, [(4, 6), (1, 1)])
         taps = multiply_taps(embeddings, weight).detach().requires_grad_()
         where, sides = (*where, *size), (images, flat(sizes), still(bias))
@@ -145,7 +145,7 @@ def box_paint_conv3x3_opchecks():
 
 
 def pool_paint_opchecks(op: str):
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in few([*DTYPES, torch.float64]):
         layout = channels_last if dtype == torch.float32 and op.endswith("pool") else contiguous
         given = pool_paint.arguments(op, (2, 1), 3, sizes=((4, 6), (1, 1)), dtype=dtype, layout=layout)
         yield getattr(RAW, op).default, pool_paint.raw_arguments(op, given)

@@ -78,6 +78,7 @@ def test_both_ways_to_the_logits_are_covered():
     assert not absorbing_is_cheaper(torch.empty(1, 8, 37, 32), 256)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -88,6 +89,7 @@ def test_no_worse_than_plain(capability, shape, layout, dtype):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_mass_is_no_worse_than_plain(capability, shape, dtype):
@@ -104,6 +106,7 @@ def test_mass_is_no_worse_than_plain(capability, shape, dtype):
         )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_float64(capability, shape, layout):
@@ -222,6 +225,7 @@ def test_gradients_of_some_arguments_only(wanted):
     assert all(torch.equal(one, other) for one, other in zip(actual, expected))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided, expanded])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 3, 4, 2), (2, 2, 5, 2, 3, 3)], ids=["absorbed", "projected"])
 def test_gradcheck(capability, shape, layout):

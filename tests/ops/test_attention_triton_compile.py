@@ -40,6 +40,7 @@ def check(row: Row) -> None:
     assert not row.case.last or row.access == 128, row
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills_and_tensor_cores(case, card):

@@ -60,6 +60,7 @@ def test_more_than_a_thousand_objects_in_an_image(capability, sizes):
     same_bits(box_paint_conv3x3, call, (1, 3))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_float64(capability, layout, bias):
@@ -67,6 +68,7 @@ def test_float64(capability, layout, bias):
     close_to_float64(box_paint_conv3x3, box_paint_conv3x3_reference, call)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("columns", [1, 2, 3, 4])
 def test_thin_boxes_everywhere(rows, columns):
@@ -85,6 +87,7 @@ def test_the_result_is_channels_last():
         assert level.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_gradients_in_every_layout(capability, layout, dtype):
@@ -145,6 +148,7 @@ def test_gradcheck(capability):
     assert torch.autograd.gradcheck(lambda w, b: op(strided(embeddings), w.expand(-1, 2, -1, -1), b.expand(3)), narrow)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("levels", [0, 1, 3])
 @pytest.mark.parametrize(("count", "inputs", "outputs"), [
     (1, 1, 1), (5, 7, 3), (17, 48, 16), (70, 33, 40), (64, 160, 32), (67, 160, 9), (0, 4, 4), (3, 0, 2), (3, 2, 0),

@@ -63,6 +63,7 @@ def check(call, layout=contiguous, **settings):
     return actual, found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_no_worse_than_plain(layout, dtype):

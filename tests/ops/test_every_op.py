@@ -70,6 +70,7 @@ def test_compile_and_export(case: Case):
         compile_and_export(lambda *tensors, constants=constants: case.op(*tensors, *constants), traced)
 
 
+@pytest.mark.sampled
 @every_op
 def test_same_bits_with_any_number_of_threads(capability, case: Case):
     for arguments in case.parallel():
@@ -107,6 +108,7 @@ def test_without_the_library_the_reference_runs(case: Case, monkeypatch):
     assert found[0] and equal(found, expected)
 
 
+@pytest.mark.sampled
 @every_op
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)

@@ -74,6 +74,7 @@ def test_no_worse_than_plain(capability, shapes, layout, dtype):
     check(*pyramids(shapes, dtype, layout, layout))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_levels_beyond_the_caches(capability, layout, dtype):
@@ -110,12 +111,14 @@ def ramp(shape):
     return torch.linspace(-1000, 1000, shape[2] * shape[3]).view(1, 1, *shape[2:]).expand(shape) + torch.randn(shape)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("make", [shifted, constant, tiny, ramp])
 def test_hard_rows(capability, make, layout):
     check_draws(lambda: pyramids(PYRAMID + LONG, torch.float32, layout, layout, make))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("factor, offset, noise", [(1 + 1e-5, 1e-6, 0), (2, 0, 0), (1, 0, 1e-3), (0.3, 5, 1e-2)])
 def test_nearly_equal_pyramids(capability, factor, offset, noise, layout):
@@ -178,6 +181,7 @@ def test_gradient_of_one_level_only():
     assert torch.equal(torch.autograd.grad(loss, student[1])[0], expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_gradcheck(capability, layout, eps):

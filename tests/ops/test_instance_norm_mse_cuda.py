@@ -46,6 +46,7 @@ def check(sides, **settings):
     return actual
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
@@ -87,6 +88,7 @@ def test_static_and_dynamic_shared_memory_together(cells, dtype, card):
     check(pyramids([(1, 1, *cells), (1, 1, 6, 8), (1, 1, 3, 4)], dtype), shared_bytes=simt.SHARED_LIMITS[card])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_equal_pyramids_give_exactly_nothing(layout, dtype):

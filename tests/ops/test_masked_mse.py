@@ -42,6 +42,7 @@ def test_no_worse_than_plain(capability, layout, dtype):
             check(masked_mse, masked_mse_reference, pyramids(shape, dtype, layout, share))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_levels_beyond_the_caches(capability, layout, dtype):

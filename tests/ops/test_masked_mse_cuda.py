@@ -51,6 +51,7 @@ def check(arguments, **settings):
     return actual
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

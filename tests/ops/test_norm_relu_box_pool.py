@@ -49,6 +49,7 @@ def test_more_than_a_thousand_objects_in_an_image(capability, layout):
     same_bits(norm_relu_box_pool, call, (1, 3))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_levels_beyond_the_caches(capability, layout, dtype):
@@ -79,6 +80,7 @@ def ramp(shape):
     return torch.linspace(-1000, 1000, shape[2] * shape[3]).view(1, 1, *shape[2:]).expand(shape) + torch.randn(shape)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("make", [shifted, tiny, ramp])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_hard_values(capability, layout, make):
@@ -126,6 +128,7 @@ def test_nan_stays_in_its_image_and_level(capability):
         assert gradients[0][::2].isfinite().all() and gradients[1].isfinite().all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
 def test_gradcheck(capability, layout, eps):

@@ -44,6 +44,7 @@ def check(call, **settings):
     assert_no_worse(found, plain(call), plain(double(call)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

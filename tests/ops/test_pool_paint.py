@@ -65,6 +65,7 @@ def pair(op):
     return getattr(ops, op), getattr(ops, f"{op}_reference")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("op, layout", CASES)
 def test_more_objects_than_have_lanes_of_their_own(capability, op, layout):
     """Beyond 1,024 objects in an image, all of which overlap or none of which does."""
@@ -86,6 +87,7 @@ def test_many_small_objects_apart_from_one_another(capability):
         check(ops.box_pool, ops.box_pool_reference, (levels, boxes, index, (72, 70)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, layout", CASES)
 def test_no_worse_than_plain(capability, op, layout, dtype):
@@ -98,6 +100,7 @@ def test_float64_and_heavy_overlap(capability, op, layout):
     close_to_float64(*pair(op), arguments(op, (40, 1), 9, layout=layout))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("op, layout", CASES[:2] + CASES[-2:-1])
 def test_levels_beyond_the_caches(capability, op, layout, dtype):
@@ -105,6 +108,7 @@ def test_levels_beyond_the_caches(capability, op, layout, dtype):
     check(*pair(op), arguments(op, (3, 30), 64, sizes=((72, 59),), dtype=dtype, layout=layout))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_layouts(op, layout):
@@ -151,6 +155,7 @@ def test_edges(op, edge):
     check(*pair(op), arguments(op, **edge, layout=channels_last if op.endswith("pool") else contiguous))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("op, layout", [case for case in CASES if case[0].startswith("box")])
 def test_levels_written_past_the_caches(capability, op, layout, dtype):
@@ -202,6 +207,7 @@ def test_half_types_accumulate_in_float32(op):
             assert (painted == 300).all() and painted.dtype == torch.float32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [contiguous, channels_last, strided, expanded])
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op, layout):

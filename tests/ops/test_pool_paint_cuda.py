@@ -55,6 +55,7 @@ def check(op, given, layout=contiguous, **settings):
     return actual
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, layout", CASES)
 def test_no_worse_than_plain(op, layout, dtype):

@@ -12,6 +12,7 @@ def test_there_are_planted_bugs_of_every_kind():
     assert set(PLANTED.values()) == kinds and len(PLANTED) >= 10
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", simt.SEEDS)
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_planted_bug(name, seed):

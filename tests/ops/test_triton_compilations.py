@@ -82,6 +82,7 @@ def launches(images, height, width, boxes, dtype, order, begin):
     return [*forward, *backward, *mass]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=["channels-last", "contiguous"])
 def test_an_epoch_compiles_each_kernel_at_most_twice(dtype, order):

@@ -11,6 +11,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from draws import few
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
@@ -252,8 +253,11 @@ def test_what_makes_a_baseline(scenes, tmp_path):
     assert "different commits (0123456789ab, fedcba)" in text
 
 
+FILES = ["recipe.json", "metrics.json", "ledger.json", "detections.json", "log.jsonl"]
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '"text"', '{"step": "x"}'], ids=str)
-@pytest.mark.parametrize("name", ["recipe.json", "metrics.json", "ledger.json", "detections.json", "log.jsonl"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_broken_file_is_named(scenes, tmp_path, name, content):
     run = fake_run(tmp_path / "run", scenes)
     if content is None:
@@ -266,7 +270,7 @@ def test_a_missing_or_broken_file_is_named(scenes, tmp_path, name, content):
         broken = content is None or content in ("{", "[]", '"text"')
     notes = load_run(run).notes
     assert len(notes) == broken and all(note.startswith(name) for note in notes)
-    if content in (None, "[]"):
+    if content in (None, "[]") and name in few(FILES):  # a page takes a second
         page = Page(write_report(run, tmp_path / "r.html", images=1).read_text())
         page.assert_self_contained()
         assert any(name in text and str(run) in text for text in page.text) == broken
@@ -276,7 +280,7 @@ def test_an_empty_run_directory_gives_a_page_of_notes(tmp_path):
     (tmp_path / "empty").mkdir()
     text = write_report([tmp_path / "empty"], tmp_path / "r.html").read_text()
     Page(text).assert_self_contained()
-    for name in ("recipe.json", "metrics.json", "ledger.json", "detections.json", "log.jsonl"):
+    for name in FILES:
         assert f"{name} is missing" in text
     assert "No run has an AP yet" in text and "no curves" in text and "No pictures of images" in text
 

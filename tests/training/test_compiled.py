@@ -50,7 +50,7 @@ def test_a_balanced_step_compiled_equals_eager(fresh):
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4) and found[0][1] != 1
 
 
-@pytest.mark.parametrize(("method", "wanted"), [("lgd", 3), ("icd", 4)])
+@pytest.mark.parametrize(("method", "wanted"), [pytest.param("lgd", 3, marks=pytest.mark.long), ("icd", 4)])
 def test_compiled_equals_eager_in_few_graphs(fresh, method, wanted):
     detector = build_detector(small_config("retinanet", norm="frozen_bn"))
     teacher = FrozenTeacher(build_detector(small_config("retinanet", width=0.5)), None) if method == "icd" else None
@@ -127,7 +127,10 @@ def test_backward_of_float32_parts_stays_float32_under_autocast(fresh):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [pytest.param("lgd", marks=pytest.mark.long), "icd"])
+LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("lgd", "icd")]  # two minutes each
+
+
+@pytest.mark.parametrize("name", [*LATER, "fgfi"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""
     torch.manual_seed(0)
@@ -154,7 +157,7 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
         torch.testing.assert_close(
             (compiled_losses, compiled_grads[: len(student)]), (losses, grads[: len(student)]), rtol=0.05, atol=0.01
         )
-        assert len(grads) > len(student) + 4
+        assert len(grads) == len(student) + len(parameters) > len(student)
         for ours, theirs in zip(compiled_grads, grads):
             assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
     assert graphs() == 1

@@ -67,6 +67,7 @@ def test_the_frozen_teacher_in_its_form_for_inference(dtype):
     assert casts <= 2  # the images, and no weight
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "condinst_gn"])
 def test_losses_of_two_pyramids_are_those_of_each(kind, ignored):

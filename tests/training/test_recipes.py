@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from tiny_runs import some_recipes
 
 from fastkd.training import all_recipes, get_recipe, parse_cli
 from fastkd.training.config import OptimizerConfig, Recipe, Schedule
@@ -130,7 +131,10 @@ def test_command_line_overrides():
 UNFITTED = [name for name in all_recipes() if not name.startswith("custom-")]  # those need a data set
 
 
-@pytest.mark.parametrize("name", [*(n for n in UNFITTED if n not in ROWS), "coco-fcos-x101-dcn-2x-ss-lgd"])
+PARSED = [*(name for name in UNFITTED if name not in ROWS), "coco-fcos-x101-dcn-2x-ss-lgd"]
+
+
+@pytest.mark.parametrize("name", some_recipes(PARSED, "command line"))
 def test_command_line_without_overrides_changes_nothing(name):
     assert parse_cli(name, []) == get_recipe(name)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_runs import CLASSES, KINDS, make_tiny_data, teacher_file, tiny_detector
+from tiny_runs import CLASSES, KINDS, make_tiny_data, some_recipes, teacher_file, tiny_detector
 
 from fastkd.data import build_train_loader, generate_crowd
 from fastkd.training import all_recipes, get_recipe, sum_losses
@@ -93,7 +93,7 @@ def test_every_recipe_is_in_a_group():
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(all_recipes())
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", some_recipes(list(GROUPS), "training"))
 def test_the_recipe_trains(folders, name):
     recipe = placed(narrow(get_recipe(name)), folders)
     built = build(recipe)
