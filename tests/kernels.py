@@ -136,6 +136,9 @@ def compile_and_export(op, arguments):
     torch.testing.assert_close(flat, expected[0], equal_nan=True)
 
 
+FEW = 16  # elements of a tensor that `fuzz` measures apart
+
+
 def random_calls(count, draw, seed):
     """Yields (name, random.Random, arguments) of `count` calls; torch's global seed is set for each."""
     choose = random.Random(seed)
@@ -148,7 +151,9 @@ def fuzz(op, reference, draw, count=None, seed=None):
     """Asserts the tolerance rule over many random calls.
 
     Errors are measured against float64 and relative to the largest value of a tensor; the largest over all calls of
-    one dtype must be at most twice plain torch's, plus one ulp.
+    one dtype must be at most twice plain torch's, plus one ulp. Tensors of few elements are measured apart: all of them
+    may cancel to almost nothing, by luck without an error in plain torch, so that 16 ulps are allowed, of float32 at
+    most.
 
     Args:
         draw: random.Random -> arguments; draws shapes, dtypes, layouts and values (torch's global seed is set).
@@ -170,10 +175,12 @@ def fuzz(op, reference, draw, count=None, seed=None):
                     assert value.isfinite().all() or not true.isfinite().all(), f"{call}: {kind} {place}"
                     scale = largest(true)
                     error = largest(value.double() - true) / scale if scale else largest(value.double())
-                    record = worst.setdefault((kind, value.dtype), {"ours": (0.0, ""), "plain": (0.0, "")})
+                    few = value.numel() < FEW
+                    record = worst.setdefault((kind, value.dtype, few), {"ours": (0.0, ""), "plain": (0.0, "")})
                     record[who] = max(record[who], (error, call))
-    for (kind, dtype), record in worst.items():
-        allowed = 2 * record["plain"][0] + torch.finfo(dtype).eps
+    for (kind, dtype, few), record in worst.items():
+        ulp = torch.finfo(dtype).eps
+        allowed = 2 * record["plain"][0] + ulp + few * 16 * min(ulp, torch.finfo(torch.float32).eps)
         assert record["ours"][0] <= allowed, f"{kind} {dtype}: {record}, allowed {allowed:.3e}"
 
 
