@@ -12,8 +12,10 @@ TEACHER_SEED = 0
 HOSTS = ("torchvision", "lightning", "transformers", "ultralytics")
 METHODS = {host: ("alone", "icd", "lgd") for host in HOSTS} | {"ultralytics": ("alone", "icd", "lgd", "own")}
 OWN = "own"  # Ultralytics' built-in distillation
+TAUGHT = ("icd", OWN, "cost")  # need the teacher's file
 # As in the Scenes recipe, from docs/results/findings.md: in short runs with AdamW the published weights of 1 cost AP.
 LGD_SETTINGS = {"weight": 0.25, "instructive_weight": 0.1}
+SETTINGS = {"lgd": LGD_SETTINGS, "cost": LGD_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Run:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.method in ("icd", OWN, "cost")
+        return self.method in TAUGHT
 
 
 def length(run: Run, trial: Trial) -> tuple[int, float | None]:
@@ -109,7 +111,7 @@ def settings(run: Run, trial: Trial, device: str) -> dict[str, Any]:
         of_student = {}
     elif not run.needs_teacher:
         of_teacher = {}
-    of_method = LGD_SETTINGS if run.method in ("lgd", "cost") else {}
+    of_method = SETTINGS.get(run.method, {})
     train, val = images(trial)
     return {
         **of_student,

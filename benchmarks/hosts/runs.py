@@ -89,7 +89,8 @@ class Clock:
 
 def method_of(job: Job, channels: int) -> str | Distiller:
     """The method of a run, for a student whose widest level has these channels: ICD by name, LGD for short runs."""
-    return LGD(CLASSES, channels, **LGD_SETTINGS) if job.method == "lgd" else job.method
+    build = {"lgd": functools.partial(LGD, **LGD_SETTINGS)}.get(job.method)
+    return job.method if build is None else build(CLASSES, channels)
 
 
 def pyramid(teacher: bool) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.distillers import ICD
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
@@ -281,8 +280,9 @@ class Distillation:
         assert self.network is not None and self.optimizer is not None
         self.network.load_state_dict(state["network"])
         self.teacher_scale = state["teacher_scale"]
-        if isinstance(self.method, str) and isinstance(self.network.method, ICD):
-            self.network.method.teacher_scale = self.teacher_scale
+        method: Any = self.network.method
+        if isinstance(self.method, str) and hasattr(method, "teacher_scale"):
+            method.teacher_scale = self.teacher_scale
         self.optimizer.load_state_dict(state["optimizer"])
         if self.running is not None and state["running"] is not None:
             self.running.load_state_dict(state["running"])

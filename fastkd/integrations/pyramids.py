@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-UNIT_SIZE = (0.2, 3.0)  # root mean square of a pyramid that attention takes as it is
+LARGE = 3.0  # root mean square of a pyramid beyond which attention saturates
 MAX_OCTAVES = 0.5  # levels are matched only if their strides differ by at most a factor of sqrt(2)
 
 
@@ -93,18 +93,18 @@ def match_levels(
 
 
 def unit_scale(levels: Sequence[Tensor]) -> float:
-    """The factor that brings the root mean square of all levels to 1; 1 if it lies within UNIT_SIZE.
+    """The factor that brings the root mean square of all levels down to 1; 1 if it is at most LARGE.
 
     The features of a head that begins with a normalised convolution may have any size, and large ones saturate an
-    attention. All processes of a distributed run get the same factor and must call this together.
+    attention; small ones only spread it and stay as they are. All processes of a distributed run get the same factor
+    and must call this together.
     """
     squares = torch.stack([level.detach().float().square().sum() for level in levels]).sum()
     both = torch.stack([squares, squares.new_tensor(sum(level.numel() for level in levels))])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(both)
     size = math.sqrt(float(both[0] / both[1]))
-    usual = UNIT_SIZE[0] <= size <= UNIT_SIZE[1]
-    return 1.0 if usual or size == 0 or not math.isfinite(size) else 1 / size
+    return 1 / size if LARGE < size < math.inf else 1.0
 
 
 def resample(levels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

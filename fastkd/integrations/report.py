@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastkd.distillers import ICD
 from fastkd.integrations.teachers import pixels
 from fastkd.types import Batch
 
@@ -75,8 +74,9 @@ class Probe:
         lines += [f"{name} levels (C, H, W): {sizes}" for name, sizes in self.sizes.items()]
         if network.spec.teacher:
             lines.append(f"levels matched (student, teacher): {list(network.spec.pairs)}")
-            if distillation.teacher_scale != 1 and isinstance(network.method, ICD):
-                size, scale = 1 / distillation.teacher_scale, network.method.teacher_scale
+            scale = getattr(network.method, "teacher_scale", None)
+            if distillation.teacher_scale != 1 and scale is not None:
+                size = 1 / distillation.teacher_scale
                 lines.append(
                     f"root mean square of the teacher's levels: {size:.2g}, times {scale:.2g} in ICD's attention"
                 )
