@@ -1,4 +1,4 @@
-"""What a run's process measures: AP, memory and seconds of a training, or the times of a step of all methods."""
+"""Measures a training (AP, memory, seconds of a step), or a step of all methods in turn."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ WIDTH = 64  # of RT-DETR
 YOLO_WIDTH = 256  # of the widest level of YOLO11n
 CLIP = 2.0  # norm of the gradient of torchvision's detectors
 EPOCHS = 8  # of Ultralytics' schedule
+TUNED = {"lgd": functools.partial(LGD, **LGD_SETTINGS)}  # the other methods are attached by name
 Found = list[tuple[Tensor, Tensor, Tensor]]  # boxes xyxy, labels from 0 and scores of each validation image
 
 
@@ -89,7 +90,7 @@ class Clock:
 
 def method_of(job: Job, channels: int) -> str | Distiller:
     """The method of a run, for a student whose widest level has these channels: ICD by name, LGD for short runs."""
-    build = {"lgd": functools.partial(LGD, **LGD_SETTINGS)}.get(job.method)
+    build = TUNED.get(job.method)
     return job.method if build is None else build(CLASSES, channels)
 
 

@@ -253,7 +253,7 @@ int threads_for(int64_t cells) {
   return threads;
 }
 
-// What a block of a contiguous level stages: a row of both sides. Eight blocks with kLongStaging bytes each fit a
+// A block of a contiguous level stages a row of both sides. Eight blocks with kLongStaging bytes each fit a
 // multiprocessor of every card with 164 KB, so that shorter rows are not held back by their staging.
 constexpr int64_t kLongStaging = 20 * 1024;
 template <class T>

@@ -63,7 +63,7 @@ def put_modules(monkeypatch, contents):
 
 @pytest.fixture
 def detectron2_modules(monkeypatch):
-    """What adapter and example import of detectron2; the storage in use."""
+    """Stands in for the parts of detectron2 that adapter and example import; returns the storage in use."""
     from detectron2_cases import MODULES, DefaultTrainer
 
     engine = {"HookBase": HookBase, "DefaultTrainer": DefaultTrainer}
@@ -75,7 +75,7 @@ def detectron2_modules(monkeypatch):
 
 @pytest.fixture
 def mmdetection_modules(monkeypatch):
-    """What adapter and example import of mmengine."""
+    """Stands in for the parts of mmengine that adapter and example import."""
     from mmdetection_cases import MODULES
 
     put_modules(monkeypatch, {"mmengine.hooks": {"Hook": type("Hook", (), {})}, **MODULES})

@@ -70,7 +70,7 @@ def _transformers(kind):
         return {**own, "loss": output.loss - sum(own.values())}
 
     def compile_parts(model):
-        """What the attachment hooks into, besides the model: tracing the whole model takes a minute."""
+        """Compiles the parts that the attachment hooks; the whole model takes a minute to trace."""
         model.model.backbone.compile(backend="eager")
         if kind == "DeformableDetr":
             model.model.encoder.compile(backend="eager")
