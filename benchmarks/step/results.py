@@ -307,6 +307,8 @@ def plot(saved: dict[str, Any], path: Path) -> None:
 
     colours = {"plain": "#c3cad2", "float32": "#3b7dd8", "plain-bfloat16": "#828d99", "bfloat16": "#2a9d5c"}
     rows = saved["rows"]
+    measured = {name.partition("/")[2] for row in rows for name in row["entries"]}
+    forms = [form for form in FORMS if form in measured]
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
     figure, grid = plt.subplots(
@@ -316,9 +318,9 @@ def plot(saved: dict[str, Any], path: Path) -> None:
         axis.remove()
     for axis, row in zip(grid.flat, rows):
         methods = [method for method in ("student", "lgd", "icd") if f"{method}/plain" in row["entries"]]
-        for offset, form in enumerate(FORMS):
+        for offset, form in enumerate(forms):
             values = [row["entries"].get(f"{method}/{form}") for method in methods]
-            places = [place + (offset - 1.5) * 0.21 for place in range(len(methods))]
+            places = [place + (offset - (len(forms) - 1) / 2) * 0.21 for place in range(len(methods))]
             bars = [seconds(entry) if entry else 0.0 for entry in values]
             axis.bar(places, bars, 0.19, color=colours[form], label=FORMS[form])
         axis.set_xticks(range(len(methods)), [LABELS[method] for method in methods])
