@@ -34,6 +34,7 @@ CLASSES, SIDE = 80, 128
 MANY_IMAGES, MANY_BOXES = 200_000, 1_000_000
 FEW_IMAGES, FEW_BOXES = 5_000, 36_000  # as COCO's validation set
 RUNS = 20
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # and the other sequences that a terminal hides
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def run(
     parent, child = pty.openpty() if terminal else os.pipe()
     start = time.perf_counter()
     arguments = [sys.executable, "-m", *command]
-    process = subprocess.Popen(arguments, stdout=child, stderr=child, cwd=ROOT, env=os.environ | {"TERM": "xterm"})
+    process = subprocess.Popen(
+        arguments, stdout=child, stderr=child, cwd=ROOT, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"}
+    )
     os.close(child)
     text, end = "", None
     while True:
@@ -159,7 +162,7 @@ def run(
                 piece = b""  # the end of a terminal
             if not piece:
                 break
-            text += piece.decode(errors="replace")
+            text = COLOURS.sub("", text + piece.decode(errors="replace"))
         if begin is not None and re.search(begin, text):
             start, begin = time.perf_counter(), None
         if until is not None and end is None and re.search(until, text):

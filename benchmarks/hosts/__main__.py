@@ -6,8 +6,8 @@ AP by pycocotools from the host's predictions; memory; seconds per step, also wi
 
 Stop the command and go on with it anywhere: every finished run is added to docs/results/hosts.json at once, and
 docs/results/hosts.md is written anew. A run that is recorded there with the same settings is not made again. Weights
-and data lie in --out; a teacher is trained again only if a missing run needs it and its file is gone. Try the command
-with --steps 4 --train 32 --val 8 --seeds 0 --results build/trial.
+and data lie in --out; a teacher, or a pretrained student, is trained again only if a missing run needs it and its file
+is gone. Try the command with --steps 4 --train 32 --val 8 --seeds 0 --results build/trial.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.environment import KEEP_MEMORY
 from benchmarks.hosts import records
 from benchmarks.hosts.measure import measure
 from benchmarks.hosts.page import page
-from benchmarks.hosts.plan import HOSTS, TEACHER_SEED, Run, Trial, all_runs, settings
+from benchmarks.hosts.plan import HOSTS, TEACHER_SEED, Run, Trial, all_runs, settings, teacher_of
 from fastkd.files import write_json, write_text
 
 RESULTS = Path("docs/results")
@@ -58,12 +58,13 @@ class Campaign:
         return [run for run in runs if records.find(known, run, settings(run, self.trial, self.device)) is None]
 
     def make(self, run: Run) -> None:
-        """Makes a run, and first its teacher if it needs one whose file is gone; records both."""
-        teacher = Run(run.host, "teacher", TEACHER_SEED)
-        if run.needs_teacher:
-            if not self.is_kept(teacher):
-                self.execute(teacher)
-            self.record(teacher)
+        """Makes a run, first the teacher and the student that it needs if their files are gone; records them all."""
+        needed = [teacher_of(run.host)] if run.needs_teacher else []
+        needed += [Run(run.host, "start", TEACHER_SEED)] if run.needs_start else []
+        for other in needed:
+            if not self.is_kept(other):
+                self.execute(other)
+            self.record(other)
         self.execute(run)
         self.record(run)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import commit, cpu_name
-from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, length, settings
+from benchmarks.hosts.full import full_times
+from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, length, settings, teacher_of
 from benchmarks.hosts.records import Record
 from benchmarks.hosts.runs import TRAIN, Clock, Job
-from benchmarks.hosts.scenes import average_precision, generate
+from benchmarks.hosts.scenes import average_precision, generate, generate_other
 from fastkd.ops import use_backend
 
 COST_STEPS, ROUNDS = 16, 3
@@ -32,11 +33,20 @@ def measure(run: Run, trial: Trial, device: str, out: Path) -> Record:
     """
     train, val = images(trial)
     steps, rate = length(run, trial)
-    teacher = out / Run(run.host, "teacher", TEACHER_SEED).name
-    data = generate(out / f"scenes-{train}-{val}", train, val)
-    job = Job(data, out / run.name, run.method, steps, rate, run.seed, teacher / "model.pt", device)
+    teacher, start = out / teacher_of(run.host).name, out / Run(run.host, "start", TEACHER_SEED).name / "model.pt"
+    if run.method == "start":
+        data = generate_other(out / f"other-{train}-{val}", train, val)
+    else:
+        data = generate(out / f"scenes-{train}-{val}", train, val)
+    job = Job(
+        data, out / run.name, run.method, steps, rate, run.seed, teacher / "model.pt", device,
+        start if run.needs_start else None,
+    )  # fmt: skip
     record: Record = {**dataclasses.asdict(run), "settings": settings(run, trial, device)}
-    record |= step_times(run.host, job) if run.method == "cost" else training(run.host, job)
+    if run.method == "full":
+        record["seconds"] = full_times(run.host, device, data)
+    else:
+        record |= step_times(run.host, job) if run.method == "cost" else training(run.host, job)
     if run.needs_teacher:
         record["teacher_AP"] = json.loads((teacher / "result.json").read_text(encoding="utf-8"))["AP"]
     machine = torch.cuda.get_device_name() if device == "cuda" else cpu_name()

@@ -6,17 +6,19 @@ import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
+from benchmarks.hosts.full import SIZES
 from benchmarks.hosts.plan import (
     BATCH,
     LGD_SETTINGS,
     METHODS,
-    TEACHER_SEED,
+    START_CLASSES,
     Run,
     Trial,
     all_runs,
     images,
     recipe_of,
     settings,
+    teacher_of,
 )
 from benchmarks.hosts.records import Record, find
 from fastkd.report.seeds import Mean
@@ -32,6 +34,9 @@ run{memory}."""
 SETTINGS = f"""ICD is attached by its name, with the settings of [the integrations](../integrations/index.md). LGD has
 weight {LGD_SETTINGS["weight"]} and instructive weight {LGD_SETTINGS["instructive_weight"]} instead of the published 1,
 which costs AP in runs as short as these ([findings](findings.md))."""
+FULL_SIZE = """Methods by name, random weights and images, medians of three steps of one thread each: what a method adds
+to a step where the student is not tiny. `times` and `reference` compare with the host alone. Lightning trains
+torchvision's detectors."""
 ABSENT = "missing"
 
 
@@ -47,15 +52,36 @@ def page(records: Sequence[Record], hosts: Sequence[str], seeds: Sequence[int], 
     parts = ["# Distillation inside other training code\n"]
     parts += [f"\n{wrap(text)}\n" for text in (HEAD.format(val=images(trial)[1]), state, SETTINGS, times)]
     for host in hosts:
-        teacher = Run(host, "teacher", TEACHER_SEED)
+        teacher = teacher_of(host)
         trained = find(records, teacher, settings(teacher, trial, device))
         own = {run: record for run, record in wanted.items() if run.host == host}
         parts.append(section(host, own, trained, trial))
-    return "".join(parts)
+    return "".join(parts) + full_section({run.host: record for run, record in wanted.items() if run.method == "full"})
+
+
+def full_section(full: dict[str, Record | None]) -> str:
+    """The times at full size of the hosts."""
+    lines = [
+        "\n## A step at full size\n",
+        wrap(FULL_SIZE) + "\n",
+        "| host | student | teacher | alone, s | method | times | reference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for host, record in full.items():
+        student, teacher, _ = SIZES[host]
+        if record is None:
+            lines.append(f"| {host} | {student} | {teacher} | {ABSENT} | | | |")
+            continue
+        seconds = record["seconds"]
+        for method in METHODS[host][1:]:
+            ratios = [seconds[name] / seconds["alone"] for name in (method, f"{method} reference") if name in seconds]
+            cells = [host, student, teacher, f"{seconds['alone']:.2f}", method, *(f"{ratio:.2f}" for ratio in ratios)]
+            lines.append(f"| {' | '.join(cells)} |{' |' * (len(ratios) == 1)}")
+    return "\n".join(lines) + "\n"
 
 
 def names_of(runs: Sequence[Run]) -> str:
-    """For instance "lightning icd (seeds 0, 2)"; "cost" is the measurement of the times."""
+    """For instance "lightning icd (seeds 0, 2)"; "cost" and "full" are the measurements of the times."""
     seeds: dict[str, list[str]] = {}
     for run in runs:
         seeds.setdefault(f"{run.host} {run.method}", []).append(str(run.seed))
@@ -71,7 +97,10 @@ def section(host: str, wanted: dict[Run, Record | None], teacher: Record | None,
     """Recipe, table and origin of one host's runs."""
     recipe = recipe_of(host, trial)
     lines = [f"\n## {host}\n"]
-    student = f"Student: {recipe.student}; {recipe.steps} steps, {_rate(recipe.rate)}."
+    start = ""
+    if recipe.start_steps:
+        start = f", after {recipe.start_steps} on other scenes with {START_CLASSES} other classes"
+    student = f"Student: {recipe.student}; {recipe.steps} steps{start}, {_rate(recipe.rate)}."
     reached = f"AP {teacher['AP']:.1f}" if teacher else ABSENT
     steps, rate = recipe.teacher_steps, _rate(recipe.teacher_rate)
     lines.append(wrap(f"{student} Teacher: {recipe.teacher}; {steps} steps, {rate}, {reached}.") + "\n")

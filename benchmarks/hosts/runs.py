@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, OWN, SIDE
+from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, OWN, SIDE, START_CLASSES
 from benchmarks.hosts.scenes import Scenes, write_yolo
 from fastkd.assets import FOLDER
 from fastkd.detectors.backbones.resnet import ScaledResNet
@@ -28,9 +28,9 @@ from fastkd.integrations import methods
 WARM_UP = 5  # first steps of a clock that do not count
 CHANNELS = 64  # of the pyramids of torchvision's detectors
 WIDTH = 64  # of RT-DETR
-YOLO_WIDTH = 256  # of the widest level of YOLO11n
+YOLO_WIDTH = 128  # of the widest level of the narrow YOLO11
 CLIP = 2.0  # norm of the gradient of torchvision's detectors
-EPOCHS = 8  # of Ultralytics' schedule
+EPOCHS = 4  # at least, of Ultralytics' schedule, which changes the rate after each
 TUNED = {"lgd": functools.partial(LGD, **LGD_SETTINGS)}  # the other methods are attached by name
 Found = list[tuple[Tensor, Tensor, Tensor]]  # boxes xyxy, labels from 0 and scores of each validation image
 
@@ -42,12 +42,14 @@ class Job:
     Args:
         data: folder of the scenes.
         folder: folder of this run, for the host's files.
-        method: "teacher", "alone", "icd", "lgd", or "own" for the host's built-in distillation.
+        method: "teacher", "start" (pretrains the student), "alone", "icd", "lgd", or "own" for the host's built-in
+            distillation.
         steps: optimiser steps.
         rate: learning rate; None: the host's default.
         seed: seed of all random numbers.
         teacher: file of the trained teacher; unused by the methods without one.
         device: "cpu" or "cuda".
+        start: file of the pretrained student; None: random weights, or a pretrained backbone where there is one.
     """
 
     data: Path
@@ -58,6 +60,12 @@ class Job:
     seed: int
     teacher: Path
     device: str
+    start: Path | None = None
+
+    @property
+    def classes(self) -> int:
+        """Object classes of the data."""
+        return START_CLASSES if self.method == "start" else CLASSES
 
     @property
     def distils(self) -> bool:
@@ -145,17 +153,20 @@ def learning_rate(job: Job) -> Callable[[int], float]:
     return lambda step: min((step + 1) / warm, (1 + math.cos(math.pi * step / job.steps)) / 2)
 
 
+def trained(job: Job, build: Callable[[bool], nn.Module]) -> nn.Module:
+    """The trained teacher."""
+    teacher = build(True).eval()
+    teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
+    return teacher.to(job.device)
+
+
 def attach_torchvision(
     job: Job, model: nn.Module, attach: Callable[..., Any], build: Callable[[bool], nn.Module]
 ) -> Any:
     """The attachment of a run; None for runs without distillation."""
     if not job.distils:
         return None
-    teacher = None
-    if methods.needs_teacher(job.method):
-        teacher = build(True).eval()
-        teacher.load_state_dict(torch.load(job.teacher, weights_only=True))
-        teacher.to(job.device)
+    teacher = trained(job, build) if methods.needs_teacher(job.method) else None
     method = method_of(job, CHANNELS)
     return attach(model, method, teacher=teacher, num_classes=CLASSES, total_steps=job.steps, seed=job.seed)
 
@@ -228,20 +239,20 @@ def lightning(job: Job, clock: Clock) -> Callable[[], Found]:
 
 
 def rt_detr(job: Job) -> nn.Module:
-    """Randomly initialised RT-DETR; wider for teachers."""
+    """A small RT-DETR, pretrained but for its classes where the job has a start."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
-    big = job.method == "teacher"
-    sizes = [64, 128, 192, 256] if big else [16, 32, 64, 96]
+    if job.start is not None:
+        return RTDetrForObjectDetection.from_pretrained(job.start, num_labels=CLASSES, ignore_mismatched_sizes=True)
+    sizes = [16, 32, 64, 96]
     backbone = RTDetrResNetConfig(
-        embedding_size=sizes[0], hidden_sizes=sizes, depths=[2, 2, 2, 2] if big else [1, 1, 1, 1], layer_type="basic",
+        embedding_size=sizes[0], hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    width = 128 if big else WIDTH
     config = RTDetrConfig(
-        backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
-        d_model=width, decoder_in_channels=[width] * 3, decoder_ffn_dim=2 * width, decoder_layers=3, num_queries=100,
-        num_denoising=50, num_labels=CLASSES,
+        backbone_config=backbone, encoder_in_channels=sizes[1:], encoder_hidden_dim=WIDTH, encoder_ffn_dim=2 * WIDTH,
+        d_model=WIDTH, decoder_in_channels=[WIDTH] * 3, decoder_ffn_dim=2 * WIDTH, decoder_layers=3, num_queries=100,
+        num_denoising=50, num_labels=job.classes,
     )  # fmt: skip
     return RTDetrForObjectDetection(config)
 
@@ -281,7 +292,7 @@ def transformers(job: Job, clock: Clock) -> Callable[[], Found]:
 
     model, callbacks = rt_detr(job), [Tick()]
     if job.distils:
-        teacher = type(model).from_pretrained(job.teacher).eval() if methods.needs_teacher(job.method) else None
+        teacher = trained(job, fcos) if methods.needs_teacher(job.method) else None
         kd = attach(model, method_of(job, WIDTH), teacher=teacher, num_classes=CLASSES, seed=job.seed)
         callbacks.append(kd.callback)
     arguments = hf.TrainingArguments(
@@ -311,27 +322,43 @@ def detect_ultralytics(job: Job, weights: Path) -> Found:
     return found
 
 
+def narrow_yolo(folder: Path) -> Path:
+    """Writes the host's description of YOLO11n with half the width."""
+    import ultralytics
+    from ultralytics.utils import YAML
+
+    content = YAML.load(Path(ultralytics.__file__).parent / "cfg" / "models" / "11" / "yolo11.yaml")
+    depth, width, most = content["scales"]["n"]
+    content["scales"] = {"n": [depth, width / 2, most]}
+    path = folder.resolve() / "yolo11n.yaml"
+    YAML.save(path, content)
+    return path
+
+
 def yolo_device(job: Job) -> str | int:
     """The device as Ultralytics names it."""
     return "cpu" if job.device == "cpu" else 0
 
 
 def ultralytics(job: Job, clock: Clock) -> Callable[[], Found]:
-    """YOLO.train for EPOCHS epochs of a part of the images; "own" is Ultralytics' built-in distillation."""
+    """YOLO.train on all images, or on a part of them in short runs; "own" is Ultralytics' built-in distillation."""
     os.environ.setdefault("YOLO_OFFLINE", "true")
     from ultralytics import YOLO
 
     from fastkd.integrations.ultralytics import attach
 
-    epochs = min(EPOCHS, job.steps)
-    part = job.steps // epochs * BATCH / len(Scenes(job.data, "train"))
+    images = len(Scenes(job.data, "train"))
+    epochs = max(min(EPOCHS, job.steps), math.ceil(job.steps * BATCH / images))
+    part = min(1.0, job.steps // epochs * BATCH / images)
     settings: dict[str, Any] = {
         "data": str(write_yolo(job.data)), "epochs": epochs, "fraction": part, "warmup_epochs": 0.5, "imgsz": SIDE,
         "batch": BATCH, "nbs": BATCH, "workers": 0, "device": yolo_device(job), "plots": False, "amp": False,
         "val": False, "project": str(job.folder.resolve()), "name": "run", "exist_ok": True, "seed": job.seed,
         "verbose": False,
     }  # fmt: skip
-    model = YOLO("yolo11s.yaml" if job.method == "teacher" else "yolo11n.yaml")
+    model = YOLO("yolo11n.yaml" if job.method == "teacher" else narrow_yolo(job.folder))
+    if job.start is not None:
+        model.load(job.start)
     model.add_callback("on_train_batch_end", clock.tick)
     if job.distils:
         teacher = YOLO(job.teacher) if methods.needs_teacher(job.method) else None

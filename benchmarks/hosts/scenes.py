@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.io import decode_image
 
-from benchmarks.hosts.plan import SIDE
+from benchmarks.hosts.plan import SIDE, START_CLASSES
 from fastkd.data import generate_scenes
 
 
@@ -52,6 +52,22 @@ class Scenes(torch.utils.data.Dataset):
 def generate(root: Path, train: int, val: int) -> Path:
     """Square scenes of 128 pixels."""
     return generate_scenes(root, train=train, val=val, sizes=((SIDE, SIDE),))
+
+
+def generate_other(root: Path, train: int, val: int) -> Path:
+    """Other scenes, whose classes are those of `generate` two by two, for pretraining."""
+    if not (root / "other").exists():
+        generate_scenes(root, train=train, val=val, seed=1, sizes=((SIDE, SIDE),))
+        for split in ("train", "val"):
+            path = root / "annotations" / f"{split}.json"
+            content = json.loads(path.read_text())
+            ids = [category["id"] for category in content["categories"]]
+            content["categories"] = content["categories"][:START_CLASSES]
+            for annotation in content["annotations"]:
+                annotation["category_id"] = ids[ids.index(annotation["category_id"]) % START_CLASSES]
+            path.write_text(json.dumps(content))
+        (root / "other").touch()
+    return root
 
 
 def write_yolo(root: Path) -> Path:

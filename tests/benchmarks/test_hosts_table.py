@@ -13,7 +13,7 @@ TEACHER = Run("ultralytics", "teacher", 0)
 
 def result_of(run, trial, ap=10.0):
     found = {"AP": ap, "AP50": 2 * ap, "seconds": 1.0, "mebibytes": 500.0}
-    if run.method == "cost":
+    if run.method in ("cost", "full"):
         found = {
             "seconds": {"alone": 1.0, "icd": 1.5, "icd reference": 3.0, "lgd": 2.0, "lgd reference": 4.0, "own": 1.2}
         }
@@ -52,8 +52,10 @@ def make_all(campaign):
 
 def test_a_recorded_run_is_not_made_again(campaign):
     made = make_all(campaign())
-    assert made[:3] == ["ultralytics-alone-seed0", "ultralytics-teacher-seed0", "ultralytics-icd-seed0"]
-    assert len(made) == len(set(made)) == 1 + 2 * 4 + 1
+    assert made[:4] == [
+        "ultralytics-start-seed0", "ultralytics-alone-seed0", "ultralytics-teacher-seed0", "ultralytics-icd-seed0",
+    ]  # fmt: skip
+    assert len(made) == len(set(made)) == 2 + 2 * 4 + 2
     assert make_all(campaign()) == [] and make_all(campaign("another machine")) == []
     assert make_all(campaign("another machine", hosts=["ultralytics", "lightning"], seeds=[0])) == [
         "lightning-alone-seed0", "lightning-teacher-seed0", "lightning-icd-seed0", "lightning-lgd-seed0",
@@ -66,27 +68,43 @@ def test_a_stopped_campaign_goes_on_on_another_machine(campaign, tmp_path):
     for run in first.missing()[:2]:
         first.make(run)
     text = (tmp_path / "results" / "hosts.md").read_text()
-    assert "2 of 9 runs are made. Missing: ultralytics lgd (seeds 0, 1), ultralytics own (seeds 0, 1), " in text
+    assert "2 of 10 runs are made. Missing: ultralytics lgd (seeds 0, 1), ultralytics own (seeds 0, 1), " in text
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "| icd | 12.0, missing | +2.0, missing | +2.0 | missing | missing | missing | 500 |" in text
     later = make_all(campaign("another machine"))
-    assert later[:3] == ["ultralytics-lgd-seed0", "ultralytics-teacher-seed0", "ultralytics-own-seed0"]
+    assert later[:4] == [
+        "ultralytics-start-seed0", "ultralytics-lgd-seed0", "ultralytics-teacher-seed0", "ultralytics-own-seed0",
+    ]  # fmt: skip
     text = (tmp_path / "results" / "hosts.md").read_text()
-    assert "9 of 9 runs are made.\n" in text
+    assert "10 of 10 runs are made.\n" in text
     assert "| icd | 12.0, 13.0 | +2.0, +3.0 | +2.5 (-3.9 .. +8.9) | 1.500 | 1.50 | 3.000 | 500 |" in text
     assert str(tmp_path) not in text + (tmp_path / "results" / "hosts.json").read_text()
 
 
 def test_other_settings_are_other_runs(campaign):
     make_all(campaign(trial=Trial(steps=4)))
-    assert len(make_all(campaign(trial=Trial(steps=5)))) == 10  # the teacher's file has other settings, too
+    assert len(make_all(campaign(trial=Trial(steps=5)))) == 11  # the teacher's file has other settings, too
     assert make_all(campaign(trial=Trial(steps=5))) == []
 
 
 def test_a_teachers_settings_count_for_those_whom_it_teaches():
     icd, lgd = (settings(Run("torchvision", method, 0), Trial(), "cpu") for method in ("icd", "lgd"))
     assert "teacher_steps" in icd and "teacher_steps" not in lgd
-    assert [run.name for run in all_runs(["torchvision"], [3])][-1] == "torchvision-cost-seed0"
+    assert [run.method for run in all_runs(["torchvision"], [3])] == ["alone", "icd", "lgd", "cost", "full"]
+    assert "full" not in [run.method for run in all_runs(["lightning"], [3])]
+
+
+def test_a_pretrained_student_belongs_to_the_settings_of_those_who_begin_with_it():
+    start, alone, cost = (settings(Run("transformers", name, 0), Trial(), "cpu") for name in ("start", "alone", "cost"))
+    assert start["start_steps"] == alone["start_steps"] and "start_steps" not in cost and "steps" not in start
+    assert "start_steps" not in settings(Run("torchvision", "alone", 0), Trial(), "cpu")
+
+
+def test_transformers_has_torchvisions_teacher(campaign):
+    made = make_all(campaign(hosts=["transformers"], seeds=[0]))
+    assert made[:4] == [
+        "transformers-start-seed0", "transformers-alone-seed0", "torchvision-teacher-seed0", "transformers-icd-seed0",
+    ]  # fmt: skip
 
 
 def test_a_trial_does_not_write_into_the_table(monkeypatch, capsys):
