@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastkd.training import get_recipe
+
 # name in the tables -> key in metrics.json; for MR lower is better
 METRICS = {
     "AP": ("bbox", "AP"),
@@ -22,6 +24,16 @@ PATHS = {
     "bfloat16": ("--runtime.precision", "bfloat16", "--runtime.channels-last"),
     "compile": ("--runtime.precision", "bfloat16", "--runtime.channels-last", "--runtime.compile"),
 }
+# other changes of a recipe, used in the same way
+CHANGES = {
+    "inherit": ("--inherit",),
+    "fresh": ("--no-inherit",),
+}
+LONGER = 5 / 3  # times the steps, in a run "recipe@long": about as long as a method takes for the recipe's own
+FLOAT32 = ("--runtime.precision", "float32")  # the same on CPUs with and without bfloat16 instructions
+
+
+TAUGHT = {"fgfi": "FGFI", "pkd": "PKD", "cwd": "CWD", "scorel2": "score-weighted L2"}  # do not inherit in their recipes
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Row:
     """One row of a table: a run and its control.
 
     Args:
-        run: name of a recipe, or "recipe@path" with a path of PATHS.
+        run: name of a recipe, or "recipe@change" with a path of PATHS, one of CHANGES, or "long".
         label: name in the table.
         control: run to compare with, by the same metric; None for a baseline.
         metric: one of METRICS. A run may have rows for several metrics; it is trained once.
@@ -42,9 +54,11 @@ class Row:
 
 
 def arguments_of(run: str) -> list[str]:
-    """Arguments of `fastkd train` for a run: its recipe and the options of its path."""
-    recipe, _, path = run.partition("@")
-    return [recipe, *(PATHS[path] if path else ())]
+    """Arguments of `fastkd train` for a run: its recipe and the options of its path or change."""
+    recipe, _, change = run.partition("@")
+    if change == "long":
+        return [recipe, "--schedule.steps", str(round(LONGER * get_recipe(recipe).schedule.steps))]
+    return [recipe, *((PATHS | CHANGES)[change] if change else ())]
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,14 @@ class Study:
         about: common properties of the runs, in one sentence.
         rows: in the table's order.
         data: arguments of `fastkd data` that generate the training data.
+        options: arguments of `fastkd train` for all runs.
     """
 
     title: str
     about: str
     rows: tuple[Row, ...]
     data: tuple[tuple[str, ...], ...]
+    options: tuple[str, ...] = ()
 
     @property
     def runs(self) -> list[str]:
@@ -82,6 +98,24 @@ def _with_lgd(family: str, label: str, **names: str) -> tuple[Row, ...]:
     )
 
 
+def _with_every_method(family: str, label: str) -> tuple[Row, ...]:
+    """A detector alone, alone for longer, with each method, and the methods with a teacher beside inheriting, too."""
+    baseline, inherit = f"{family}-baseline", f"{family}-inherit"
+    rows = [
+        Row(baseline, f"{label} baseline", None),
+        Row(f"{baseline}@long", f"{label} baseline for longer", baseline),
+        Row(f"{family}-lgd", f"{label} + LGD", baseline),
+    ]
+    rows += [Row(f"{family}-icd@fresh", f"{label} + ICD", baseline)]
+    rows += [Row(f"{family}-{name}", f"{label} + {title}", baseline) for name, title in TAUGHT.items()]
+    rows += [Row(inherit, f"{label} inheriting", baseline)]
+    rows += [Row(f"{family}-icd", f"{label} inheriting + ICD", inherit)]
+    rows += [
+        Row(f"{family}-{name}@inherit", f"{label} inheriting + {title}", inherit) for name, title in TAUGHT.items()
+    ]
+    return tuple(rows)
+
+
 def _by_every_path(recipe: str, label: str) -> tuple[Row, ...]:
     """A recipe in plain torch and float32, and each faster path compared with it."""
     control = f"{recipe}@reference"
@@ -98,23 +132,13 @@ STUDIES = {
     "scenes": Study(
         title="Scenes: does distillation teach?",
         about="8,000 training and 500 validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
-        rows=(
-            Row("scenes-retinanet-baseline", "RetinaNet baseline", None),
-            Row("scenes-retinanet-lgd", "RetinaNet + LGD", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-fgfi", "RetinaNet + FGFI", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-pkd", "RetinaNet + PKD", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-cwd", "RetinaNet + CWD", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-scorel2", "RetinaNet + score-weighted L2", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-inherit", "RetinaNet inheriting (control of ICD)", "scenes-retinanet-baseline"),
-            Row("scenes-retinanet-icd", "RetinaNet + ICD (inheriting)", "scenes-retinanet-inherit"),
-            Row("scenes-faster-rcnn-baseline", "Faster R-CNN baseline", None),
-            Row("scenes-faster-rcnn-lgd", "Faster R-CNN + LGD", "scenes-faster-rcnn-baseline"),
-            Row(
-                "scenes-faster-rcnn-inherit", "Faster R-CNN inheriting (control of ICD)", "scenes-faster-rcnn-baseline"
-            ),
-            Row("scenes-faster-rcnn-icd", "Faster R-CNN + ICD (inheriting)", "scenes-faster-rcnn-inherit"),
+        rows=tuple(
+            row
+            for detector, label in (("retinanet", "RetinaNet"), ("fcos", "FCOS"), ("faster-rcnn", "Faster R-CNN"))
+            for row in _with_every_method(f"scenes-{detector}", label)
         ),
         data=(SCENES_DATA,),
+        options=FLOAT32,
     ),
     "detectors": Study(
         title="Scenes and crowds: the other detectors, and both methods on one student",
@@ -122,7 +146,6 @@ STUDIES = {
         "crowd`, seed 0), log-average miss rate MR (smaller is better), AP and JI by CrowdHuman's definitions.",
         rows=(
             *_with_lgd("scenes-atss", "ATSS", AP=""),
-            *_with_lgd("scenes-fcos", "FCOS", AP=""),
             *_with_lgd("scenes-poto", "POTO", AP=""),
             *_with_lgd("scenes-mask-rcnn", "Mask R-CNN", **{"AP": ", boxes", "mask AP": ", masks"}),
             *_with_lgd("crowd-faster-rcnn", "Crowd, Faster R-CNN", MR=", MR", AP=", AP", JI=", JI"),
@@ -130,6 +153,7 @@ STUDIES = {
             Row("scenes-retinanet-lgdicd", "RetinaNet + ICD + LGD", "scenes-retinanet-icd"),
         ),
         data=(SCENES_DATA, ("crowd", "--train", "4000", "--val", "400")),
+        options=FLOAT32,
     ),
     "paths": Study(
         title="Scenes: do the fast paths train to the same AP?",

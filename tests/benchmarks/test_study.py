@@ -1,107 +1,144 @@
-"""The study's table from run directories: gains are per seed and relative to the right control."""
+"""The study's table from recorded runs: gains are per seed and relative to the right control, no run is made twice."""
 
 import dataclasses
 import json
 
 import pytest
 
-from benchmarks.study import __main__ as study
-from benchmarks.study.rows import PATHS, STUDIES, arguments_of
+from benchmarks.study import records
+from benchmarks.study.__main__ import Campaign, main
+from benchmarks.study.page import gains, table
+from benchmarks.study.rows import CHANGES, PATHS, STUDIES, arguments_of
 from fastkd.commands.train import parse
 from fastkd.training import get_recipe
 
 SCENES = STUDIES["scenes"]
+ROWS = ["scenes-retinanet-baseline", "scenes-retinanet-inherit", "scenes-retinanet-icd"]
+APS = {0: (20.0, 30.0, 33.0), 1: (21.0, 29.0, 34.5), 2: (22.0, 31.0, 33.0)}
 
 
-def write_run(out, recipe, seed, ap, *, method_step=0.2, commit="a" * 40):
-    run_dir = study.run_directory(out, recipe, seed)
+def write_run(run_dir, ap, *, ledger=True, method_step=0.2, **scores):
     run_dir.mkdir(parents=True)
     metrics = {"bbox": {"AP": ap, "AP50": ap + 10, "AP75": ap - 1}, "steps": 600, "batch_size": 16, "seconds": 60.0}
-    metrics |= {"commit": commit, "command": "fastkd train x", "torch": "2.14"}
+    metrics |= {"commit": "a" * 40, "command": "fastkd train x", "torch": "2.14", "jumps": 1, **scores}
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
-    ledger = {
-        "student": {"seconds_per_step": 0.1},
-        "with_method": {"seconds_per_step": method_step},
-        "extra": {"peak_bytes": 3 * 2**20},
-        "extra_with_teacher": {"seconds_per_step": None},
-    }
-    (run_dir / "ledger.json").write_text(json.dumps(ledger))
+    if ledger:
+        costs = {
+            "student": {"seconds_per_step": 0.1},
+            "with_method": {"seconds_per_step": method_step},
+            "extra": {"peak_bytes": 3 * 2**20},
+            "extra_with_teacher": {"seconds_per_step": None},
+        }
+        (run_dir / "ledger.json").write_text(json.dumps(costs))
+
+
+class Recorded(Campaign):
+    """A campaign whose runs are not trained; `made` holds their names and seeds."""
+
+    def train(self, run_dir, command):
+        name, seed = command[0], int(command[command.index("--seed") + 1])
+        self.made = [*getattr(self, "made", []), (name, seed)]
+        write_run(run_dir, APS[seed][ROWS.index(name)], ledger="--runtime.ledger-pairs" not in command)
 
 
 @pytest.fixture
-def runs(tmp_path):
-    for seed, (baseline, inherit, icd) in enumerate([(20.0, 30.0, 33.0), (21.0, 29.0, 34.5)]):
-        write_run(tmp_path, "scenes-retinanet-baseline", seed, baseline, method_step=0.1)
-        write_run(tmp_path, "scenes-retinanet-inherit", seed, inherit, method_step=0.1)
-        write_run(tmp_path, "scenes-retinanet-icd", seed, icd)
-    return tmp_path
+def campaign(tmp_path):
+    def make(out="machine", seeds=(0, 1), options=()):
+        return Recorded("scenes", list(seeds), tmp_path / out, tmp_path / "results", options)
+
+    return make
 
 
-def test_gains_are_seed_by_seed_against_the_control(runs):
-    found = study.read(SCENES, runs, [0, 1, 2])
+def make_all(campaign, rows=ROWS):
+    campaign.made = []
+    for run in campaign.missing(rows):
+        campaign.make(run)
+    return campaign.made
+
+
+def test_gains_are_seed_by_seed_against_the_control(campaign):
+    first = campaign()
+    make_all(first)
+    found = records.by_run(first.valid(), [0, 1, 2])
     rows = {row.run: row for row in SCENES.rows}
-    assert study.gains(found, rows["scenes-retinanet-inherit"]) == {0: 10.0, 1: 8.0}
-    assert study.gains(found, rows["scenes-retinanet-icd"]) == {0: 3.0, 1: 5.5}
+    assert gains(found, rows["scenes-retinanet-inherit"]) == {0: 10.0, 1: 8.0}
+    assert gains(found, rows["scenes-retinanet-icd"]) == {0: 3.0, 1: 5.5}
 
 
-def test_a_missing_control_run_gives_no_gain(runs):
-    write_run(runs, "scenes-retinanet-icd", 2, 40.0)
-    found = study.read(SCENES, runs, [0, 1, 2])
-    assert 2 not in study.gains(found, next(row for row in SCENES.rows if row.run == "scenes-retinanet-icd"))
+def test_a_missing_control_run_gives_no_gain(campaign):
+    make_all(campaign())
+    only = campaign(seeds=(0, 1, 2))
+    make_all(only, ["scenes-retinanet-icd"])
+    found = records.by_run(only.valid(), [0, 1, 2])
+    assert 2 not in gains(found, next(row for row in SCENES.rows if row.run == "scenes-retinanet-icd"))
 
 
-def test_the_table_tells_unfinished_seeds_and_costs(runs):
-    lines = study.table(SCENES, study.read(SCENES, runs, [0, 1, 2]), [0, 1, 2])
-    icd = next(line for line in lines if "ICD (inheriting)" in line)
+def test_the_table_tells_unfinished_seeds_intervals_and_costs(campaign):
+    first = campaign()
+    make_all(first)
+    lines = table(SCENES, records.by_run(first.valid(), [0, 1, 2]), [0, 1, 2])
+    icd = next(line for line in lines if "inheriting + ICD" in line)
     cells = [cell.strip() for cell in icd.strip("|").split("|")]
-    assert cells[1:6] == ["600", "33.0", "34.5", "-", "**33.8**"]
-    assert "+3.0, +5.5" in cells and "**+4.2**" in cells and "2.00 x" in cells and "+3 MiB" in cells
-    assert len({line.count("|") for line in lines}) == 1
+    assert cells[1:4] == ["600", "33.0, 34.5, -", "**33.8**"]
+    assert "+3.0, +5.5" in cells and "**+4.2 (-11.6 .. +20.1)**" in cells and "2.00 x" in cells and "+3 MiB" in cells
+    assert cells[-1] == "2" and len({line.count("|") for line in lines}) == 1
 
 
-def test_results_are_written_from_what_is_finished(runs, tmp_path):
-    target = tmp_path / "results"
-    study.write_results("scenes", runs, [0, 1], target, "")
-    text = (target / "scenes.md").read_text()
-    assert f"6 of {2 * len(SCENES.rows)} runs finished" in text and "aaaaaaaaaaaa" in text
-    assert (target / "scenes.png").stat().st_size > 1000 and json.loads((target / "scenes.json").read_text())
+def test_a_recorded_run_is_not_made_again_on_another_machine(campaign, tmp_path):
+    first = campaign()
+    for run in first.missing(ROWS)[:2]:
+        first.make(run)
+    text = (tmp_path / "results" / "scenes.md").read_text()
+    assert f"(2 of {2 * len(SCENES.runs)} runs finished)" in text and "aaaaaaaaaaaa" in text
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
+    other = campaign("another machine")
+    assert make_all(other) == [(ROWS[2], 0), *((name, 1) for name in ROWS)]
+    assert make_all(campaign("a third")) == []
+    assert (tmp_path / "results" / "scenes.png").stat().st_size > 1000
+    assert str(tmp_path) not in (tmp_path / "results" / "scenes.json").read_text()
 
 
-def test_recorded_runs_fill_in_and_keep_their_commit(runs, tmp_path):
-    write_run(runs, "scenes-retinanet-icd", 2, 40.0, commit="b" * 40)
-    study.write_results("scenes", runs, [0, 1, 2], tmp_path / "results", "")
-    fresh = tmp_path / "fresh"
-    write_run(fresh, "scenes-retinanet-icd", 2, 50.0)
-    study.write_results("scenes", fresh, [0, 2], tmp_path / "again", "", tmp_path / "results" / "scenes.json")
-    found = json.loads((tmp_path / "again" / "scenes.json").read_text())
-    assert {seed: run["AP"] for seed, run in found["scenes-retinanet-icd"].items()} == {"0": 33.0, "2": 50.0}
-    assert found["scenes-retinanet-inherit"]["0"]["AP"] == 30.0 and "1" not in found["scenes-retinanet-inherit"]
-    assert "3 of the runs were recorded earlier" in (tmp_path / "again" / "scenes.md").read_text()
+def test_a_run_of_another_recipe_does_not_count(campaign):
+    make_all(campaign(options=("--schedule.steps", "5")))
+    later = campaign()
+    assert later.valid() == []
+    with pytest.raises(SystemExit, match="of the present recipes"):
+        later.write()
+    assert len(make_all(later)) == 6
 
 
-def test_nothing_finished_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="finished runs"):
-        study.write_results("scenes", tmp_path, [0], tmp_path / "results", "")
+def test_a_failed_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(SystemExit, match=r"scenes-retinanet-baseline-\w+-seed0 ended with code 1, see .*log"):
+        Campaign("scenes", [0], tmp_path / "runs", tmp_path).make((ROWS[0], 0))
+
+
+def test_a_trial_does_not_write_into_the_table(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study", "--steps", "4"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "needs --results FOLDER" in capsys.readouterr().err
+
+
+def test_a_record_depends_on_recipe_and_assets_but_not_on_the_seed():
+    plain = records.digest((ROWS[0],))
+    assert plain == records.digest((ROWS[0], "--seed", "4")) == records.digest((ROWS[0], "--runtime.ledger-pairs", "0"))
+    assert plain != records.digest((ROWS[0], "--optimizer.clip-norm", "3"))
 
 
 def test_each_metric_of_a_run_has_a_row_of_its_own(tmp_path):
+    found = {}
     for recipe, shift in (("crowd-faster-rcnn-baseline", 0.0), ("crowd-faster-rcnn-lgd", 2.0)):
-        write_run(tmp_path, recipe, 0, 50.0 + shift)
-        path = study.run_directory(tmp_path, recipe, 0) / "metrics.json"
-        metrics = json.loads(path.read_text())
-        metrics["bbox"] = {"AP": 50.0 + shift, "MR": 60.0 - shift, "JI": 40.0}
-        path.write_text(json.dumps(metrics))
+        write_run(tmp_path / recipe, 0, bbox={"AP": 50.0 + shift, "MR": 60.0 - shift, "JI": 40.0})
+        found[recipe] = {0: records.result_of(tmp_path / recipe)}
     for method, masks in (("baseline", 30.0), ("lgd", 31.5)):
-        write_run(tmp_path, f"scenes-mask-rcnn-{method}", 0, 35.0)
-        path = study.run_directory(tmp_path, f"scenes-mask-rcnn-{method}", 0) / "metrics.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"segm": {"AP": masks, "AP50": 60.0}}))
-    study.write_results("detectors", tmp_path, [0], tmp_path / "results", "")
-    lines = (tmp_path / "results" / "detectors.md").read_text().splitlines()
+        write_run(tmp_path / method, 35.0, segm={"AP": masks, "AP50": 60.0})
+        found[f"scenes-mask-rcnn-{method}"] = {0: records.result_of(tmp_path / method)}
+    lines = table(STUDIES["detectors"], found, [0])
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert "| 58.0 |" in rows["Crowd, Faster R-CNN + LGD, MR"] and "**-2.0**" in rows["Crowd, Faster R-CNN + LGD, MR"]
     assert "**+2.0**" in rows["Crowd, Faster R-CNN + LGD, AP"] and "**+0.0**" in rows["Crowd, Faster R-CNN + LGD, JI"]
     assert "| 31.5 |" in rows["Mask R-CNN + LGD, masks"] and "**+1.5**" in rows["Mask R-CNN + LGD, masks"]
-    assert (tmp_path / "results" / "detectors.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -130,3 +167,11 @@ def test_rows_of_a_path_differ_in_the_path_alone():
     assert (reference.runtime.ops, reference.runtime.precision) == ("reference", "float32")
     assert len({recipe.runtime for recipe in recipes.values()}) == len(PATHS)
     assert {dataclasses.replace(recipe, runtime=reference.runtime) for recipe in recipes.values()} == {reference}
+
+
+def test_rows_with_and_without_inheriting_differ_in_it_alone():
+    for row in SCENES.rows:
+        name, _, change = row.run.partition("@")
+        if change in CHANGES:
+            recipe, _ = parse(name, CHANGES[change])
+            assert recipe.inherit == (change == "inherit") != get_recipe(name).inherit
