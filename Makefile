@@ -140,7 +140,7 @@ stack: $(STAMPS)/dependencies
 	$(PYTHON) -m venv build/stack/venv
 	build/stack/venv/bin/python -m pip install --quiet $(STACK) -r $(STAMPS)/requirements.txt
 	cd build/stack && FASTKD_CUDA=0 venv/bin/python setup.py --quiet build_ext --inplace
-	cd build/stack && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q tests/ops \
+	cd build/stack && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q --long tests/ops \
 	--ignore-glob="tests/ops/*_cuda.py" --ignore-glob="tests/ops/test_simt*" --ignore=tests/ops/test_launch_checks.py \
 	--ignore=tests/ops/test_planted_bugs.py
 	cd build/stack && venv/bin/python -m benchmarks.gpu.triton_report

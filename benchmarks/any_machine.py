@@ -82,11 +82,11 @@ def capabilities() -> list[str]:
     return found
 
 
-def op_tests(python: str | Path, folder: Path, **environment: str) -> dict[str, Any]:
-    """Runs the tests of the ops; counts and seconds."""
+def op_tests(python: str | Path, folder: Path, *options: str, **environment: str) -> dict[str, Any]:
+    """Runs the tests of the ops with these options of pytest; counts and seconds."""
     begin = time.monotonic()
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], cwd=folder, env=variables)
+    done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *TESTS], cwd=folder, env=variables)
     counts = {
         word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-500:])
     }
@@ -144,7 +144,7 @@ def main() -> int:
         if name == WITHOUT_TORCH:
             row = without_torch(options.work)
         elif name in jobs:
-            row = op_tests(sys.executable, ROOT, FASTKD_CPU_CAPABILITY=jobs[name])
+            row = op_tests(sys.executable, ROOT, "--long", FASTKD_CPU_CAPABILITY=jobs[name])
             row["python"], row["torch"] = checked([sys.executable, "-c", VERSIONS]).split()
         else:
             wheel = wheel or build_wheel(options.work)
@@ -168,8 +168,9 @@ def page(figures: dict[str, Any]) -> str:
     return (
         "# Any machine\n\n`make any-machine` (python -m benchmarks.any_machine; figures in any-machine.json). An "
         "environment PYTHON=TORCH is fresh and has the wheel of this commit, built once by the project's own Python; a "
-        "row FASTKD_CPU_CAPABILITY runs in the project's environment and keeps the kernels to the instructions of an "
-        "older CPU. The tests are those of the ops, without those of the CUDA emulation.\n\n"
+        "row FASTKD_CPU_CAPABILITY runs in the project's environment, with all parameter sets (`--long`), and keeps "
+        "the kernels to the instructions of an older CPU. The tests are those of the ops, without those of the CUDA "
+        "emulation.\n\n"
         "| environment | Python | torch | passed | skipped | failed | time | commit |\n"
         f"|---|---|---|--:|--:|--:|--:|---|\n{rows}\n"
         f"`pip install --no-build-isolation .` where there is no torch says: `{said}`\n"
