@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastkd.integrations.optimizer import rate_for
+
 SIDE, CLASSES, BATCH = 128, 10, 8
 TEACHER_SEED = 0
 HOSTS = ("torchvision", "lightning", "transformers", "ultralytics")
@@ -144,7 +146,9 @@ def settings(run: Run, trial: Trial, device: str) -> dict[str, Any]:
         of_teacher = {}
     if run.method == "start":
         del of_student["steps"]
-    of_method = SETTINGS.get(run.method, {})
+    of_method: dict[str, Any] = {**SETTINGS.get(run.method, {})}
+    if run.method in ("icd", "lgd"):
+        of_method["method_rate"] = rate_for(of_student["steps"])  # what the hosts take for themselves
     train, val = images(trial)
     return {
         **of_student,

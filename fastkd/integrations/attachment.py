@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
-from fastkd.integrations.optimizer import MethodOptimizer
+from fastkd.integrations.optimizer import MethodOptimizer, rate_for
 from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
 from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels, unit_scale
 from fastkd.integrations.report import Probe
@@ -66,7 +66,9 @@ class Distillation:
         total_steps: optimiser steps of the host's run; None keeps the rate constant.
         detach_steps: first steps, in which the distillation loss does not reach the student; None takes the published
             fraction of total_steps (ICD, FGFI 1/90, LGD 1/6), or 100 steps if total_steps is unknown.
-        lr, weight_decay: settings of AdamW for the method's modules.
+        lr: learning rate of AdamW for the method's modules; None: the published 1e-4 in runs of 90,000 steps or of
+            unknown length, up to ten times as much in shorter ones (`optimizer.rate_for`).
+        weight_decay: of the same AdamW.
         weight: factor on all losses of the method that reach the student.
         seed: seed of the method's initial weights and random numbers.
     """
@@ -82,7 +84,7 @@ class Distillation:
         channels: int | None = None,
         total_steps: int | None = None,
         detach_steps: int | None = None,
-        lr: float = 1e-4,
+        lr: float | None = None,
         weight_decay: float = 1e-4,
         weight: float = 1.0,
         seed: int = 0,
@@ -168,8 +170,9 @@ class Distillation:
             network = MethodNetwork(method, spec).to(device).train()
         settings = settings_of(method)
         self.network, self.detach_fraction = network, settings.detach_fraction
+        rate = rate_for(self.total_steps) if self.lr is None else self.lr
         self.optimizer = MethodOptimizer(
-            network.parameters(), lr=self.lr, weight_decay=self.weight_decay, clip=settings.clip
+            network.parameters(), lr=rate, weight_decay=self.weight_decay, clip=settings.clip
         )
         return network
 

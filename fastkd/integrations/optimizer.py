@@ -10,6 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+PUBLISHED_RATE, PUBLISHED_STEPS = 1e-4, 90_000  # of ICD's modules
+MOST_RATE = 1e-3  # above it the attention saturates on a few cells (docs/results/findings.md)
+
+
+def rate_for(total_steps: int | None) -> float:
+    """Learning rate of AdamW for a run of so many steps: the published one, more in shorter runs.
+
+    AdamW moves a weight by about its rate a step, so that at the published rate the projections between teacher and
+    student hardly leave their random start in some hundred steps. Noise averages over steps, hence the square root.
+    """
+    if total_steps is None:
+        return PUBLISHED_RATE
+    return min(MOST_RATE, PUBLISHED_RATE * max(1.0, (PUBLISHED_STEPS / total_steps) ** 0.5))
+
+
 class _Scale(torch.autograd.Function):
     """Identity that records the gradient of a loss, the factor by which the host multiplied it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ class Probe:
         self.sizes: dict[str, list[tuple[int, ...]]] = {}
         self.norms: dict[str, list[Tensor]] = {}
         self.total: list[Tensor | None] = []
+        self.factors: dict[str, Tensor] = {}  # by which the host multiplied a loss: GradScaler, batch size, ...
         self.values: dict[str, Tensor] = {}
         self.measured = 0
 
@@ -50,7 +52,10 @@ class Probe:
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             self.norms[name] = [loss.new_zeros(()) if grad is None else grad.float().norm() for grad in grads]
-        self.total = [None] * len(wanted)
+        self.total, self.factors = [None] * len(wanted), {}
+        for name, loss in losses.items():
+            if loss.requires_grad:  # after the measurement above, which is not the host's backward pass
+                loss.register_hook(functools.partial(self.factors.__setitem__, name))
         for index, level in enumerate(wanted):
             level.register_hook(_Norm(self.total, index))
 
@@ -101,7 +106,7 @@ class Probe:
         lines, reached = [], False
         total = [None if norm is None else float(norm) for norm in self.total]
         for name, norms in self.norms.items():
-            values = [float(norm) for norm in norms]
+            values = [self._factor(name) * float(norm) for norm in norms]
             shares = [f"{v / t:.3f}" if t else f"|{v:.2e}|" for v, t in zip(values, total)]
             lines.append(f"{name} = {float(self.values[name]):.4f}, gradient by level: {' '.join(shares)}")
             reached |= any(value > 0 for value in values)
@@ -114,12 +119,16 @@ class Probe:
             wrong.append(f"{text} ({share:.3f} of the gradient)")
         return lines
 
+    def _factor(self, name: str) -> float:
+        """The host's factor on a loss; 1 before the backward pass."""
+        return float(self.factors[name].abs()) if name in self.factors else 1.0
+
     def _extremes(self, total: list[float | None]) -> list[tuple[float, str]]:
         """Losses with too large or too small a share of the gradient."""
         distilled = [name for name in self.norms if name.endswith(("distill", "imitation"))]
         if self.measured < SETTLED or not distilled or not total or any(not value for value in total):
             return []
-        ours = sum(float(norm) for name in distilled for norm in self.norms[name])
+        ours = sum(self._factor(name) * float(norm) for name in distilled for norm in self.norms[name])
         share = ours / sum(norm or 0.0 for norm in total)
         if share > TOO_STRONG:
             return [(share, "the distillation swamps the detection loss: lower `weight`")]

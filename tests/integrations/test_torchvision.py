@@ -149,6 +149,15 @@ def test_gradients_that_are_not_finite_are_skipped():
         torch.testing.assert_close(p.detach(), old, rtol=1e-4, atol=1e-6)  # weight decay alone
 
 
+def test_report_does_not_depend_on_the_hosts_factor():
+    shares = []
+    for factor in (1.0, 1024.0):
+        model, kd = attached("retinanet", "pkd", detach_steps=0)
+        (factor * loss_of(model, "retinanet")[1]).backward()
+        shares.append(next(line for line in kd.report().splitlines() if line.startswith("pkd_distill")))
+    assert shares[0] == shares[1]
+
+
 def train(model, kd, steps, optimizer, name="retinanet"):
     for step in steps:
         optimizer.zero_grad()
@@ -162,6 +171,13 @@ def test_the_rate_follows_the_run():
     train(model, kd, range(2), torch.optim.SGD(model.parameters(), 0.0))
     assert kd.distillation.optimizer.adamw.param_groups[0]["lr"] == pytest.approx(0.05)
     assert not kd.distillation._detached()
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(None, 1e-4), (90_000, 1e-4), (180_000, 1e-4), (22_500, 2e-4), (10, 1e-3)])
+def test_shorter_runs_have_a_higher_rate(steps, rate):
+    model, kd = attached("retinanet", total_steps=steps)
+    loss_of(model, "retinanet")[1].backward()
+    assert kd.distillation.optimizer.lr == pytest.approx(rate)
 
 
 def test_detached_in_the_first_part_of_the_run():
