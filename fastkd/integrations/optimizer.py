@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 PUBLISHED_RATE, PUBLISHED_STEPS = 1e-4, 90_000  # of ICD's modules
 MOST_RATE = 1e-3  # above it the attention saturates on a few cells (docs/results/findings.md)
 
