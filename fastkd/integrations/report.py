@@ -124,16 +124,25 @@ class Probe:
         return float(self.factors[name].abs()) if name in self.factors else 1.0
 
     def _extremes(self, total: list[float | None]) -> list[tuple[float, str]]:
-        """Losses with too large or too small a share of the gradient."""
+        """Losses with too large or too small a share of the gradient, on the whole or at single levels."""
         distilled = [name for name in self.norms if name.endswith(("distill", "imitation"))]
-        if self.measured < SETTLED or not distilled or not total or any(not value for value in total):
+        whole = [norm for norm in total if norm]
+        if self.measured < SETTLED or not distilled or not whole or len(whole) < len(total):
             return []
-        ours = sum(self._factor(name) * float(norm) for name in distilled for norm in self.norms[name])
-        share = ours / sum(norm or 0.0 for norm in total)
+        ours = [0.0] * len(whole)
+        for name in distilled:
+            for level, norm in enumerate(self.norms[name]):
+                ours[level] += self._factor(name) * float(norm)
+        share = sum(ours) / sum(whole)
         if share > TOO_STRONG:
             return [(share, "the distillation swamps the detection loss: lower `weight`")]
         if 0 < share < TOO_WEAK:
             return [(share, "the distillation hardly moves the student: raise `weight`")]
+        swamped = [level for level, norm in enumerate(whole) if ours[level] > TOO_STRONG * norm]
+        if swamped:
+            numbers, least = ", ".join(map(str, swamped)), min(ours[level] / whole[level] for level in swamped)
+            text = f"the detection loss hardly uses level {numbers}, and the distillation is nearly alone there"
+            return [(least, f"{text}: are there objects of that size?")]
         return []
 
     def _teacher_line(self, detections: Sequence[tuple[Tensor, Tensor, Tensor]], wrong: list[str]) -> str:

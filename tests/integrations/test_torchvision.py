@@ -12,6 +12,7 @@ from torchvision_cases import CLASSES, NAMES, batch, detector
 
 from fastkd.distillers import ICD, LGD
 from fastkd.integrations.methods import icd_heads
+from fastkd.integrations.report import Probe
 from fastkd.integrations.torchvision import attach, priors_of_loader
 from fastkd.types import ClassPriors
 
@@ -156,6 +157,14 @@ def test_report_does_not_depend_on_the_hosts_factor():
         (factor * loss_of(model, "retinanet")[1]).backward()
         shares.append(next(line for line in kd.report().splitlines() if line.startswith("pkd_distill")))
     assert shares[0] == shares[1]
+
+
+def test_report_names_levels_that_the_detection_loss_hardly_uses():
+    probe = Probe()
+    probe.measured, probe.norms = 64, {"icd_distill": [torch.tensor(0.02), torch.tensor(0.03)]}
+    probe.factors = {"icd_distill": torch.tensor(8.0)}
+    assert "hardly uses level 1," in probe._extremes([1.0, 0.24])[0][1]
+    assert probe._extremes([1.0, 0.5]) == []
 
 
 def train(model, kd, steps, optimizer, name="retinanet"):
