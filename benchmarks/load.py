@@ -270,9 +270,9 @@ def main() -> None:
             if not arguments.only or name in arguments.only:
                 old[name] = Row(name, what, *measure(), most_seconds, most_mib)
                 print(page([old[name]]).splitlines()[-1], flush=True)
-        rows = [old[name] for name in known if name in old]
-    RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(page(rows))
+                rows = [old[name] for name in known if name in old]
+                RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                RESULTS.with_suffix(".md").write_text(page(rows))
     bad = [row.name for row in rows if not row.fits]
     if bad:
         raise SystemExit(f"over the limit: {', '.join(bad)}")
