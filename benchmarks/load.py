@@ -134,6 +134,11 @@ def measure_detections(root: Path, split: str, count: int) -> None:
     write_json_list(root / "found.json", evaluator.iterate_results())
 
 
+def heed_interrupts() -> None:
+    """Ctrl-C ends a command again, also where a shell in the background (`&`, nohup) has us ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(
     command: Sequence[str], *, begin: str | None = None, until: str | None = None, terminal: bool = False
 ) -> tuple[float, float]:
@@ -150,8 +155,9 @@ def run(
     start = time.perf_counter()
     arguments = [sys.executable, "-m", *command]
     process = subprocess.Popen(
-        arguments, stdout=child, stderr=child, cwd=ROOT, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"}
-    )
+        arguments, stdout=child, stderr=child, cwd=ROOT, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
     os.close(child)
     text, end = "", None
     while True:
