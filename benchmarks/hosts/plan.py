@@ -51,9 +51,11 @@ RECIPES = {
     "lightning": Recipe(f"RetinaNet, {SMALL}", f"RetinaNet, {LARGE}", 500, 600, 1.5e-3, 1e-3),
     "transformers": Recipe(
         "RT-DETR, stages of 16 to 96 channels, one block each, width 64, 100 queries",
-        f"torchvision's, FCOS, {LARGE}", 500, 600, 4e-4, 1e-3, 3000,
+        f"torchvision's, FCOS, {LARGE}", 1000, 600, 4e-4, 1e-3, 3000,
     ),
-    "ultralytics": Recipe("YOLO11 of an eighth of the width", "YOLO11n", 500, 3000, None, None, 3000),
+    "ultralytics": Recipe(
+        "YOLO11 of an eighth of the width, without mosaics", "YOLO11n, without mosaics", 1000, 3000, None, None, 3000
+    ),
 }  # fmt: skip
 
 

@@ -354,7 +354,7 @@ def ultralytics(job: Job, clock: Clock) -> Callable[[], Found]:
         "data": str(write_yolo(job.data)), "epochs": epochs, "fraction": part, "warmup_epochs": 0.5, "imgsz": SIDE,
         "batch": BATCH, "nbs": BATCH, "workers": 0, "device": yolo_device(job), "plots": False, "amp": False,
         "val": False, "project": str(job.folder.resolve()), "name": "run", "exist_ok": True, "seed": job.seed,
-        "verbose": False,
+        "verbose": False, "mosaic": 0.0,  # they halve objects that are small as it is
     }  # fmt: skip
     model = YOLO("yolo11n.yaml" if job.method == "teacher" else narrow_yolo(job.folder))
     if job.start is not None:
