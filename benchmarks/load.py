@@ -230,7 +230,7 @@ def cases(root: Path) -> dict[str, tuple[str, float, float, Callable[[], tuple[f
         "train": (f"{size}: to the end of the first step", 150, 3000, train),
         "doctor": (f"{size}: all checks", 200, 3000, lambda: run(["fastkd.cli", "doctor", *recipe])),
         "evaluate": (f"{size}: to the first batch", 60, 2000, evaluate),
-        "metrics": (f"{size}, 10 detections an image: {written}", 300, 3500, detections("many", 10)),
+        "metrics": (f"{size}, 10 detections an image: {written}", 900, 3500, detections("many", 10)),
         "metrics-500": (f"{few}: {written}", 300, 3000, detections("few", 500)),
         "report": (one, 300, 4000, report("many", 1, MANY_IMAGES, 10)),
         "report-20": (twenty, 300, 3000, report("few", RUNS, FEW_IMAGES, 100)),
