@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def commit(folder: Path = ROOT) -> str:
     """First digits of a checkout's commit, with "+" where the tree differs from it in more than its results."""
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ":(top,exclude)docs/results")
     return (_git(folder, "rev-parse", "HEAD") or "unknown")[:12] + ("+" if changed else "")
+
+
+def wrap(text: str) -> str:
+    """A paragraph of a results page, in lines of at most 120 characters."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

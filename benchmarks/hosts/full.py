@@ -6,11 +6,8 @@ Random weights and images: only times are measured.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hosts.plan import CLASSES, METHODS, OWN
+from benchmarks.hosts.runs import Clock
 from benchmarks.hosts.scenes import write_yolo
 from fastkd.ops import use_backend
 
@@ -137,15 +135,8 @@ def full_times(host: str, device: str, data: Path) -> dict[str, float]:
     found = {}
     for method in METHODS[host]:
         for reference in (False,) if method in ("alone", OWN) else (False, True):
-            ticks: list[float] = []
-
-            def tick(*_: Any, ticks: list[float] = ticks) -> None:
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                ticks.append(time.perf_counter() if device == "cuda" else time.process_time())
-
+            clock = Clock(device)
             with use_backend("reference") if reference else contextlib.nullcontext():
-                SIZES[host][2](method, device, data, tick)
-            steps = [after - before for before, after in itertools.pairwise(ticks)]
-            found[f"{method} reference" if reference else method] = statistics.median(steps)
+                SIZES[host][2](method, device, data, clock.tick)
+            found[f"{method} reference" if reference else method] = clock.median()
     return found

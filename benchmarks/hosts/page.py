@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
+from benchmarks.environment import wrap
 from benchmarks.hosts.full import SIZES
 from benchmarks.hosts.plan import (
     BATCH,
@@ -86,11 +86,6 @@ def names_of(runs: Sequence[Run]) -> str:
     for run in runs:
         seeds.setdefault(f"{run.host} {run.method}", []).append(str(run.seed))
     return ", ".join(f"{name} ({'seed' if len(own) == 1 else 'seeds'} {', '.join(own)})" for name, own in seeds.items())
-
-
-def wrap(text: str) -> str:
-    """A paragraph of lines of at most 120 characters."""
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def section(host: str, wanted: dict[Run, Record | None], teacher: Record | None, trial: Trial) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.environment import wrap
 from benchmarks.study.records import COSTS, Record, by_run
 from benchmarks.study.rows import Row, Study, arguments_of
 from fastkd.assets import FOLDER
@@ -24,11 +24,6 @@ ABOUT_GAINS = """Gains compare runs of the same seed; the interval is Student's 
 time of a step of training against the student's alone, `memory` the extra peak, both measured in the run itself, in
 turns (the cost ledger); the next column adds the training of the teacher, spread over the run's steps, in per cent of
 the student's step. `jumps` are those of the loss in all runs of the row ([findings](findings.md#a-stable-recipe))."""
-
-
-def wrap(text: str) -> str:
-    """A paragraph of lines of at most 120 characters."""
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def gains(found: dict[str, dict[int, Record]], row: Row) -> dict[int, float]:

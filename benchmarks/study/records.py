@@ -20,7 +20,7 @@ COSTS = ("student_step", "method_step", "extra_bytes", "with_teacher")
 
 @functools.cache
 def digest(arguments: tuple[str, ...]) -> str:
-    """Of what a run depends on, without code and seed: the recipe of `fastkd train ARGUMENTS`, and its assets."""
+    """Digest of the recipe that `fastkd train ARGUMENTS` trains, without its seed, and of the assets that it uses."""
     recipe, _ = parse(arguments[0], arguments[1:])
     content = recipe.to_dict()
     del content["seed"], content["runtime"]["ledger_pairs"]
