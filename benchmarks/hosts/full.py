@@ -5,7 +5,6 @@ Random weights and images: only times are measured.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.hosts.plan import CLASSES, METHODS, OWN
-from benchmarks.hosts.runs import Clock
+from benchmarks.hosts.plan import CLASSES, OWN
+from benchmarks.hosts.runs import normalised, times_by_method
 from benchmarks.hosts.scenes import write_yolo
-from fastkd.ops import use_backend
 
 STEPS = 4  # the first does not count
 OBJECTS = 8  # in an image
@@ -83,10 +81,8 @@ def transformers(method: str, device: str, data: Path, tick: Tick) -> None:
     teacher = build([3, 4, 6, 3], "bottleneck", [256, 512, 1024, 2048], 6).eval() if method == "icd" else None
     kd = attach(model, method, teacher=teacher, num_classes=CLASSES) if method != "alone" else None
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    images, labels = torch.rand(2, 3, 640, 640, device=device), []
-    for target in random_targets(2, 640, 640, device):
-        low, high = (target["boxes"] / 640).split(2, 1)
-        labels.append({"class_labels": target["labels"], "boxes": torch.cat([(low + high) / 2, high - low], 1)})
+    images = torch.rand(2, 3, 640, 640, device=device)
+    labels = [normalised(target, 640) for target in random_targets(2, 640, 640, device)]
     for _ in range(STEPS):
         optimizer.zero_grad()
         model(pixel_values=images, labels=labels).loss.backward()
@@ -132,11 +128,4 @@ SIZES: dict[str, tuple[str, str, Callable[[str, str, Path, Tick], None]]] = {
 
 def full_times(host: str, device: str, data: Path) -> dict[str, float]:
     """Seconds of a step by method, and with the reference backend ("icd reference"): CPU time on a CPU."""
-    found = {}
-    for method in METHODS[host]:
-        for reference in (False,) if method in ("alone", OWN) else (False, True):
-            clock = Clock(device)
-            with use_backend("reference") if reference else contextlib.nullcontext():
-                SIZES[host][2](method, device, data, clock.tick)
-            found[f"{method} reference" if reference else method] = clock.median()
-    return found
+    return times_by_method(host, device, lambda method, clock: SIZES[host][2](method, device, data, clock.tick))

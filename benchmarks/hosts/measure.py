@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import resource
@@ -13,11 +12,10 @@ import torch
 
 from benchmarks.environment import commit, cpu_name
 from benchmarks.hosts.full import full_times
-from benchmarks.hosts.plan import METHODS, TEACHER_SEED, Run, Trial, images, length, settings, teacher_of
+from benchmarks.hosts.plan import TEACHER_SEED, Run, Trial, images, length, settings, teacher_of
 from benchmarks.hosts.records import Record
-from benchmarks.hosts.runs import TRAIN, Clock, Job
+from benchmarks.hosts.runs import TRAIN, Clock, Job, times_by_method
 from benchmarks.hosts.scenes import average_precision, generate, generate_other
-from fastkd.ops import use_backend
 
 COST_STEPS, ROUNDS = 16, 3
 
@@ -74,13 +72,9 @@ def training(host: str, job: Job) -> Record:
 def step_times(host: str, job: Job) -> Record:
     """{"seconds": {"alone", "icd", "icd reference", ...}}: the least of the medians of several short runs each."""
     steps = min(job.steps, COST_STEPS)
-    found: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
-        for method in METHODS[host]:
-            short = dataclasses.replace(job, method=method, steps=steps)
-            for reference in (False, True) if short.distils else (False,):
-                clock = Clock(job.device)
-                with use_backend("reference") if reference else contextlib.nullcontext():
-                    TRAIN[host](short, clock)
-                found.setdefault(f"{method} reference" if reference else method, []).append(clock.median())
-    return {"seconds": {name: min(medians) for name, medians in found.items()}}
+
+    def train(method: str, clock: Clock) -> None:
+        TRAIN[host](dataclasses.replace(job, method=method, steps=steps), clock)
+
+    rounds = [times_by_method(host, job.device, train) for _ in range(ROUNDS)]
+    return {"seconds": {name: min(one[name] for one in rounds) for name in rounds[0]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -17,13 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, OWN, SIDE, START_CLASSES
+from benchmarks.hosts.plan import BATCH, CLASSES, LGD_SETTINGS, METHODS, OWN, SIDE, START_CLASSES
 from benchmarks.hosts.scenes import Scenes, write_yolo
 from fastkd.assets import FOLDER
 from fastkd.detectors.backbones.resnet import ScaledResNet
 from fastkd.distillers import LGD
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations import methods
+from fastkd.ops import use_backend
 
 WARM_UP = 5  # first steps of a clock that do not count
 CHANNELS = 64  # of the pyramids of torchvision's detectors
@@ -94,6 +96,18 @@ class Clock:
         """Median seconds per step, without the first few."""
         steps = [after - before for before, after in itertools.pairwise(self.ticks)]
         return statistics.median(steps[WARM_UP:] or steps)
+
+
+def times_by_method(host: str, device: str, train: Callable[[str, Clock], Any]) -> dict[str, float]:
+    """Median seconds of a step by method, of fastkd's with the reference backend, too ("icd reference")."""
+    found = {}
+    for method in METHODS[host]:
+        for reference in (False, True) if method in methods.METHODS else (False,):
+            clock = Clock(device)
+            with use_backend("reference") if reference else contextlib.nullcontext():
+                train(method, clock)
+            found[f"{method} reference" if reference else method] = clock.median()
+    return found
 
 
 def method_of(job: Job, channels: int) -> str | Distiller:
@@ -257,12 +271,15 @@ def rt_detr(job: Job) -> nn.Module:
     return RTDetrForObjectDetection(config)
 
 
+def normalised(target: dict[str, Tensor], side: int) -> dict[str, Tensor]:
+    """A target of a square image in transformers' form: box centres and sizes divided by its side."""
+    low, high = (target["boxes"] / side).split(2, 1)
+    return {"class_labels": target["labels"], "boxes": torch.cat([(low + high) / 2, high - low], 1)}
+
+
 def collate_transformers(items: list) -> dict[str, Any]:
-    """Box centres and sizes normalised by the image size."""
-    labels = []
-    for _, target in items:
-        low, high = (target["boxes"] / SIDE).split(2, 1)
-        labels.append({"class_labels": target["labels"], "boxes": torch.cat([(low + high) / 2, high - low], 1)})
+    """A batch of transformers."""
+    labels = [normalised(target, SIDE) for _, target in items]
     return {"pixel_values": torch.stack([image for image, _ in items]), "labels": labels}
 
 
