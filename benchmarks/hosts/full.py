@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.hosts.plan import CLASSES, OWN
 from benchmarks.hosts.runs import normalised, times_by_method
 from benchmarks.hosts.scenes import write_yolo
+from fastkd.integrations.methods import METHODS, needs_teacher
 
 STEPS = 4  # the first does not count
 OBJECTS = 8  # in an image
@@ -35,6 +36,11 @@ def random_targets(count: int, height: int, width: int, device: str) -> list[dic
     return targets
 
 
+def taught(method: str) -> bool:
+    """Whether `method` is one of ours, not the host's own, and needs a teacher."""
+    return method in METHODS and needs_teacher(method)
+
+
 def torchvision(method: str, device: str, data: Path, tick: Tick) -> None:
     """RetinaNet-R50 on an image of 800 x 1216, taught by RetinaNet-R101."""
     from torchvision.models.detection import RetinaNet
@@ -49,7 +55,7 @@ def torchvision(method: str, device: str, data: Path, tick: Tick) -> None:
         return RetinaNet(body, CLASSES).to(device)
 
     model = build("resnet50").train()
-    teacher = build("resnet101").eval() if method == "icd" else None
+    teacher = build("resnet101").eval() if taught(method) else None
     kd = attach(model, method, teacher=teacher, num_classes=CLASSES) if method != "alone" else None
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     images, targets = [torch.rand(3, 800, 1216, device=device)], random_targets(1, 800, 1216, device)
@@ -78,7 +84,7 @@ def transformers(method: str, device: str, data: Path, tick: Tick) -> None:
         return hf.RTDetrForObjectDetection(config).to(device)
 
     model = build([2, 2, 2, 2], "basic", [64, 128, 256, 512], 3).train()
-    teacher = build([3, 4, 6, 3], "bottleneck", [256, 512, 1024, 2048], 6).eval() if method == "icd" else None
+    teacher = build([3, 4, 6, 3], "bottleneck", [256, 512, 1024, 2048], 6).eval() if taught(method) else None
     kd = attach(model, method, teacher=teacher, num_classes=CLASSES) if method != "alone" else None
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     images = torch.rand(2, 3, 640, 640, device=device)
@@ -113,7 +119,7 @@ def ultralytics(method: str, device: str, data: Path, tick: Tick) -> None:
         if method == OWN:
             options["distill_model"] = str(teacher)
         elif method != "alone":
-            kd = attach(model, method, teacher=YOLO(teacher) if method == "icd" else None, num_classes=CLASSES)
+            kd = attach(model, method, teacher=YOLO(teacher) if taught(method) else None, num_classes=CLASSES)
             options["trainer"] = kd.trainer
         model.train(**options)
 

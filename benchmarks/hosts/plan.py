@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastkd.integrations.methods import METHODS as OURS
 from fastkd.integrations.optimizer import rate_for
 
 SIDE, CLASSES, BATCH = 128, 10, 8
@@ -149,7 +150,7 @@ def settings(run: Run, trial: Trial, device: str) -> dict[str, Any]:
     if run.method == "start":
         del of_student["steps"]
     of_method: dict[str, Any] = {**SETTINGS.get(run.method, {})}
-    if run.method in ("icd", "lgd"):
+    if run.method in OURS:
         of_method["method_rate"] = rate_for(of_student["steps"])  # what the hosts take for themselves
     train, val = images(trial)
     return {
