@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ def scenes(
     train: int = TRAIN_IMAGES,
     val: int = VAL_IMAGES,
     seed: int = 0,
+    style: Literal["scenes", "theme"] = "scenes",
     processes: int = 2,
 ) -> None:
     """Write Scenes, the generated data set, in COCO format.
@@ -31,9 +33,13 @@ def scenes(
         train: Number of training images.
         val: Number of validation images.
         seed: Other seeds give other images.
+        style: theme: large objects, one or two classes in a picture.
         processes: Processes that draw; changes only the time it takes.
     """
-    write_scenes(root, train=train, val=val, seed=seed, processes=processes)
+    from fastkd.data import SCENE_STYLES
+
+    look = dataclasses.asdict(SCENE_STYLES[style])
+    write_scenes(root, train=train, val=val, seed=seed, processes=processes, **look)
     say(f"scenes: {train} training and {val} validation images in {root}")
 
 

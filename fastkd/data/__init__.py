@@ -10,13 +10,14 @@ from fastkd.data.images import BadImageError
 from fastkd.data.loader import build_eval_loader, build_train_loader
 from fastkd.data.priors import measure_priors
 from fastkd.data.scenes import SCENE_CLASSES, generate_scenes
-from fastkd.data.scenes_render import SceneStyle
+from fastkd.data.scenes_render import SCENE_STYLES, SceneStyle
 from fastkd.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "SCENE_CLASSES",
+    "SCENE_STYLES",
     "Augmentation",
     "BadImageError",
     "BatchLoader",

@@ -41,6 +41,7 @@ class SceneStyle:
     Args:
         sizes: (width, height) of the pictures, drawn uniformly.
         max_objects: maximum number of objects in one picture, >= 1.
+        max_classes: maximum number of classes in one picture, >= 1; 10 are all.
         smallest: smallest object side, pixels.
         typical: smallest and largest side of 83 % of the objects, pixels of a 128-pixel picture; the other sides range
             down to `smallest` and up to more than half the picture.
@@ -56,6 +57,7 @@ class SceneStyle:
 
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96), (96, 160))
     max_objects: int = 9
+    max_classes: int = 10
     smallest: float = 8.0
     typical: tuple[float, float] = (18.0, 64.0)
     rotation: float = 0.4
@@ -72,11 +74,17 @@ class SceneStyle:
             raise ValueError(f"SceneStyle: sizes must be (width, height) pairs of 32..4096 pixels, got {self.sizes}")
         for name, low, high in (("noise", 0, 128), ("clutter", 0, 50), ("occlusion", 0, 1), ("min_visible", 0.05, 1),
                                 ("contrast", 0.05, 2), ("blur", 0, 8), ("empty", 0, 1), ("max_objects", 1, 50),
+                                ("max_classes", 1, 10),
                                 ("smallest", 6, 64), ("rotation", 0, math.pi)):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"SceneStyle: {name} must be in [{low}, {high}], got {getattr(self, name)}")
         if len(self.typical) != 2 or not 6 <= self.typical[0] <= self.typical[1] <= 96:
             raise ValueError(f"SceneStyle: typical must be (smallest, largest) in [6, 96], got {self.typical}")
+
+
+# Large objects, one or two classes in a picture: labels say much about such pictures (LGD, docs/results/findings.md).
+THEME = SceneStyle(smallest=28.0, typical=(28.0, 90.0), max_objects=6, max_classes=2)
+SCENE_STYLES = {"scenes": SceneStyle(), "theme": THEME}
 
 
 def _regular(corners: int, inner: float | None = None, turn: float = 0.0) -> np.ndarray:
@@ -224,16 +232,24 @@ def _make_item(
     return _Item(label, texture, centre, radii, angle, alpha, x0, y0, area)
 
 
+def _theme(rng: np.random.Generator, style: SceneStyle, classes: int) -> list[int]:
+    """The classes of a picture. Where all may occur nothing is drawn: such pictures are as in the first version."""
+    if style.max_classes >= classes:
+        return list(range(classes))
+    return rng.permutation(classes)[: int(rng.integers(1, style.max_classes + 1))].tolist()
+
+
 def _plan(rng: np.random.Generator, style: SceneStyle, width: int, height: int) -> list[_Item]:
     """All shapes of a picture from back to front."""
     count = 0
     if rng.random() >= style.empty:
         count = 1 + int(min(rng.geometric(0.22) - 1, style.max_objects - 1))
     kinds = list(SCENE_KINDS.values())
+    labels = _theme(rng, style, len(kinds))
     placed: list[tuple[float, float, float]] = []
     items: list[_Item | None] = []  # None: the shape is outside the picture
     for _ in range(count):
-        label = int(rng.integers(len(kinds)))
+        label = labels[int(rng.integers(len(labels)))]
         side = _object_side(rng, style, width, height)
         centre = _place(rng, style, width, height, side, placed)
         placed.append((*centre, side))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from fastkd.commands import data as data_commands
 from fastkd.data import SCENE_CLASSES, CocoDataset, SceneStyle, generate_scenes
 from fastkd.data.scenes_render import SCENE_KINDS, SHAPES, render_scene
 
@@ -176,6 +177,15 @@ def test_size_and_rotation_arguments():
     )
 
 
+def test_a_theme_has_large_objects_of_few_classes(tmp_path):
+    data_commands.scenes(tmp_path / "theme", train=60, val=2, style="theme", processes=1)
+    data = CocoDataset(tmp_path / "theme" / "annotations" / "train.json", tmp_path / "theme" / "train")
+    boxes, labels, owner = data.objects()
+    assert np.median((boxes[:, 2:] - boxes[:, :2]).max(1)) > 36
+    classes = [len(set(labels[owner == image])) for image in set(owner.tolist())]
+    assert set(classes) == {1, 2} and len(set(labels.tolist())) == data.num_classes
+
+
 def test_objects_differ_from_what_they_cover():
     """The mask is where the object is painted: without the object exactly the pixels inside the mask change."""
     style = SceneStyle(max_objects=1, noise=0.0, blur=0.0, clutter=0.0, empty=0.0)
@@ -194,7 +204,8 @@ def test_objects_differ_from_what_they_cover():
 @pytest.mark.parametrize(
     "arguments",
     [{"train": -1}, {"val": 1.5}, {"seed": -2}, {"processes": 0}, {"noise": -1.0}, {"occlusion": 1.5}, {"sizes": ()},
-     {"sizes": ((8, 8),)}, {"min_visible": 0.0}, {"max_objects": 0}, {"typical": (20.0, 10.0)}, {"rotation": 4.0}],
+     {"sizes": ((8, 8),)}, {"min_visible": 0.0}, {"max_objects": 0}, {"typical": (20.0, 10.0)}, {"rotation": 4.0},
+     {"max_classes": 0}, {"max_classes": 11}],
     ids=str,
 )  # fmt: skip
 def test_bad_arguments(tmp_path, arguments):
