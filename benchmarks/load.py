@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.environment import machine
+from benchmarks.environment import commit, machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "load.json"
@@ -39,7 +39,13 @@ COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # and the other sequences that 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured case. Args: seconds: until what `what` says; mib: largest resident memory of the process."""
+    """A measured case.
+
+    Args:
+        seconds: until what `what` says.
+        mib: largest resident memory of the command's first process; loader processes are not counted.
+        commit: that was measured.
+    """
 
     name: str
     what: str
@@ -47,6 +53,7 @@ class Row:
     mib: float
     most_seconds: float
     most_mib: float
+    commit: str
 
     @property
     def fits(self) -> bool:
@@ -243,15 +250,18 @@ def page(rows: Sequence[Row]) -> str:
         "# Large data: time and memory of the commands",
         "",
         "Command: `python -m benchmarks.load`, which fails where a limit is exceeded. Seconds include the start of",
-        "Python and imports, except in the rows on metrics. Memory is the largest resident size of the process. One",
-        f"thread; {machine(torch.device('cpu'))['cpu']}, with other work on the machine at the same time.",
+        "Python and imports, except in the rows on metrics. Memory is the largest resident size of the first",
+        "process, without its loader processes. The data are drawn with seed 0. One thread;",
+        f"{machine(torch.device('cpu'))['cpu']}, with other work on the machine at the same time.",
         "",
-        "| case | what | s | limit | MiB | limit |",
-        "|---|---|---|---|---|---|",
+        "| case | what | s | limit | MiB | limit | commit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         time_cells = f"{row.seconds:.0f} | {row.most_seconds:.0f}"
-        lines.append(f"| {row.name} | {row.what} | {time_cells} | {row.mib:,.0f} | {row.most_mib:,.0f} |")
+        lines.append(
+            f"| {row.name} | {row.what} | {time_cells} | {row.mib:,.0f} | {row.most_mib:,.0f} | {row.commit} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -274,7 +284,7 @@ def main() -> None:
             parser.error(f"--only must name cases of {', '.join(known)}, got {', '.join(sorted(unknown))}")
         for name, (what, most_seconds, most_mib, measure) in known.items():
             if not arguments.only or name in arguments.only:
-                old[name] = Row(name, what, *measure(), most_seconds, most_mib)
+                old[name] = Row(name, what, *measure(), most_seconds, most_mib, commit())
                 print(page([old[name]]).splitlines()[-1], flush=True)
                 limits = {name: {"most_seconds": case[1], "most_mib": case[2]} for name, case in known.items()}
                 rows = [replace(old[name], **limits[name]) for name in known if name in old]

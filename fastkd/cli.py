@@ -44,7 +44,7 @@ def run_and_explain(args: list[str]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("fastkd: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("fastkd").setLevel(logging.INFO)
+    logging.getLogger("fastkd").setLevel(logging.WARNING if quiet else logging.INFO)
     progress.be_quiet(quiet)
     try:
         try:
@@ -132,7 +132,7 @@ def how_to_continue(args: list[str]) -> str:
         args = [*args, "--resume"]
     if args[:1] in (["train"], ["demo"]):
         return f"; continue with: fastkd {shlex.join(args)}"
-    return f"; nothing of it is kept, begin anew with: fastkd {shlex.join(args)}"
+    return f"; begin anew with: fastkd {shlex.join(args)}"
 
 
 def how_to_make_room(error: BaseException, args: list[str]) -> str:

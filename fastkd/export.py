@@ -142,9 +142,8 @@ def export_onnx(detector, folder: Path, *, size: tuple[int, int], dynamic: bool 
     detector.eval().to("cpu", torch.float32)
     try:
         graphs = 1 if not detector.config.two_stage else 3 if detector.config.detector == "mask_rcnn" else 2
-        with showing("export", "graphs", graphs) as work:
-            reports = [_images_graph(detector, folder / "model.onnx", size, dynamic)]
-            work.advance()
+        with showing("export", "parts", 2 * graphs) as work:  # of each graph: writing and comparing
+            reports = [_images_graph(detector, folder / "model.onnx", size, dynamic, work)]
             return reports + _region_graphs(detector, folder, work)
     finally:
         detector.to(device, dtype).train(training)
@@ -164,7 +163,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool) -> OnnxReport:
+def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool, work: Work) -> OnnxReport:
     coarsest = max(detector.strides)
     # torch.export treats a batch size of 1 as a constant, so a dynamic graph is traced with two images
     examples = [_random(2 if dynamic else 1, 3, *size)]
@@ -173,7 +172,8 @@ def _images_graph(detector, path: Path, size: tuple[int, int], dynamic: bool) ->
     with torch.no_grad():
         heads = raw_head_outputs(detector, detector.features(examples[0]))
     names = level_names(detector) + [name for name, _ in heads]
-    return _write_graph(RawOutputs(detector), path, "images", names, examples, (0, 2, 3) if dynamic else ())
+    free = (0, 2, 3) if dynamic else ()
+    return _write_graph(RawOutputs(detector), path, "images", names, examples, free, work)
 
 
 def _region_graphs(detector, folder: Path, work: Work) -> list[OnnxReport]:
@@ -183,8 +183,7 @@ def _region_graphs(detector, folder: Path, work: Work) -> list[OnnxReport]:
 
     def write(module: nn.Module, file: str, side: int, names: list[str]) -> None:
         examples = [_random(count, detector.channels, side, side) for count in (REGIONS_TRIED, 1)]
-        reports.append(_write_graph(module, folder / file, "regions", names, examples, (0,)))
-        work.advance()
+        reports.append(_write_graph(module, folder / file, "regions", names, examples, (0,), work))
 
     write(RegionOutputs(heads), "model-regions.onnx", 7, ["class_logits", "box_deltas"])
     if detector.config.detector == "mask_rcnn":
@@ -193,7 +192,13 @@ def _region_graphs(detector, folder: Path, work: Work) -> list[OnnxReport]:
 
 
 def _write_graph(
-    module: nn.Module, path: Path, name: str, names: list[str], examples: list[Tensor], free: tuple[int, ...]
+    module: nn.Module,
+    path: Path,
+    name: str,
+    names: list[str],
+    examples: list[Tensor],
+    free: tuple[int, ...],
+    work: Work,
 ) -> OnnxReport:
     """Trace with the first example, write, compare on all examples. `free` are the dynamic dimensions of the input."""
     module = module.eval()
@@ -211,7 +216,10 @@ def _write_graph(
             )
             assert program is not None  # guaranteed by dynamo=True
             program.save(str(partial), external_data=False)
-        return _compare(module, partial, path, name, names, examples)
+        work.advance()
+        report = _compare(module, partial, path, name, names, examples)
+        work.advance()
+        return report
 
 
 def _compare(module, written: Path, path: Path, name: str, names: list[str], examples: list[Tensor]) -> OnnxReport:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastkd.progress import track
+
 _LEFTOVER = re.compile(r"\..+\.\d+\.part|\.tmp[A-Za-z0-9]{6}")
 
 
@@ -76,7 +78,7 @@ def write_json_list(path: Path, items: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         separator = "[\n"
-        for item in items:
+        for item in track(items, f"write {path.name}", "entries"):
             file.write(separator + json.dumps(item, allow_nan=False))
             separator = ",\n"
         file.write("\n]\n" if separator == ",\n" else "[]\n")

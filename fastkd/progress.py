@@ -78,9 +78,13 @@ def showing(what: str, unit: str = "", total: int | None = None, *, console: Con
         _end(display)
 
 
-def track(items: Iterable[T], what: str, unit: str, *, console: Console | None = None) -> Iterator[T]:
-    """Yields the items and shows how many were processed."""
-    with showing(what, unit, len(items) if isinstance(items, Sized) else None, console=console) as work:
+def track(
+    items: Iterable[T], what: str, unit: str, total: int | None = None, *, console: Console | None = None
+) -> Iterator[T]:
+    """Yields the items and shows how many were processed, of `total`, or of all where the items have a length."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with showing(what, unit, total, console=console) as work:
         for done, item in enumerate(items, start=1):
             yield item
             work.update(done)

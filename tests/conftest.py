@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels import CAPABILITIES
 
+from fastkd import progress
 from fastkd.ops._support import library
 
 matplotlib.use("Agg")
@@ -106,3 +107,30 @@ def capability(request, monkeypatch):
 def capability_with_bf16(request, monkeypatch):
     """Each instruction set of this CPU."""
     return _use_capability(request, monkeypatch)
+
+
+class Display:
+    """Stands for a terminal's display and remembers what was shown: {work: (unit, total, finished units)}."""
+
+    def __init__(self):
+        self.shown = {}
+
+    def add_task(self, what, total, unit):
+        self.shown[what] = (unit, total, 0)
+        return what
+
+    def update(self, what, completed, total=None):
+        unit, known, _ = self.shown[what]
+        self.shown[what] = (unit, known if total is None else total, completed)
+
+    def remove_task(self, what):
+        pass
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is shown to a terminal from now on."""
+    display = Display()
+    monkeypatch.setattr(progress, "_begin", lambda console: display)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    return display.shown

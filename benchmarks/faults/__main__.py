@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.utils.tensorboard  # loaded here, so that forked runs need not
 
-from benchmarks.environment import ROOT, commit
+from benchmarks.environment import ROOT, commit, cpu_name
 from benchmarks.faults import changes, kills, storage, tiny
 from benchmarks.faults.table import page
 from fastkd.files import write_json, write_text
@@ -89,7 +89,8 @@ def run_part(
         trials = campaign(work, wanted, own.get("next_seed", 0))
         while own.get("kills", 0) < target and time.monotonic() < end:
             kills.add(own, next(trials))
-            own.update(complete=own["kills"] >= target, seconds=before + time.monotonic() - begin, commit=revision)
+            own.update(complete=own["kills"] >= target, seconds=before + time.monotonic() - begin)
+            own.update(commit=revision, machine=cpu_name())
             figures[name] = own
             write_json(options.out, figures)
         print(f"{name}: {own.get('kills', 0)} of {target} kills, {len(own.get('problems', []))} problems", flush=True)
@@ -104,7 +105,8 @@ def run_part(
     problems = [case for case in cases if case["problem"]]
     print(f"{name}: {len(cases)} cases, {len(problems)} problems", flush=True)
     own = {"cases": len(cases), "problems": problems, "examples": examples(cases), "complete": True}
-    figures[name] = own | {"run": wanted.name, "seconds": time.monotonic() - begin, "commit": revision}
+    figures[name] = own | {"run": wanted.name, "seconds": time.monotonic() - begin}
+    figures[name] |= {"commit": revision, "machine": cpu_name()}
     write_json(options.out, figures)
 
 

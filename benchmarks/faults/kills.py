@@ -23,6 +23,7 @@ from fastkd.training.run import finish as finish_module
 
 PHASES = ("start", "building", "training", "saving", "evaluating", "writing the results", "ended")
 MOST_KILLS = 3  # of one run
+SAVING, SAVING_SECONDS = 0.45, 0.02  # some kills meant for a saving come after it: so a third of all are within one
 
 
 class Watch:
@@ -80,7 +81,7 @@ def kill_once(start: Callable[[], int], watch: Watch, rng: random.Random, second
     Args:
         start: starts it and returns its id.
         seconds: duration of an undisturbed run; the moment is uniform in it.
-        saving: kill during the saving of a checkpoint instead: a uniform moment in the 30 ms after it began.
+        saving: kill during the saving of a checkpoint instead: a uniform moment in the SAVING_SECONDS after it began.
     """
     watch.memory[0] = 0
     while select.select([watch.read_end], [], [], 0)[0]:
@@ -93,7 +94,7 @@ def kill_once(start: Callable[[], int], watch: Watch, rng: random.Random, second
                 break
             os.read(watch.read_end, 1)
         os.close(ended)
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, SAVING_SECONDS))
     else:
         time.sleep(rng.uniform(0, seconds))
     phase = watch.phase
@@ -119,7 +120,7 @@ def one_process(folder: Path, wanted: Recipe, seed: int) -> Iterator[dict[str, A
             return tiny.run(wanted, run_dir)
 
         for _ in range(rng.randint(1, MOST_KILLS)):
-            saving = rng.random() < 1 / 3
+            saving = rng.random() < SAVING
             phase = kill_once(lambda attempt=attempt: tiny.fork(attempt, output), watch, rng, seconds, saving)
             if phase is None:
                 break
@@ -180,7 +181,7 @@ def one_of_two(folder: Path, wanted: Recipe, seed: int) -> Iterator[dict[str, An
         while not watch.pid(rank) and time.monotonic() < end:
             time.sleep(0.002)
         if rng.random() < 1 / 3 and select.select([watch.read_end], [], [], tiny.PATIENCE)[0]:
-            time.sleep(rng.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, SAVING_SECONDS))
         else:
             time.sleep(rng.uniform(0, 0.8 * seconds))
         phase, pid = watch.phase, watch.pid(rank)

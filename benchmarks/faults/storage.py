@@ -18,11 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.faults import tiny
 from benchmarks.faults.kills import undisturbed
 from fastkd.training import Recipe
 from fastkd.training import trainer as trainer_module
-from fastkd.training.run.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastkd.training.run.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
 
 Case = dict[str, Any]
 NOW = time.time
@@ -30,8 +38,11 @@ FULL, READ_ONLY = "No space left on device", "Read-only file system"
 
 
 def expect(ended: tiny.Ended, code: int, *words: str) -> str:
-    """The problem of an ended command, "" if its exit code is `code` and its last line holds the words."""
-    missing = [word for word in words if word not in ended.said]
+    """The problem of an ended command, "" if its exit code is `code` and its last line has the words (all its
+    output after an exit code of 0).
+    """
+    said = ended.last if code else ended.said  # a run that goes on warns before its last line
+    missing = [word for word in words if word not in said]
     if ended.code == code and not missing and "Traceback" not in ended.said:
         return ""
     return f"exit code {ended.code} instead of {code}, without {missing}: {ended.said[-1500:]}"
@@ -204,6 +215,13 @@ def clock(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
         yield {"fault": fault, "said": ended.last, "problem": problem}
 
 
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints have the same state and tensors."""
+    pairs = ((one.model, other.model), (one.optimizer, other.optimizer))
+    equal = all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+    return equal and (one.step, one.state) == (other.step, other.state)
+
+
 def damage(path: Path, place: int, places: int, rng: random.Random) -> str:
     """Damages one of `places` equal regions of a file; says how."""
     content = bytearray(path.read_bytes())
@@ -261,8 +279,8 @@ def checkpoints(folder: Path, wanted: Recipe, seed: int) -> Iterator[Case]:
                 continue
         said = " ".join(str(warning.message) for warning in heard)
         problem = "" if found is not None and found.name == before and newest in said else f"took {found}: {said}"
-        if found is not None and found.name == newest:  # another spelling of the same checksums
-            problem = "" if load_checkpoint(found).state == whole.state else "took the damaged one"
-        elif not problem and load_checkpoint(found).state != intact.state:
-            problem = "another state"
+        if found is not None and found.name == newest and name == "checksums.json":  # spelled otherwise
+            problem = "" if same(load_checkpoint(found), whole) else "took the damaged one"
+        elif not problem and not same(load_checkpoint(found), intact):
+            problem = "another content"
         yield {"fault": fault, "said": said, "problem": problem}

@@ -30,7 +30,7 @@ def page(figures: dict[str, Any]) -> str:
     """The whole page."""
     parts = [HEAD]
     kills = (
-        ("kills", "SIGKILL of a run in one process", "a third of them within 30 ms after a saving began"),
+        ("kills", "SIGKILL of a run in one process", "at random moments and after a saving began"),
         ("two", "SIGKILL of one of two processes", "under torchrun's agent, which restarts both; workers are forked"),
     )
     for name, title, how in kills:
@@ -38,7 +38,7 @@ def page(figures: dict[str, Any]) -> str:
         if own:
             parts.append(
                 f"## {title}\n\n**{own['kills']} kills** in {own['runs']} runs, {how}, each resumed: {_count(own)}. "
-                f"{own['seconds'] / 60:.0f} minutes, commit {own['commit']}.\n\n"
+                f"{own['seconds'] / 60:.0f} minutes, commit {own['commit']}{_machine(own)}.\n\n"
                 "| killed while | kills |\n|---|--:|\n"
                 + "".join(f"| {phase} | {count} |\n" for phase, count in own["phases"].items())
             )
@@ -48,10 +48,14 @@ def page(figures: dict[str, Any]) -> str:
             rows = "".join(f"| {_cell(row['fault'])} | {_cell(row['said'])} |\n" for row in own["examples"])
             parts.append(
                 f"## {title}\n\n**{own['cases']} cases** ({own.get('run', 'scenes-retinanet-lgd')}): {_count(own)}. "
-                f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}. Of each kind one:\n\n"
+                f"{own['seconds'] / 60:.1f} minutes, commit {own['commit']}{_machine(own)}. Of each kind one:\n\n"
                 f"| fault | last line of the output |\n|---|---|\n{rows}"
             )
     return "\n".join(parts)
+
+
+def _machine(own: dict[str, Any]) -> str:
+    return f", {own['machine']}" if "machine" in own else ""
 
 
 def _count(own: dict[str, Any]) -> str:

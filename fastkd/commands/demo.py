@@ -290,10 +290,14 @@ def _minutes(run: Run) -> str:
 
 def _extra(run: Run) -> list[str]:
     """A method's extra cost: relative step time with its interval, memory, time with the teacher's training."""
-    from fastkd.report.cost import entry, share
+    from fastkd.report.cost import entry, interval, share
 
     alone, memory = entry(run, "student", "seconds_per_step"), entry(run, "extra", "peak_bytes")
     if run.method is None or alone is None or memory is None:
         return ["-"] * 3
-    whole = entry(run, "extra_with_teacher", "seconds_per_step")
-    return [share(run), f"{memory / 2**20:+,.0f} MiB", "unknown" if whole is None else f"{whole / alone:+.0%}"]
+    whole, steps = entry(run, "extra_with_teacher", "seconds_per_step"), entry(run, "run", "steps")
+    shown = "unknown" if whole is None else f"{whole / alone:+.0%}"
+    ends = interval(run, "extra_with_teacher", "interval")
+    if whole is not None and ends is not None and steps:
+        shown += f" ({' .. '.join(f'{end / steps / alone:+.0%}' for end in ends)})"
+    return [share(run), f"{memory / 2**20:+,.0f} MiB", shown]

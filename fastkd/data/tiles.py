@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from fastkd.codec import require
 from fastkd.data.coco import CocoDataset
 from fastkd.files import write_json
+from fastkd.progress import track
 
 THINNEST = 1.0  # pixels; a thinner visible part of a box is dropped
 
@@ -99,9 +101,13 @@ def write_tiles(
         "annotations": [],
         "categories": [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names)],
     }
-    for index in range(len(dataset)):
-        _cut(dataset, index, folder, tiling, content)
-    write_json(target, content)
+    try:
+        for index in track(range(len(dataset)), "cut", "images"):
+            _cut(dataset, index, folder, tiling, content)
+        write_json(target, content)
+    except BaseException:  # an interruption, too: the command can then be given again
+        shutil.rmtree(folder)
+        raise
     ignored = sum(entry["iscrowd"] for entry in content["annotations"])
     objects = len(content["annotations"]) - ignored
     return TileCounts(len(dataset), len(content["images"]), objects, ignored)

@@ -115,7 +115,7 @@ def _run_table(runs: list[Run], colours: dict[str, str]) -> str:
                 _with_interval(extra, interval(run, "run", "extra_interval")) if run.method else UNKNOWN,
                 (duration(teacher) if teacher is not None else "not known") if needs_teacher(run) else UNKNOWN,
                 duration(whole) if whole is not None and (run.method or needs_teacher(run)) else UNKNOWN,
-                f"x {1 + whole / student:.2f}" if whole is not None and student else UNKNOWN,
+                _multiple(run, student, whole),
             ]
         )
     header = [
@@ -128,6 +128,15 @@ def _run_table(runs: list[Run], colours: dict[str, str]) -> str:
         "in all",
     ]
     return table(header, rows)
+
+
+def _multiple(run: Run, student: float | None, whole: float | None) -> str:
+    """The whole run's time as a multiple of the student's alone, with the interval of the extra time."""
+    if whole is None or not student:
+        return UNKNOWN
+    ends = interval(run, "extra_with_teacher", "interval")
+    shown_ends = "" if ends is None else f" ({1 + ends[0] / student:.2f} .. {1 + ends[1] / student:.2f})"
+    return f"x {1 + whole / student:.2f}{shown_ends}"
 
 
 def _pictures(runs: list[Run], book: PictureBook) -> list[str]:
@@ -173,7 +182,7 @@ def _sentences(runs: list[Run]) -> list[str]:
                 other,
                 ("extra_with_teacher", "seconds"),
                 ("extra_with_teacher", "interval"),
-                "with the teacher\u2019s training",
+                "with the teacher\u2019s training, taken as recorded, perhaps on another machine",
             ),
         )
         lines += [paragraph(text) for text in comparisons if text]

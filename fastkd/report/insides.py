@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.progress import track
 from fastkd.report import pictures, plots
 from fastkd.report.html import PictureBook, Section, clean, escape, note, paragraph
 from fastkd.report.mistakes import LEFT_OUT, Images
@@ -33,7 +34,7 @@ def sections(runs: list[Run], images: Images, chosen: list[int], device: str, bo
     """One section for each method with a View; a run whose networks cannot be loaded gets a note."""
     views = [(run, run.settings.view()) for run in runs if run.settings is not None]
     found: dict[str, Section] = {}
-    for run, view in views:
+    for run, view in track(views, "look into the networks", "runs"):
         if view is None:
             continue
         section = found.setdefault(view.title, Section(view.title))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastkd.progress import track
+from fastkd.progress import showing
 from fastkd.report import analysis, pictures, plots
 from fastkd.report.analysis import (
     DUPLICATE,
@@ -63,11 +63,16 @@ def judge_runs(source: ValidationSet, runs: list[Run]) -> Images:
     """Judges every run that has detections. Args: source: a ValidationSet or an object with the same methods."""
     images = Images(source, {image_id: source.truth(image_id) for image_id in source.image_ids})
     boxes = sum(len(truth.labels) for truth in images.truths.values())
-    for run in track([run for run in runs if run.detections is not None], "judge the detections", "runs"):
-        found = source.found(run)
-        verdicts = {image_id: analysis.judge(truth, found[image_id]) for image_id, truth in images.truths.items()}
-        threshold = analysis.best_threshold(list(verdicts.values()), [found[image_id] for image_id in verdicts], boxes)
-        images.judged.append(Judged(run, found, verdicts, threshold))
+    measured = [run for run in runs if run.detections is not None]
+    with showing("judge the detections", "images", len(measured) * len(images.truths)) as work:
+        for run in measured:
+            found, verdicts = source.found(run), {}
+            for image_id, truth in images.truths.items():
+                verdicts[image_id] = analysis.judge(truth, found[image_id])
+                work.advance()
+            detections = [found[image_id] for image_id in verdicts]
+            threshold = analysis.best_threshold(list(verdicts.values()), detections, boxes)
+            images.judged.append(Judged(run, found, verdicts, threshold))
     return images
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.files import write_text
+from fastkd.progress import track
 from fastkd.report import cost, html, insides, mistakes, numbers, sources, teaching
 from fastkd.report.html import PictureBook, Section, clean, escape
 from fastkd.report.runs import Run, load_runs
@@ -58,15 +59,15 @@ def write_report(
     out = Path(out)
     book = PictureBook(None if picture_dir is None else Path(picture_dir))
     colours = numbers.run_colours(runs)
-    sections = [
-        numbers.results_section(runs, colours, book),
-        numbers.classes_section(runs, colours, book),
-        numbers.curves_section(runs, colours, book),
-        teaching.teaching_section(runs, colours, book),
-        cost.cost_section(runs, colours, book),
-        *_picture_sections(runs, images, device, book),
-        _notes_section(runs),
+    plain = [
+        numbers.results_section,
+        numbers.classes_section,
+        numbers.curves_section,
+        teaching.teaching_section,
+        cost.cost_section,
     ]
+    sections = [make(runs, colours, book) for make in track(plain, "draw the curves and tables", "sections")]
+    sections += [*_picture_sections(runs, images, device, book), _notes_section(runs)]
     if notice is not None:
         sections[0].parts.insert(0, html.note([notice]))
     page = html.page(title, _subtitle(runs), numbers.cards(runs, colours), sections, _footer(runs, command))

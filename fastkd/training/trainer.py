@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd.data import BatchLoader, explaining_dead_workers
 from fastkd.files import write_json
 from fastkd.ops import use_backend
+from fastkd.progress import is_quiet
 from fastkd.signals import Interrupted, StopSignals
 from fastkd.training.build import Built, build
 from fastkd.training.config import Recipe
@@ -184,7 +185,7 @@ class Trainer:
             self.jumps.load_state(state["jumps"])
         self.module.balance.load_state(state.get("balance", {}))
         self.unreadable = Counter({int(image_id): times for image_id, times in state["unreadable"].items()})
-        if self.group.first:
+        if self.group.first and not is_quiet():
             self.console.print(f"{self.recipe.name}: resuming after step {self.step}", highlight=False, markup=False)
 
     def _train(self) -> int:

@@ -208,7 +208,7 @@ def interrupt(*args, **options):
         (["train", "r", "--seed", "1"], "; continue with: fastkd train r --seed 1 --resume"),
         (["train", "r", "--resume"], "; continue with: fastkd train r --resume"),
         (["demo", "--out", "my runs"], "; continue with: fastkd demo --out 'my runs'"),
-        (["report", "a", "b"], "; nothing of it is kept, begin anew with: fastkd report a b"),
+        (["report", "a", "b"], "; begin anew with: fastkd report a b"),
     ],
     ids=str,
 )
@@ -278,13 +278,14 @@ def evaluate_args(checkpoint, scenes):
     return ["evaluate", checkpoint, *places, "--workers", 0, "--device", "cpu"]
 
 
-def test_evaluate(capsys, tmp_path, scenes, checkpoint):
+def test_evaluate(capsys, tmp_path, scenes, checkpoint, shown):
     outputs = ["--out", tmp_path / "m.json", "--detections", tmp_path / "d.json", "--max-detections", 5]
     said = fastkd_says(capsys, *evaluate_args(checkpoint, scenes), *outputs, code=0)
     assert "AP75" in said.out and "striped disc" in said.out
     metrics = json.loads((tmp_path / "m.json").read_text())
     assert metrics["bbox"]["images"] == 4 and {"AR1", "AR5"} <= set(metrics["bbox"])
     assert len(json.loads((tmp_path / "d.json").read_text())) == 24
+    assert shown["evaluate"] == ("batches", 1, 1) and shown["write d.json"] == ("entries", None, 24)
 
 
 def test_evaluate_refuses_data_with_other_classes(capsys, tmp_path, scenes, checkpoint):

@@ -48,12 +48,13 @@ def test_a_graph_takes_images_of_any_number_and_size(tmp_path):
         np.testing.assert_allclose(found[name], expected.numpy(), rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, shown):
     torch.manual_seed(0)
     detector = build_detector(DetectorConfig(**TINY)).eval()
     save_detector(detector, tmp_path / "student.safetensors", SCENE_CLASSES)
     args = ["export", str(tmp_path / "student.safetensors"), "--out", str(tmp_path / "out"), "--height", "128"]
     assert cli.main([*args, "--width", "256", "--no-dynamic"]) == 0
+    assert shown["export"] == ("parts", 2, 2)
     assert "largest difference between onnxruntime and torch" in capsys.readouterr().err
     again, names = load_detector(tmp_path / "out" / "model.safetensors")
     assert names == list(SCENE_CLASSES)

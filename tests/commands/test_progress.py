@@ -1,6 +1,7 @@
 """Progress of long work: what the line says, when it is silent, and Ctrl-C on a real terminal."""
 
 import io
+import logging
 import os
 import pty
 import select
@@ -88,13 +89,13 @@ def test_command_line_is_quiet_on_request_and_closes_the_display(monkeypatch):
     states = []
 
     def run(args):
-        states.append((args, progress.is_quiet()))
+        states.append((args, progress.is_quiet(), logging.getLogger("fastkd").isEnabledFor(logging.INFO)))
         progress._begin(console())
         raise ValueError("no")
 
     monkeypatch.setattr(cli, "run", run)
     assert cli.main(["report", "--quiet", "a"]) == 2 and cli.main(["report", "a"]) == 2
-    assert states == [(["report", "a"], True), (["report", "a"], False)]
+    assert states == [(["report", "a"], True, False), (["report", "a"], False, True)]
     assert progress._shown is None
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastkd.cli import main
 from fastkd.data import CocoDataset, generate_scenes
+from fastkd.data import tiles as tiling_module
 from fastkd.data.tiles import Tiling, write_tiles
 
 
@@ -97,9 +98,22 @@ def test_errors(tmp_path):
         write_tiles(*arguments)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, shown):
     write_image(tmp_path)
     places = [str(tmp_path / "all.json"), str(tmp_path / "images"), "--root", str(tmp_path / "out")]
     assert main(["data", "tile", *places, "--split", "val", "--side", "100", "--overlap", "20"]) == 0
     assert "2 tiles of 1 images, with 7 objects" in " ".join(capsys.readouterr().err.split())
-    assert len(list((tmp_path / "out/val").iterdir())) == 2
+    assert len(list((tmp_path / "out/val").iterdir())) == 2 and shown["cut"] == ("images", 1, 1)
+
+
+def test_an_interruption_leaves_no_tiles(tmp_path, monkeypatch):
+    write_image(tmp_path)
+    arguments = tmp_path / "all.json", tmp_path / "images", tmp_path / "out", "train", Tiling()
+
+    def stop(path, content):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(tiling_module, "write_json", stop)
+        write_tiles(*arguments)
+    assert write_tiles(*arguments).images == 1

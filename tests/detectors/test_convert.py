@@ -129,11 +129,12 @@ def write_pickle(path, tensors, **options):
     return path
 
 
-def test_zoo_file_becomes_a_teacher(tmp_path, capsys):
+def test_zoo_file_becomes_a_teacher(tmp_path, capsys, shown):
     tensors = checkpoint("retinanet_R_50_FPN_1x")
     file = write_pickle(tmp_path / "model_final_bfca0b.pkl", tensors, protocol=4)
     out = tmp_path / "teachers/student.safetensors"
     assert main(["convert", str(file), "--out", str(out)]) == 0
+    assert shown["convert"][0] == "files"
     said = capsys.readouterr().err
     assert "detectron2's retinanet with resnet50, 80 classes" in said and "matched 301 of 301 tensors" in said
     assert "BGR to RGB" in said and "needs: --detector.p6-source c5 --detector.no-anchor-rounding\n" in said

@@ -145,7 +145,7 @@ def fake_ledger(student, extra, teacher_seconds=None, steps=40, spread=None):
     }
 
 
-def test_gains_controls_and_cost(scenes, tmp_path):
+def test_gains_controls_and_cost(scenes, tmp_path, shown):
     teacher = str(tmp_path / "teacher" / "student.safetensors")
     runs = [
         fake_run(tmp_path / "teacher", scenes, ap=48.0),
@@ -164,6 +164,8 @@ def test_gains_controls_and_cost(scenes, tmp_path):
         ),
     ]
     out = write_report(runs, tmp_path / "new" / "r.html", title="T & co", images=3, picture_dir=tmp_path / "pictures")
+    judged = shown["judge the detections"]
+    assert judged[0] == "images" and judged[1] == judged[2] > 0 and "look into the networks" in shown
     text = out.read_text()
     page = Page(text)
     page.assert_self_contained()
@@ -299,18 +301,25 @@ def test_bad_entries_are_left_out_and_counted(scenes, tmp_path):
     Page(write_report([run], tmp_path / "r.html", images=1).read_text()).assert_self_contained()
 
 
+def with_hostile_names(scenes, root):
+    """A copy of the scenes whose class names are markup, formulas and control characters."""
+    shutil.copytree(scenes, root)
+    for file in (root / "annotations").iterdir():
+        truth = json.loads(file.read_text())
+        names = [EVIL, "$x^2$ \\frac{", "a\u202eb\x00\n c", "x" * 500, "_hidden", "&lt;b&gt;"]
+        for category, name in zip(truth["categories"], names):
+            category["name"] = name
+        file.write_text(json.dumps(truth))
+    return root
+
+
 @pytest.fixture(scope="module")
 def hostile_page(scenes, tmp_path_factory):
     """A report of a run whose class names, files, losses, commit and title are markup and control characters."""
     tmp_path = tmp_path_factory.mktemp("hostile")
-    root = tmp_path / "data"
-    (root / "annotations").mkdir(parents=True)
-    shutil.copytree(scenes / "val", root / "val")
+    root = with_hostile_names(scenes, tmp_path / "data")
     (root / "val" / "broken<b>.jpg").write_bytes(b"no image")
-    truth = json.loads((scenes / "annotations" / "val.json").read_text())
-    names = [EVIL, "$x^2$ \\frac{", "a\u202eb\x00\n c", "x" * 500, "_hidden", "&lt;b&gt;"]
-    for category, name in zip(truth["categories"], names):
-        category["name"] = name
+    truth = json.loads((root / "annotations" / "val.json").read_text())
     truth["images"][0]["file_name"] = "broken<b>.jpg"
     for name in ("train", "val"):
         (root / "annotations" / f"{name}.json").write_text(json.dumps(truth))
@@ -336,9 +345,36 @@ document.querySelectorAll("details:not([open])").length,
 document.querySelectorAll("[onerror]").length].join(" ")</script>"""
 
 
+@pytest.fixture(scope="module")
+def real_runs(scenes, tmp_path_factory):
+    """Runs of three steps: teacher, LGD and ICD, on data with hostile class names."""
+    folder = tmp_path_factory.mktemp("real")
+    root = with_hostile_names(scenes, folder / "data")
+    for name in ("teacher", "lgd", "icd"):
+        recipe = get_recipe(f"scenes-retinanet-{name}")
+        recipe = dataclasses.replace(
+            recipe,
+            detector=dataclasses.replace(recipe.detector, width=0.125, channels=16, head_convs=1, score_threshold=0.0),
+            data=dataclasses.replace(recipe.data, root=str(root), workers=0, short_sides=(64,), val_short_side=64),
+            schedule=dataclasses.replace(recipe.schedule, steps=3, batch_size=2),
+            runtime=dataclasses.replace(recipe.runtime, log_every=1, ledger_pairs=1, eval_every=2),
+            teacher=None if recipe.teacher is None else str(folder / "teacher" / "student.safetensors"),
+            backbone_weights=None,
+        )
+        train(recipe, folder / name, device="cpu", console=Console(file=io.StringIO()))
+    return [folder / name for name in ("teacher", "lgd", "icd")]
+
+
+@pytest.fixture(scope="module")
+def page_of_real_runs(real_runs):
+    folder = real_runs[0].parent
+    return write_report(real_runs, folder / "r.html", images=2, picture_dir=folder / "pictures")
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
-def test_a_browser_shows_every_section_and_runs_nothing(hostile_page, tmp_path):
-    text = hostile_page.read_text()
+@pytest.mark.parametrize("written", ["hostile_page", "page_of_real_runs"])
+def test_a_browser_shows_every_section_and_runs_nothing(written, tmp_path, request):
+    text = request.getfixturevalue(written).read_text()
     text = text.replace("<details>", "<details open>").replace(
         "default-src 'none'", "default-src 'none'; script-src 'nonce-probe'"
     )
@@ -378,26 +414,13 @@ def test_inside_a_mask_rcnn(scenes, tmp_path):
     assert "run: nothing to show, ValueError: LGD" in write_report(run, tmp_path / "r.html", images=1).read_text()
 
 
-def test_report_of_real_runs(scenes, tmp_path):
-    """The report reads the trainer's output: teacher, LGD and ICD, three steps each."""
-    for name in ("teacher", "lgd", "icd"):
-        recipe = get_recipe(f"scenes-retinanet-{name}")
-        recipe = dataclasses.replace(
-            recipe,
-            detector=dataclasses.replace(recipe.detector, width=0.125, channels=16, head_convs=1, score_threshold=0.0),
-            data=dataclasses.replace(recipe.data, root=str(scenes), workers=0, short_sides=(64,), val_short_side=64),
-            schedule=dataclasses.replace(recipe.schedule, steps=3, batch_size=2),
-            runtime=dataclasses.replace(recipe.runtime, log_every=1, ledger_pairs=1, eval_every=2),
-            teacher=None if recipe.teacher is None else str(tmp_path / "teacher" / "student.safetensors"),
-            backbone_weights=None,
-        )
-        train(recipe, tmp_path / name, device="cpu", console=Console(file=io.StringIO()))
-    runs = [tmp_path / name for name in ("teacher", "lgd", "icd")]
-    text = write_report(runs, tmp_path / "r.html", images=2, picture_dir=tmp_path / "pictures").read_text()
+def test_report_of_real_runs(real_runs, page_of_real_runs, tmp_path):
+    """The report reads the trainer's output: teacher, LGD and ICD."""
+    text, runs = page_of_real_runs.read_text(), real_runs
     page = Page(text)
     page.assert_self_contained()
     assert "What is missing" not in text and "nothing to show" not in text
-    names = " ".join(file.name for file in (tmp_path / "pictures").iterdir())
+    names = " ".join(file.name for file in (page_of_real_runs.parent / "pictures").iterdir())
     for part in ("lgd_features", "icd_attention", "training_curves", "cost_time", "cost_memory", "truth"):
         assert part in names
     curves = numbers.curve_points(load_run(runs[1]))
@@ -405,7 +428,9 @@ def test_report_of_real_runs(scenes, tmp_path):
     assert curves["total loss"][0].tolist() == [1, 2, 3]
     assert curves[numbers.AP_PANEL][0].tolist() == [1, 2, 3]  # LGD ends after step 1, where it is evaluated
     # a teacher that has moved is named, and nothing else is lost
-    (tmp_path / "teacher" / "student.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    weights = runs[0] / "student.safetensors"
+    weights.rename(weights.with_suffix(".moved"))
     text = write_report(runs, tmp_path / "r.html", images=1).read_text()
+    weights.with_suffix(".moved").rename(weights)
     assert "icd: nothing to show" in text and "teacher/student.safetensors is missing" in text
     assert "LGD features" in text

@@ -56,10 +56,12 @@ def named(findings, check, status="problem"):
     return " ".join(one.message for one in findings if (one.check, one.status) == (check, status))
 
 
-def test_untrained_teacher_and_all_that_is_looked_at(scenes):
+def test_untrained_teacher_and_all_that_is_looked_at(scenes, shown):
     """A whole examination; the only fault of the recipe is the tests' untrained teacher."""
     found = list(examine(tiny_recipe(scenes, method="icd"), batches=1, device="cpu"))
     assert "looks untrained" in named(found, "teacher")
+    assert shown["evaluate the teacher"][1:] == (1, 1) and shown["measure the gradients"] == ("batches", 1, 1)
+    assert {"load batches", "train the method on fixed features"} <= set(shown)
     problems = {one.check for one in found if one.status == "problem"}
     assert problems <= {"teacher", "gradient", "levels"}
     looked_at = {"switches", "data", "classes", "inheriting", "adapter", "scale", "loss", "gradient", "levels"}
@@ -227,7 +229,7 @@ def test_memory_loader_and_time(scenes, monkeypatch):
     monkeypatch.setattr(doctor, "_memory", lambda device: 10_000)
     found = list(check_cost(built, parts, 30.0, group))
     assert "raise --schedule.accumulate" in named(found, "memory")
-    assert "the loader is the brake, raise --data.workers above 0" in named(found, "loader", "warning")
+    assert "the loader looks like the brake, raise --data.workers above 0" in named(found, "loader", "warning")
     assert "about 3 min for 6 steps" in named(found, "time", "ok")
 
 

@@ -194,7 +194,8 @@ def _fit_method(module: StepModule, examples: list[tuple[list[Tensor], Batch]], 
     if not parameters:
         return
     optimizer = torch.optim.Adam(parameters, FIT_RATE)
-    for pyramid, batch in itertools.islice(itertools.cycle(examples), FIT_STEPS):
+    steps = itertools.islice(itertools.cycle(examples), FIT_STEPS)
+    for pyramid, batch in track(steps, "train the method on fixed features", "steps", FIT_STEPS):
         optimizer.zero_grad()
         with precision:
             loss = sum_losses(module.distill(pyramid, batch, Phase()))
@@ -216,7 +217,7 @@ def check_gradients(built: Built, batches: list[Batch]) -> Iterator[Finding]:
     _fit_method(module, list(zip(kept, batches)), precise)
     losses: dict[str, float] = {}
     own, taught = [0.0] * len(kept[0]), [0.0] * len(kept[0])
-    for pyramid, batch in zip(kept, batches):
+    for pyramid, batch in track(list(zip(kept, batches)), "measure the gradients", "batches"):
         leaves = [level.detach().requires_grad_() for level in pyramid]
         values, detector, method = _gradients(built, leaves, batch)
         for name, value in values.items():
@@ -294,12 +295,13 @@ def check_cost(built: Built, parts: list[Batch], loading: float, group: Processe
     computing, loading = plain + (full - plain) * distilled, loading * accumulate
     rate = recipe.schedule.batch_size / loading
     slow = loading > 1.1 * computing
-    text = f"loads {rate:.0f} images/s, training takes {recipe.schedule.batch_size / computing:.0f}"
-    advice = f": the loader is the brake, raise --data.workers above {recipe.data.workers}" if slow else ""
+    text = f"loads {rate:.0f} images/s, training takes about {recipe.schedule.batch_size / computing:.0f}"
+    advice = f": the loader looks like the brake, raise --data.workers above {recipe.data.workers}" if slow else ""
     yield Finding("warning" if slow else "ok", "loader", text + advice)
     hours = max(loading, computing) * steps / 3600
     shown = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-    yield Finding("ok", "time", f"about {shown} for {steps} steps, without evaluations")
+    pairs = f"from {quick.runtime.ledger_pairs} pairs of steps"
+    yield Finding("ok", "time", f"about {shown} for {steps} steps, without evaluations, as far as told {pairs}")
 
 
 def _memory(device: torch.device) -> int | None:

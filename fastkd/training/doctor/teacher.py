@@ -54,7 +54,7 @@ def check_quality(teacher: Detector, built: Built, batches: int, device: torch.d
         divisor=data.divisor,
     )
     seen: list[tuple[Batch, list[Detections]]] = []
-    for batch in track(itertools.islice(loader, batches), "evaluate the teacher", "batches"):
+    for batch in track(itertools.islice(loader, batches), "evaluate the teacher", "batches", min(batches, len(loader))):
         batch = batch.to(device)
         with torch.inference_mode():
             seen.append((batch, teacher.detect(teacher.features(batch.images), batch)))
