@@ -129,10 +129,16 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
+BOMBS = (10**7, 10**9)  # bytes that a compressed chunk expands to; the limit of a case is 600 MB
+
+
 @functools.cache
 def zlib_bomb(size: int) -> bytes:
     """`size` zero bytes, compressed to a thousandth."""
-    return zlib.compress(bytes(size), 9)
+    packer, block = zlib.compressobj(9, wbits=-15), min(size, 10**6)
+    packed = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)  # independent of what comes before it
+    checksum = (size % 65521) << 16 | 1  # Adler-32 of zeros
+    return b"\x78\xda" + packed * (size // block) + b"\x03\0" + checksum.to_bytes(4, "big")
 
 
 def png(rng: random.Random, content: bytes) -> bytes:
@@ -158,11 +164,12 @@ def png(rng: random.Random, content: bytes) -> bytes:
         elif kind == 2:
             chunks.insert(where, (rng.choice((b"PLTE", b"tRNS", b"acTL", b"fdAT", b"IDAT", b"IEND", b"eXIf")), data))
         elif kind == 3:
-            chunks.insert(1, (b"zTXt", b"k\0\0" + zlib_bomb(rng.choice((10**4, 10**7)))))
+            chunks.insert(1, (b"zTXt", b"k\0\0" + zlib_bomb(rng.choice((10**4, *BOMBS)))))
         elif kind == 4:
-            chunks.insert(1, (rng.choice((b"iCCP", b"iTXt")), b"k\0\0" + zlib_bomb(10**7)))
+            chunks.insert(1, (rng.choice((b"iCCP", b"iTXt")), b"k\0\0" + zlib_bomb(rng.choice(BOMBS))))
         elif kind == 5:
-            chunks = [(n, zlib_bomb(10**7) if n == b"IDAT" else d) for n, d in chunks]
+            bomb = zlib_bomb(rng.choice(BOMBS))
+            chunks = [(n, bomb if n == b"IDAT" else d) for n, d in chunks]
         elif len(chunks) > 1:
             del chunks[where]
     body = b"".join(
@@ -242,10 +249,32 @@ def pickled(rng: random.Random, content: bytes, mark: str) -> bytes:
     return b"".join(parts)
 
 
+@functools.cache
+def zip_bomb(content: bytes) -> bytes:
+    """A zip whose tensors' bytes are a gigabyte of zeros, compressed to a thousandth."""
+    source, out = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    with zipfile.ZipFile(out, "w", compresslevel=1) as archive:
+        for name in source.namelist():
+            with archive.open(_compressed(name) if "/data/" in name else zipfile.ZipInfo(name), "w") as member:
+                for _ in range(10**3 if "/data/" in name else 0):
+                    member.write(bytes(10**6))
+                if "/data/" not in name:
+                    member.write(source.read(name))
+    return out.getvalue()
+
+
+def _compressed(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
+
+
 def zipped(rng: random.Random, content: bytes, change: Callable[[random.Random, bytes], bytes]) -> bytes:
     """A zip, as torch.save writes it, with members changed, renamed, left out, compressed; or with changed bytes."""
     if rng.random() < 0.25:
         return mutate_bytes(rng, content)
+    if rng.random() < 0.01:
+        return zip_bomb(content)
     source, out = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
     target, mode = source.namelist(), rng.randrange(5)
     chosen = next((n for n in target if n.endswith("data.pkl")), target[0]) if mode < 3 else rng.choice(target)

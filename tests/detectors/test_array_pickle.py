@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,6 +107,19 @@ def test_nothing_is_executed(tmp_path, cached_extension):
         with pytest.raises(ValueError, match="nothing else"):
             convert_checkpoint(path)
         assert not os.path.exists(mark), name
+
+
+def test_compressed_torch_files_are_refused(tmp_path):
+    """A file of a megabyte may expand to a gigabyte."""
+    torch.save({"backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(ValueError, match=r"convert: .*packed\.pth is damaged .* is compressed, which torch.save never"):
+        convert_checkpoint(tmp_path / "packed.pth")
 
 
 def test_torch_files_with_code_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,7 @@ def read_state_dict(who: str, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{who}: {path} is not a file")
     try:
+        _refuse_compressed(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged input the unpickler may raise almost any exception
         raise ValueError(f"{who}: {path} is damaged or holds more than tensors: {_first_line(error)}") from error
@@ -264,6 +266,16 @@ def read_state_dict(who: str, path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{who}: {path} must hold named tensors, got none")
     return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raises ValueError if members of the file, a zip, are compressed: torch.save's never are, but a bomb's."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed, which torch.save never does")
 
 
 def _read_safetensors(who: str, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
