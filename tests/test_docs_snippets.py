@@ -36,7 +36,7 @@ def targets(images: int) -> list[dict]:
     return [{"boxes": boxes, "labels": torch.tensor([1, 3])} for _ in range(images)]
 
 
-def test_ops():
+def test_the_ops_page_runs():
     torch.manual_seed(0)
     run(ROOT / "docs" / "ops.md", {})
 
@@ -70,7 +70,7 @@ def small_retinanet() -> RetinaNet:
     return RetinaNet(body, 10, min_size=64, max_size=64)
 
 
-def test_readme():
+def test_the_readme_code_runs():
     torch.manual_seed(0)
     model, images = small_retinanet(), [torch.rand(3, 64, 64) for _ in range(2)]
     names = {

@@ -78,7 +78,7 @@ def test_memory():
     assert (found.largest, found.peak) == (3 * KIB, 4 * KIB)
 
 
-def test_waits():
+def test_waits_for_the_device_are_counted():
     x = torch.tensor([1.0, 0.0, 2.0])
     for work, waits in (
         (lambda: x.sum().item(), 1),
@@ -95,7 +95,7 @@ def test_waits():
         assert count(work).syncs == waits, count(work)
 
 
-def test_difference():
+def test_counts_are_subtracted_by_op():
     a, b = Counts(ops=5, flops=7, by_op={"x": 2, "y": 1}), Counts(ops=2, flops=7, by_op={"x": 2, "z": 1})
     assert a.minus(b) == Counts(ops=3, by_op={"y": 1, "z": -1}) and a.bytes == 0
 

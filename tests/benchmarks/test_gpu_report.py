@@ -167,7 +167,7 @@ def recorded(monkeypatch, tmp_path):
     return library
 
 
-def test_report(recorded, capsys, tmp_path):
+def test_the_report_lists_registers_by_card(recorded, capsys, tmp_path):
     arguments = ["--library", str(recorded), "--cards", "sm_90", "--no-triton"]
     gpu_report.main([*arguments, "--json", str(tmp_path / "report.json")])
     lines = capsys.readouterr().out.splitlines()

@@ -35,7 +35,7 @@ def test_every_op_has_a_model():
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_bytes(name):
+def test_bytes_of_an_op(name):
     tiny = dataclasses.replace(TINY)
     assert (tiny.cells, tiny.elements) == (8, 64)
     assert roofline.MODELS[name](tiny, 2).bytes == BYTES[name]
@@ -80,7 +80,7 @@ def test_predictions_are_labelled(capsys):
     assert lines[lines.index("") + 1].startswith("PREDICTED on H100, nothing measured")
 
 
-def test_achieved():
+def test_achieved_shares_of_the_limit():
     rows = {"value_mimic": {"shape": dataclasses.asdict(TINY), "sides": {"ours": {"ms": 1.0}, "bfloat16": {"ms": 2.0}}}}
     lines = roofline.achieved(rows, "NVIDIA H100 80GB HBM3")
     assert "PREDICTED" in lines[0] and [line.split(" | ")[1:3] for line in lines[2:]] == [

@@ -48,7 +48,7 @@ def test_a_graph_takes_images_of_any_number_and_size(tmp_path):
         np.testing.assert_allclose(found[name], expected.numpy(), rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_command(tmp_path, capsys, shown):
+def test_the_export_command_writes_weights_and_graph(tmp_path, capsys, shown):
     torch.manual_seed(0)
     detector = build_detector(DetectorConfig(**TINY)).eval()
     save_detector(detector, tmp_path / "student.safetensors", SCENE_CLASSES)

@@ -67,7 +67,7 @@ def test_nested_work_shares_one_display():
 
 
 @pytest.mark.parametrize("reason", ["not a terminal", "quiet", "another process"])
-def test_silent(reason, monkeypatch):
+def test_no_progress_is_shown_if(reason, monkeypatch):
     terminal = console(terminal=reason != "not a terminal")
     progress.be_quiet(reason == "quiet")
     if reason == "another process":

@@ -298,7 +298,7 @@ def test_training_evaluation_and_report(crowd, tmp_path, capsys):
     assert "(CrowdHuman" in page and "lower is better" in page and "with pycocotools" not in page
 
 
-def test_recipes():
+def test_recipes_read_the_crowd_format():
     names = [f"{family}-faster-rcnn-{method}" for family in ("crowd", "crowdhuman") for method in ("baseline", "lgd")]
     for name in names:
         recipe = get_recipe(name)
@@ -317,7 +317,7 @@ def test_recipes():
         DataConfig(crowd_boxes="body")
 
 
-def test_demo(capsys, monkeypatch, tmp_path):
+def test_the_crowd_demo_trains_and_prints_metrics(capsys, monkeypatch, tmp_path):
     """The command generates the data, trains a baseline and LGD under equal conditions and prints crowd metrics."""
     trained = []
 

@@ -120,7 +120,7 @@ def test_a_run_resumed_is_the_run(scenes, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "whole/recipe.json").read_text())["method"]["kind"] == "lgd-icd"
 
 
-def test_recipes():
+def test_recipes_combine_those_of_lgd_and_icd():
     for detector in ("retinanet", "fcos", "faster-rcnn", "mask-rcnn"):
         for family in ("scenes", "coco"):
             lgd, icd, both = (get_recipe(f"{family}-{detector}-{m}") for m in ("lgd", "icd", "lgdicd"))

@@ -48,7 +48,7 @@ def test_perfect_detections():
     assert result["instances"] == 3 and result["images"] == 2 and result["JI_score"] == 0.0
 
 
-def test_by_hand():
+def test_metrics_computed_by_hand():
     """Two images, three boxes; detections right, wrong, right, and one in an ignore region, which counts as nothing."""
     one = image([ON_A, NOWHERE, IN_REGION], [0.9, 0.8, 0.85], [A, B], [REGION])
     two = image([C], [0.35], [C])

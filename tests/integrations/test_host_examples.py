@@ -54,7 +54,7 @@ def test_torchvision(folder, run):
 
 
 @pytest.mark.parametrize(("name", "package"), [("host_lightning", "lightning"), ("host_transformers", "transformers")])
-def test_hosts(run, name, package):
+def test_the_example_trains_and_distils(run, name, package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (pip install .[hosts])")
     printed = run(name, 2)

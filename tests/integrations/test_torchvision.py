@@ -289,7 +289,7 @@ def test_masks_of_mask_rcnn():
     assert losses["lgd_loss_mask"].isfinite() and losses["lgd_distill"] > 0
 
 
-def test_report():
+def test_the_report_of_losses_and_gradients():
     model, kd = attached("retinanet")
     assert "no batch has been distilled" in kd.report()
     loss_of(model, "retinanet")[1].backward()

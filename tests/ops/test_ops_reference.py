@@ -347,7 +347,7 @@ EMBEDDINGS, KERNEL = torch.zeros(1, 2, 4), torch.zeros(4, 4, 3, 3)
     (lambda: ops.imitation_mask(BOXES, INDEX, [BOXES], [(8, 8)], 1, [(8, 12)], 2.0), ValueError, "psi must be"),
     (lambda: global_mean(3), TypeError, "count must be a tensor"),
 ])  # fmt: skip
-def test_refuses(call, error, words):
+def test_bad_input_is_refused_with_advice(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call()
     assert "; " in str(caught.value)  # says what to do

@@ -204,7 +204,8 @@ def test_info_prints_with_a_wrong_capability(monkeypatch):
     assert "instance_norm_mse" in console.file.getvalue()
 
 
-def test_ci_runs_make_lint_and_make_test():
-    script = ROOT / ".ci" / "run"
+@pytest.mark.parametrize(("name", "tests"), [("run", "make test"), ("release", "make test-long")])
+def test_ci_runs_lint_docs_and_tests(name, tests):
+    script = ROOT / ".ci" / name
     assert os.access(script, os.X_OK)
-    assert {"set -euo pipefail", "make lint", "make test"} <= set(script.read_text().splitlines())
+    assert {"set -euo pipefail", "make lint", "make docs", tests} <= set(script.read_text().splitlines())

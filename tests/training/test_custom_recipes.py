@@ -78,7 +78,7 @@ def test_the_nominal_set_gets_the_scenes_recipe():
         ({"ratios": (0.7, 1.0, 1.4)}, {"anchor_ratios": (1.0,)}),
     ],
 )
-def test_the_rule(changes, expected):
+def test_the_recipe_follows_the_annotations(changes, expected):
     chosen = choose(dataclasses.replace(FACTS, **changes), "retinanet")
     for name, value in expected.items():
         assert getattr(chosen, name) == pytest.approx(value), name

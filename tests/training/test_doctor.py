@@ -233,7 +233,7 @@ def test_memory_loader_and_time(scenes, monkeypatch):
     assert "about 3 min for 6 steps" in named(found, "time", "ok")
 
 
-def test_command(scenes, capsys, monkeypatch):
+def test_the_doctor_command_prints_findings(scenes, capsys, monkeypatch):
     found = [Finding("ok", "data", "8 images"), Finding("warning", "loader", "slow [here]")]
     asked = []
     monkeypatch.setattr(doctor, "examine", lambda recipe, **options: asked.append((recipe, options)) or iter(found))

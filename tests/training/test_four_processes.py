@@ -96,7 +96,7 @@ def test_gradients_and_the_bytes_sent_for_them(
         assert told["static"] == (accumulate == 1) and told["find_unused"] is False
 
 
-def test_weights(tiny_data, outputs, tmp_path):
+def test_weights_equal_one_process(tiny_data, outputs, tmp_path):
     recipe = recipe_of(tiny_data, 2)
     one = train(recipe, tmp_path / "one", device="cpu", console=silent())
     ours, theirs = (load_file(run / "student.safetensors") for run in (outputs / "run", one.run_dir))

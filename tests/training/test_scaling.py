@@ -18,14 +18,14 @@ def test_the_page_holds_the_tables(tmp_path, monkeypatch, capsys):
     assert scaling.PAGE.read_text() == page and text in capsys.readouterr().out
 
 
-def test_bytes():
+def test_gradient_bytes_sent():
     student, own = scaling.trainable(get_recipe("coco-retinanet-lgd"))
     assert student == scaling.trainable(get_recipe("coco-retinanet-baseline"))[0] and own > 1e7
     assert scaling.ring_bytes(100, 1) == 0 and scaling.ring_bytes(100, 2) == 100 and scaling.ring_bytes(100, 4) == 150
 
 
 @pytest.mark.parametrize("machine", [scaling.INFINIBAND, scaling.ETHERNET], ids=lambda machine: machine.name)
-def test_efficiency(machine):
+def test_scaling_efficiency_falls_with_gpus(machine):
     step, size = scaling.Step(0.05), 175_000_000
     found = [scaling.efficiency(size, gpus, machine, step) for gpus in scaling.GPUS]
     assert found[-1] > 0 and found[0] < 1 and found == sorted(found, reverse=True)

@@ -344,7 +344,7 @@ def test_a_run_on_the_reference_ops_says_so_in_its_recipe(tiny_data, tmp_path, m
         assert taken == {backend == "compiled"}
 
 
-def test_directories(tiny_data, tmp_path):
+def test_a_run_directory_must_be_new_or_resumed(tiny_data, tmp_path):
     recipe, run = tiny_recipe(tiny_data, schedule=Schedule(steps=2, batch_size=2)), tmp_path / "run"
     run.mkdir()  # an empty folder is as good as none
     assert train(recipe, run, device="cpu", console=silent(), resume=True).status == "finished"
