@@ -82,7 +82,7 @@ $(STAMPS)/cuda: $(STAMPS)/built $(CUDA_SOURCES)
 	test ! -e fastkd/_cuda.so || touch $@
 
 # The GPU code takes nvcc six minutes of one core: `make test` keeps it up to date only after a `make cuda`.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 50 --durations-min 2
 .PHONY: test-long
 test: build cmake $(wildcard $(STAMPS)/cuda)
 	$(PYTEST)
