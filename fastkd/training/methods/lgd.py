@@ -50,7 +50,7 @@ class LGDConfig(FeatureMethod):
     label = "LGD"
     compared_with = "fgfi"
     pays = (
-        "needs no teacher and pays in long runs on large objects; in a short run its instructive features are hardly "
+        "needs no teacher; in runs as short as these it has gained nothing, as its instructive features were hardly "
         "better than the student's own."
     )
 
