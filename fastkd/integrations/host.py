@@ -75,7 +75,7 @@ class Attachment:
         self.failures, self._succeeded = 0, False
         self.losses: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self.on_detach: list[Callable[[], None]] = []
+        self.on_detach: list[Callable[[], None]] = [] if teacher is None else [teacher.restore]
         claim(model, self)
 
     def __deepcopy__(self, memo: dict) -> Attachment:
