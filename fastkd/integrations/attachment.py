@@ -16,7 +16,7 @@ from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
 from fastkd.integrations.optimizer import MethodOptimizer, rate_for
-from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
+from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors, check_priors
 from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels, unit_scale
 from fastkd.integrations.report import Probe
 from fastkd.types import Batch, ClassPriors
@@ -90,6 +90,7 @@ class Distillation:
         seed: int = 0,
     ):
         check_method(method)
+        check_priors(priors)
         if num_classes < 1:
             raise ValueError(f"Distillation: num_classes must be at least 1, got {num_classes}; leave out background")
         if total_steps is not None and total_steps < 1:

@@ -63,6 +63,16 @@ class RunningPriors:
         self.sums, self.steps = state["sums"].to(self.sums), state["steps"]
 
 
+def check_priors(priors: object) -> None:
+    """Raises TypeError unless the priors are a `ClassPriors` or None."""
+    if priors is not None and not isinstance(priors, ClassPriors):
+        raise TypeError(
+            f"attach: priors must be a ClassPriors or None in this host, got {type(priors).__name__}; pass "
+            "fastkd.integrations.measure_priors(<boxes, labels and size of each image>, num_classes), or None to "
+            "measure them on the first batches"
+        )
+
+
 def measure_priors(
     targets: Iterable[tuple[Tensor, Tensor, tuple[int, int]]], num_classes: int, *, first_label: int = 0
 ) -> ClassPriors:
