@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class Hook:
@@ -35,21 +32,13 @@ class Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def claim(model: nn.Module, owner: object) -> None:
-    """Registers `owner` as the attachment of a model.
-
-    Raises: ValueError if the model already has one.
-    """
-    if _ATTACHED.get(model) is not None:
-        raise ValueError(
-            f"attach: this {type(model).__name__} has a distillation attached already; call its detach() first"
-        )
-    _ATTACHED[model] = owner
-
-
-def release(model: nn.Module) -> None:
-    """Removes the registered attachment of a model."""
-    _ATTACHED.pop(model, None)
+def check_unattached(model: nn.Module) -> None:
+    """Raises ValueError if hooks of an attachment are on the model or inside of it."""
+    for part in model.modules():
+        if any(isinstance(hook, Hook) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())):
+            raise ValueError(
+                f"attach: this {type(model).__name__} has a distillation attached already; call its detach() first"
+            )
 
 
 def check_plain(model: nn.Module) -> None:

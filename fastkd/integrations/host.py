@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.integrations.attachment import Distillation, HostStep
-from fastkd.integrations.hooks import Hook, check_plain, claim, release
+from fastkd.integrations.batches import warn_again
+from fastkd.integrations.hooks import Hook, check_plain, check_unattached
 from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import preserved_randomness
 
@@ -60,6 +61,13 @@ class Attachment:
         normalization: Normalization | None = None,
     ):
         check_plain(model)
+        check_unattached(model)
+        if teacher is not None and not set(model.parameters()).isdisjoint(teacher.module.parameters()):
+            teacher.restore()
+            raise ValueError(
+                "attach: teacher must be another model than the student, got one with parameters of the student, which "
+                "would be frozen; pass a trained detector, or a copy.deepcopy of the student"
+            )
         if distillation.needs_teacher and teacher is None:
             raise ValueError(
                 "attach: this method needs a teacher, got None; pass teacher=<trained detector>, or use method='lgd'"
@@ -75,8 +83,8 @@ class Attachment:
         self.failures, self._succeeded = 0, False
         self.losses: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self.on_detach: list[Callable[[], None]] = []
-        claim(model, self)
+        self.on_detach: list[Callable[[], None]] = [] if teacher is None else [teacher.restore]
+        warn_again()
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         return self
@@ -153,14 +161,13 @@ class Attachment:
             self._failed()
 
     def detach(self) -> None:
-        """Removes all hooks; afterwards the model differs from before only in its trained weights."""
+        """Removes all hooks and unfreezes the teacher; the model differs from before only in its trained weights."""
         for handle in self._handles:
             handle.remove()
         for undo in self.on_detach:
             undo()
         self._handles.clear()
         self.on_detach.clear()
-        release(self.model)
 
     @property
     def state(self) -> State:

@@ -105,7 +105,9 @@ class Teacher:
     ):
         self.module, self.features, self.scores = module, features or find_features(module), scores
         self.normalization, self.detect, self.num_classes = normalization, detect, num_classes
-        if any(part.training for part in module.modules()):
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._parameters = [(each, each.requires_grad) for each in module.parameters()]
+        if any(training for _, training in self._modes):
             warnings.warn(
                 "fastkd: the teacher was in train mode, its batch norms would follow the student's images; it is set "
                 "to eval mode now. Call teacher.eval() before attaching",
@@ -117,6 +119,13 @@ class Teacher:
         """Eval mode and no gradients."""
         self.module.eval()
         self.module.requires_grad_(False)
+
+    def restore(self) -> None:
+        """The modes and `requires_grad` with which the module was given."""
+        for part, training in self._modes:
+            part.training = training
+        for parameter, wanted in self._parameters:
+            parameter.requires_grad_(wanted)
 
     @torch.no_grad()
     def pyramid(self, images: Tensor, image_sizes: Tensor, normalization: Normalization) -> list[Tensor]:
