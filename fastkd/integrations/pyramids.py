@@ -143,15 +143,3 @@ class Projections(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """L tensors [B, inputs[l], H_l, W_l] -> [B, outputs[l], H_l, W_l]."""
         return [layer(level) for layer, level in zip(self.layers, levels, strict=True)]
-
-
-class FiniteGradient(torch.autograd.Function):
-    """Identity whose gradient is zero where it is not finite, so that a failed method cannot spoil the host."""
-
-    @staticmethod
-    def forward(ctx, level: Tensor) -> Tensor:
-        return level.view_as(level)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return torch.where(grad.isfinite().all(), grad, 0.0)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torchvision_cases import CLASSES, batch, detector
 
-from fastkd.integrations import Teacher, make_batch
+from fastkd.integrations import Distillation, HostStep, Teacher, make_batch
+from fastkd.integrations.gradients import FiniteGradient, GradientRecord
 from fastkd.integrations.torchvision import attach
 from fastkd.integrations.traces import preserved_randomness, unrecorded_statistics
 
@@ -45,6 +46,104 @@ def spoil(kd):
     next(iter(kd.distillation.network.method.parameters())).data.fill_(float("nan"))
 
 
+@METHODS
+def test_losses_that_are_not_finite_count_zero_where_they_are_not_checked(method, monkeypatch):
+    """As on a GPU after the first batches: total and gradients, also the head's, are those of the host alone."""
+    model, kd = attached(method)
+    losses_of(model)
+    spoil(kd)
+    monkeypatch.setattr(kd, "check_values", lambda device: False)
+    plain = detector("retinanet").train()
+    plain.load_state_dict(model.state_dict())
+    losses, expected = losses_of(model, 1), losses_of(plain, 1)
+    own = set(losses) - set(expected)
+    assert own and not any(losses[name].detach().any() for name in own)
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    wanted = gradients(plain)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, wanted[name], msg=name)
+    kd.step()
+    assert "not finite and counted as zero: 1 of 1" in kd.report()
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan")])
+def test_a_weight_that_is_not_finite(weight):
+    with pytest.raises(ValueError, match="weight must be finite, got"):
+        attached(weight=weight)
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+@pytest.mark.parametrize(("dtype", "factor", "seen"), [
+    (torch.float16, 65536.0, True), (torch.float16, 64.0, False), (torch.bfloat16, 65536.0, False),
+])  # fmt: skip
+def test_an_overflow_reaches_a_grad_scaler_and_no_one_else(dtype, factor, seen):
+    record, level = GradientRecord(), torch.ones(3, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        loss = _Overflow.apply(FiniteGradient.apply(level, record)).sum()
+    (factor * record.watch({"loss": loss})["loss"]).backward()
+    assert bool(level.grad.isfinite().all()) != seen
+    record.next_step()
+    assert int(record.zeroed_steps) == (not seen)
+
+
+def test_a_grad_scaler_lowers_its_scale_for_the_method():
+    """The method overflows in the first two steps; the host's steps are skipped and its weights stay finite."""
+    model, kd = attached("pkd")
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    watch, limit = GradientRecord.watch, 256.0
+    scales = []
+
+    def overflowing(record, losses):
+        scaled = scaler.get_scale() > limit
+        return watch(record, {name: _Overflow.apply(loss) if scaled else loss for name, loss in losses.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientRecord, "watch", overflowing)
+        for step in range(4):
+            with torch.autocast("cpu", torch.float16):
+                loss = total(model, step)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            kd.step()
+            scales.append(scaler.get_scale())
+    assert scales == [512.0, 256.0, 256.0, 256.0]
+    assert all(p.isfinite().all() for p in [*model.parameters(), *kd.distillation.network.parameters()])
+
+
+def test_gradients_that_are_often_not_finite_are_reported():
+    model, kd = attached()
+    for step in range(2):
+        total(model, step).backward()
+        if step:
+            next(iter(kd.distillation.network.parameters())).grad.fill_(float("inf"))
+        kd.step()
+    assert "not finite and counted as zero: 1 of 2" in kd.report() and "use bfloat16" in kd.report()
+
+
+def test_parameters_without_a_gradient_are_reported():
+    model, kd = attached()
+    total(model).backward()
+    kd.step()
+    assert "no gradient reached" not in kd.report()
+    total(model, 1).backward()
+    kd.distillation.network.method.auxiliary[0].weight.grad = None
+    kd.step()
+    assert "no gradient reached these parameters" in kd.report() and ": method.auxiliary.0.weight" in kd.report()
+
+
 def test_model_and_attachment_are_freed():
     model, kd = attached()
     total(model).backward()
@@ -53,6 +152,27 @@ def test_model_and_attachment_are_freed():
     del model, kd
     gc.collect()
     assert [reference() for reference in found] == [None] * 3
+
+
+def test_building_seeds_only_the_cpu(monkeypatch):
+    """torch.manual_seed would also seed every GPU of the host."""
+    model, kd = attached()
+    plain, start = detector("retinanet").train(), torch.get_rng_state()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded all devices"))
+    losses_of(plain)
+    expected = torch.get_rng_state()
+    torch.set_rng_state(start)
+    losses_of(model)
+    assert kd.state.computed == 1 and torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_distillation_of_its_own_preserves_the_hosts_random_numbers():
+    kd = Distillation("lgd", num_classes=2, detach_steps=0)
+    images, levels = torch.rand(1, 3, 32, 32), [torch.rand(1, 8, 4, 4, requires_grad=True)]
+    made = make_batch(images, [(32, 32)], [torch.tensor([[2.0, 2, 20, 20]])], [torch.tensor([1])], num_classes=2)
+    state = torch.get_rng_state()
+    kd(HostStep(made, levels, rerun=lambda others: {"loss": (others[0] * torch.rand(())).sum()}))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "xpu:0", "mps"])
