@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastkd.integrations.gradients import GradientRecord
+from fastkd.integrations.processes import distributed
 
 PUBLISHED_RATE, PUBLISHED_STEPS = 1e-4, 90_000  # of ICD's modules
 MOST_RATE = 1e-3  # above it the attention saturates on a few cells (docs/results/findings.md)
@@ -71,7 +72,7 @@ class MethodOptimizer:
             ]
         )
         flat /= torch.where(scale > 0, scale, 1.0).to(flat)  # before averaging: each process has its own factor
-        if _distributed():
+        if distributed():
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
         finite = torch.linalg.vector_norm(flat).isfinite()
@@ -82,7 +83,7 @@ class MethodOptimizer:
 
     def step(self, fraction: float) -> None:
         """One update with the learning rate at `fraction` of the run; does nothing without gradients."""
-        if self.adamw is not None and (_distributed() or any(p.grad is not None for p in self.parameters)):
+        if self.adamw is not None and (distributed() or any(p.grad is not None for p in self.parameters)):
             self._update(self.adamw, fraction)
         self.record.next_step()
 
@@ -102,7 +103,3 @@ class MethodOptimizer:
         """Restores the result of `state_dict`."""
         if self.adamw is not None:
             self.adamw.load_state_dict(state)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

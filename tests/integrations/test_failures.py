@@ -47,6 +47,16 @@ def spoil(kd):
 
 
 @METHODS
+def test_losses_that_are_not_finite_are_a_failure(method):
+    model, kd = attached(method)
+    losses_of(model)
+    spoil(kd)
+    with pytest.warns(UserWarning, match=r"(?s)this batch trains alone.*losses must be finite"):
+        losses = losses_of(model, 1)
+    assert set(losses) == {"classification", "bbox_regression"} and kd.state.failures == 1
+
+
+@METHODS
 def test_losses_that_are_not_finite_count_zero_where_they_are_not_checked(method, monkeypatch):
     """As on a GPU after the first batches: total and gradients, also the head's, are those of the host alone."""
     model, kd = attached(method)
@@ -152,6 +162,26 @@ def test_model_and_attachment_are_freed():
     del model, kd
     gc.collect()
     assert [reference() for reference in found] == [None] * 3
+
+
+def test_a_failure_keeps_no_tensors_of_its_batch():
+    model, kd = attached()
+    losses_of(model)
+    held = []
+
+    def broken(inputs, features):
+        held.append(weakref.ref(features["0"]))
+        raise RuntimeError("broken")
+
+    kd._host_step = broken
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="this batch trains alone"):
+            losses_of(model, 1)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_building_seeds_only_the_cpu(monkeypatch):
