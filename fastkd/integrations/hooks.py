@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ _ONLY_DDP = (
     "of the wrappers only DistributedDataParallel is supported, put around the model after attaching; "
     "DataParallel, FSDP and DeepSpeed are not"
 )
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class Hook:
@@ -43,21 +41,13 @@ class Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def claim(model: nn.Module, owner: object) -> None:
-    """Registers `owner` as the attachment of a model.
-
-    Raises: ValueError if the model already has one.
-    """
-    if _ATTACHED.get(model) is not None:
-        raise ValueError(
-            f"attach: this {type(model).__name__} has a distillation attached already; call its detach() first"
-        )
-    _ATTACHED[model] = owner
-
-
-def release(model: nn.Module) -> None:
-    """Removes the registered attachment of a model."""
-    _ATTACHED.pop(model, None)
+def check_unattached(model: nn.Module) -> None:
+    """Raises ValueError if hooks of an attachment are on the model or inside of it."""
+    for part in model.modules():
+        if any(isinstance(hook, Hook) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())):
+            raise ValueError(
+                f"attach: this {type(model).__name__} has a distillation attached already; call its detach() first"
+            )
 
 
 _WRAPPERS = (
