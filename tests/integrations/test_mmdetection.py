@@ -1,7 +1,7 @@
 """The mmdetection adapter: held to the calls of mmdetection 3's detectors, on stand-ins with their interface.
 
 The stand-ins (mmdetection_cases.py) copy the order of calls in `BaseDetector.forward`, `SingleStageDetector.loss` and
-`TwoStageDetector.loss`. Where mmdetection and mmcv's ops can be imported, the last test runs its own RetinaNet.
+`TwoStageDetector.loss`. Where mmdetection and mmcv's ops can be imported, the last test runs its own detectors.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from mmdetection_cases import Detector, TwoStageDetector, data
 from torch import nn
 from torchvision_cases import CLASSES, BasicNet
 
-from fastkd.integrations.mmdetection import attach
+from fastkd.integrations.mmdetection import _total, attach
 
 
 def attached(method, kind=Detector):
@@ -185,21 +185,44 @@ def test_bad_input():
     importlib.util.find_spec("mmdet") is None or importlib.util.find_spec("mmcv._ext") is None,
     reason="mmdetection with mmcv's ops is not installed",
 )
-def test_its_own_retinanet():
-    from mmdet.apis import init_detector
+@pytest.mark.parametrize("name", ["retinanet/retinanet", "faster_rcnn/faster-rcnn", "cascade_rcnn/cascade-rcnn"])
+@pytest.mark.parametrize("method", ["icd", "lgd", "scorel2"])
+def test_its_own_detectors(name, method):
+    from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
+    from mmdet.utils import register_all_modules
+    from mmengine.hub import get_config
     from mmengine.structures import InstanceData
 
-    model = init_detector("retinanet_r18_fpn_1x_coco", device="cpu").train()
-    kd = attach(model, "lgd", detach_steps=0)
-    given = data()
-    samples = []
-    for sample in given["data_samples"]:
-        boxes = getattr(sample.gt_instances.bboxes, "tensor", sample.gt_instances.bboxes)
-        own = DetDataSample(metainfo={"img_shape": sample.img_shape, "batch_input_shape": (64, 96)})
-        own.gt_instances = InstanceData(bboxes=boxes, labels=sample.gt_instances.labels)
-        samples.append(own)
-    losses = model(given["inputs"], samples, mode="loss")
-    losses["lgd_distill_loss"].backward()
+    register_all_modules()
+
+    def model_of(depth, seed):
+        config = get_config(f"mmdet::{name}_r50_fpn_1x_coco.py").model
+        config.backbone.depth, config.backbone.init_cfg, config.neck.in_channels = depth, None, [64, 128, 256, 512]
+        heads = config.get("roi_head", config).bbox_head
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.num_classes = CLASSES
+        torch.manual_seed(seed)
+        return MODELS.build(config)
+
+    def run(model):
+        given, samples = data(), []
+        for sample in given["data_samples"]:
+            boxes, shape = getattr(sample.gt_instances.bboxes, "tensor", sample.gt_instances.bboxes), sample.img_shape
+            own = DetDataSample(metainfo={"img_shape": shape, "batch_input_shape": (64, 96), "pad_shape": (64, 96)})
+            own.gt_instances = InstanceData(bboxes=boxes, labels=sample.gt_instances.labels)
+            samples.append(own)
+        torch.manual_seed(3)
+        losses = model(given["inputs"], samples, mode="loss")
+        return {key: _total(value) for key, value in losses.items()}, torch.rand(1)
+
+    model, plain = (model_of(18, 0).train() for _ in range(2))
+    kd = attach(model, method, teacher=None if method == "lgd" else model_of(34, 1).eval(), detach_steps=0)
+    (losses, following), (expected, plain_following) = run(model), run(plain)
+    assert all(torch.equal(losses[key], value) for key, value in expected.items())
+    assert torch.equal(following, plain_following) and kd.distillation.facts.num_classes == CLASSES
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    sum(value for key, value in losses.items() if "loss" in key).backward()
     kd.step()
-    assert losses["lgd_distill_loss"].isfinite()
+    assert losses[f"{method}_distill_loss"].isfinite()
+    assert any(key.startswith("lgd_") for key in losses) == (method == "lgd")
