@@ -37,7 +37,8 @@ class Campaign:
     """The runs of the table, their records and their files.
 
     Args:
-        hosts, seeds: of the table.
+        hosts: whose runs are made; the table also has the other recorded ones.
+        seeds: of the table.
         trial: sizes of a trial.
         device: "cpu" or "cuda".
         out: folder of data and weights.
@@ -74,10 +75,13 @@ class Campaign:
         self.write_page()
 
     def write_page(self) -> None:
-        """Writes hosts.md from the records."""
-        known = records.read(self.results / "hosts.json")
-        text = page(known, self.hosts, self.seeds, self.trial, self.device)
-        write_text(self.results / "hosts.md", text)
+        """Writes hosts.md from the records, also those of other hosts."""
+        path = self.results / "hosts.json"
+        with records.locked(path):
+            known = records.read(path)
+            begun = {record["host"] for record in known if record["method"] not in ("teacher", "start")}
+            hosts = [host for host in HOSTS if host in begun | set(self.hosts)]
+            write_text(self.results / "hosts.md", page(known, hosts, self.seeds, self.trial, self.device))
 
     def is_kept(self, run: Run) -> bool:
         """Whether the files of a run are there, made with its settings."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,22 @@ def find(records: Iterable[Record], run: Run, settings: Record) -> Record | None
 def add(path: Path, record: Record) -> list[Record]:
     """Writes a record to the file, in the place of one of the same run; returns all records.
 
-    The file is read again, so that records which others added meanwhile are kept.
+    The file is read again under a lock, so that records which other campaigns added meanwhile are kept.
     """
-    others = [one for one in read(path) if run_of(one) != run_of(record)]
-    records = sorted([*others, record], key=lambda one: (one["host"], one["seed"], one["method"]))
-    write_json_list(path, records)
+    with locked(path):
+        others = [one for one in read(path) if run_of(one) != run_of(record)]
+        records = sorted([*others, record], key=lambda one: (one["host"], one["seed"], one["method"]))
+        write_json_list(path, records)
     return records
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until nobody else is in such a context for the file's folder; the lock ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.methods import METHODS, HostFacts, check_method, needs_scores, needs_teacher, settings_of
 from fastkd.integrations.network import MethodNetwork
 from fastkd.integrations.optimizer import MethodOptimizer, rate_for
-from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors
+from fastkd.integrations.priors import MEASURED_STEPS, RunningPriors, check_priors
 from fastkd.integrations.pyramids import PyramidSpec, check_pyramid, match_levels, unit_scale
 from fastkd.integrations.report import Probe
+from fastkd.integrations.traces import preserved_randomness
 from fastkd.types import Batch, ClassPriors
 
 FORMAT = 2
@@ -51,9 +53,9 @@ class HostStep:
 class Distillation:
     """A distillation method in a host: `losses = distillation(HostStep(...))`, later `distillation.step()`.
 
-    The method's modules are built in the first step, when the pyramids are known, without advancing the host's random
-    generators. They have a separate optimiser, with a learning rate schedule over the host's run. A Distillation is not
-    an nn.Module, so that a host which holds it does not train, average or save it.
+    The method's modules are built in the first step, when the pyramids are known. They have a separate optimiser, with
+    a learning rate schedule over the host's run. A step does not advance the host's random generators. A Distillation
+    is not an nn.Module, so that a host which holds it does not train, average or save it.
 
     Args:
         method: "icd", "lgd", "fgfi", "pkd", "cwd", "scorel2" or a `Distiller`.
@@ -69,7 +71,7 @@ class Distillation:
         lr: learning rate of AdamW for the method's modules; None: the published 1e-4 in runs of 90,000 steps or of
             unknown length, up to ten times as much in shorter ones (`optimizer.rate_for`).
         weight_decay: of the same AdamW.
-        weight: factor on all losses of the method that reach the student.
+        weight: finite factor on all losses of the method that reach the student.
         seed: seed of the method's initial weights and random numbers.
     """
 
@@ -90,10 +92,13 @@ class Distillation:
         seed: int = 0,
     ):
         check_method(method)
+        check_priors(priors)
         if num_classes < 1:
             raise ValueError(f"Distillation: num_classes must be at least 1, got {num_classes}; leave out background")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"Distillation: total_steps must be at least 1, got {total_steps}; or None if unknown")
+        if not math.isfinite(weight):
+            raise ValueError(f"Distillation: weight must be finite, got {weight}; 1 is the published value")
         self.method, self.given_priors = method, priors
         self.facts = HostFacts(num_classes, two_stage, anchors, channels)
         self.total_steps, self.detach_steps, self.lr, self.weight_decay = total_steps, detach_steps, lr, weight_decay
@@ -105,6 +110,7 @@ class Distillation:
         self.detach_fraction = 0.0
         self.teacher_scale = 1.0  # on the teacher's pyramid in ICD by name; measured in the first step
         self.steps = self.computed = self.computed_since_step = 0
+        self.finite: Tensor | bool = True  # whether the losses of the last batch were
         self._loaded: dict[str, Any] | None = None
 
     @property
@@ -131,9 +137,18 @@ class Distillation:
         return self
 
     def __call__(self, step: HostStep) -> dict[str, Tensor]:
-        """The weighted losses of a step; the host adds their sum to its loss.
+        """The weighted losses of a step; the host adds their sum to its loss. All are 0 if one is not finite.
 
         Raises: ValueError or TypeError if pyramids or batch do not fit, before any state of the host is changed.
+        """
+        student, teacher = self.check(step)
+        with preserved_randomness(student[0].device):
+            return self._losses(step, student, teacher)
+
+    def check(self, step: HostStep) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The levels of student and teacher. In a distributed run it does not wait for the other processes.
+
+        Raises: ValueError or TypeError if they do not fit.
         """
         student = check_pyramid("student", step.student, len(step.batch))
         teacher = None
@@ -141,6 +156,15 @@ class Distillation:
             if step.teacher is None:
                 raise ValueError("Distillation: this method needs HostStep.teacher, got None; pass a teacher")
             teacher = check_pyramid("teacher", step.teacher, len(step.batch))
+        widths = tuple(level.shape[1] for level in student)
+        if self.network is not None and widths != self.network.spec.student:
+            raise ValueError(
+                f"Distillation: student must have the levels of the first step {self.network.spec.student}, got "
+                f"{widths}; attach anew after changing the model"
+            )
+        return student, teacher
+
+    def _losses(self, step: HostStep, student: list[Tensor], teacher: list[Tensor] | None) -> dict[str, Tensor]:
         network = self._ready(student, teacher, step.batch)
         self._measure(step.batch)
         distilled = network(student, step.batch, teacher, detach_student=self._detached(), scores=step.scores)
@@ -151,7 +175,8 @@ class Distillation:
         self._warn_without_steps()
         if self.probe.due(self.computed):
             self.probe.measure(self.computed, losses, student, step)
-        return self.optimizer.watch(losses) if self.optimizer else losses
+        self.finite = finite = torch.stack([loss.detach().isfinite() for loss in losses.values()]).all()
+        return network.record.watch({name: torch.where(finite, loss, 0.0) for name, loss in losses.items()})
 
     def step(self) -> None:
         """Updates the method's modules; call it after the step of the host's optimiser."""
@@ -161,8 +186,9 @@ class Distillation:
 
     def build(self, spec: PyramidSpec, device: torch.device) -> MethodNetwork:
         """Builds the method's modules for these pyramids."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        # Of all generators only the CPU's is seeded, also where another device is the default.
+        with preserved_randomness(torch.device("cpu")), torch.device("cpu"):
+            torch.default_generator.manual_seed(self.seed)
             method = self.method
             if isinstance(method, str):
                 facts = dataclasses.replace(self.facts, teacher_scale=self.teacher_scale)
@@ -172,7 +198,7 @@ class Distillation:
         self.network, self.detach_fraction = network, settings.detach_fraction
         rate = rate_for(self.total_steps) if self.lr is None else self.lr
         self.optimizer = MethodOptimizer(
-            network.parameters(), lr=rate, weight_decay=self.weight_decay, clip=settings.clip
+            network.parameters(), network.record, lr=rate, weight_decay=self.weight_decay, clip=settings.clip
         )
         return network
 
@@ -193,12 +219,6 @@ class Distillation:
             network = self.build(spec, student[0].device)
             self._restore(self._loaded)
             self._loaded = None
-        widths = tuple(level.shape[1] for level in student)
-        if widths != network.spec.student:
-            raise ValueError(
-                f"Distillation: student must have the levels of the first step {network.spec.student}, got {widths}; "
-                "attach anew after changing the model"
-            )
         return network
 
     def _priors(self, device: torch.device) -> ClassPriors:
@@ -231,8 +251,15 @@ class Distillation:
                 f"Distillation: {type(method).__name__} needs HostStep.rerun, got None; give the host's head and loss "
                 "as a function of a pyramid"
             )
+        # Infinite features would write gradients of NaN into the host's head, even if the losses counted 0 afterwards.
+        # So the head gets zeros, and the losses are NaN, which counts 0 later.
+        finite = torch.stack([level.detach().isfinite().all() for level in instructive]).all()
+        losses = step.rerun([torch.where(finite, level, 0.0) for level in instructive])
         prefix = self.method if isinstance(self.method, str) else type(method).__name__.lower()
-        return {f"{prefix}_{name}": method.instructive_weight * loss for name, loss in step.rerun(instructive).items()}
+        return {
+            f"{prefix}_{name}": torch.where(finite, method.instructive_weight * loss, math.nan)
+            for name, loss in losses.items()
+        }
 
     def _warn_without_steps(self) -> None:
         if self.computed_since_step == WARN_AFTER:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastkd.types import Batch
 
+_warned: set[str] = set()  # kinds of warnings since the last attachment was made
+
 
 def image_seeds(seed: int, step: int, images: int) -> list[int]:
     """A seed for each image of this process, independent of how a batch is split over processes."""
@@ -70,6 +72,8 @@ def make_batch(
     limits = sizes.flip(1).float()[index].to(device, non_blocking=True)  # [K, 2] width, height
     if check:
         _check_values(all_boxes, all_labels, limits, num_classes, first_label)
+    # Unchecked values are made harmless without synchronisation: an index out of bounds ends a process that uses CUDA.
+    all_boxes, all_labels = all_boxes.nan_to_num(), all_labels.clamp(0, num_classes - 1)
     start = torch.minimum(all_boxes[:, :2].clamp(min=0), limits - 1)
     end = torch.minimum(torch.maximum(all_boxes[:, 2:], start + 1), limits)
     return Batch(
@@ -87,6 +91,18 @@ def make_batch(
     )
 
 
+def warn_once(kind: str, text: str) -> None:
+    """Warns unless there was such a warning since `warn_again`; the text may differ from batch to batch."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"fastkd: {text}", stacklevel=4)
+
+
+def warn_again() -> None:
+    """Allows every warning once more, for a new run."""
+    _warned.clear()
+
+
 def _check_values(boxes: Tensor, labels: Tensor, limits: Tensor, num_classes: int, first_label: int) -> None:
     if not len(labels):
         return
@@ -100,12 +116,12 @@ def _check_values(boxes: Tensor, labels: Tensor, limits: Tensor, num_classes: in
         raise ValueError("make_batch: boxes must be finite, got NaN or infinity; leave such boxes out")
     outside = (boxes < -1).any(1) | (boxes[:, 2:] > limits + 1).any(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
     if bool(outside.any()):
-        warnings.warn(
-            f"fastkd: {int(outside.sum())} of {len(boxes)} boxes reach out of their image or are empty, for instance "
+        warn_once(
+            "boxes",
+            f"{int(outside.sum())} of {len(boxes)} boxes reach out of their image or are empty, for instance "
             f"{[round(side, 1) for side in boxes[outside][0].tolist()]} in (width, height) "
             f"{limits[outside][0].tolist()}; they are clamped for the distillation. Check the units and the order of "
             "the coordinates: xyxy in pixels of the transformed image",
-            stacklevel=2,
         )
 
 

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
-from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.hooks import check_plain, check_trained, host_version, no_levels, warn_of_fresh_method
 from fastkd.integrations.host import Attachment
-from fastkd.integrations.known_teachers import pick_teacher
-from fastkd.integrations.teachers import Normalization, Teacher
+from fastkd.integrations.known_teachers import (
+    detectron2_classes,
+    detectron2_normalization,
+    pick_teacher,
+    student_classes,
+)
+from fastkd.integrations.teachers import Teacher
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -51,15 +56,10 @@ def attach(
     missing = [name for name in ("backbone", "preprocess_image", "pixel_mean") if not hasattr(model, name)]
     if missing:
         raise TypeError(
-            f"attach: model must be a detectron2 detector, got {type(model).__name__} without {', '.join(missing)}; "
-            "use fastkd.integrations.HostStep for others"
+            f"attach: model must be a detectron2 detector, got {type(model).__name__} without {', '.join(missing)} "
+            f"({host_version('detectron2')}); use fastkd.integrations.HostStep for others"
         )
-    noted = _model_classes(model)
-    classes = noted if num_classes is None else num_classes
-    if classes is None:
-        raise ValueError("attach: num_classes must be given, as this model does not tell it; pass that of the data")
-    if noted not in (None, classes):
-        raise ValueError(f"attach: num_classes must be that of the model, {noted}, got {num_classes}; set it there")
+    classes = student_classes(detectron2_classes(model), num_classes)
     distillation = Distillation(
         method,
         num_classes=classes,
@@ -75,8 +75,7 @@ class Detectron2Attachment(Attachment):
     """Hooks before and after the model and after its backbone; see `attach`."""
 
     def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
-        mean, std = (tuple((value.flatten() / 255).tolist()) for value in (model.pixel_mean, model.pixel_std))
-        super().__init__(model, distillation, teacher, Normalization(mean, std))
+        super().__init__(model, distillation, teacher, detectron2_normalization(model))
         self._inputs: list[dict] | None = None
         self._features: tuple[Tensor, dict[str, Tensor]] | None = None
         self.pre_hook(model, self._keep_inputs)
@@ -92,11 +91,14 @@ class Detectron2Attachment(Attachment):
 
     def _add_losses(self, module: nn.Module, args: tuple, output: Any) -> Any:
         inputs, features, self._inputs, self._features = self._inputs, self._features, None, None
-        if inputs is None or features is None:
+        if inputs is None:
             return None
-        return {**output, **self.distil(features[0].device, lambda: self._host_step(inputs, *features))}
+        return {**output, **self.distil(self.model.pixel_mean.device, lambda: self._host_step(inputs, features))}
 
-    def _host_step(self, inputs: list[dict], images: Tensor, features: dict[str, Tensor]) -> HostStep:
+    def _host_step(self, inputs: list[dict], seen: tuple[Tensor, dict[str, Tensor]] | None) -> HostStep:
+        if seen is None:
+            raise no_levels(self.model, "backbone", "detectron2")
+        images, features = seen
         distillation, instances = self.distillation, [entry["instances"] for entry in inputs]
         batch = make_batch(
             images,
@@ -131,6 +133,9 @@ class Detectron2Attachment(Attachment):
 
         class DistillationHook(HookBase):
             def before_train(self) -> None:
+                check_trained(getattr(self.trainer, "model", attachment.model), attachment.model)
+                missing = "its checkpoint has no state of DistillationHook"
+                warn_of_fresh_method(attachment.distillation.steps, self.trainer.start_iter, missing)
                 attachment.distillation.total_steps = self.trainer.max_iter
 
             def after_step(self) -> None:
@@ -155,14 +160,8 @@ def _without_side_effects(model: nn.Module) -> Iterator[None]:
 
     normalizers = {part: part.loss_normalizer for part in model.modules() if hasattr(part, "loss_normalizer")}
     try:
-        with EventStorage(0):
+        with EventStorage(1):  # not 0, at which a model with a vis_period would draw its proposals
             yield
     finally:
         for part, value in normalizers.items():
             part.loss_normalizer = value
-
-
-def _model_classes(model: nn.Module) -> int | None:
-    """The model's number of object classes; None if it has no such attribute."""
-    owner = getattr(model, "roi_heads", model)
-    return getattr(owner, "num_classes", None)

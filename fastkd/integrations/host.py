@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 import warnings
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.integrations.attachment import Distillation, HostStep
-from fastkd.integrations.hooks import Hook, check_plain, claim, release
+from fastkd.integrations.batches import warn_again
+from fastkd.integrations.hooks import Hook, check_plain, check_unattached
+from fastkd.integrations.processes import Agreement
 from fastkd.integrations.teachers import Normalization, Teacher
 from fastkd.integrations.traces import preserved_randomness
 
 MAX_FAILURES = 3  # consecutive failed batches, after which distillation stops
-CHECKED_STEPS = 20  # first steps, in which the values of targets are checked on a GPU, too
+CHECKED_STEPS, CHECK_EVERY = 20, 100  # in the first steps and later in some, values are checked on a GPU, too
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class State:
 class Attachment:
     """A method attached to a host's model by hooks; `detach` removes them.
 
-    If the method fails after its first batch, it warns and the batch trains without distillation.
+    If the method fails after its first batch, it warns and the batch trains without distillation, in a distributed run
+    in all processes.
 
     Args:
         model: the host's model, neither compiled nor wrapped.
@@ -60,6 +64,13 @@ class Attachment:
         normalization: Normalization | None = None,
     ):
         check_plain(model)
+        check_unattached(model)
+        if teacher is not None and not set(model.parameters()).isdisjoint(teacher.module.parameters()):
+            teacher.restore()
+            raise ValueError(
+                "attach: teacher must be another model than the student, got one with parameters of the student, which "
+                "would be frozen; pass a trained detector, or a copy.deepcopy of the student"
+            )
         if distillation.needs_teacher and teacher is None:
             raise ValueError(
                 "attach: this method needs a teacher, got None; pass teacher=<trained detector>, or use method='lgd'"
@@ -75,8 +86,9 @@ class Attachment:
         self.failures, self._succeeded = 0, False
         self.losses: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self.on_detach: list[Callable[[], None]] = []
-        claim(model, self)
+        self.on_detach: list[Callable[[], None]] = [] if teacher is None else [teacher.restore]
+        self._on_inputs, self._on_losses, self._on_update = Agreement(), Agreement(), Agreement()
+        warn_again()
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         return self
@@ -97,33 +109,54 @@ class Attachment:
         return self.model.training and torch.is_grad_enabled() and self.failures < MAX_FAILURES
 
     def check_values(self, device: torch.device) -> bool:
-        """Whether to check the values of this batch's targets: always on a CPU, in the first batches on a GPU."""
-        return device.type == "cpu" or self.distillation.computed < CHECKED_STEPS
+        """Whether to check the values of this batch's targets and losses: always on a CPU, at times on a GPU."""
+        computed = self.distillation.computed
+        return device.type == "cpu" or computed < CHECKED_STEPS or computed % CHECK_EVERY == 0
 
     def distil(self, device: torch.device, make_step: Callable[[], HostStep]) -> dict[str, Tensor]:
-        """The losses of a batch; {} if the method fails.
+        """The losses of a batch; {} if the method fails, in a distributed run in any process.
 
         Raises: any exception of the first batch, since the host's run has made no progress yet.
         """
-        try:
-            with preserved_randomness(device):
-                step = make_step()
-                if self.distillation.needs_scores and self.teacher is not None and step.teacher is not None:
-                    step.scores = self.teacher.cell_scores(step.teacher)
-                losses = self.distillation(step)
-        except Exception:
-            if not self._succeeded:
-                raise
-            self._failed()
-            return {}
+        check = self.check_values(device)
+        with preserved_randomness(device):
+            # The processes agree on what may fail by their data before a method waits for all of them.
+            step = self._on_inputs.attempt(lambda: self._complete(make_step()))
+        if isinstance(step, Exception):
+            return self._failed(step, raises=not self._succeeded)
+        losses = self._on_losses.attempt(functools.partial(self._losses, step, check))
+        if isinstance(losses, Exception):
+            return self._failed(losses, raises=not self._succeeded)
         self.failures, self._succeeded = 0, True
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         return losses
 
-    def _failed(self) -> None:
-        self.failures += 1
+    def _complete(self, step: HostStep) -> HostStep:
+        """The step with the teacher's scores, if the method needs them, and levels that fit."""
+        if self.distillation.needs_scores and self.teacher is not None and step.teacher is not None:
+            step.scores = self.teacher.cell_scores(step.teacher)
+        self.distillation.check(step)
+        return step
+
+    def _losses(self, step: HostStep, check: bool) -> dict[str, Tensor]:
+        losses = self.distillation(step)
+        if check and not bool(self.distillation.finite):
+            raise FloatingPointError(
+                "Distillation: the losses must be finite, got NaN or infinity; lower lr or weight, or use bfloat16 in "
+                "place of float16"
+            )
+        return losses
+
+    def _failed(self, error: Exception, *, raises: bool, failures: int = 1) -> dict[str, Tensor]:
+        """Counts and warns; returns no losses."""
+        if raises:
+            raise error
+        self.failures += failures
         end = "; the run goes on without distillation" if self.failures >= MAX_FAILURES else "; this batch trains alone"
-        warnings.warn(f"fastkd: the distillation of a batch failed{end}:\n{traceback.format_exc()}", stacklevel=3)
+        text = "".join(traceback.format_exception(error))
+        warnings.warn(f"fastkd: the distillation of a batch failed{end}:\n{text}", stacklevel=3)
+        error.__traceback__ = None  # its frames hold the tensors of the batch
+        return {}
 
     def try_to_save(self, path: str | os.PathLike) -> None:
         """`save` for a host's callbacks: a file that cannot be written, as on a full disk, is a warning."""
@@ -140,27 +173,24 @@ class Attachment:
         return self.teacher.pyramid(images, image_sizes, self.normalization)
 
     def step(self) -> None:
-        """Updates the method's modules; call it after optimizer.step().
+        """Updates the method's modules; call it after optimizer.step(). Does nothing after MAX_FAILURES failures.
 
         Raises: any exception of the first update; a later one is a warning and ends the distillation.
         """
-        try:
-            self.distillation.step()
-        except Exception:
-            if self.distillation.steps <= 1:
-                raise
-            self.failures = MAX_FAILURES - 1
-            self._failed()
+        if self.failures >= MAX_FAILURES:
+            return
+        error = self._on_update.attempt(self.distillation.step)
+        if error is not None:
+            self._failed(error, raises=self.distillation.steps <= 1, failures=MAX_FAILURES)
 
     def detach(self) -> None:
-        """Removes all hooks; afterwards the model differs from before only in its trained weights."""
+        """Removes all hooks and unfreezes the teacher; the model differs from before only in its trained weights."""
         for handle in self._handles:
             handle.remove()
         for undo in self.on_detach:
             undo()
         self._handles.clear()
         self.on_detach.clear()
-        release(self.model)
 
     @property
     def state(self) -> State:

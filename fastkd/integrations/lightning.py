@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from fastkd.integrations.hooks import check_trained, warn_of_fresh_method
 from fastkd.integrations.host import Attachment
 
 
@@ -27,7 +28,13 @@ class DistillationCallback(pl.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Sets the run's length."""
+        """Sets the run's length.
+
+        Raises: ValueError if the Trainer trains another model, or its strategy is not supported.
+        """
+        check_trained(trainer.strategy.model, self.attachment.model)
+        missing = "its checkpoint has no state of DistillationCallback"
+        warn_of_fresh_method(self.attachment.distillation.steps, trainer.global_step, missing)
         total = trainer.estimated_stepping_batches
         self.attachment.distillation.total_steps = int(total) if total != float("inf") else None
         self._steps = trainer.global_step

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
-from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.hooks import check_plain, check_trained, host_version, no_levels, warn_of_fresh_method
 from fastkd.integrations.host import Attachment
-from fastkd.integrations.known_teachers import pick_teacher
-from fastkd.integrations.teachers import Normalization, Teacher
+from fastkd.integrations.known_teachers import (
+    mmdetection_classes,
+    mmdetection_normalization,
+    pick_teacher,
+    student_classes,
+)
+from fastkd.integrations.teachers import Teacher
 from fastkd.integrations.traces import unrecorded_statistics
 from fastkd.types import ClassPriors
 
@@ -46,19 +51,16 @@ def attach(
         priors: class priors for ICD; None measures them from the first batches.
         total_steps: optimiser steps of the run; set automatically with `callback`.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is not supported, or the number of classes is unknown.
+    Raises: ValueError or TypeError if the model is not supported, or the classes do not fit.
     """
     check_plain(model)
     missing = [name for name in ("extract_feat", "loss", "data_preprocessor") if not hasattr(model, name)]
     if missing:
         raise TypeError(
-            f"attach: model must be an mmdetection detector, got {type(model).__name__} without {', '.join(missing)}; "
-            "use fastkd.integrations.HostStep for others"
+            f"attach: model must be an mmdetection detector, got {type(model).__name__} without {', '.join(missing)} "
+            f"({host_version('mmdet')}); use fastkd.integrations.HostStep for others"
         )
-    head = getattr(getattr(model, "roi_head", None), "bbox_head", None) or getattr(model, "bbox_head", None)
-    classes = num_classes if num_classes is not None else getattr(head, "num_classes", None)
-    if classes is None:
-        raise ValueError("attach: num_classes must be given, as this head does not tell it; pass that of the data")
+    classes = student_classes(mmdetection_classes(model), num_classes)
     distillation = Distillation(
         method,
         num_classes=classes,
@@ -77,12 +79,7 @@ class MMDetectionAttachment(Attachment):
     """
 
     def __init__(self, model: Any, distillation: Distillation, teacher: Teacher | None):
-        prepare = model.data_preprocessor
-        normalization = Normalization()
-        if getattr(prepare, "mean", None) is not None:
-            values = (tuple((value.flatten() / 255).tolist()) for value in (prepare.mean, prepare.std))
-            normalization = Normalization(*values)
-        super().__init__(model, distillation, teacher, normalization)
+        super().__init__(model, distillation, teacher, mmdetection_normalization(model))
         self._inputs: dict[str, Any] = {}
         self._levels: list[Tensor] | None = None
         self.pre_hook(model, self._keep_inputs)
@@ -100,12 +97,14 @@ class MMDetectionAttachment(Attachment):
 
     def _add_losses(self, module: nn.Module, args: tuple, output: Any) -> Any:
         inputs, levels, self._inputs, self._levels = self._inputs, self._levels, {}, None
-        if not inputs or levels is None:
+        if not inputs or inputs.get("data_samples") is None:
             return None
-        losses = self.distil(levels[0].device, lambda: self._host_step(inputs, levels))
+        losses = self.distil(inputs["inputs"].device, lambda: self._host_step(inputs, levels))
         return {**output, **{name if "loss" in name else f"{name}_loss": value for name, value in losses.items()}}
 
-    def _host_step(self, inputs: dict[str, Any], levels: list[Tensor]) -> HostStep:
+    def _host_step(self, inputs: dict[str, Any], levels: list[Tensor] | None) -> HostStep:
+        if levels is None:
+            raise no_levels(self.model, "neck" if getattr(self.model, "neck", None) else "backbone", "mmdet")
         images, samples, distillation = inputs["inputs"], inputs["data_samples"], self.distillation
         boxes = [sample.gt_instances.bboxes for sample in samples]
         batch = make_batch(
@@ -139,6 +138,8 @@ class MMDetectionAttachment(Attachment):
 
         class DistillationHook(Hook):
             def before_train(self, runner: Any) -> None:
+                check_trained(runner.model, attachment.model)
+                warn_of_fresh_method(attachment.distillation.steps, runner.iter, f"its checkpoint has no key {KEY!r}")
                 accumulated = getattr(runner.optim_wrapper, "_accumulative_counts", 1)  # it has no public name
                 attachment.distillation.total_steps = math.ceil(runner.max_iters / accumulated)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distillers.protocol import Distilled, Distiller
+from fastkd.integrations.gradients import FiniteGradient, GradientRecord
 from fastkd.integrations.methods import LevelwiseICD
-from fastkd.integrations.pyramids import FiniteGradient, Projections, PyramidSpec, resample, widen
+from fastkd.integrations.pyramids import Projections, PyramidSpec, resample, widen
 from fastkd.types import Batch
 
 
@@ -23,7 +24,7 @@ class MethodNetwork(nn.Module):
 
     def __init__(self, method: Distiller, spec: PyramidSpec):
         super().__init__()
-        self.method, self.spec = method, spec
+        self.method, self.spec, self.record = method, spec, GradientRecord()
         widths = spec.student_widths
         channels = getattr(method, "channels", None) or max(spec.teacher_widths or widths)
         self.to_method = Projections(widths, [channels] * len(widths))
@@ -49,7 +50,7 @@ class MethodNetwork(nn.Module):
             scores: class scores of the teacher's cells, for methods that need them.
         """
         dtype = self._dtype(student[0])
-        levels = [FiniteGradient.apply(student[mine]) for mine, _ in self.spec.pairs]
+        levels = [FiniteGradient.apply(student[mine], self.record) for mine, _ in self.spec.pairs]
         levels = self.to_method([level.to(dtype) for level in levels])
         guides = None
         if self.method.needs_teacher:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.integrations.processes import distributed
 from fastkd.types import Batch, ClassPriors
 
 MEASURED_STEPS = 1000  # number of batches to measure the priors on
@@ -35,7 +36,7 @@ class RunningPriors:
         wh = (boxes[:, 2:] - boxes[:, :2]).to(self.sums) / sizes.to(self.sums).flip(1)
         rows = torch.cat([torch.ones_like(wh[:, :1]), wh, wh.square()], dim=1)
         added = torch.zeros_like(self.sums).index_put((labels,), rows, accumulate=True)
-        if shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if shared and distributed():
             dist.all_reduce(added)
         self.sums += added
         self.steps += 1
@@ -61,6 +62,16 @@ class RunningPriors:
     def load_state_dict(self, state: dict) -> None:
         """Restores the result of `state_dict`."""
         self.sums, self.steps = state["sums"].to(self.sums), state["steps"]
+
+
+def check_priors(priors: object) -> None:
+    """Raises TypeError unless the priors are a `ClassPriors` or None."""
+    if priors is not None and not isinstance(priors, ClassPriors):
+        raise TypeError(
+            f"attach: priors must be a ClassPriors or None in this host, got {type(priors).__name__}; pass "
+            "fastkd.integrations.measure_priors(<boxes, labels and size of each image>, num_classes), or None to "
+            "measure them on the first batches"
+        )
 
 
 def measure_priors(

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.integrations.processes import distributed
+
 LARGE = 3.0  # root mean square of a pyramid beyond which attention saturates
 MAX_OCTAVES = 0.5  # levels are matched only if their strides differ by at most a factor of sqrt(2)
 
@@ -101,7 +103,7 @@ def unit_scale(levels: Sequence[Tensor]) -> float:
     """
     squares = torch.stack([level.detach().float().square().sum() for level in levels]).sum()
     both = torch.stack([squares, squares.new_tensor(sum(level.numel() for level in levels))])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if distributed():
         dist.all_reduce(both)
     size = math.sqrt(float(both[0] / both[1]))
     return 1 / size if LARGE < size < math.inf else 1.0
@@ -143,15 +145,3 @@ class Projections(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """L tensors [B, inputs[l], H_l, W_l] -> [B, outputs[l], H_l, W_l]."""
         return [layer(level) for layer, level in zip(self.layers, levels, strict=True)]
-
-
-class FiniteGradient(torch.autograd.Function):
-    """Identity whose gradient is zero where it is not finite, so that a failed method cannot spoil the host."""
-
-    @staticmethod
-    def forward(ctx, level: Tensor) -> Tensor:
-        return level.view_as(level)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return torch.where(grad.isfinite().all(), grad, 0.0)

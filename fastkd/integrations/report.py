@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SETTLED = 64  # number of batches from which the gradient shares are reliable
 TOO_WEAK, TOO_STRONG = 0.001, 0.9  # limits of a loss's share of the gradient at the levels
 KNOWN_SCORE, KNOWN_IOU = 0.3, 0.5
+MANY_ZEROED = 0.1  # share of the steps; in the first ones a GradScaler still lowers its scale
 
 
 class Probe:
@@ -97,10 +98,23 @@ class Probe:
             lines.append(self._teacher_line(teacher.detect(images), wrong))
         if distillation.computed and not distillation.steps:
             wrong.append("kd.step() was never called: call it after optimizer.step()")
+        record, steps = network.record, distillation.steps
+        if zeroed := int(record.zeroed_steps):
+            lines.append(f"steps in which a gradient was not finite and counted as zero: {zeroed} of {steps}")
+            if zeroed > MANY_ZEROED * steps:
+                wrong.append("gradients are often not finite: use bfloat16 in place of float16, or lower `weight`")
+        if unused := self._without_gradient(distillation):
+            wrong.append(f"no gradient reached these parameters of the method in the last step: {', '.join(unused)}")
         if failures:
             wrong.append(f"the last {failures} batches failed; see the warnings")
         lines.append("looks wrong: " + "; ".join(wrong) if wrong else "nothing looks wrong")
         return "\n".join(lines)
+
+    def _without_gradient(self, distillation: Distillation) -> list[str]:
+        """Names of the method's parameters that had no gradient in the last step."""
+        assert distillation.network is not None and distillation.optimizer is not None
+        named = [name for name, each in distillation.network.named_parameters() if each.requires_grad]
+        return [named[index] for index in distillation.optimizer.without_gradient]
 
     def _gradient_lines(self, wrong: list[str]) -> list[str]:
         lines, reached = [], False

@@ -93,6 +93,8 @@ class Teacher:
             score-weighted L2; None if unknown.
     """
 
+    usually_in_train_mode = False  # a module in train mode is no sign of a mistake
+
     def __init__(
         self,
         module: nn.Module,
@@ -104,8 +106,13 @@ class Teacher:
         scores: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ):
         self.module, self.features, self.scores = module, features or find_features(module), scores
-        self.normalization, self.detect, self.num_classes = normalization, detect, num_classes
-        if any(part.training for part in module.modules()):
+        self.normalization, self.num_classes = normalization, num_classes
+        self.detect = None if detect is None else functools.partial(self._detect, detect)
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._parameters = [(each, each.requires_grad) for each in module.parameters()]
+        self._dtype = next((each.dtype for each, _ in self._parameters), None)
+        self._frozen = False
+        if any(training for _, training in self._modes) and not self.usually_in_train_mode:
             warnings.warn(
                 "fastkd: the teacher was in train mode, its batch norms would follow the student's images; it is set "
                 "to eval mode now. Call teacher.eval() before attaching",
@@ -117,11 +124,33 @@ class Teacher:
         """Eval mode and no gradients."""
         self.module.eval()
         self.module.requires_grad_(False)
+        self._frozen = True
+
+    def restore(self) -> None:
+        """The modes, dtype and `requires_grad` with which the module was given; the next use freezes it again."""
+        for part, training in self._modes:
+            part.training = training
+        for parameter, wanted in self._parameters:
+            parameter.requires_grad_(wanted)
+        if self._dtype is not None and self._dtype != self._parameters[0][0].dtype:
+            self.module.to(self._dtype)
+        self._frozen = False
+
+    def _detect(
+        self, detect: Callable[[Sequence[Tensor]], Any], images: Sequence[Tensor]
+    ) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
+        """Detections of the frozen teacher, also after `restore`."""
+        restored = not self._frozen
+        self.freeze()
+        found = detect(images)
+        if restored:
+            self.restore()
+        return found
 
     @torch.no_grad()
     def pyramid(self, images: Tensor, image_sizes: Tensor, normalization: Normalization) -> list[Tensor]:
         """The teacher's levels for the student's images [B, 3, H, W], given with their normalisation."""
-        if self.module.training:  # a host may have set all modules to train mode
+        if self.module.training or not self._frozen:  # a host may have set all modules to train mode
             self.freeze()
         images = renormalize(images, image_sizes, normalization, self.normalization or normalization)
         return check_pyramid("teacher", levels_of(self.features(images)), images.shape[0])

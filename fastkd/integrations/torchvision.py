@@ -8,7 +8,6 @@ kd.step()               # after optimizer.step()
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
-from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.hooks import check_plain, host_version, no_levels
 from fastkd.integrations.host import Attachment
 from fastkd.integrations.known_teachers import has_background, image_normalization, output_classes, pick_teacher
 from fastkd.integrations.priors import measure_priors
@@ -47,7 +46,7 @@ def attach(
             batches.
         total_steps: optimiser steps of the run, for the schedule of the method.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError or TypeError if the model is not supported, or teacher or classes do not fit.
+    Raises: ValueError or TypeError if the model is not supported, or teacher, classes or priors do not fit.
     """
     _check_attach_points(model)
     classes, first_label = _classes(model, num_classes)
@@ -80,7 +79,7 @@ class TorchvisionAttachment(Attachment):
         self._features: Any = None
         self.hook(model.transform, self._keep_inputs)
         self.hook(model.backbone, self._keep_features)
-        self.hook(model, self._add_losses)
+        self.hook(model, self._add_losses, with_kwargs=True)
 
     def _keep_inputs(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.active:
@@ -90,14 +89,17 @@ class TorchvisionAttachment(Attachment):
         if self.active:
             self._features = output
 
-    def _add_losses(self, module: nn.Module, args: Any, output: Any) -> dict[str, Tensor] | None:
+    def _add_losses(self, module: nn.Module, args: Any, kwargs: dict, output: Any) -> dict[str, Tensor] | None:
         inputs, features, self._inputs, self._features = self._inputs, self._features, None, None
-        if not self.active or inputs is None or features is None or inputs[1] is None:
+        given = dict(zip(("images", "targets"), args)) | kwargs
+        if not self.active or given.get("targets") is None:
             return None
-        losses = self.distil(inputs[0].tensors.device, lambda: self._host_step(inputs, features))
+        losses = self.distil(given["images"][0].device, lambda: self._host_step(inputs, features))
         return {**output, **losses}
 
     def _host_step(self, inputs: Any, features: Any) -> HostStep:
+        if inputs is None or features is None:
+            raise no_levels(self.model, "transform" if inputs is None else "backbone", "torchvision")
         images, targets = inputs
         distillation, size = self.distillation, images.tensors.shape[0]
         batch = make_batch(
@@ -173,5 +175,5 @@ def _check_attach_points(model: nn.Module) -> None:
     if missing:
         raise TypeError(
             f"attach: model must be a torchvision detector, got {type(model).__name__} without {', '.join(missing)} "
-            f"(torchvision {version('torchvision')}); use fastkd.integrations.HostStep for other detectors"
+            f"({host_version('torchvision')}); use fastkd.integrations.HostStep for other detectors"
         )

@@ -6,7 +6,9 @@ trainer = Trainer(model, ..., callbacks=[kd.callback])       # or kd.step() afte
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -16,9 +18,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
-from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.hooks import check_plain, check_trained, host_version, no_levels, warn_of_fresh_method
 from fastkd.integrations.host import Attachment
 from fastkd.integrations.known_teachers import normalization_of, pick_teacher
+from fastkd.integrations.priors import measure_priors
 from fastkd.integrations.teachers import Normalization, Teacher, corners, levels_of_tokens, tokens_of_levels
 from fastkd.integrations.traces import Replay, replaced_module, unrecorded_statistics
 from fastkd.types import ClassPriors
@@ -32,9 +35,10 @@ def attach(
     *,
     teacher: nn.Module | Teacher | None = None,
     num_classes: int | None = None,
-    priors: ClassPriors | None = None,
+    priors: ClassPriors | Iterable[dict[str, Any]] | None = None,
     total_steps: int | None = None,
     processor: Any = None,
+    teacher_processor: Any = None,
     **settings: Any,
 ) -> TransformersAttachment:
     """Adds a method's losses to `outputs.loss` in every training call of the model with labels.
@@ -44,9 +48,11 @@ def attach(
         method: "icd", "lgd" or a `Distiller`.
         teacher: a trained detector of transformers or torchvision, or any module in a `Teacher`. Not for "lgd".
         num_classes: object classes; None takes the model's.
-        priors: class priors for ICD; None measures them from the first batches.
+        priors: class priors for ICD, or the training loader to measure them on; None measures them on the first
+            batches.
         total_steps: optimiser steps of the run; set automatically with the callback.
         processor: the image processor, for its normalisation; None: images have values in [0, 1].
+        teacher_processor: the image processor of a teacher of transformers; None: it is `processor`.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
     Raises: ValueError or TypeError if the model is not supported, or the classes do not fit.
     """
@@ -58,8 +64,11 @@ def attach(
             f"attach: num_classes must be the labels of the model, {classes}, got {num_classes}; "
             "load the model with num_labels=<classes of the data>"
         )
+    if priors is not None and not isinstance(priors, ClassPriors):
+        priors = priors_of_loader(priors, classes)
     distillation = Distillation(method, num_classes=classes, priors=priors, total_steps=total_steps, **settings)
-    return TransformersAttachment(model, distillation, pick_teacher(teacher, classes), normalization_of(processor))
+    picked = pick_teacher(teacher, classes, processor=teacher_processor or processor)
+    return TransformersAttachment(model, distillation, picked, normalization_of(processor))
 
 
 class TransformersAttachment(Attachment):
@@ -70,6 +79,7 @@ class TransformersAttachment(Attachment):
     ):
         super().__init__(model, distillation, teacher, normalization)
         self._inputs: dict[str, Any] = {}
+        self._as_tuple = False  # the caller asked for a tuple
         self._maps: Any = None  # Deformable DETR: output of the backbone,
         self._levels: list[Tensor] | None = None  # and of the encoder as levels
         self.callback = DistillationCallback(self)
@@ -79,10 +89,14 @@ class TransformersAttachment(Attachment):
             self.hook(self.model.model.encoder, self._keep_levels, with_kwargs=True)
         self.hook(model, self._add_losses)
 
-    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Keeps the arguments of a training call, and asks for an output with names."""
         names = ("pixel_values", "pixel_mask")
-        self._inputs = dict(zip(names, args)) | kwargs if self.active else {}
-        self._maps = self._levels = None
+        given = dict(zip(names, args)) | kwargs
+        wanted = self.active and given.get("labels") is not None and given.get("pixel_values") is not None
+        self._inputs, self._maps, self._levels = given if wanted else {}, None, None
+        self._as_tuple = given.get("return_dict") is False
+        return (args, {**kwargs, "return_dict": True}) if wanted and self._as_tuple else None
 
     def _keep_maps(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._inputs:
@@ -99,27 +113,25 @@ class TransformersAttachment(Attachment):
     def _add_losses(self, module: nn.Module, args: Any, output: Any) -> Any:
         inputs, levels, maps = self._inputs, self._levels, self._maps
         self._inputs, self._levels, self._maps = {}, None, None
-        labels, images = inputs.get("labels"), inputs.get("pixel_values")
-        if not self.active or labels is None or images is None:
+        if not inputs:
             return None
-        levels = list(output.encoder_last_hidden_state) if levels is None else levels
-        losses = self.distil(images.device, lambda: self._host_step(inputs, levels, maps))
+        seen = levels if _flattens_levels(self.model) else getattr(output, "encoder_last_hidden_state", None)
+        losses = self.distil(inputs["pixel_values"].device, lambda: self._host_step(inputs, seen, maps))
         if losses:
             output.loss = output.loss + sum(losses.values())
             output.loss_dict = {**(output.loss_dict or {}), **losses}
-        return output
+        return output.to_tuple() if self._as_tuple else output
 
-    def _host_step(self, inputs: dict[str, Any], student: list[Tensor], maps: Any) -> HostStep:
+    def _host_step(self, inputs: dict[str, Any], seen: Sequence[Tensor] | None, maps: Any) -> HostStep:
+        if seen is None:
+            part = "model.encoder" if _flattens_levels(self.model) else "outputs.encoder_last_hidden_state"
+            raise no_levels(self.model, part, "transformers")
         images, labels, mask = inputs["pixel_values"], inputs["labels"], inputs.get("pixel_mask")
         height, width = images.shape[-2:]
-        sizes = [(height, width)] * len(images)
-        if mask is not None:
-            rows, columns = mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()
-            sizes = list(zip(rows, columns, strict=True))
         distillation = self.distillation
         batch = make_batch(
             images,
-            sizes,
+            _image_sizes(images, mask),
             [corners(label["boxes"], height, width) for label in labels],
             [label["class_labels"] for label in labels],
             num_classes=distillation.facts.num_classes,
@@ -142,7 +154,7 @@ class TransformersAttachment(Attachment):
             return {"loss": again.loss}
 
         teacher = self.pyramid_of_teacher(images, batch.image_sizes)
-        return HostStep(batch, student, teacher, rerun)
+        return HostStep(batch, list(seen), teacher, rerun)
 
 
 class DistillationCallback(transformers.TrainerCallback):
@@ -151,12 +163,21 @@ class DistillationCallback(transformers.TrainerCallback):
     def __init__(self, attachment: TransformersAttachment):
         self.attachment = attachment
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sets the run's length; loads the checkpoint that the Trainer resumes from."""
-        self.attachment.distillation.total_steps = state.max_steps
-        path = self._path(args, state)
-        if state.global_step and os.path.exists(path):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Sets the run's length; loads fastkd.pt from the checkpoint that the Trainer resumes from.
+
+        Raises: ValueError if the Trainer trains another model, or wraps it in something that is not supported.
+        """
+        if model is not None:
+            check_trained(model, self.attachment.model)
+        distillation = self.attachment.distillation
+        distillation.total_steps = state.max_steps
+        if not state.global_step:  # not resumed
+            return
+        path = os.path.join(_resumed_folder() or os.path.dirname(self._path(args, state)), FILE_NAME)
+        if os.path.exists(path):
             self.attachment.load(path)
+        warn_of_fresh_method(distillation.steps, state.global_step, f"there is no {path}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Steps the method's modules after the optimiser."""
@@ -179,6 +200,50 @@ class DistillationCallback(transformers.TrainerCallback):
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE_NAME)
 
 
+def priors_of_loader(loader: Iterable[dict[str, Any]], num_classes: int) -> ClassPriors:
+    """Class priors from one pass over a loader of the model's inputs, with "pixel_values" and "labels".
+
+    Raises: TypeError for a loader of anything else.
+    """
+    return measure_priors(_targets_of(loader), num_classes)
+
+
+def _targets_of(loader: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+    """For each image boxes [K, 4] xyxy in pixels, labels [K] and (height, width)."""
+    for batch in loader:
+        if not isinstance(batch, Mapping) or not {"pixel_values", "labels"} <= set(batch):
+            raise TypeError(
+                "attach: priors must be a ClassPriors, or a loader of the model's inputs with 'pixel_values' and "
+                f"'labels', got one of {type(batch).__name__}; use fastkd.integrations.measure_priors for other data"
+            )
+        images = batch["pixel_values"]
+        for size, label in zip(_image_sizes(images, batch.get("pixel_mask")), batch["labels"], strict=True):
+            yield corners(label["boxes"], *images.shape[-2:]), label["class_labels"], size
+
+
+def _image_sizes(images: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
+    """(height, width) of each image [B, 3, H, W] before padding, by its mask [B, H, W]."""
+    if mask is None:
+        return [(images.shape[-2], images.shape[-1])] * len(images)
+    rows, columns = mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()
+    return list(zip(rows, columns, strict=True))
+
+
+def _resumed_folder() -> str | None:
+    """The checkpoint of the running `Trainer.train`; None if there is none.
+
+    The Trainer does not tell it to callbacks, and it may lie outside of `output_dir`. It is an argument of a calling
+    function.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(folder, (str, os.PathLike)):
+            return os.fspath(folder)
+        frame = frame.f_back
+    return None
+
+
 def _flattens_levels(model: Any) -> bool:
     """Whether the encoder returns the tokens of several levels in one tensor: Deformable DETR."""
     return hasattr(model.model, "level_embed") and hasattr(model.model, "backbone")
@@ -196,6 +261,6 @@ def _check_attach_points(model: Any) -> None:
         reason = "which has no encoder"
     raise TypeError(
         f"attach: model must be RT-DETR, RT-DETRv2, D-FINE or Deformable DETR for object detection, got "
-        f"{type(model).__name__}, {reason} (transformers {transformers.__version__}); use "
+        f"{type(model).__name__}, {reason} ({host_version('transformers')}); use "
         "fastkd.integrations.HostStep with other levels, for instance the backbone's"
     )

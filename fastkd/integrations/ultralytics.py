@@ -9,20 +9,22 @@ Ultralytics is licensed under AGPL-3.0; this file imports it when you import thi
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics import YOLO, __version__
+from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from fastkd.distillers.protocol import Distiller
 from fastkd.integrations.attachment import Distillation, HostStep
 from fastkd.integrations.batches import image_seeds, make_batch
-from fastkd.integrations.hooks import check_plain
+from fastkd.integrations.hooks import check_plain, host_version, no_levels, warn_of_fresh_method
 from fastkd.integrations.host import Attachment, State
 from fastkd.integrations.known_teachers import pick_teacher
+from fastkd.integrations.priors import check_priors
 from fastkd.integrations.teachers import Normalization, Teacher, corners
 from fastkd.integrations.traces import unrecorded_statistics
 from fastkd.types import ClassPriors
@@ -48,11 +50,12 @@ def attach(
         num_classes: object classes; None takes those of the data.
         priors: class priors for ICD; None measures them from the first batches.
         **settings: further arguments of `Distillation`: weight, channels, lr, weight_decay, seed.
-    Raises: ValueError if the model is for another task.
+    Raises: ValueError if the model is for another task, TypeError for other priors.
     """
     task = getattr(model, "task", "detect")
     if task != "detect":
         raise ValueError(f"attach: model must be a YOLO for detection, got one for {task!r}; use a detection model")
+    check_priors(priors)
     return YoloDistillation(method, teacher, num_classes, {"priors": priors, **settings})
 
 
@@ -67,6 +70,7 @@ class YoloDistillation:
     def __init__(self, method: str | Distiller, teacher: Any, num_classes: int | None, settings: dict[str, Any]):
         self.method, self.teacher, self.num_classes, self.settings = method, teacher, num_classes, settings
         self.attachment: YoloAttachment | None = None
+        self._path: str | os.PathLike | None = None
 
     @property
     def trainer(self) -> type[DistillationTrainer]:
@@ -81,6 +85,8 @@ class YoloDistillation:
             )
         distillation = Distillation(self.method, num_classes=num_classes, **self.settings)
         self.attachment = YoloAttachment(model, distillation, pick_teacher(self.teacher, num_classes))
+        if self._path is not None:
+            self.attachment.load(self._path)
         return self.attachment
 
     @property
@@ -91,6 +97,33 @@ class YoloDistillation:
     def report(self) -> str:
         """A report on losses and gradients, see `Attachment.report`."""
         return self.attachment.report() if self.attachment else "fastkd: training has not begun."
+
+    def step(self) -> None:
+        """Updates the method's modules; the trainer class calls it, you do in a loop of your own."""
+        self._running("step").step()
+
+    def detach(self) -> None:
+        """Removes all hooks; the trainer class does so after training."""
+        if self.attachment is not None:
+            self.attachment.detach()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a separate checkpoint file."""
+        self._running("save").save(path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Restores a file written by `save`, or the trainer's fastkd.pt; before training, when it begins."""
+        self._path = path
+        if self.attachment is not None:
+            self.attachment.load(path)
+
+    def _running(self, word: str) -> YoloAttachment:
+        if self.attachment is None:
+            raise RuntimeError(
+                f"{word}: the network must have been built, but training has not begun; call "
+                "model.train(trainer=kd.trainer) first"
+            )
+        return self.attachment
 
 
 class YoloAttachment(Attachment):
@@ -109,9 +142,22 @@ class YoloAttachment(Attachment):
         self.pre_hook(model.model[-1], self._keep_levels)
         self.hook(model, self._add_losses)
 
+    def remove_copies(self, network: nn.Module) -> None:
+        """Removes the copies of the hooks from a deep copy of the network, which are no-ops but would be pickled."""
+        for part in network.modules():
+            for hooks in (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._forward_hooks_with_kwargs,
+                part._forward_pre_hooks_with_kwargs,
+            ):
+                for handle in self._handles:
+                    hooks.pop(handle.id, None)
+
     def _keep_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = args[0] if args else None
-        self._batch, self._levels = (given if self.active and isinstance(given, dict) else None), None
+        training = self.model.training and torch.is_grad_enabled()
+        self._batch, self._levels = (given if training and isinstance(given, dict) else None), None
 
     def _keep_levels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._batch is not None:
@@ -119,18 +165,21 @@ class YoloAttachment(Attachment):
 
     def _add_losses(self, module: nn.Module, args: Any, output: Any) -> Any:
         batch, levels, self._batch, self._levels = self._batch, self._levels, None, None
-        if batch is None or levels is None:
+        if batch is None:
             return None
         loss, items = output
-        images = len(batch["img"])
-        losses = self.distil(batch["img"].device, lambda: self._host_step(batch, levels))
-        if not losses:
+        images, losses = len(batch["img"]), {}
+        if self.active:
+            losses = self.distil(batch["img"].device, lambda: self._host_step(batch, levels))
+        if not losses:  # results.csv keeps its columns
             return loss, {**items, **{name: torch.zeros((), device=loss.device) for name in self._names}}
         self._names = list(losses)
         total = sum(losses.values(), loss.new_zeros(())) * images
         return torch.cat([loss.flatten(), total.view(1).to(loss)]), {**items, **self.losses}
 
-    def _host_step(self, batch: dict[str, Any], levels: list[Tensor]) -> HostStep:
+    def _host_step(self, batch: dict[str, Any], levels: list[Tensor] | None) -> HostStep:
+        if levels is None:
+            raise no_levels(self.model, "the input of its head, model.model[-1]", "ultralytics")
         images = batch["img"]
         height, width = images.shape[-2:]
         index = batch["batch_idx"].view(-1).cpu()
@@ -180,13 +229,21 @@ class DistillationTrainer(DetectionTrainer):
         return checkpoint
 
     def resume_training(self, ckpt: Any) -> None:
-        """Sets the run's length; loads the checkpoint beside last.pt if the run is resumed."""
+        """Sets the run's length; loads fastkd.pt beside the checkpoint from which the run is resumed.
+
+        The average of the network is made by now, and its copies of our hooks are removed.
+        """
         super().resume_training(ckpt)
-        attachment, path = self._attachment(), Path(self.wdir) / FILE_NAME
+        attachment = self._attachment()
+        attachment.remove_copies(self.ema.ema)
         steps = math.ceil(len(self.train_loader) / max(self.accumulate, 1))
         attachment.distillation.total_steps = steps * self.epochs
-        if ckpt is not None and self.resume and path.exists():
+        if ckpt is None or not self.resume:
+            return
+        path = Path(self.args.resume).parent / FILE_NAME
+        if path.exists():
             attachment.load(path)
+        warn_of_fresh_method(attachment.distillation.steps, self.start_epoch * steps, f"there is no {path}")
 
     def optimizer_step(self) -> None:
         """Steps the optimiser, then the method's modules."""
@@ -217,5 +274,5 @@ def _check_attach_points(model: nn.Module) -> None:
     if not isinstance(layers, nn.Sequential) or not hasattr(layers[-1], "forward_head"):
         raise TypeError(
             f"attach: model must be an Ultralytics detection network, got {type(model).__name__} "
-            f"(ultralytics {__version__}); use fastkd.integrations.HostStep for others"
+            f"({host_version('ultralytics')}); use fastkd.integrations.HostStep for others"
         )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import pytest
 
+from benchmarks.hosts import records
 from benchmarks.hosts.__main__ import Campaign, main
 from benchmarks.hosts.plan import Run, Trial, all_runs, settings
 
@@ -119,3 +121,33 @@ def test_a_failed_run_is_named(campaign, monkeypatch):
     failing = campaign()
     with pytest.raises(SystemExit, match=r"ultralytics-teacher-seed0 ended with code 1, see .*log.txt"):
         Campaign.execute(failing, TEACHER)
+
+
+def _add_records(path, host, start):
+    start.wait(60)
+    for seed in range(40):
+        records.add(path, result_of(Run(host, "alone", seed), Trial()))
+
+
+def test_two_campaigns_at_once_lose_no_record(tmp_path):
+    context = multiprocessing.get_context("fork")
+    start, path = context.Barrier(2), tmp_path / "hosts.json"
+    hosts = ("torchvision", "lightning")
+    campaigns = [context.Process(target=_add_records, args=(path, host, start)) for host in hosts]
+    for process in campaigns:
+        process.start()
+    for process in campaigns:
+        process.join(60)
+    found = [(record["host"], record["seed"]) for record in records.read(path)]
+    assert found == [(host, seed) for host in sorted(hosts) for seed in range(40)]
+    assert [file.name for file in tmp_path.iterdir()] == ["hosts.json"]
+
+
+def test_the_page_keeps_the_hosts_of_other_campaigns(campaign, tmp_path):
+    make_all(campaign(hosts=["ultralytics"], seeds=[0]))
+    make_all(campaign(hosts=["transformers"], seeds=[0]))
+    text = (tmp_path / "results" / "hosts.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## transformers", "## ultralytics", "## A step at full size",
+    ]  # fmt: skip
+    assert "11 of 11 runs are made" in text and "no run is made" not in text.lower()

@@ -32,7 +32,7 @@ class EventStorage:
     current: list["EventStorage"] = []  # noqa: RUF012
 
     def __init__(self, start_iter=0):
-        self.scalars = {}
+        self.scalars, self.iter = {}, start_iter
 
     def __enter__(self):
         self.current.append(self)
@@ -40,6 +40,9 @@ class EventStorage:
 
     def __exit__(self, *args):
         self.current.pop()
+
+    def put_scalar(self, name, value):
+        self.scalars[name] = value
 
     def put_scalars(self, **scalars):
         self.scalars.update(scalars)

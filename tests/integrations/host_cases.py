@@ -1,5 +1,6 @@
 """The hosts behind one interface, for the properties that hold in every host."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class Host:
         losses: (model, seed of the batch) -> everything that the host adds up, by name.
         classes: of its batches.
         width: widest level of the teacher.
+        lose: the model loses the part whose output the attachment reads, as in another version of the host.
         compile: compiles a model as the host's users do, without a C++ compiler.
     """
 
@@ -30,6 +32,7 @@ class Host:
     losses: Callable
     classes: int
     width: int
+    lose: Callable
     compile: Callable = lambda model: torch.compile(model, backend="eager")
 
     def attached(self, method="icd", seed=0, **options):
@@ -46,6 +49,17 @@ class Host:
         return sum(losses.values()), {name: value for name, value in losses.items() if name.startswith(OWN)}
 
 
+def _replace(name):
+    """A function of a model that replaces a part of it by a copy, without the hooks."""
+
+    def lose(model):
+        parent, _, last = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, last, copy.deepcopy(getattr(owner, last)))
+
+    return lose
+
+
 def _torchvision():
     from torchvision_cases import CLASSES, batch, detector
 
@@ -54,7 +68,7 @@ def _torchvision():
     return Host(
         lambda seed: detector("retinanet", seed=seed).train(),
         lambda: detector("retinanet", channels=64, width=24, seed=9).eval(),
-        attach, lambda model, seed: model(*batch("retinanet", seed=seed)), CLASSES, 64,
+        attach, lambda model, seed: model(*batch("retinanet", seed=seed)), CLASSES, 64, _replace("backbone"),
     )  # fmt: skip
 
 
@@ -76,9 +90,18 @@ def _transformers(kind):
             model.model.encoder.compile(backend="eager")
         return model
 
+    def drop(module, args, output):
+        output.encoder_last_hidden_state = None
+
+    def lose(model):
+        if kind == "DeformableDetr":
+            _replace("model.encoder")(model)
+        else:
+            model.register_forward_hook(drop, prepend=True)
+
     return Host(
         lambda seed: model_of(kind, seed=seed).train(), lambda: model_of(kind, width=64, seed=9).eval(),
-        attach, losses, CLASSES, 64, compile_parts,
+        attach, losses, CLASSES, 64, lose, compile_parts,
     )  # fmt: skip
 
 
@@ -116,18 +139,20 @@ def _ultralytics():
     return Host(
         lambda seed: network(seed, 0.125).train(), lambda: network(9, 0.25).eval(),
         lambda model, method, **options: attach(None, method, **options).start(model, classes),
-        losses, classes, 256, compile_layers,
+        losses, classes, 256, lambda model: _replace(f"model.{len(model.model) - 1}")(model), compile_layers,
     )  # fmt: skip
 
 
-def _stand_in(kind, attach, losses):
+def _stand_in(kind, attach, losses, part):
     from torchvision_cases import CLASSES
 
     def model(seed, channels=16):
         torch.manual_seed(seed)
         return kind(channels)
 
-    return Host(lambda seed: model(seed).train(), lambda: model(9, 24).eval(), attach, losses, CLASSES, 24)
+    return Host(
+        lambda seed: model(seed).train(), lambda: model(9, 24).eval(), attach, losses, CLASSES, 24, _replace(part)
+    )
 
 
 def _detectron2():
@@ -135,7 +160,7 @@ def _detectron2():
 
     from fastkd.integrations.detectron2 import attach
 
-    return _stand_in(MetaArchitecture, attach, lambda model, seed: model(inputs(seed)))
+    return _stand_in(MetaArchitecture, attach, lambda model, seed: model(inputs(seed)), "backbone")
 
 
 def _mmdetection():
@@ -147,7 +172,7 @@ def _mmdetection():
         found = model(**data(seed), mode="loss")
         return {name: sum(value) if isinstance(value, list) else value for name, value in found.items()}
 
-    return _stand_in(Detector, attach, losses)
+    return _stand_in(Detector, attach, losses, "neck")
 
 
 HOSTS = {

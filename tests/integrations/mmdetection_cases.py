@@ -1,17 +1,19 @@
-"""A detector and a runner with mmdetection's order of calls, argument and attribute names, and data for them."""
+"""Detectors and a runner with mmdetection's order of calls, argument and attribute names, and data for them."""
 
+import copy
 import sys
 import types
 
 import torch
 from torch import nn
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision_cases import CLASSES, fpn
 
 
 class Neck(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, dense=True):
         super().__init__()
-        self.inner = fpn(dense=True, channels=channels)
+        self.inner = fpn(dense=dense, channels=channels)
 
     def forward(self, images):
         return tuple(self.inner(images).values())
@@ -32,6 +34,8 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
+    """The order of calls of `SingleStageDetector`."""
+
     def __init__(self, channels=16, classes=CLASSES):
         super().__init__()
         self.backbone, self.neck, self.bbox_head = nn.Identity(), Neck(channels), Head(channels, classes)
@@ -48,6 +52,53 @@ class Detector(nn.Module):
 
     def forward(self, inputs, data_samples=None, mode="tensor"):
         return self.loss(inputs, data_samples) if mode == "loss" else self.extract_feat(inputs)
+
+
+class RPNHead(Head):
+    """The order of calls of `RPNHead.loss_and_predict`, with random proposals."""
+
+    def loss_and_predict(self, x, batch_data_samples, proposal_cfg=None):
+        scores, _ = self(x)
+        assert not any(sample.gt_instances.labels.any() for sample in batch_data_samples)
+        corner = torch.rand(len(batch_data_samples), 8, 2) * 20
+        boxes = torch.cat([corner, corner + 16], 2)
+        losses = {"loss_rpn_cls": [score.square().mean() for score in scores], "loss_bbox": scores[0].square().mean()}
+        return losses, [types.SimpleNamespace(bboxes=each) for each in boxes]
+
+
+class RoIHead(nn.Module):
+    """The order of calls of `StandardRoIHead.loss`: it takes the first levels by position."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.bbox_roi_extractor = MultiScaleRoIAlign([str(level) for level in range(4)], 2, 2)
+        self.bbox_head = nn.Linear(4 * channels, classes + 1)
+        self.bbox_head.num_classes = classes
+
+    def loss(self, x, rpn_results_list, batch_data_samples):
+        assert len(rpn_results_list) == len(batch_data_samples)
+        levels = {str(level): value for level, value in enumerate(x[:4])}
+        sizes = [sample.img_shape for sample in batch_data_samples]
+        pooled = self.bbox_roi_extractor(levels, [result.bboxes for result in rpn_results_list], sizes)
+        return {"loss_cls": self.bbox_head(pooled.flatten(1)).square().mean(), "acc": pooled.detach().mean()}
+
+
+class TwoStageDetector(Detector):
+    """The order of calls of `TwoStageDetector.loss`."""
+
+    def __init__(self, channels=16, classes=CLASSES):
+        super().__init__(channels, classes)
+        del self.bbox_head
+        self.neck = Neck(channels, dense=False)
+        self.rpn_head, self.roi_head = RPNHead(channels, 1), RoIHead(channels, classes)
+
+    def loss(self, inputs, data_samples):
+        x, samples = self.extract_feat(inputs), copy.deepcopy(data_samples)
+        for sample in samples:
+            sample.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
+        rpn_losses, proposals = self.rpn_head.loss_and_predict(x, samples, proposal_cfg=None)
+        losses = {key if "rpn" in key else f"rpn_{key}": value for key, value in rpn_losses.items()}
+        return {**losses, **self.roi_head.loss(x, proposals, data_samples)}
 
 
 def data(seed=0):
@@ -82,7 +133,7 @@ class Runner:
         self.model = Detector(channels, config.model.bbox_head.num_classes).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.optim_wrapper["optimizer"]["lr"])
         self.optim_wrapper = types.SimpleNamespace(should_update=lambda: True)
-        self.max_iters, self.hooks = config.train_cfg["max_iters"], []
+        self.iter, self.max_iters, self.hooks = 0, config.train_cfg["max_iters"], []
         assert config.train_dataloader["dataset"]["metainfo"]["classes"] and config.val_cfg is config.test_cfg is None
 
     from_cfg = classmethod(lambda cls, config: cls(config))

@@ -1,4 +1,4 @@
-"""Two gloo processes, each with half the batch, have the gradients of one process with all of it."""
+"""Two gloo processes, each with half the batch, have the gradients of one process with all of it, and fail together."""
 
 import os
 import subprocess
@@ -45,3 +45,21 @@ def test_gradients_equal_one_process(found, host, method, tmp_path, monkeypatch)
     for name, value in whole.items():
         torch.testing.assert_close(first[name], value, rtol=2e-3, atol=1e-5 * (1 + float(value.abs().max())))
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("method", ["icd", "scorel2", "lgd"])
+def test_a_failure_in_one_process_is_one_in_both(found, method):
+    """Its batch trains the host alone in both processes; gradients and the method's weights stay equal."""
+    first, second = (ranks["failing", method] for ranks in found)
+    assert [bool(names) for names, _, _ in first] == [True, False, False, True, False, True]
+    assert [failures for _, failures, _ in first] == [0, 1, 2, 0, 1, 0]
+    for (names, failures, state), (other_names, other_failures, others) in zip(first, second, strict=True):
+        assert names == other_names and failures == other_failures
+        for name, value in state.items():
+            assert torch.equal(value, others[name]), name
+
+
+def test_a_first_batch_or_update_that_fails_in_one_process_ends_both(found):
+    first, second = (ranks["failing", "first"] for ranks in found)
+    assert first[0] == second[1] == "broken" and "failed in another process" in first[1]
+    assert first[1] == second[0]

@@ -110,6 +110,21 @@ def test_a_detector_of_transformers(tmp_path):
     assert kd.state.steps == 2 and kd.state.losses["pkd_distill"] > 0
 
 
+def test_another_model_and_a_checkpoint_without_our_state(tmp_path):
+    module, kd = attached("lgd")
+    with pytest.raises(ValueError, match="must train the attached RetinaNet, got another Module"):
+        fit(Module(), kd, tmp_path, steps=1)
+    plain = pl.Trainer(
+        max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu",
+        callbacks=[SaveAfterTwoSteps(tmp_path / "plain.ckpt")], default_root_dir=tmp_path, enable_model_summary=False,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader([batch("retinanet", seed=seed) for seed in range(4)], batch_size=None)
+    plain.fit(Module(), loader)
+    with pytest.warns(UserWarning, match="at step 2, but its checkpoint has no state of DistillationCallback"):
+        fit(module, kd, tmp_path, steps=3, ckpt_path=tmp_path / "plain.ckpt")
+    assert kd.state.steps == 1
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="must be a torchvision detector, got Linear"):
         attach(torch.nn.Linear(1, 1), "lgd")

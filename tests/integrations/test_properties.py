@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -228,6 +229,55 @@ def test_a_teacher_in_train_mode(host, request):
     with contextlib.nullcontext() if silent else warned:
         kd = host.attach(host.model(0), "icd", teacher=teacher)
     assert not any(part.training for part in kd.teacher.module.modules())
+
+
+def test_detach_gives_the_teacher_back_as_it_was(host):
+    model, teacher, whole = host.model(0), host.teacher().half(), host.teacher()
+    modes, names, trained = {}, dict(teacher.named_modules()), [p.requires_grad for p in teacher.parameters()]
+    for index, (name, part) in enumerate(names.items()):
+        modes[name] = part.training = index % 2 == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of train mode
+        kd = host.attach(model, "icd", teacher=teacher)
+    kd.detach()
+    assert {name: part.training for name, part in names.items()} == modes
+    assert [p.requires_grad for p in teacher.parameters()] == trained
+    assert all(p.dtype == torch.float16 for p in teacher.parameters())
+    for before, after in zip(whole.state_dict().values(), teacher.state_dict().values(), strict=True):
+        assert torch.equal(before.half() if before.is_floating_point() else before, after)
+
+
+def test_the_report_after_detaching(host, request):
+    """It runs a teacher that has its state of before, in eval mode for that time."""
+    model, kd = host.attached()
+    host.run(model)[0].backward()
+    before = kd.report()
+    kd.detach()
+    kd.teacher.module.train()
+    assert kd.report() == before
+
+
+def test_a_replica_of_data_parallel(host):
+    model, _ = host.attached("lgd")
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="not by DataParallel; of the wrappers only DistributedDataParallel"):
+        host.run(replica)
+
+
+def test_a_part_that_is_gone(host):
+    """The error of the first batch names part and version; a later one is a warning, and the batch trains alone."""
+    model, _ = host.attached()
+    host.lose(model)
+    with pytest.raises(RuntimeError, match=r"must give a pyramid at .*\((\w+ \d+\.|.* of unknown version)"):
+        host.run(model)
+    model, kd = host.attached()
+    plain = host.model(0)
+    for twin in (model, plain):
+        host.run(twin)
+        host.lose(twin)
+    with pytest.warns(UserWarning, match="(?s)this batch trains alone.*must give a pyramid at"):
+        total, own = host.run(model, 1)
+    assert torch.equal(total, host.run(plain, 1)[0]) and not any(own.values()) and kd.state.failures == 1
 
 
 def _raise(*args):

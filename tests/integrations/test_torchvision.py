@@ -139,6 +139,21 @@ def test_a_compiled_backbone():
         torch.testing.assert_close(losses[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
+def test_a_backbone_compiled_by_inductor():
+    """Needs a C++ compiler: code generated for forward and backward pass."""
+    expected, _ = loss_of(attached("retinanet")[0], "retinanet")
+    model, _ = attached("retinanet")
+    model.backbone.compile()
+    losses, compiled = loss_of(model, "retinanet")
+    assert set(losses) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(losses[key], value, rtol=1e-3, atol=1e-4)
+    compiled.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.backbone.parameters())
+
+
 def test_gradients_that_are_not_finite_are_skipped():
     model, kd = attached("retinanet")
     loss_of(model, "retinanet")[1].backward()
@@ -309,13 +324,25 @@ def no_warnings():
         yield
 
 
+def _wrapped(model, name, base=nn.Module):
+    """A model in a wrapper of this name, without the process group that the wrapper would need."""
+    kind = type(name, (base,), {"__init__": nn.Module.__init__})
+    wrapper = kind()
+    wrapper.module = model
+    return wrapper
+
+
 class TestBadInput:
     def test_compiled_or_wrapped_models(self):
         model = detector("retinanet")
         with pytest.raises(ValueError, match="attach first, then compile"):
             attach(torch.compile(model), "lgd")
-        with pytest.raises(ValueError, match="attach first, then wrap"):
-            attach(nn.DataParallel(model), "lgd")
+        for name in ("DistributedDataParallel", "MMDistributedDataParallel"):
+            with pytest.raises(ValueError, match=rf"wrapped in {name}; attach first, then wrap it.*to its \.module"):
+                attach(_wrapped(model, name, nn.parallel.DistributedDataParallel), "lgd")
+        for name in ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "OtherWrapper"):
+            with pytest.raises(ValueError, match=f"wrapped in {name}; of the wrappers only DistributedDataParallel is"):
+                attach(_wrapped(model, name), "lgd")
         model.compile()
         with pytest.raises(ValueError, match="must not be compiled yet"):
             attach(model, "lgd")

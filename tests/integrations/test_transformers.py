@@ -40,6 +40,58 @@ def test_losses_join_and_reach_the_backbone(kind, method):
     assert not any(name.startswith(method) for name in model(**batch()).loss_dict)
 
 
+@pytest.mark.parametrize("kind", ["RTDetr", "DeformableDetr"])
+def test_an_output_as_a_tuple(kind):
+    model, kd = attached(kind)
+    torch.manual_seed(3)
+    output = model(**batch(), return_dict=False)
+    twin, _ = attached(kind)
+    torch.manual_seed(3)
+    named = twin(**batch())
+    assert isinstance(output, tuple) and len(output) == len(named.to_tuple()) and kd.state.computed == 1
+    assert torch.equal(output[0], named.loss) and "icd_distill" in output[1]
+    assert isinstance(model.eval()(**batch(), return_dict=False), tuple) and kd.state.computed == 1
+
+
+def test_images_of_a_teacher_with_its_processor():
+    """It gets the student's images, or images normalised as by a processor of its own."""
+    imagenet = transformers.DeformableDetrImageProcessor()
+    plain = transformers.RTDetrImageProcessor()
+    mean, std = (torch.tensor(value)[:, None, None] for value in (imagenet.image_mean, imagenet.image_std))
+    pixels = batch()["pixel_values"]
+    normalised = (pixels - mean) / std
+    for student, processors, images, expected in [
+        ("DeformableDetr", {"processor": imagenet}, normalised, normalised),
+        ("DeformableDetr", {"processor": imagenet, "teacher_processor": plain}, normalised, pixels),
+        ("RTDetr", {"teacher_processor": imagenet}, pixels, normalised),
+        ("RTDetr", {"processor": plain}, pixels, pixels),
+    ]:
+        model, teacher = model_of(student).train(), model_of("DeformableDetr", width=64).eval()
+        attach(model, "pkd", teacher=teacher, **processors)
+        seen = []
+        teacher.model.backbone.register_forward_pre_hook(lambda module, args, to=seen: to.append(args[0]))
+        model(images, labels=batch()["labels"])
+        torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_priors_from_a_loader():
+    """Padded images, too: box sizes are fractions of the image without its padding."""
+    mask = torch.ones(2, 64, 64, dtype=torch.int64)
+    mask[1, 62:], mask[1, :, 61:] = 0, 0
+    loader = [batch(seed=0), {**batch(seed=1), "pixel_mask": mask}]
+    model, kd = attached()
+    for data in loader:
+        model(**data)
+    given, given_kd = attached(priors=loader)
+    given(**batch())
+    for name in ("frequency", "mean", "std"):
+        mine, theirs = (getattr(each.distillation.network.method, f"prior_{name}") for each in (given_kd, kd))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert given_kd.distillation.running is None
+    with pytest.raises(TypeError, match="a loader of the model's inputs with 'pixel_values' and 'labels', got"):
+        attach(model_of(), "icd", teacher=model_of().eval(), priors=[(torch.zeros(1), {})])
+
+
 def test_no_distillation_without_labels_or_training():
     model, kd = attached()
     model(pixel_values=batch()["pixel_values"])
@@ -139,6 +191,43 @@ def test_the_stock_trainer_steps_logs_saves_and_resumes(tmp_path):
     assert again_kd.state.steps == 4
     for mine, theirs in zip(kd.distillation.network.parameters(), again_kd.distillation.network.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_from_a_checkpoint_elsewhere(tmp_path):
+    """fastkd.pt is read beside the checkpoint in use, not in `output_dir`; if it is missing, a warning says so."""
+    model, kd = attached()
+    trainer_of(model, kd, tmp_path / "first").train()
+    (tmp_path / "second").mkdir()
+    trainer_of(*attached(seed=3), tmp_path / "second").train()  # other weights of the method
+    moved = (tmp_path / "first" / "checkpoint-2").rename(tmp_path / "moved")
+    again, again_kd = attached()
+    trainer_of(again, again_kd, tmp_path / "second").train(resume_from_checkpoint=str(moved))
+    assert again_kd.state.steps == 4
+    for mine, theirs in zip(kd.distillation.network.parameters(), again_kd.distillation.network.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    saved = (moved / "fastkd.pt").rename(tmp_path / "kept.pt")
+    again, again_kd = attached()
+    with pytest.warns(UserWarning, match=r"resumes at step 2, but there is no .*moved/fastkd.pt: the method starts"):
+        trainer_of(again, again_kd, tmp_path / "second").train(resume_from_checkpoint=str(moved))
+    assert again_kd.state.steps == 2
+    again, again_kd = attached()
+    again_kd.load(saved)
+    trainer_of(again, again_kd, tmp_path / "second").train(resume_from_checkpoint=str(moved))
+    assert again_kd.state.steps == 4
+
+
+def test_a_trainer_of_another_model(tmp_path):
+    _, kd = attached()
+    with pytest.raises(ValueError, match="must train the attached RTDetrForObjectDetection, got another"):
+        trainer_of(model_of(), kd, tmp_path).train()
+
+
+@pytest.mark.long
+def test_the_trainer_compiles_the_model(tmp_path):
+    """`torch_compile=True` wraps the attached model; backend "eager" traces it without a C++ compiler."""
+    model, kd = attached()
+    trainer_of(model, kd, tmp_path, torch_compile=True, torch_compile_backend="eager").train()
+    assert kd.state.steps == 4 and kd.state.computed == 8 and kd.state.losses["icd_distill"] > 0
 
 
 def test_bad_input():

@@ -1,8 +1,12 @@
 """Distillation inside Ultralytics by a trainer class: YOLOv8, 11 and 26 on generated pictures, no downloads."""
 
+import csv
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from host_cases import HOSTS
 from PIL import Image
 from torchvision_cases import detector
 
@@ -100,13 +104,87 @@ def test_an_interrupted_run_resumes_and_its_files_do_not_know_us(data, tmp_path)
     with pytest.raises(Interrupted):
         student.train(trainer=kd.trainer, **settings(data, tmp_path))
     weights = tmp_path / "run" / "weights"
-    hooks = [hook for part in YOLO(weights / "last.pt").model.modules() for hook in part._forward_hooks.values()]
-    assert not any("fastkd" in repr(hook) for hook in hooks) and b"fastkd" not in (weights / "last.pt").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        modules = list(YOLO(weights / name).model.modules())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in modules)
+        assert not any(part._forward_hooks_with_kwargs or part._forward_pre_hooks_with_kwargs for part in modules)
+        content = (weights / name).read_bytes()
+        assert not any(word in content for word in (b"fastkd", b"nullcontext", b"contextlib"))
     saved = torch.load(weights / "fastkd.pt", weights_only=True)
     assert saved["steps"] == 2
+    shutil.copytree(weights, tmp_path / "moved")
+    (weights / "fastkd.pt").unlink()
     again = attach(None, "icd", teacher=teacher_of("yolo11n"), detach_steps=0)
-    YOLO(weights / "last.pt").train(resume=True, trainer=again.trainer)
+    YOLO(tmp_path / "moved" / "last.pt").train(resume=True, trainer=again.trainer)
     assert again.state.steps == 4 and again.state.computed == 4
+
+
+def test_resuming_without_our_file(data, tmp_path):
+    """A warning names it; `load` before training gives another one."""
+
+    def interrupt(trainer):
+        raise Interrupted
+
+    student = yolo("yolo11n")
+    student.add_callback("on_model_save", interrupt)
+    kd = attach(None, "lgd", detach_steps=0)
+    with pytest.raises(Interrupted):
+        student.train(trainer=kd.trainer, **settings(data, tmp_path))
+    weights = tmp_path / "run" / "weights"
+    shutil.copy(weights / "last.pt", tmp_path / "last.pt")
+    kd.save(tmp_path / "kept.pt")
+    again = attach(None, "lgd", detach_steps=0)
+    with pytest.warns(UserWarning, match=r"resumes at step 2, but there is no .*fastkd.pt: the method starts anew"):
+        YOLO(tmp_path / "last.pt").train(resume=True, trainer=again.trainer)
+    assert again.state.steps == 2
+    again.load(tmp_path / "kept.pt")
+    assert again.state.steps == 2
+    later = attach(None, "lgd", detach_steps=0)
+    later.load(tmp_path / "kept.pt")
+    YOLO(tmp_path / "last.pt").train(resume=True, trainer=later.trainer)
+    assert later.state.steps == 4
+
+
+def test_the_table_of_results_keeps_its_columns(data, tmp_path):
+    """A method that fails three times leaves zeros in its columns."""
+    kd = attach(None, "lgd", detach_steps=0)
+
+    def fail(trainer):
+        if trainer.epoch == 1:
+            kd.attachment._host_step = None
+
+    student = yolo("yolo11n")
+    student.add_callback("on_train_epoch_start", fail)
+    with pytest.warns(UserWarning, match="the run goes on without distillation"):
+        student.train(trainer=kd.trainer, **settings(data, tmp_path, epochs=4, val=True))
+    with open(tmp_path / "run" / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and all(None not in row and None not in row.values() for row in rows)
+    assert float(rows[0]["train/lgd_distill"]) > 0 and float(rows[3]["train/lgd_distill"]) == 0
+    assert all(float(rows[3][f"train/{name}_loss"]) > 0 for name in ("box", "cls"))
+
+
+def test_the_words_of_every_host(data, tmp_path):
+    kd = attach(None, "pkd", teacher=teacher_of("yolo11n"), detach_steps=0)
+    for word in (kd.step, lambda: kd.save(tmp_path / "kd.pt")):
+        with pytest.raises(RuntimeError, match=r"training has not begun; call model.train\(trainer=kd.trainer\) first"):
+            word()
+    kd.detach()
+    made = HOSTS["ultralytics"]()
+    model = made.model(0)
+    kd.start(model, CLASSES)
+    made.run(model)[0].backward()
+    kd.step()
+    kd.save(tmp_path / "kd.pt")
+    assert kd.state.steps == 1
+    again = attach(None, "pkd", teacher=teacher_of("yolo11n"))
+    again.load(tmp_path / "kd.pt")
+    again.start(made.model(0), CLASSES)
+    assert again.state.steps == 1
+    kd.detach()
+    assert not kd.state.attached
+    with pytest.raises(TypeError, match="priors must be a ClassPriors or None in this host, got list"):
+        attach(None, "icd", teacher=teacher_of("yolo11n"), priors=[])
 
 
 def test_compile_true_compiles_the_layers(data, tmp_path, monkeypatch):

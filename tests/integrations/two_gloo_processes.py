@@ -5,7 +5,9 @@ import functools
 import importlib.util
 import os
 import sys
+import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -90,17 +92,71 @@ def lightning_step(method, part, strategy="auto", devices=1):
     return {name: value.detach() for name, value in model.named_parameters()} | averages
 
 
+def _raise(*args):
+    raise RuntimeError("broken")
+
+
+def failing_run(method, rank):
+    """A run in which the method fails in one process, before or after it waits for the other.
+
+    Returns: for each batch the names of the method's losses, the number of failures, and gradients of the student and
+        weights of the method by name.
+    """
+    model, kd = students(method)
+    network = DistributedDataParallel(model)
+    found = []
+    for failing in (None, "inputs", "after", None, "before", None):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if failing == "inputs" and rank == 0:
+                patch.setattr(kd, "_host_step", _raise)
+            elif failing == "after" and rank == 1:
+                patch.setattr(kd.distillation.probe, "due", _raise)
+            elif failing == "before" and rank == 0:
+                patch.setattr(kd.distillation.network, "forward", _raise)
+            model.zero_grad()
+            losses = network(*batch("retinanet", (2, 1), seed=rank))
+            (sum(losses.values()) * (1 + rank)).backward()  # each process has its own factor
+            kd.step()
+        state = {name: p.grad.clone() for name, p in model.named_parameters()}
+        state |= {name: p.detach().clone() for name, p in kd.distillation.network.named_parameters()}
+        found.append(([name for name in losses if name.startswith(method)], kd.state.failures, state))
+    return found
+
+
+def failing_first_batch(rank):
+    """The errors of a first batch and of a first update that fail in one process."""
+    model, kd = students("icd")
+    errors = []
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(kd, "_host_step", _raise)
+        with pytest.raises(RuntimeError) as error:
+            model(*batch("retinanet"))
+        errors.append(str(error.value))
+    sum(model(*batch("retinanet")).values()).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(kd.distillation.network.record, "next_step", _raise)
+        with pytest.raises(RuntimeError) as error:
+            kd.step()
+        errors.append(str(error.value))
+    return errors
+
+
 HOSTS = {"torchvision": torchvision_gradients, "transformers": transformers_gradients, "lightning": lightning_step}
 
 
 def gradients_of_rank(rank, store):
-    """Gradients of this process's half of the batch by (host, method), as a part of a group of two processes."""
+    """Gradients of this process's half of the batch by (host, method), and failing runs, in a group of two."""
     timeout = datetime.timedelta(seconds=200)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     half = slice(rank * 2, rank * 2 + 2)
     found = {
         ("torchvision", method): torchvision_gradients(method, half, DistributedDataParallel) for method in METHODS
     }
+    found |= {("failing", method): failing_run(method, rank) for method in ("icd", "scorel2", "lgd")}
+    found["failing", "first"] = failing_first_batch(rank)
     if importlib.util.find_spec("transformers"):
         wrap = functools.partial(DistributedDataParallel, find_unused_parameters=True)
         found |= {("transformers", method): transformers_gradients(method, half, wrap) for method in METHODS[:2]}

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_recorded: list[Tensor] | None = None  # of the innermost `recorded_counts`
+
+
+@contextlib.contextmanager
+def recorded_counts() -> Iterator[list[Tensor]]:
+    """Yields a list, to which `global_mean` adds the count of every call that waits for other processes."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
 
 
 @torch.no_grad()
@@ -24,6 +40,8 @@ def global_mean(count: Tensor) -> Tensor:
     mean = count.detach().to(torch.float64 if count.dtype == torch.float64 else torch.float32)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         mean = mean.clone()
+        if _recorded is not None:
+            _recorded.append(mean)
         dist.all_reduce(mean)
         mean = mean / dist.get_world_size()
     return mean
