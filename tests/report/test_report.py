@@ -371,17 +371,35 @@ def page_of_real_runs(real_runs):
     return write_report(real_runs, folder / "r.html", images=2, picture_dir=folder / "pictures")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+def browse(page, folder):
+    """Opens a page in Chromium without a window; its output is the document and the console's messages."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += ["--disable-background-networking", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+    command += [f"--user-data-dir={folder}", "--dump-dom", f"file://{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """`browse`, where Chromium is installed and starts."""
+    folder = tmp_path_factory.mktemp("browser")
+    if not shutil.which("chromium"):
+        pytest.skip("Chromium is not installed")
+    (folder / "empty.html").write_text("<title>it starts</title>")
+    done = browse(folder / "empty.html", folder)
+    if "it starts" not in done.stdout:
+        pytest.skip(f"Chromium does not start here: {done.stderr[-300:]}")
+    return browse
+
+
 @pytest.mark.parametrize("written", ["hostile_page", "page_of_real_runs"])
-def test_a_browser_shows_every_section_and_runs_nothing(written, tmp_path, request):
+def test_a_browser_shows_every_section_and_runs_nothing(written, tmp_path, request, browser):
     text = request.getfixturevalue(written).read_text()
     text = text.replace("<details>", "<details open>").replace(
         "default-src 'none'", "default-src 'none'; script-src 'nonce-probe'"
     )
     (tmp_path / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{tmp_path}/probed.html"], capture_output=True, text=True, timeout=120)
+    done = browser(tmp_path / "probed.html", tmp_path)
     scripts, images, broken, closed, handlers = map(int, re.search(r"<title>([\d ]+)</title>", done.stdout)[1].split())
     assert (scripts, broken, closed, handlers) == (1, 0, 0, 0) and images > 3
     assert "CONSOLE" not in done.stderr, done.stderr
