@@ -146,6 +146,18 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def peak_memory(pid: int) -> float:
+    """Largest resident memory of a process so far, MiB; 0 when it has ended.
+
+    Not of its resource usage: that begins with the memory of the process that forked it.
+    """
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except ProcessLookupError:
+        found = None
+    return int(found[1]) / 1024 if found else 0.0
+
+
 def run(
     command: Sequence[str], *, begin: str | None = None, until: str | None = None, terminal: bool = False
 ) -> tuple[float, float]:
@@ -166,9 +178,10 @@ def run(
         preexec_fn=heed_interrupts,
     )  # fmt: skip
     os.close(child)
-    text, end = "", None
+    text, end, mib = "", None, 0.0
     while True:
-        if select.select([parent], [], [], 1.0)[0]:
+        mib = max(mib, peak_memory(process.pid))
+        if select.select([parent], [], [], 0.1)[0]:
             try:
                 piece = os.read(parent, 65536)
             except OSError:
@@ -181,11 +194,10 @@ def run(
         if until is not None and end is None and re.search(until, text):
             end = time.perf_counter()
             process.send_signal(signal.SIGINT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process.wait()
     if (end is None and (until is not None or process.returncode)) or begin is not None:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text[-3000:]}")
-    return (end or time.perf_counter()) - start, usage.ru_maxrss / 1024
+    return (end or time.perf_counter()) - start, mib
 
 
 def cases(root: Path) -> dict[str, tuple[str, float, float, Callable[[], tuple[float, float]]]]:

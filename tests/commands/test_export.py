@@ -10,6 +10,7 @@ import torch
 from fastkd import cli, export
 from fastkd.data import SCENE_CLASSES
 from fastkd.detectors import DetectorConfig, build_detector, load_detector, save_detector
+from fastkd.progress import Work
 
 TINY = {"backbone": "resnet18", "width": 0.25, "channels": 32, "head_convs": 1, "num_classes": 10, "norm": "gn"}
 TINY |= {"box_head_channels": 16, "mask_head_channels": 8}
@@ -116,7 +117,7 @@ class Drifting(torch.nn.Module):
 
 def test_a_graph_that_disagrees_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match="must agree with torch"):
-        export._write_graph(Drifting(), tmp_path / "g.onnx", "regions", ["out"], [torch.ones(2, 3)], ())
+        export._write_graph(Drifting(), tmp_path / "g.onnx", "regions", ["out"], [torch.ones(2, 3)], (), Work())
     assert list(tmp_path.iterdir()) == []
 
 
