@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from collections import Counter
@@ -40,8 +41,15 @@ def explaining_dead_workers() -> Iterator[None]:
         ) from error
 
 
-def _start_worker(_: int) -> None:
-    """Ignore signals in the worker: the main process handles them and stops the workers."""
+def _start_worker(parent: int, _: int) -> None:
+    """Ignore signals in the worker: the main process handles them and stops the workers.
+
+    Args:
+        parent: process id of the main process. torch's workers end when the parent that they find after this call
+            changes; without the check, one whose parent was killed before would wait for ever.
+    """
+    if os.getppid() != parent:
+        os._exit(1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -101,7 +109,6 @@ class BatchLoader:
             collate_fn=_as_is,
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # starting workers must not advance the global generator
             multiprocessing_context="fork" if forks else None,  # children share the flat arrays
         )
@@ -115,6 +122,7 @@ class BatchLoader:
         return getattr(self.batches, "steps_per_epoch", len(self.numbers))
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        self._loader.worker_init_fn = functools.partial(_start_worker, os.getpid())
         iterator = iter(self._loader)
         stop = functools.partial(_stop_workers, iterator)
         # An exception whose traceback references this iterator keeps the workers alive until the interpreter exits,

@@ -26,6 +26,7 @@ from fastkd.data import (
     build_eval_loader,
     build_train_loader,
 )
+from fastkd.data.batch_loader import _start_worker
 from fastkd.data.loader import epoch_batches
 from fastkd.data.transforms import resized_size
 from fastkd.types import Batch
@@ -157,6 +158,17 @@ raise ValueError("something went wrong")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.strip().endswith("ValueError: something went wrong")
+
+
+@pytest.mark.parametrize("orphan", [False, True])
+def test_a_worker_whose_parent_was_killed_before_it_started_ends(orphan):
+    """Two of a thousand kills left such a worker behind, which waited for ever."""
+    parent = os.getpid()
+    pid = os.fork()
+    if not pid:
+        _start_worker(parent + orphan, 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == int(orphan)
 
 
 def test_leaving_early_ends_the_workers(data):
