@@ -28,6 +28,9 @@ from fastkd.training import get_recipe
 from fastkd.training.run.logging import RunLog
 
 
+PICTURE = 1000  # MB that a picture may take: ten bytes for each of 100 million pixels, with which it is still read
+
+
 @dataclass(frozen=True)
 class Reader:
     """One reader.
@@ -40,6 +43,7 @@ class Reader:
         mutate: a mutated file from the random numbers, the intact content and the path of a mark that its code, if it
             ran, would make.
         read: reads the file; raises ValueError or OSError with its path in the message, or returns.
+        megabytes: the most memory that a case may take.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Reader:
     make: Callable[[Path], bytes]
     mutate: Callable[[random.Random, bytes, str], bytes]
     read: Callable[[Path], None]
+    megabytes: int = 600
 
 
 def _pictures(folder: Path) -> None:
@@ -242,11 +247,11 @@ READERS = (
     ),
     Reader(
         "jpeg", "size and pixels", "file.jpg", picture("JPEG"),
-        lambda rng, content, _: grammar.jpeg(rng, content), read_picture,
+        lambda rng, content, _: grammar.jpeg(rng, content), read_picture, PICTURE,
     ),
     Reader(
         "png", "size and pixels", "file.png", picture("PNG"),
-        lambda rng, content, _: grammar.png(rng, content), read_picture,
+        lambda rng, content, _: grammar.png(rng, content), read_picture, PICTURE,
     ),
     Reader("recipe", "`fastkd train recipe.json`", "file.json", recipe, _json, read_recipe),
     Reader("log", "a run's log.jsonl, by the report and by a resumed run", "log.jsonl", log, mutate_lines, read_log),

@@ -112,7 +112,7 @@ def read_image(path: str, expected_size: tuple[int, int], max_pixels: int = MAX_
                 raise BadImageError(f"it has {found}, the annotation says {expected_size[0]} x {expected_size[1]}")
             if image.mode not in MODES:
                 raise BadImageError(f"pixel format {image.mode} is not 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # convert() copies
     except BadImageError as error:
         raise BadImageError(f"image {path}: {error}") from None
     except Exception as error:  # decoders raise nearly anything on hostile files: OSError, SyntaxError, struct.error
