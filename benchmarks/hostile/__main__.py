@@ -99,7 +99,8 @@ def page(figures: dict[str, Any]) -> str:
         "members of zips.\n\n"
         "*read*: the file was accepted and what it holds was used. *refused*: a ValueError or OSError that names the "
         "file. *wrong*: anything else, code that ran, a file outside of the folder that was opened, more than "
-        f"{SECONDS:g} s or 600 MB ({PICTURE} MB for pictures, of up to 100 million pixels). Time and memory are the largest of a case.\n\n"
+        f"{SECONDS:g} s or 600 MB ({PICTURE} MB for pictures, of up to 100 million pixels). "
+        "Time and memory are the largest of a case.\n\n"
         "| reader | what is called | cases | read | refused | wrong | time | memory | commit |\n"
         "|---|---|--:|--:|--:|--:|--:|--:|---|\n" + "".join(rows) + _listed(figures)
     )

@@ -27,7 +27,6 @@ from fastkd.report.runs import load_run
 from fastkd.training import get_recipe
 from fastkd.training.run.logging import RunLog
 
-
 PICTURE = 1000  # MB that a picture may take: ten bytes for each of 100 million pixels, with which it is still read
 
 
