@@ -129,7 +129,7 @@ class Display:
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What is shown to a terminal from now on."""
+    """Records the progress that would be shown on a terminal: {work: (unit, total, finished units)}."""
     display = Display()
     monkeypatch.setattr(progress, "_begin", lambda console: display)
     monkeypatch.setattr(progress, "EVERY", 0.0)

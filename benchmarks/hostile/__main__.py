@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, commit
-from benchmarks.hostile.readers import PICTURE, READERS
+from benchmarks.hostile.readers import PICTURE, READERS, Reader
 from benchmarks.hostile.sandbox import SECONDS, run
 from fastkd.files import write_json, write_text
 
@@ -99,7 +99,7 @@ def page(figures: dict[str, Any]) -> str:
         "members of zips.\n\n"
         "*read*: the file was accepted and what it holds was used. *refused*: a ValueError or OSError that names the "
         "file. *wrong*: anything else, code that ran, a file outside of the folder that was opened, more than "
-        f"{SECONDS:g} s or 600 MB ({PICTURE} MB for pictures, of up to 100 million pixels). "
+        f"{SECONDS:g} s or {Reader.megabytes} MB ({PICTURE} MB for pictures, of up to 100 million pixels). "
         "Time and memory are the largest of a case.\n\n"
         "| reader | what is called | cases | read | refused | wrong | time | memory | commit |\n"
         "|---|---|--:|--:|--:|--:|--:|--:|---|\n" + "".join(rows) + _listed(figures)

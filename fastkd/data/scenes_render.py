@@ -82,9 +82,11 @@ class SceneStyle:
             raise ValueError(f"SceneStyle: typical must be (smallest, largest) in [6, 96], got {self.typical}")
 
 
-# Large objects, one or two classes in a picture: labels say much about such pictures (LGD, docs/results/findings.md).
-THEME = SceneStyle(smallest=28.0, typical=(28.0, 90.0), max_objects=6, max_classes=2)
-SCENE_STYLES = {"scenes": SceneStyle(), "theme": THEME}
+# Theme: large objects, one or two classes in a picture; labels say much about it (LGD, docs/results/findings.md).
+SCENE_STYLES = {
+    "scenes": SceneStyle(),
+    "theme": SceneStyle(smallest=28.0, typical=(28.0, 90.0), max_objects=6, max_classes=2),
+}
 
 
 def _regular(corners: int, inner: float | None = None, turn: float = 0.0) -> np.ndarray:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.evaluation.gather import all_gather_json, broadcast_json, is_distributed
+from fastkd.evaluation.gather import all_gather_json, broadcast_json
 from fastkd.evaluation.truth import load_ground_truth
+from fastkd.ops._support.normalizer import is_distributed
 from fastkd.progress import track
 from fastkd.types import Batch, Detections
 

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-def is_distributed() -> bool:
-    """Whether this is one of several processes of an initialised torch.distributed group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from fastkd.ops._support.normalizer import is_distributed
 
 
 def _device() -> torch.device:

@@ -186,7 +186,7 @@ class Distillation:
 
     def build(self, spec: PyramidSpec, device: torch.device) -> MethodNetwork:
         """Builds the method's modules for these pyramids."""
-        # Of all generators only the CPU's is seeded, also where another device is the default.
+        # Only the CPU's generator is seeded, even where another device is the default.
         with preserved_randomness(torch.device("cpu")), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed)
             method = self.method

@@ -9,7 +9,7 @@ SCALED = 256.0  # a factor on a loss that only a GradScaler reaches
 
 
 class GradientRecord:
-    """What the backward passes since the last step did with the losses; tensors on the device.
+    """Record of the backward passes since the last step: factors on the losses, and gradients that were not finite.
 
     Attributes:
         factors: for each loss the sum of the factors with which the host multiplied it: a GradScaler's, 1 / accumulated

@@ -88,7 +88,7 @@ def detectron2_classes(model: Any) -> int | None:
 
 
 def detectron2_normalization(model: Any) -> Normalization:
-    """Of a detectron2 detector, whose images have values in [0, 255]."""
+    """Normalisation of a detectron2 detector; its images have values in [0, 255]."""
     return _of_bytes(model.pixel_mean, model.pixel_std)
 
 
@@ -100,8 +100,9 @@ def mmdetection_classes(model: Any) -> int | None:
 
 
 def mmdetection_normalization(model: Any) -> Normalization:
-    """Of an mmdetection detector, whose images have values in [0, 255] before its preprocessor, and after one without
-    a mean.
+    """Normalisation of an mmdetection detector.
+
+    Images have values in [0, 255] before its preprocessor, and also after it if it has no mean.
     """
     prepare = model.data_preprocessor
     if getattr(prepare, "mean", None) is None:
@@ -110,7 +111,7 @@ def mmdetection_normalization(model: Any) -> Normalization:
 
 
 def _of_bytes(mean: Tensor, std: Tensor) -> Normalization:
-    """Of a mean and a standard deviation [3, 1, 1] for values in [0, 255]."""
+    """Normalisation from a mean and a standard deviation [3, 1, 1] for values in [0, 255]."""
     return Normalization(*(tuple((value.flatten() / 255).tolist()) for value in (mean, std)))
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastkd.integrations.gradients import GradientRecord
-from fastkd.integrations.processes import distributed
+from fastkd.ops._support.normalizer import is_distributed
 
 PUBLISHED_RATE, PUBLISHED_STEPS = 1e-4, 90_000  # of ICD's modules
 MOST_RATE = 1e-3  # above it the attention saturates on a few cells (docs/results/findings.md)
@@ -72,7 +72,7 @@ class MethodOptimizer:
             ]
         )
         flat /= torch.where(scale > 0, scale, 1.0).to(flat)  # before averaging: each process has its own factor
-        if distributed():
+        if is_distributed():
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
         finite = torch.linalg.vector_norm(flat).isfinite()
@@ -83,7 +83,7 @@ class MethodOptimizer:
 
     def step(self, fraction: float) -> None:
         """One update with the learning rate at `fraction` of the run; does nothing without gradients."""
-        if self.adamw is not None and (distributed() or any(p.grad is not None for p in self.parameters)):
+        if self.adamw is not None and (is_distributed() or any(p.grad is not None for p in self.parameters)):
             self._update(self.adamw, fraction)
         self.record.next_step()
 

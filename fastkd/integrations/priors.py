@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.integrations.processes import distributed
+from fastkd.ops._support.normalizer import is_distributed
 from fastkd.types import Batch, ClassPriors
 
 MEASURED_STEPS = 1000  # number of batches to measure the priors on
@@ -36,7 +36,7 @@ class RunningPriors:
         wh = (boxes[:, 2:] - boxes[:, :2]).to(self.sums) / sizes.to(self.sums).flip(1)
         rows = torch.cat([torch.ones_like(wh[:, :1]), wh, wh.square()], dim=1)
         added = torch.zeros_like(self.sums).index_put((labels,), rows, accumulate=True)
-        if shared and distributed():
+        if shared and is_distributed():
             dist.all_reduce(added)
         self.sums += added
         self.steps += 1

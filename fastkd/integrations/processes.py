@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.ops._support.normalizer import global_mean, recorded_counts
+from fastkd.ops._support.normalizer import global_mean, is_distributed, recorded_counts
 
 Result = TypeVar("Result")
-
-
-def distributed() -> bool:
-    """Whether this is one of several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Agreement:
@@ -47,7 +42,7 @@ class Agreement:
         return RuntimeError("fastkd: the distillation failed in another process, see its warnings")
 
     def _all(self, succeeded: bool) -> bool:
-        if not distributed():
+        if not is_distributed():
             return succeeded
         if self._world is not dist.group.WORLD:
             # Reading the result from a GPU would synchronise it in every step, therefore the flag stays on the CPU.

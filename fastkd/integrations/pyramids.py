@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.integrations.processes import distributed
+from fastkd.ops._support.normalizer import is_distributed
 
 LARGE = 3.0  # root mean square of a pyramid beyond which attention saturates
 MAX_OCTAVES = 0.5  # levels are matched only if their strides differ by at most a factor of sqrt(2)
@@ -103,7 +103,7 @@ def unit_scale(levels: Sequence[Tensor]) -> float:
     """
     squares = torch.stack([level.detach().float().square().sum() for level in levels]).sum()
     both = torch.stack([squares, squares.new_tensor(sum(level.numel() for level in levels))])
-    if distributed():
+    if is_distributed():
         dist.all_reduce(both)
     size = math.sqrt(float(both[0] / both[1]))
     return 1 / size if LARGE < size < math.inf else 1.0

@@ -12,6 +12,11 @@ from torch import Tensor
 _recorded: list[Tensor] | None = None  # of the innermost `recorded_counts`
 
 
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 @contextlib.contextmanager
 def recorded_counts() -> Iterator[list[Tensor]]:
     """Yields a list, to which `global_mean` adds the count of every call that waits for other processes."""
@@ -38,7 +43,7 @@ def global_mean(count: Tensor) -> Tensor:
     if not isinstance(count, Tensor):
         raise TypeError(f"global_mean: count must be a tensor, got {type(count).__name__}; wrap it in torch.tensor")
     mean = count.detach().to(torch.float64 if count.dtype == torch.float64 else torch.float32)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         mean = mean.clone()
         if _recorded is not None:
             _recorded.append(mean)
