@@ -1,9 +1,9 @@
 """Trains the weight files of fastkd/assets: `python -m benchmarks.study.assets` (an hour or more on two cores).
 
 Trains, resumably, in runs/assets: the students' backbone on scenes not used by the study (seed 1); on the study's
-training images the teachers' backbone, and from it the RetinaNet and the Faster R-CNN teacher. Then stores them in half
-precision, each with a JSON file (steps, seconds, AP, command, commit), and writes SHA256SUMS. The same commit, seed,
-thread count and machine type give the same files.
+training images the teachers' backbone, and from it the RetinaNet, FCOS and Faster R-CNN teachers. Then stores them in
+half precision, each with a JSON file (steps, seconds, AP, command, commit), and writes SHA256SUMS. The same commit,
+seed, thread count and machine type give the same files.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RUNS = (
     "scenes-resnet18-backbone",
     "scenes-resnet34-backbone",
     "scenes-retinanet-teacher",
+    "scenes-fcos-teacher",
     "scenes-faster-rcnn-teacher",
 )
 NOT_SHIPPED = ("scenes-resnet34-backbone",)

@@ -111,8 +111,8 @@ def test_missing_weights_are_answered_with_the_command_that_makes_them(tiny_data
     for method, changes, message in (
         (
             "inherit",
-            {"teacher": "runs/scenes-fcos-teacher/student.safetensors"},
-            "`fastkd train scenes-fcos-teacher` or pass",
+            {"teacher": "runs/scenes-atss-teacher/student.safetensors"},
+            "`fastkd train scenes-atss-teacher` or pass",
         ),
         ("fgfi", {"teacher": "elsewhere/student.safetensors"}, "does not exist; pass --teacher PATH"),
         (

@@ -57,8 +57,8 @@ STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet3
 class ScenesNumbers:
     """The tuned hyper-parameters of the scenes recipes; those of methods are in training/methods.
 
-    Tuned on the plain student (rate, clipping, warm-up, anchors, steps), never on a method: all students of a detector
-    share them. Teachers and backbones keep the rates and the warm-up, without clipping, of the shipped weights.
+    Tuned on the plain student (rate, clipping, warm-up, anchors, steps), never on a method: all students share them,
+    and teachers and backbones take the same rate, clipping and warm-up.
     Objects are 8 .. 80 pixels wide and nearly square, hence few and small anchors; the pyramid is narrow, so that
     training runs on two CPU cores.
     """
@@ -82,9 +82,6 @@ class ScenesNumbers:
     rate: float = 1.5e-3
     clip_norm: float = 2.0
     warmup: float = 0.1
-    teacher_rate: float = 2e-3
-    backbone_rate: float = 3e-3
-    teacher_warmup: float = 0.05
     weight_decay: float = 0.05
 
 
@@ -124,14 +121,14 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     )
 
 
-def _scenes_adamw(rate: float, warmup: float, clip_norm: float | None = None) -> OptimizerConfig:
+def _scenes_adamw() -> OptimizerConfig:
     return OptimizerConfig(
         kind="adamw",
-        learning_rate=rate,
+        learning_rate=SCENES.rate,
         weight_decay=SCENES.weight_decay,
-        clip_norm=clip_norm,
+        clip_norm=SCENES.clip_norm,
         decay="cosine",
-        warmup=warmup,
+        warmup=SCENES.warmup,
     )
 
 
@@ -152,11 +149,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         backbone_weights=(
             f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
-        optimizer=(
-            _scenes_adamw(numbers.teacher_rate, numbers.teacher_warmup)
-            if teacher
-            else _scenes_adamw(numbers.rate, numbers.warmup, numbers.clip_norm)
-        ),
+        optimizer=_scenes_adamw(),
         method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
@@ -190,7 +183,6 @@ def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
         detector=detector,
         data=plain.data if teacher else dataclasses.replace(plain.data, root="data/scenes-pretrain"),
         backbone_weights=None,
-        optimizer=_scenes_adamw(numbers.teacher_rate if teacher else numbers.backbone_rate, numbers.teacher_warmup),
         schedule=dataclasses.replace(
             plain.schedule, steps=numbers.teacher_backbone_steps if teacher else numbers.backbone_steps
         ),
