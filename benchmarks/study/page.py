@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.environment import wrap
 from benchmarks.study.records import COSTS, Record, by_run
@@ -17,19 +18,38 @@ from fastkd.training.recipes.pairs import PAIRS
 
 PLAIN_COLOUR = "#9aa5b1"  # students without a method
 COLOURS = ("#3b7dd8", "#d8743b", "#59a14f", "#c44e52", "#937860", "#17a2b8", "#8a5fb0")  # methods, in order
-TEACHERS = ("scenes-retinanet-teacher", "scenes-faster-rcnn-teacher")
+FULL_SIZE = Path("docs/results/step.json")  # of `make bench-step`
 HEADS = ("student", "steps", "by seed", "mean", "s.d.", "gain over", "gain by seed", "mean gain, 95 % interval")
-COST_HEADS = ("step", "memory", "extra time with teacher's training", "jumps")
+COST_HEADS = ("step", "with R50", "memory", "extra time with teacher's training", "seconds", "jumps")
 ABOUT_GAINS = """Gains compare runs of the same seed; the interval is Student's t of the seeds' gains. `step` is the
 time of a step of training against the student's alone, `memory` the extra peak, both measured in the run itself, in
-turns (the cost ledger); the next column adds the training of the teacher, spread over the run's steps, in per cent of
-the student's step. `jumps` are those of the loss in all runs of the row ([findings](findings.md#a-stable-recipe))."""
+turns (the cost ledger); `with R50` is the same ratio of a student with a ResNet-50 on an image of 800 x 1216
+([step.md](step.md)), as a tiny student exaggerates what a method takes. The next column adds the training of the
+teacher, spread over the run's steps, in per cent of the student's step. `seconds` is the median of the runs' durations
+with their evaluation. `jumps` are those of the loss in the row's runs ([findings](findings.md#a-stable-recipe))."""
 
 
 def gains(found: dict[str, dict[int, Record]], row: Row) -> dict[int, float]:
     """Gain in the row's metric over the control, per seed."""
     control, metric = found.get(row.control or "", {}), row.metric
     return {seed: run[metric] - control[seed][metric] for seed, run in found[row.run].items() if seed in control}
+
+
+def full_size(run: str, saved: dict[str, Any]) -> str:
+    """Step of a ResNet-50 with the run's method against the student's alone, "-" where it was not measured.
+
+    Args: saved: what `make bench-step` wrote. In bfloat16 under autocast, or float32 where only that was measured.
+    """
+    _, rest = arguments_of(run)[0].split("-", 1)
+    detector, method = rest.rsplit("-", 1)
+    for row in saved["rows"]:
+        if (row["detector"], row["images"], row["boxes"]) == (detector, 1, 7):
+            for form in ("bfloat16", "float32"):
+                pair = [row["entries"].get(f"{name}/{form}") for name in (method, "student")]
+                if all(pair):
+                    with_method, alone = (min(entry["seconds"]) for entry in pair)
+                    return f"{with_method / alone:.2f} x"
+    return "-"
 
 
 def _cost(runs: Sequence[Record]) -> list[str]:
@@ -48,6 +68,7 @@ def table(study: Study, found: dict[str, dict[int, Record]], seeds: Sequence[int
     heads = (*HEADS, *COST_HEADS)
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     labels = {(row.run, row.metric): row.label for row in study.rows}
+    saved = json.loads(FULL_SIZE.read_text(encoding="utf-8"))
     for row in study.rows:
         runs = found.get(row.run)
         if not runs:
@@ -59,18 +80,22 @@ def table(study: Study, found: dict[str, dict[int, Record]], seeds: Sequence[int
         cells += [f"**{statistics.mean(values):.1f}**", f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"]
         cells += [labels[row.control, row.metric] if row.control and gained else "-"]
         cells += [", ".join(f"{gain:+.1f}" for gain in gained.values()) or "-"]
-        cells += [f"**{Mean(tuple(gained.values())).signed}**" if gained else "-", *_cost(list(runs.values()))]
-        lines.append("| " + " | ".join([*cells, str(sum(run["jumps"] for run in runs.values()))]) + " |")
+        cells += [f"**{Mean(tuple(gained.values())).signed}**" if gained else "-"]
+        step, *others = _cost(list(runs.values()))
+        cells += [step, full_size(row.run, saved), *others]
+        cells += [f"{statistics.median(run['seconds'] for run in runs.values()):.0f}"]
+        cells += [str(sum(run["jumps"] for run in runs.values()))]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def teacher_lines() -> list[str]:
     """AP of the shipped teachers, from the JSON beside their weights."""
     lines = []
-    for name in TEACHERS:
-        facts = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    for path in sorted(FOLDER.glob("*-teacher.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
         lines.append(
-            f"- {name}: AP {facts['AP']:.1f} after {facts['steps']} steps ({facts['seconds'] / 60:.0f} min), "
+            f"- {path.stem}: AP {facts['AP']:.1f} after {facts['steps']} steps ({facts['seconds'] / 60:.0f} min), "
             f"{facts['parameters'] / 1e6:.1f} M parameters, commit {(facts['commit'] or 'unknown')[:12]}"
         )
     return lines

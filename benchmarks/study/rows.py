@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastkd.training import get_recipe
 
@@ -17,6 +18,11 @@ METRICS = {
 }
 
 
+def _options(values: dict[str, Any]) -> tuple[str, ...]:
+    """Arguments of `fastkd train` for some values of a recipe."""
+    return tuple(text for name, value in values.items() for text in (f"--{name}", str(value)))
+
+
 # execution path of a recipe -> arguments of `fastkd train`, used by a run "recipe@path"
 PATHS = {
     "reference": ("--runtime.ops", "reference", "--runtime.precision", "float32", "--runtime.no-channels-last"),
@@ -28,6 +34,15 @@ PATHS = {
 CHANGES = {
     "inherit": ("--inherit",),
     "fresh": ("--no-inherit",),
+    # LGD in a long run: imitation from a fifth of the run to its end
+    "lesson": _options(
+        {
+            "method.weight": 0.5,
+            "method.instructive-weight": 0.1,
+            "method.detach-fraction": 0.2,
+            "method.final-fraction": 0,
+        }
+    ),
 }
 LONGER = 5 / 3  # times the steps, in a run "recipe@long": about as long as a method takes for the recipe's own
 FLOAT32 = ("--runtime.precision", "float32")  # the same on CPUs with and without bfloat16 instructions
@@ -127,18 +142,41 @@ def _by_every_path(recipe: str, label: str) -> tuple[Row, ...]:
     )
 
 
+DETECTORS = (("retinanet", "RetinaNet"), ("fcos", "FCOS"), ("faster-rcnn", "Faster R-CNN"))
 SCENES_DATA = ("scenes", "--train", "8000", "--val", "500")
+THEME_DATA = ("scenes", "--style", "theme", "--root", "data/theme", "--train", "4000", "--val", "500")
+# The rate and the warm-up were chosen without a method (docs/results/findings.md).
+LONG_RUNS = _options(
+    {
+        "data.root": "data/theme",
+        "detector.anchor-base": 5,
+        "schedule.steps": 5000,
+        "optimizer.learning-rate": 7e-4,
+        "optimizer.warmup": 0.05,
+    }
+)
 STUDIES = {
     "scenes": Study(
         title="Scenes: does distillation teach?",
         about="8,000 training and 500 validation images (`fastkd data scenes`, seed 0), box AP by pycocotools.",
-        rows=tuple(
-            row
-            for detector, label in (("retinanet", "RetinaNet"), ("fcos", "FCOS"), ("faster-rcnn", "Faster R-CNN"))
-            for row in _with_every_method(f"scenes-{detector}", label)
-        ),
+        rows=tuple(row for detector, label in DETECTORS for row in _with_every_method(f"scenes-{detector}", label)),
         data=(SCENES_DATA,),
         options=FLOAT32,
+    ),
+    "theme": Study(
+        title="Theme: does LGD teach in a long run?",
+        about="4,000 training and 500 validation images of large objects, one or two classes in a picture (`fastkd "
+        "data scenes --style theme`, seed 0), 20 epochs, box AP by pycocotools.",
+        rows=tuple(
+            row
+            for detector, label in DETECTORS
+            for row in (
+                Row(f"scenes-{detector}-baseline", f"{label} baseline", None),
+                Row(f"scenes-{detector}-lgd@lesson", f"{label} + LGD", f"scenes-{detector}-baseline"),
+            )
+        ),
+        data=(THEME_DATA,),
+        options=(*LONG_RUNS, *FLOAT32),
     ),
     "detectors": Study(
         title="Scenes and crowds: the other detectors, and both methods on one student",
