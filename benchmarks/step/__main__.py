@@ -11,37 +11,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import memory
 from benchmarks.environment import KEEP_MEMORY, commit, machine
 from benchmarks.step import own as step_own
 from benchmarks.step import rates as step_rates
 from benchmarks.step import results as step_results
-from benchmarks.step.candidates import FORMS, OPTIONS, Candidate, Problem, build
-from benchmarks.step.dispatch_ledger import DispatchLedger, count
+from benchmarks.step.candidates import FORMS, OPTIONS, Problem
+from benchmarks.step.measure import CPU, measure_apart
 from fastkd.files import write_json
-
-CPU = torch.device("cpu")
-LONE = {"fgfi": "float32", "teacher": "float32"}  # for the cost ledger: one form each, on a detector's first problem
-TRIED = {("student", "recompute"), ("lgd", "recompute"), *((method, "compile") for method in ("student", "lgd", "icd"))}
-
-
-def candidates(methods: list[str], forms: list[str], *, lone: bool, tried: bool) -> list[tuple[str, str]]:
-    """(method, form) pairs of a problem. Args: lone, tried: include those of LONE and of TRIED."""
-    of_each = [(method, form) for method in methods for form in forms if method not in LONE]
-    found = [pair for pair in of_each if pair[1] in FORMS]
-    more = sorted(LONE.items()) * lone + sorted(TRIED) * tried
-    return found + [pair for pair in more if pair[0] in methods and pair[1] in forms]
 
 
 def problems(chosen: argparse.Namespace) -> list[Problem]:
@@ -52,63 +40,6 @@ def problems(chosen: argparse.Namespace) -> list[Problem]:
         for images in chosen.images
         for detector in chosen.detectors
     ]
-
-
-def resident(candidate: Candidate) -> int:
-    """Bytes of weights, statistics, optimiser states and the frozen teacher."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in candidate.resident())
-
-
-def first_turn(candidate: Candidate) -> dict[str, Any]:
-    """Ledger, memory and seconds of one step (counting adds about one per cent)."""
-    if candidate.compiled:  # a dispatch mode would see the operators of graphs, not their kernels
-        return {
-            "seconds": [],
-            "transient_bytes": memory.measure(candidate.step, CPU).peak,
-            "resident_bytes": resident(candidate),
-        }
-    seconds = []
-
-    def work() -> None:
-        begin = time.perf_counter()
-        with DispatchLedger() as found:
-            candidate.step()
-        seconds.append(time.perf_counter() - begin)
-        seconds.append(found.counts)
-
-    peak = memory.measure(work, CPU).peak
-    entry = {"seconds": [seconds[0]], "ledger": dataclasses.asdict(seconds[1])}
-    if candidate.teacher is not None:
-        entry["teacher_ledger"] = dataclasses.asdict(count(candidate.teacher))
-    return {**entry, "transient_bytes": peak, "resident_bytes": resident(candidate)}
-
-
-def measure(
-    problem: Problem, chosen: argparse.Namespace, *, first: bool, counted: bool, tried: bool = False
-) -> dict[str, Any]:
-    """Measure all candidates of a problem, interleaved.
-
-    Args:
-        first: whether it is the first problem of its detector: more repetitions, and the runs of the cost ledger.
-        tried: include the trainer's options.
-        counted: count the first round; else the first round is an untimed step on small images.
-    """
-    entries, runners = {}, {}
-    small = dataclasses.replace(problem, height=min(128, problem.height), width=min(192, problem.width))
-    for method, form in candidates(chosen.methods, chosen.forms, lone=first, tried=tried):
-        runners[method, form] = runner = build(problem, method, form)
-        if runner.compiled:
-            runner.step()  # static graphs are compiled for the first size
-        else:
-            runner.on(small.batch(), runner.step)  # creates the optimiser states
-        entries[f"{method}/{form}"] = first_turn(runner) if counted else {"seconds": []}
-    turns = chosen.repetitions if first else chosen.repetitions - counted - 1
-    for turn in range(max(turns, 1 - counted)):
-        order = list(runners) if turn % 2 == 0 else list(reversed(runners))
-        for method, form in order:
-            gc.collect()
-            entries[f"{method}/{form}"]["seconds"].append(runners[method, form].timed())
-    return {**dataclasses.asdict(problem), "entries": entries}
 
 
 def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -134,36 +65,51 @@ def together(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def collect(chosen: argparse.Namespace, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Measure the chosen problems within the time limit. Args: kept: a run with the first problems already done."""
+def collect(
+    chosen: argparse.Namespace, kept: dict[str, Any] | None, write: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Measure the chosen problems within the time limit.
+
+    Args:
+        kept: a run with the first problems already done.
+        write: called with all that was found after every problem, so that an end of this process loses one.
+    """
     torch.set_num_threads(chosen.threads)
-    begin, rows, skipped, own = time.monotonic(), [], [], None
-    rates = kept.get("rates") if kept else step_rates.measure()
-    seen = {row["detector"] for row in kept["rows"]} if kept else set()
-    if step_own.METHOD in chosen.methods and not kept:
-        first = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
-        own = step_own.measure(first, chosen.forms, chosen.repetitions + 1)
-        print(step_results.own_table(own), flush=True)
-    for problem in problems(chosen):
-        if time.monotonic() - begin > 60 * chosen.minutes:
-            skipped.append(dataclasses.asdict(problem))
-            continue
-        first = problem.detector not in seen
-        counted = problem.boxes == chosen.boxes[0]
-        rows.append(measure(problem, chosen, first=first, counted=counted, tried=not seen))
-        seen.add(problem.detector)
-        print(step_results.row_table(rows[-1]), flush=True)
-    return {
+    begin = time.monotonic()
+    saved: dict[str, Any] = {
         "command": f"python -m benchmarks.step {shlex.join(sys.argv[1:])}".strip(),
         "commit": commit(),
         "machine": machine(CPU),
         "threads": chosen.threads,
-        "seconds": time.monotonic() - begin,
-        "icd_alone": own,
-        "rates": rates,
-        "rows": rows,
-        "skipped": skipped,
+        "rates": kept.get("rates") if kept else step_rates.measure(),
+        "icd_alone": None,
+        "rows": [],
+        "skipped": [],
+        "seconds": 0.0,
     }
+    seen = {row["detector"] for row in kept["rows"]} if kept else set()
+    if step_own.METHOD in chosen.methods and not kept:
+        largest = dataclasses.replace(problems(chosen)[0], images=max(chosen.images))
+        saved["icd_alone"] = step_own.measure(largest, chosen.forms, chosen.repetitions + 1)
+        print(step_results.own_table(saved["icd_alone"]), flush=True)
+    for problem in problems(chosen):
+        if time.monotonic() - begin > 60 * chosen.minutes:
+            saved["skipped"].append(dataclasses.asdict(problem))
+            continue
+        first = problem.detector not in seen
+        counted = problem.boxes == chosen.boxes[0]
+        try:
+            row = measure_apart(problem, chosen, first=first, counted=counted, tried=not seen, threads=chosen.threads)
+        except BrokenProcessPool:
+            print(f"step: {problem} was ended from outside, perhaps for want of memory; not measured", flush=True)
+            saved["skipped"].append(dataclasses.asdict(problem))
+            continue
+        saved["rows"].append(row)
+        saved["seconds"] = time.monotonic() - begin
+        seen.add(problem.detector)
+        print(step_results.row_table(row), flush=True)
+        write(saved)
+    return saved
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -201,16 +147,20 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.quote:
         print(step_results.quote(json.loads(chosen.quote.read_text(encoding="utf-8"))))
         return 0
-    if chosen.report:
-        saved = json.loads(chosen.report.read_text(encoding="utf-8"))
-    else:
-        kept = json.loads(chosen.add_to.read_text(encoding="utf-8")) if chosen.add_to else None
-        saved = collect(chosen, kept)
-        saved = together(kept, saved) if kept else saved
     chosen.out.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.out / "step.json", saved)
-    (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")
-    step_results.plot(saved, chosen.out / "step.png")
+    kept = json.loads(chosen.add_to.read_text(encoding="utf-8")) if chosen.add_to else None
+
+    def write(found: dict[str, Any]) -> dict[str, Any]:
+        saved = together(kept, found) if kept else found
+        write_json(chosen.out / "step.json", saved)
+        (chosen.out / "step.md").write_text(step_results.report(saved), encoding="utf-8")
+        step_results.plot(saved, chosen.out / "step.png")
+        return saved
+
+    if chosen.report:
+        saved = write(json.loads(chosen.report.read_text(encoding="utf-8")))
+    else:
+        saved = write(collect(chosen, kept, write))
     print(step_results.report(saved))
     return 0
 

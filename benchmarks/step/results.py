@@ -258,7 +258,9 @@ def report(saved: dict[str, Any]) -> str:
     for make in (targets, options_table, fgfi_ledger, ledger_table):
         parts += [text for row in saved["rows"] if (text := make(row))]
     if saved["skipped"]:
-        parts.append("Not measured, the time was over: " + "; ".join(name_of(row) for row in saved["skipped"]) + ".\n")
+        parts.append(
+            "Not measured, time or memory was over: " + "; ".join(name_of(row) for row in saved["skipped"]) + ".\n"
+        )
     return "\n".join(parts)
 
 

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
 from benchmarks.step import __main__ as step
 from benchmarks.step import candidates as step_candidates
+from benchmarks.step import measure as step_measure
 from benchmarks.step import own as step_own
 from benchmarks.step import rates as step_rates
 from benchmarks.step import results as step_results
@@ -85,7 +87,7 @@ def test_the_report_compares_with_plain_and_with_the_targets(tmp_path):
     assert line(text, "ICD's own part, ours float32: bytes")[2] == "yes"
     cost = step_results.fgfi_ledger(ROW)
     assert line(cost, "FGFI") == ["1.00 s", "5.00 s", "6.00 s"] and "67% lower" in cost and cost in text  # 1 - 2 / 6
-    assert "Not measured, the time was over: RetinaNet-R50, B = 2" in text
+    assert "Not measured, time or memory was over: RetinaNet-R50, B = 2" in text
     step_results.plot(SAVED, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 1000
 
@@ -119,9 +121,9 @@ def test_what_is_measured_and_in_which_order():
     assert found[:3] == [(7, 1, "retinanet"), (7, 1, "faster-rcnn"), (7, 2, "retinanet")] and len(found) == 8
     assert str(everything.out) == "docs/results" and str(chosen.out) == "build/bench"
     methods, forms = everything.methods, everything.forms
-    assert ("fgfi", "float32") in step.candidates(methods, forms, lone=True, tried=False)
-    assert len(step.candidates(methods, forms, lone=False, tried=False)) == 12
-    found = step.candidates(methods, forms, lone=True, tried=True)
+    assert ("fgfi", "float32") in step_measure.candidates(methods, forms, lone=True, tried=False)
+    assert len(step_measure.candidates(methods, forms, lone=False, tried=False)) == 12
+    found = step_measure.candidates(methods, forms, lone=True, tried=True)
     assert len(found) == len(set(found)) == 12 + 2 + 5 and ("icd", "compile") in found
 
 
@@ -151,7 +153,7 @@ def test_options_are_built_as_the_trainer_builds_them(option, monkeypatch):
     assert recipe.runtime.recompute == (option == "recompute") and recipe.runtime.precision == "bfloat16"
     candidate.module.regions.backend = "aot_eager"
     candidate.step()
-    found = step.first_turn(candidate)
+    found = step_measure.first_turn(candidate)
     assert found["transient_bytes"] > 0 and ("ledger" in found) == (option != "compile")
 
 
@@ -184,7 +186,7 @@ def test_a_counted_turn_and_a_turn_on_other_images():
     candidate = Candidate(forward, [optimizer], update, weight, None, None, batch)
     candidate.on(Problem(height=16, width=24).batch(), candidate.step)
     assert sizes == [(16, 24)]
-    found = step.first_turn(candidate)
+    found = step_measure.first_turn(candidate)
     assert sizes[1:] == [(8, 8)] and len(found["seconds"]) == 1 and found["ledger"]["by_op"]["aten::mm"] >= 1
     assert found["resident_bytes"] == 2 * 4 * (16 + 4)  # weights and momenta
     assert found["transient_bytes"] >= 4 * (16 + 4) and candidate.timed() > 0
@@ -221,3 +223,18 @@ def test_plain_bfloat16_is_channels_last_under_autocast(method):
         assert {level.dtype for level in candidate.teacher()} == {torch.bfloat16}
     losses = candidate.forward(candidate.batch)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_a_problem_that_ends_its_process_loses_no_other(monkeypatch):
+    def measured(problem, *_, **__):
+        if problem.detector == "faster-rcnn":
+            raise BrokenProcessPool
+        return {**dataclasses.asdict(problem), "entries": ENTRIES}
+
+    monkeypatch.setattr(step, "measure_apart", measured)
+    monkeypatch.setattr(step_rates, "measure", lambda: None)
+    written = []
+    chosen = step.parse(["--images", "1", "--boxes", "7", "--methods", "student"])
+    found = step.collect(chosen, None, lambda saved: written.append(copy.deepcopy(saved)))
+    assert [row["detector"] for row in written[-1]["rows"]] == ["retinanet"]
+    assert [row["detector"] for row in found["skipped"]] == ["faster-rcnn"]
