@@ -47,16 +47,18 @@ def test_scenes_recipes_differ_in_the_method_alone(detector):
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_scenes_students_are_clipped_and_teachers_are_as_the_shipped_weights(detector):
-    """docs/results/findings.md, "A stable recipe"; teachers and backbones were made without clipping."""
-    for method in methods_of(detector, "baseline", "inherit", "lgd", "icd", "fgfi", "lgdicd"):
-        student = get_recipe(f"scenes-{detector}-{method}").optimizer
-        assert (student.kind, student.learning_rate, student.clip_norm, student.warmup) == ("adamw", 1.5e-3, 2.0, 0.1)
+def test_scenes_students_teachers_and_backbones_share_the_stable_recipe(detector):
+    """docs/results/findings.md, "A stable recipe"."""
+    students = [f"scenes-{detector}-{m}" for m in methods_of(detector, "baseline", "inherit", "lgd", "icd", "fgfi")]
+    for name in (*students, f"scenes-{detector}-teacher", "scenes-resnet18-backbone", "scenes-resnet34-backbone"):
+        found = get_recipe(name).optimizer
+        assert (found.kind, found.learning_rate, found.clip_norm, found.warmup) == ("adamw", 1.5e-3, 2.0, 0.1)
     assert get_recipe(f"scenes-{detector}-icd").method_optimizer.clip_norm == 0.01
-    for name in (f"scenes-{detector}-teacher", "scenes-resnet18-backbone", "scenes-resnet34-backbone"):
-        shipped = get_recipe(name).optimizer
-        assert (shipped.clip_norm, shipped.warmup) == (None, 0.05)
-        assert shipped.learning_rate == (3e-3 if "resnet18" in name else 2e-3)
+
+
+def test_crowds_take_the_stable_recipe():
+    found = get_recipe("crowd-faster-rcnn-lgd").optimizer
+    assert (found.learning_rate, found.clip_norm, found.warmup) == (1.5e-3, 2.0, 0.1)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

@@ -26,9 +26,10 @@ class CrowdNumbers:
 
     steps: int = 500
     batch_size: int = 16
-    rate: float = 2e-3
+    rate: float = 1.5e-3
+    clip_norm: float = 2.0
     weight_decay: float = 0.05
-    warmup: float = 0.05
+    warmup: float = 0.1
     anchor_base: float = 3.0
     anchor_ratios: tuple[float, ...] = (1.2, 2.4)
 
@@ -77,6 +78,7 @@ def _generated(name: str, method: type[Method] | None) -> Recipe:
         optimizer=OptimizerConfig(
             kind="adamw",
             learning_rate=CROWD.rate,
+            clip_norm=CROWD.clip_norm,
             weight_decay=CROWD.weight_decay,
             decay="cosine",
             warmup=CROWD.warmup,
