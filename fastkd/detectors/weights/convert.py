@@ -111,7 +111,7 @@ def convert_checkpoint(
         missing or unused tensors, or has another number of classes.
     """
     path = Path(path)
-    tensors = _read(path)
+    tensors = read_tensors(path)
     if any(name.startswith("backbone.bottom_up.") for name in tensors):
         return convert_detectron2(tensors, class_names, where=str(path))
     if any(name.startswith("backbone.body.") for name in tensors):
@@ -198,7 +198,7 @@ def convert_torchvision(
     return _finish(config, named, names, "torchvision", notes, where)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """All named tensors of a file."""
     if path.suffix != ".pkl":
         return read_state_dict("convert", path)
