@@ -58,7 +58,8 @@ class ScenesNumbers:
     """The tuned hyper-parameters of the scenes recipes; those of methods are in training/methods.
 
     Tuned on the plain student (rate, clipping, warm-up, anchors, steps), never on a method: all students share them,
-    and teachers and backbones take the same rate, clipping and warm-up.
+    and teachers take the same rate, clipping and warm-up. The students' backbone begins at random and keeps a higher
+    rate without clipping: with theirs it has 20.1 AP after its 3,000 steps instead of 24.6.
     Objects are 8 .. 80 pixels wide and nearly square, hence few and small anchors; the pyramid is narrow, so that
     training runs on two CPU cores.
     """
@@ -82,6 +83,8 @@ class ScenesNumbers:
     rate: float = 1.5e-3
     clip_norm: float = 2.0
     warmup: float = 0.1
+    backbone_rate: float = 3e-3
+    backbone_warmup: float = 0.05
     weight_decay: float = 0.05
 
 
@@ -121,14 +124,14 @@ def _scenes_detector(detector: str, *, teacher: bool) -> DetectorConfig:
     )
 
 
-def _scenes_adamw() -> OptimizerConfig:
+def _scenes_adamw(rate: float, warmup: float, clip_norm: float | None) -> OptimizerConfig:
     return OptimizerConfig(
         kind="adamw",
-        learning_rate=SCENES.rate,
+        learning_rate=rate,
         weight_decay=SCENES.weight_decay,
-        clip_norm=SCENES.clip_norm,
+        clip_norm=clip_norm,
         decay="cosine",
-        warmup=SCENES.warmup,
+        warmup=warmup,
     )
 
 
@@ -149,7 +152,7 @@ def scenes_recipe(detector_name: str, method_name: str) -> Recipe:
         backbone_weights=(
             f"runs/{TEACHER_BACKBONE}/student.safetensors" if teacher else f"asset:{STUDENT_BACKBONE}.safetensors"
         ),
-        optimizer=_scenes_adamw(),
+        optimizer=_scenes_adamw(numbers.rate, numbers.warmup, numbers.clip_norm),
         method_optimizer=setup.optimizer if setup else None,
         schedule=Schedule(steps=numbers.teacher_steps if teacher else steps, batch_size=numbers.batch_size),
     )
@@ -183,6 +186,7 @@ def scenes_backbone_recipe(*, teacher: bool) -> Recipe:
         detector=detector,
         data=plain.data if teacher else dataclasses.replace(plain.data, root="data/scenes-pretrain"),
         backbone_weights=None,
+        optimizer=(plain.optimizer if teacher else _scenes_adamw(numbers.backbone_rate, numbers.backbone_warmup, None)),
         schedule=dataclasses.replace(
             plain.schedule, steps=numbers.teacher_backbone_steps if teacher else numbers.backbone_steps
         ),
