@@ -1,9 +1,11 @@
 // focal_loss: the sigmoid focal loss (alpha 0.25, gamma 2) of the class entries of all anchors, each anchor weighted.
 //
-// forward   reads the logits once: sum of all entries as negatives, 0.75 w p^2 softplus(x), corrected at positive
-//           entries
+// forward   reads the logits once: sum of the negative entries, 0.75 w p^2 softplus(x); positive ones are added apart, as
+//           taking them out of a sum would cancel
 // backward  reads them again and writes the gradient once: 1.5 w p^2 ((1 - p) softplus(x) + p / 2) for a negative
 // No buffer has the size of the logits. Sums are in double, in an order that depends only on the shape.
+#include <algorithm>
+
 #include "common/call.h"
 #include "common/reduce.h"
 #include "common/tile.h"
@@ -21,7 +23,7 @@ struct Arguments {
   void* gradient;                      // backward: as logits
   double* sums;                        // forward: one per part
   int64_t pyramids, anchors, classes;  // R, B * A, C
-  const int64_t* places;               // indices of the positive entries in a pyramid
+  const int64_t* places;               // indices of the positive entries in a pyramid, ascending
   int64_t positives;
   bool large;  // see is_large
 };
@@ -29,7 +31,7 @@ struct Arguments {
 struct Table {  // of a dtype
   using Kernel = void (*)(const Arguments&, const Part* begin, const Part* end);
   Kernel forward, backward;
-  double (*corrected)(const Arguments&, int64_t pyramid);  // correction of the sum at positive entries
+  double (*positives)(const Arguments&, int64_t pyramid);  // sum of the positive entries
   void (*write_positives)(const Arguments&, int64_t pyramid);
 };
 
@@ -67,13 +69,12 @@ struct Terms {
 };
 
 struct Exact {  // the same for one entry, in double
-  double p, other, softplus, softplus_negative;
+  double p, other, softplus_negative;  // the last of -x
 
   explicit Exact(double x) {
     const double e = __builtin_exp(-__builtin_fabs(x)), rest = __builtin_log1p(e);
     p = x > 0 ? 1 / (1 + e) : e / (1 + e);
     other = x > 0 ? e / (1 + e) : 1 / (1 + e);
-    softplus = (x < 0 ? 0 : x) + rest;
     softplus_negative = (x > 0 ? 0 : -x) + rest;
   }
 };
@@ -115,11 +116,18 @@ struct Entries {
     return terms.p * terms.p * terms.softplus;
   }
 
+  static FASTKD_INLINE void leave_out_positives(const Arguments& a, int64_t first, acc* weights, int64_t count) {
+    const int64_t* end = a.places + a.positives;
+    for (const int64_t* place = std::lower_bound(a.places, end, first); place != end && *place < first + count; ++place)
+      weights[*place - first] = 0;
+  }
+
   static void forward(const Arguments& a, const Part* part, const Part* end) {
     for (; part != end; ++part) {
       const scalar_t* x = static_cast<const scalar_t*>(a.logits) + part->pyramid * a.anchors * a.classes;
       double total = 0;
       stretches(a, *part, [&](int64_t first, acc* weights, int64_t count) __attribute__((always_inline)) {
+        leave_out_positives(a, first, weights, count);
         V sum[1] = {};
         int64_t at = 0;
         for (; at + kLane <= count; at += kLane)
@@ -171,13 +179,13 @@ struct Entries {
     end_stream();
   }
 
-  static double corrected(const Arguments& a, int64_t pyramid) {
+  static double positives(const Arguments& a, int64_t pyramid) {
     const scalar_t* x = static_cast<const scalar_t*>(a.logits) + pyramid * a.anchors * a.classes;
     double total = 0;
     for (const int64_t* place = a.places; place != a.places + a.positives; ++place) {
       const Exact terms(load<acc>(x + *place));
-      const double hit = terms.other * terms.other * terms.softplus_negative, miss = terms.p * terms.p * terms.softplus;
-      total += (0.25 * hit - 0.75 * miss) * static_cast<const acc*>(a.weight)[*place / a.classes];
+      const double cost = 0.25 * terms.other * terms.other * terms.softplus_negative;
+      total += cost * static_cast<const acc*>(a.weight)[*place / a.classes];
     }
     return total;
   }
@@ -195,7 +203,7 @@ struct Entries {
     }
   }
 
-  static constexpr Table table() { return {forward, backward, corrected, write_positives}; }
+  static constexpr Table table() { return {forward, backward, positives, write_positives}; }
 };
 
 }  // namespace
@@ -256,6 +264,7 @@ struct Call {
         places[at] = places[at] * bounds[which] + values[at];
       }
     }
+    std::sort(places.begin(), places.end());
     arguments.places = places.data(), arguments.positives = static_cast<int64_t>(places.size());
   }
 
@@ -272,7 +281,7 @@ Tensor forward(Tensor logits, Tensor weight, Tensor image, Tensor anchor, Tensor
   call.run(call.table.forward);
   for (const Part& part : call.parts) totals[part.pyramid] += parts[part.slot];
   for (int64_t pyramid = 0; pyramid < logits.size(0); ++pyramid)
-    totals[pyramid] += call.table.corrected(call.arguments, pyramid);
+    totals[pyramid] += call.table.positives(call.arguments, pyramid);
   return tensor_of(totals, logits, {logits.size(0)}, widened(logits));
 }
 

@@ -21,7 +21,7 @@ _DISPATCH = Dispatch("focal_loss")
 
 
 class _Focal(torch.autograd.Function):
-    """Sum over all entries as negatives, 0.75 p^2 softplus(x), plus a correction for the positive entries.
+    """Sum over the negative entries, 0.75 p^2 softplus(x), plus that over the positive ones, 0.25 (1 - p)^2 softplus(-x).
 
     Only the derivative, for negatives 1.5 p^2 ((1 - p) softplus(x) + p / 2), is saved, as the op is bound by passes
     over the logits.
@@ -33,15 +33,14 @@ class _Focal(torch.autograd.Function):
         positive = logits[entries]  # [R, P]
         slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         each = zip(logits, logits if slope is None else slope, strict=True)
-        rows = [_negatives(own, None if slope is None else its) for own, its in each]
+        rows = [_negatives(own, entries, None if slope is None else its) for own, its in each]
         total = (torch.stack(rows) * weight).flatten(-2).sum(-1) if rows else logits.new_empty(0)
-        other, cost, cost_as_negative = (-positive).sigmoid(), F.softplus(-positive), F.softplus(positive)  # 1 - p
-        hit, miss = other.square() * cost, (1 - other).square() * cost_as_negative
+        other, cost = (-positive).sigmoid(), F.softplus(-positive)  # 1 - p
         if slope is not None:
             # derivative of 0.25 (1 - p)^2 softplus(-x): -0.25 (1 - p)^2 (2 p softplus(-x) + 1 - p), divided by 1.5
             slope[entries] = other.square() * (2 * (other - 1) * cost - other) / 6
             ctx.save_for_backward(slope, weight)
-        return 0.75 * total + ((0.25 * hit - 0.75 * miss) * weight[image, anchor]).sum(-1)
+        return 0.75 * total + 0.25 * (other.square() * cost * weight[image, anchor]).sum(-1)
 
     @staticmethod
     @once_differentiable
@@ -50,15 +49,16 @@ class _Focal(torch.autograd.Function):
         return slope * (1.5 * grad[..., None, None] * weight)[..., None], None, None, None, None
 
 
-def _negatives(logits: Tensor, slope: Tensor | None) -> Tensor:
-    """p^2 softplus(x) of one pyramid, summed over classes; writes half its derivative into slope."""
+def _negatives(logits: Tensor, positives: tuple, slope: Tensor | None) -> Tensor:
+    """p^2 softplus(x) of one pyramid's negatives, summed over classes; writes half its derivative into slope."""
     p, softplus = logits.sigmoid(), F.softplus(logits)
     if slope is not None:
         torch.lerp(softplus, p.new_full((), 0.5), p, out=slope)
     squared = p.square_()
     if slope is not None:
         slope.mul_(squared)
-    return squared.mul_(softplus).sum(-1)
+    squared.mul_(softplus)[positives] = 0
+    return squared.sum(-1)
 
 
 def focal_loss_reference(logits: Tensor, weight: Tensor, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
