@@ -137,6 +137,7 @@ def compile_and_export(op, arguments):
 
 
 FEW = 16  # elements of a tensor that `fuzz` measures apart
+EPS = torch.finfo(torch.float32).eps
 
 
 def random_calls(count, draw, seed):
@@ -151,9 +152,10 @@ def fuzz(op, reference, draw, count=None, seed=None):
     """Asserts the tolerance rule over many random calls.
 
     Errors are measured against float64 and relative to the largest value of a tensor; the largest over all calls of
-    one dtype must be at most twice plain torch's, plus one ulp. Tensors of few elements are measured apart: all of them
-    may cancel to almost nothing, by luck without an error in plain torch, so that 16 ulps are allowed, of float32 at
-    most.
+    one dtype must be at most twice plain torch's, plus one ulp, plus 16 ulps of float32 at most: the calls are small
+    and the largest errors of two algorithms over some hundred of them differ by luck. Tensors of few elements, all of
+    which may cancel to almost nothing, are measured apart, relative to the largest of all gradients (or results) of
+    the call.
 
     Args:
         draw: random.Random -> arguments; draws shapes, dtypes, layouts and values (torch's global seed is set).
@@ -173,14 +175,14 @@ def fuzz(op, reference, draw, count=None, seed=None):
                         assert who == "plain" or torch.equal(value, true), f"{call}: {kind} {place}"
                         continue
                     assert value.isfinite().all() or not true.isfinite().all(), f"{call}: {kind} {place}"
-                    scale = largest(true)
-                    error = largest(value.double() - true) / scale if scale else largest(value.double())
                     few = value.numel() < FEW
+                    scale = max(map(largest, truth)) if few else largest(true)
+                    error = largest(value.double() - true) / scale if scale else largest(value.double())
                     record = worst.setdefault((kind, value.dtype, few), {"ours": (0.0, ""), "plain": (0.0, "")})
                     record[who] = max(record[who], (error, call))
-    for (kind, dtype, few), record in worst.items():
+    for (kind, dtype, _), record in worst.items():
         ulp = torch.finfo(dtype).eps
-        allowed = 2 * record["plain"][0] + ulp + few * 16 * min(ulp, torch.finfo(torch.float32).eps)
+        allowed = 2 * record["plain"][0] + ulp + 16 * min(ulp, EPS)
         assert record["ours"][0] <= allowed, f"{kind} {dtype}: {record}, allowed {allowed:.3e}"
 
 

@@ -21,7 +21,7 @@ _DISPATCH = Dispatch("focal_loss")
 
 
 class _Focal(torch.autograd.Function):
-    """Sum over the negative entries, 0.75 p^2 softplus(x), plus that over the positive ones, 0.25 (1 - p)^2 softplus(-x).
+    """Sums over negative entries, 0.75 p^2 softplus(x), and over positive ones, 0.25 (1 - p)^2 softplus(-x).
 
     Only the derivative, for negatives 1.5 p^2 ((1 - p) softplus(x) + p / 2), is saved, as the op is bound by passes
     over the logits.
