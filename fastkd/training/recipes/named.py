@@ -49,7 +49,7 @@ DETECTORS = {
 METHODS: dict[str, type[Method]] = {method.kind: method for method in WITH_RECIPES}
 PLAIN = ("teacher", "baseline", "inherit")  # recipes without a method
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
-SHIPPED_TEACHERS = ("retinanet", "faster-rcnn")
+SHIPPED_TEACHERS = ("retinanet", "fcos", "faster-rcnn")
 STUDENT_BACKBONE, TEACHER_BACKBONE = "scenes-resnet18-backbone", "scenes-resnet34-backbone"
 
 
