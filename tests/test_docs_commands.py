@@ -20,7 +20,7 @@ INLINE = re.compile(r"(?<!`)`((?:torchrun |fastkd )[^`]*)`(?!`)")
 MODULES = (convert, data, demo, evaluate, export, info, predict, report)
 RUNNING = {train: ("run", "recipes"), doctor: ("run",)}  # in these two the rest parses
 TRAINING = ("quickstart", "faq", "commands", "limits", "detectors", "performance")
-FOREIGN = {"--max-restarts", "--nproc-per-node"}  # of torchrun
+FOREIGN = {"--max-restarts", "--nproc-per-node", "--study"}  # of torchrun and of benchmarks.study
 EXAMPLES = {"RECIPE": "scenes-retinanet-lgd", "RUN...": "RUN", "N": "4", "OUT.safetensors": "out.safetensors",
             "module:Class": "my_module:MyDetector"}  # fmt: skip
 

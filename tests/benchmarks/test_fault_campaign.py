@@ -54,7 +54,8 @@ def test_the_load_page_names_limits_and_commit():
 
 
 def test_the_load_measures_a_command_until_a_pattern():
-    seconds, mib = load.run(["this"], until="Readability counts")
+    waiting = "print('here', flush=True); import time; time.sleep(50)"  # it must live while its memory is read
+    seconds, mib = load.run(["timeit", "-n", "1", "-r", "1", waiting], until="here")
     assert 0 < seconds < 60 and 1 < mib < 100
     with pytest.raises(RuntimeError, match="ended with 1"):
         load.run(["no_such_module_of_ours"])
