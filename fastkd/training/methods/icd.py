@@ -57,8 +57,7 @@ class ICDConfig(FeatureMethod):
     kind = "icd"
     label = "ICD"
     pays = (
-        "pays where a good teacher is at hand, most of all for a student that inherits nothing; beside inheriting "
-        "little is left to gain in a short run."
+        "pays where a good teacher is at hand, for a student that inherits its neck and head and for one that does not."
     )
     needs_teacher = True
     needs_priors = True
