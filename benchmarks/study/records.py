@@ -46,7 +46,8 @@ def result_of(run_dir: Path) -> Record:
     """Metrics and costs of a finished run."""
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     scores = {key: metrics[kind][at] for key, (kind, at) in METRICS.items() if at in metrics.get(kind, {})}
-    record = scores | {key: metrics[key] for key in ("steps", "batch_size", "seconds", "jumps", "commit", "torch")}
+    record = scores | {key: metrics[key] for key in ("steps", "batch_size", "seconds", "commit", "torch")}
+    record["jumps"] = metrics["jumps"]["count"]
     if (run_dir / "ledger.json").is_file():
         ledger = json.loads((run_dir / "ledger.json").read_text(encoding="utf-8"))
         costs = (

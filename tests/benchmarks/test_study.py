@@ -20,7 +20,8 @@ APS = {0: (20.0, 30.0, 33.0), 1: (21.0, 29.0, 34.5), 2: (22.0, 31.0, 33.0)}
 def write_run(run_dir, ap, *, ledger=True, method_step=0.2, **scores):
     run_dir.mkdir(parents=True)
     metrics = {"bbox": {"AP": ap, "AP50": ap + 10, "AP75": ap - 1}, "steps": 600, "batch_size": 16, "seconds": 60.0}
-    metrics |= {"commit": "a" * 40, "command": "fastkd train x", "torch": "2.14", "jumps": 1, **scores}
+    metrics |= {"commit": "a" * 40, "command": "fastkd train x", "torch": "2.14", **scores}
+    metrics["jumps"] = {"count": 1, "steps": [9], "largest_rise": 0.2}
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
     if ledger:
         costs = {
